@@ -1,0 +1,192 @@
+"""The contract between training and serving: what training decided, and serving obeys."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Part(BaseModel):
+    """A frozen part of a manifest; an unknown field is an error, not a surprise."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Preparation(Part):
+    """How a scan becomes slices (`app.pipeline.prepare`)."""
+
+    subject: str = Field(description="What the model knows, for messages: 'a skull-stripped brain'.")
+    advice: str = Field(description="What to do with a scan of another size.")
+    spacing_mm: tuple[float, float, float] = Field(description="Slice, row and column spacing.")
+    shape: tuple[int, int] = Field(description="Rows and columns of a slice.")
+    extent_mm: tuple[tuple[float, float, float], tuple[float, float, float]] = Field(
+        description="Smallest and largest foreground, right-left, anterior-posterior, inferior-superior."
+    )
+    intensity_percentile: float = Field(description="Percentile of the foreground that is mapped ...")
+    intensity_level: float = Field(description="... to this slice value; the background is mapped to 0.")
+    min_foreground_cm2: float = Field(description="A slice with less foreground is not analysed.")
+
+
+class NoiseSchedule(Part):
+    """Linear beta: METHOD's symbols (`app.pipeline.schedule`)."""
+
+    steps: int = Field(description="T.")
+    beta_start: float
+    beta_end: float
+
+
+class Latent(Part):
+    """Shape of z0: (channels, rows / downsampling, columns / downsampling), unit variance."""
+
+    channels: int
+    downsampling: int
+
+
+class Range(Part):
+    """What healthy validation scans span, margin included."""
+
+    low: float
+    high: float
+
+    def holds(self, value: float) -> bool:
+        """Whether a value lies inside, ends included."""
+        return self.low <= value <= self.high
+
+
+class KlMap(Part):
+    """Where the model is surprised."""
+
+    timesteps: tuple[int, ...] = Field(description="S: noise levels t, each one evaluation of the network a slice.")
+    alpha_bar: tuple[float, float] = Field(description="The same range as signal: alpha_bar at its first and last t.")
+    percentile: float = Field(description="Percentile of healthy foreground latents that became the threshold.")
+    threshold: float = Field(description="A latent above it, in nats, is masked.")
+    min_component: int = Field(description="Connected masked latents, fewer are dropped.")
+    grow: int = Field(description="Latents by which the mask is grown before the reverse process.")
+
+
+class Reverse(Part):
+    """The partial reverse process with inpainting."""
+
+    timesteps: tuple[int, ...] = Field(description="Descending t of the DDIM sub-sequence; it ends at z0.")
+
+
+class Residual(Part):
+    """From the counterpart to the anomaly map and the mask."""
+
+    reference: Literal["image", "reconstruction"] = Field(
+        description="What the decoded counterpart is compared with: x, or D(z0), in which the autoencoder's own "
+        "error cancels."
+    )
+    smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map; 0 for none.")
+    threshold: float = Field(description="A voxel above it is in the mask.")
+    healthy_false_positive_rate: float = Field(description="Share of healthy validation voxels above the threshold.")
+    min_lesion_ml: float = Field(description="Smaller connected findings are dropped.")
+
+
+class Gate(Part):
+    """Which scans are the kind of image that the model knows."""
+
+    score: Range = Field(description="Mean KL of the foreground latents of a scan.")
+    reconstruction: Range = Field(description="Mean |x - D(z0)| over the foreground of a scan.")
+    latent: Range = Field(description="KL of a single healthy latent.")
+    max_fraction_out: float = Field(description="Share of foreground latents outside `latent` that is still accepted.")
+
+
+class Calibration(Part):
+    """Ranges that are reported beside a scan's own scores."""
+
+    subjects: tuple[str, ...] = Field(description="Healthy validation subjects that every threshold comes from.")
+    slice_score: Range
+    scan_score: Range
+
+
+class File(Part):
+    """A file of the bundle and what its bytes must be."""
+
+    name: str
+    sha256: str
+
+
+class Files(Part):
+    encoder: File
+    denoiser: File
+    decoder: File
+    golden: File
+
+
+class Licence(Part):
+    data: str = Field(description="What it was trained on.")
+    licence: str = Field(description="SPDX expression of the weights.")
+    attribution: str
+
+
+class Provenance(Part):
+    """Where the weights come from."""
+
+    code_version: str
+    config_sha256: str
+    data_sha256: str = Field(description="Over the names and bytes of the training scans.")
+    split: str
+    train_subjects: int
+    validation_subjects: int
+    seed: int
+    vqvae_steps: int
+    denoiser_steps: int
+
+
+class Manifest(Part):
+    """All that serving needs to know of a bundle.
+
+    Raises
+    ------
+    ValueError
+        The parts contradict each other (pydantic's ValidationError).
+    """
+
+    format_version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
+    version: str
+    title: str
+    intended_use: str
+    modality: Literal["MR", "CT"]
+    sequence: str = Field(description="T1, FLAIR, ...; for people and for the choice of a bundle.")
+    preparation: Preparation
+    latent: Latent
+    schedule: NoiseSchedule
+    seed: int = Field(description="Default seed of the keyed noise.")
+    kl: KlMap
+    reverse: Reverse
+    residual: Residual
+    gate: Gate
+    calibration: Calibration
+    files: Files
+    licence: Licence
+    provenance: Provenance
+
+    @property
+    def id(self) -> str:
+        """`name-version`: the folder's name, and the model's in every answer."""
+        return f"{self.name}-{self.version}"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of z0."""
+        rows, columns = self.preparation.shape
+        f = self.latent.downsampling
+        return self.latent.channels, rows // f, columns // f
+
+    @property
+    def evaluations_per_slice(self) -> tuple[int, int]:
+        """Network evaluations of a slice with an empty mask, and of one that is reversed."""
+        kl = len(self.kl.timesteps)
+        return kl, kl + len(self.reverse.timesteps)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        levels = (*self.kl.timesteps, *self.reverse.timesteps)
+        if not levels or not all(0 < t < self.schedule.steps for t in levels):
+            raise ValueError("every time step must lie between 1 and T - 1")
+        if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
+            raise ValueError("the reverse time steps must descend")
+        if any(side % self.latent.downsampling for side in self.preparation.shape):
+            raise ValueError("the slice shape must be a multiple of the down-sampling")
+        return self

@@ -1,0 +1,136 @@
+"""The paper's steps, one function each (Pinaya et al. 2022, arXiv 2206.03461, section 2)."""
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from app.pipeline.models import Denoise
+from app.pipeline.noise import KeyedNoise, Purpose
+from app.pipeline.prepare import BoolArray
+from app.pipeline.schedule import CLEAN, Schedule
+from app.volume import FloatArray
+
+# Masks join over corners too: a lesion that runs diagonally is one lesion.
+EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
+
+
+def kl_map(
+    z0: FloatArray,
+    slices: npt.NDArray[np.int64],
+    denoise: Denoise,
+    schedule: Schedule,
+    timesteps: tuple[int, ...],
+    noise: KeyedNoise,
+) -> FloatArray:
+    """How far the true reverse step lies from the predicted one, in nats.
+
+    Parameters
+    ----------
+    z0 : (N, C, h, w) ndarray
+        Latents.
+    slices : (N,) ndarray of int
+        Their indices in the stack: keys of the noise.
+    timesteps : tuple of int
+        S, each one evaluation of the network.
+
+    Returns
+    -------
+    (N, h, w) ndarray
+        L_{t-1} = KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)), mean over channels and over S.
+    """
+    total = np.zeros((len(z0), *z0.shape[2:]), dtype=np.float32)
+    for t in timesteps:
+        epsilon = noise(Purpose.KL, slices, t)
+        predicted = denoise(schedule.diffuse(z0, epsilon, t), np.full(len(z0), t, dtype=np.int64))
+        total += schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
+    return np.asarray(total / len(timesteps), dtype=np.float32)
+
+
+def latent_foreground(foreground: BoolArray, downsampling: int) -> BoolArray:
+    """Latents of which at least half the pixels are foreground, (N, H, W) -> (N, h, w)."""
+    n, height, width = foreground.shape
+    f = downsampling
+    cells = foreground.reshape(n, height // f, f, width // f, f)
+    half: BoolArray = cells.mean(axis=(2, 4)) >= 0.5
+    return half
+
+
+def latent_mask(kl: FloatArray, foreground: BoolArray, threshold: float, min_component: int, grow: int) -> BoolArray:
+    """Which latents the reverse process may change, (N, h, w).
+
+    Foreground latents above the threshold, without connected components of fewer than
+    `min_component` latents, grown by `grow` latents inside the foreground.
+    """
+    mask = (kl > threshold) & foreground
+    for one, inside in zip(mask, foreground, strict=True):
+        if min_component > 1:
+            labels, count = ndimage.label(one, structure=EIGHT_CONNECTED)
+            sizes = np.bincount(labels.ravel(), minlength=count + 1)
+            sizes[0] = 0
+            one &= sizes[labels] >= min_component
+        if grow and one.any():
+            one[:] = ndimage.binary_dilation(one, structure=EIGHT_CONNECTED, iterations=grow, mask=inside)
+    return mask
+
+
+def inpaint(
+    z0: FloatArray,
+    mask: BoolArray,
+    slices: npt.NDArray[np.int64],
+    denoise: Denoise,
+    schedule: Schedule,
+    timesteps: tuple[int, ...],
+    noise: KeyedNoise,
+) -> FloatArray:
+    """Diffuse half-way, and reverse with only the masked latents free to change.
+
+    Parameters
+    ----------
+    z0 : (N, C, h, w) ndarray
+    mask : (N, h, w) ndarray of bool
+        True where the counterpart may differ.
+    timesteps : tuple of int
+        Descending times of a DDIM sub-sequence; the last step goes to z0.
+
+    Returns
+    -------
+    (N, C, h, w) ndarray
+        The counterpart's latents; unmasked ones are those of z0, bit for bit.
+    """
+    m = mask[:, None]
+    z = schedule.diffuse(z0, noise(Purpose.START, slices, timesteps[0]), timesteps[0])
+    for t, t_next in zip(timesteps, (*timesteps[1:], CLEAN), strict=True):
+        predicted = denoise(z, np.full(len(z), t, dtype=np.int64))
+        free = schedule.ddim_step(z, predicted, t, t_next)
+        known = z0 if t_next == CLEAN else schedule.diffuse(z0, noise(Purpose.KNOWN, slices, t_next), t_next)
+        z = np.where(m, free, known)
+    return z
+
+
+def residual(reference: FloatArray, counterpart: FloatArray, mask: BoolArray) -> FloatArray:
+    """|reference - counterpart| under the mask up-sampled bilinearly, (N, H, W).
+
+    Parameters
+    ----------
+    reference, counterpart : (N, H, W) ndarray
+    mask : (N, h, w) ndarray of bool
+    """
+    _, height, width = reference.shape
+    return np.asarray(np.abs(reference - counterpart) * upsample(mask, (height, width)), dtype=np.float32)
+
+
+def upsample(latents: npt.NDArray[np.generic], shape: tuple[int, int]) -> FloatArray:
+    """Bilinear, half-pixel centres, edges held: (N, h, w) -> (N, H, W)."""
+    rows, columns = (_interpolation(a, b) for a, b in zip(latents.shape[1:], shape, strict=True))
+    return np.asarray(rows @ latents.astype(np.float32) @ columns.T, dtype=np.float32)
+
+
+def _interpolation(few: int, many: int) -> FloatArray:
+    """Matrix of linear interpolation, (many, few)."""
+    at = np.clip((np.arange(many) + 0.5) * few / many - 0.5, 0, few - 1)
+    return np.asarray(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(few))), dtype=np.float32)
+
+
+def score(kl: FloatArray, foreground: BoolArray) -> float:
+    """Image-wise score: mean KL over the foreground latents, in nats."""
+    return float(kl[foreground].mean())

@@ -1,0 +1,216 @@
+"""The whole method on one scan. It reads like METHOD's algorithm, and is nothing else."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from app.errors import OutOfDistribution, WrongFieldOfView
+from app.manifest import Gate, Manifest
+from app.pipeline import anomaly
+from app.pipeline.models import Models
+from app.pipeline.noise import KeyedNoise
+from app.pipeline.prepare import BoolArray, Slices, foreground_cm2, to_slices
+from app.pipeline.schedule import Schedule
+from app.volume import FloatArray, Volume
+
+# The gate decodes this many slices, spread over the scan, to see whether the autoencoder knows them.
+GATE_SLICES = 8
+
+T = TypeVar("T", bound=np.generic)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What the gate looks at, and what a report tells.
+
+    Attributes
+    ----------
+    scan : float
+        Mean KL over the foreground latents of the analysed slices, nats.
+    slices : (N,) ndarray
+        The same for each slice; NaN where it was not analysed.
+    reconstruction : float
+        Mean |x - D(z0)| over the foreground of some slices.
+    fraction_out : float
+        Share of foreground latents outside the healthy range of a latent.
+    """
+
+    scan: float
+    slices: FloatArray
+    reconstruction: float
+    fraction_out: float
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """What differs, on the slices of the model.
+
+    Attributes
+    ----------
+    slices : Slices
+        What the model saw, and the way back to the scan's grid.
+    analysed : (N,) ndarray of bool
+        Slices with enough foreground to be judged.
+    kl : (N, h, w) ndarray
+        KL map in nats; NaN where not analysed.
+    latent_mask : (N, h, w) ndarray of bool
+        What the reverse process was free to change.
+    counterpart : (N, H, W) ndarray
+        The healthy counterpart; equal to x where nothing was changed.
+    anomaly : (N, H, W) ndarray
+        Residual; NaN where nothing was analysed: a zero there would read as healthy.
+    scores : Scores
+        Image-wise scores.
+    """
+
+    slices: Slices
+    analysed: BoolArray
+    kl: FloatArray
+    latent_mask: BoolArray
+    counterpart: FloatArray
+    anomaly: FloatArray
+    scores: Scores
+
+
+def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None = None) -> Detection:
+    """Compare a scan with its imagined healthy counterpart.
+
+    Parameters
+    ----------
+    volume : Volume
+        The scan.
+    models : Models
+        The bundle's networks.
+    manifest : Manifest
+        The bundle's decisions: preparation, time steps, thresholds, gate.
+    seed : int, optional
+        Of the keyed noise; the manifest's by default.
+
+    Raises
+    ------
+    WrongFieldOfView
+        No slice holds what the model knows.
+    OutOfDistribution
+        The scan as a whole is not the kind of image that the model knows.
+    """
+    schedule = Schedule.linear(manifest.schedule.steps, manifest.schedule.beta_start, manifest.schedule.beta_end)
+    noise = KeyedNoise(manifest.seed if seed is None else seed, manifest.latent_shape)
+
+    slices = to_slices(volume, manifest.preparation)
+    known = _analysed(slices, manifest)
+    x, foreground = slices.x[known], slices.foreground[known]
+    latents = anomaly.latent_foreground(foreground, manifest.latent.downsampling)
+
+    z0 = models.encode(x)
+    kl = anomaly.kl_map(z0, known, models.denoise, schedule, manifest.kl.timesteps, noise)
+    scores = _scores(x[:, 0], foreground, z0, kl, latents, models, manifest.gate)
+    check_gate(scores, manifest.gate)
+
+    mask = anomaly.latent_mask(kl, latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
+    found = np.flatnonzero(mask.any(axis=(1, 2)))  # a slice with an empty mask has residual 0: nothing to reverse
+    counterpart, residual = x[:, 0].copy(), np.zeros_like(x[:, 0])
+    if found.size:
+        zc = anomaly.inpaint(
+            z0[found], mask[found], known[found], models.denoise, schedule, manifest.reverse.timesteps, noise
+        )
+        imagined = models.decode(zc)[:, 0]
+        reference = x[found, 0] if manifest.residual.reference == "image" else models.decode(z0[found])[:, 0]
+        residual[found] = anomaly.residual(reference, imagined, mask[found])
+        share = anomaly.upsample(mask[found], x.shape[2:])
+        counterpart[found] += share * (imagined - reference)
+
+    residual = smooth(residual, foreground, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
+    count = len(slices.x)
+    return Detection(
+        slices=slices,
+        analysed=_spread(np.ones(len(known), dtype=bool), known, count, False),
+        kl=_spread(np.where(latents, kl, np.nan), known, count, np.nan),
+        latent_mask=_spread(mask, known, count, False),
+        counterpart=_spread(np.clip(counterpart, 0, 1), known, count, np.nan),
+        anomaly=_spread(np.where(foreground, residual, np.nan), known, count, np.nan),
+        scores=scores,
+    )
+
+
+def _analysed(slices: Slices, manifest: Manifest) -> npt.NDArray[np.int64]:
+    """Indices of the slices with enough foreground, (K,)."""
+    area = foreground_cm2(slices, manifest.preparation)
+    known = np.flatnonzero(area >= manifest.preparation.min_foreground_cm2)
+    if known.size == 0:
+        raise WrongFieldOfView(
+            f"The largest of {len(area)} slices shows {area.max():.0f} cm2.",
+            expected=f"slices with at least {manifest.preparation.min_foreground_cm2:.0f} cm2 of "
+            f"{manifest.preparation.subject}.",
+            advice=manifest.preparation.advice,
+        )
+    return known
+
+
+def _scores(
+    x: FloatArray,
+    foreground: BoolArray,
+    z0: FloatArray,
+    kl: FloatArray,
+    latents: BoolArray,
+    models: Models,
+    gate: Gate,
+) -> Scores:
+    """Image-wise scores of the analysed slices."""
+    some = np.unique(np.linspace(0, len(x) - 1, GATE_SLICES).round().astype(int))
+    error = np.abs(models.decode(z0[some])[:, 0] - x[some])[foreground[some]]
+    inside = kl[latents]
+    out = (inside < gate.latent.low) | (inside > gate.latent.high)
+    by_slice = np.array([kl[i][latents[i]].mean() if latents[i].any() else np.nan for i in range(len(kl))])
+    return Scores(float(inside.mean()), by_slice.astype(np.float32), float(error.mean()), float(out.mean()))
+
+
+def check_gate(scores: Scores, gate: Gate) -> None:
+    """Refuse a scan that the model does not know everywhere, rather than segment it.
+
+    Raises
+    ------
+    OutOfDistribution
+        A score is outside the healthy range, on either side.
+    """
+    reasons = []
+    for name, value, healthy in (
+        ("mean KL", scores.scan, gate.score),
+        ("reconstruction error", scores.reconstruction, gate.reconstruction),
+    ):
+        if not healthy.holds(value):
+            reasons.append(f"its {name} is {value:.3g}, healthy scans span {healthy.low:.3g} to {healthy.high:.3g}")
+    if scores.fraction_out > gate.max_fraction_out:
+        reasons.append(
+            f"{scores.fraction_out:.0%} of its latents are outside the healthy range, at most "
+            f"{gate.max_fraction_out:.0%} are accepted"
+        )
+    if reasons:
+        raise OutOfDistribution(
+            "The scan as a whole does not look like what the model was trained on: " + "; ".join(reasons) + ".",
+            expected="the sequence, body part and preparation that the model's card names.",
+            advice="Check that the right series was sent, prepared as the model card says, or choose another model.",
+        )
+
+
+def smooth(
+    residual: FloatArray, foreground: BoolArray, smoothing_mm: float, spacing_mm: tuple[float, float, float]
+) -> FloatArray:
+    """Gaussian over the stack of what lies in the foreground, (N, H, W).
+
+    The slices must be neighbours: between two analysed slices lies nothing but analysed slices.
+    """
+    if smoothing_mm == 0:
+        return residual
+    sigma = smoothing_mm / np.array(spacing_mm)
+    result: FloatArray = ndimage.gaussian_filter(np.where(foreground, residual, np.float32(0)), sigma)
+    return result
+
+
+def _spread(values: npt.NDArray[T], at: npt.NDArray[np.int64], count: int, fill: object) -> npt.NDArray[T]:
+    """Values of the analysed slices among all slices of the scan."""
+    whole = np.full((count, *values.shape[1:]), fill, dtype=values.dtype)
+    whole[at] = values
+    return whole

@@ -1,0 +1,110 @@
+"""From the slices back to the scan's own grid: mask, maps, and each lesion in numbers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from nibabel import affines
+from scipy import ndimage
+
+from app.manifest import Manifest
+from app.pipeline.detect import Detection
+from app.volume import FloatArray, Volume
+
+MaskArray = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One connected finding. Positions are RAS+ millimetres."""
+
+    label: int
+    volume_ml: float
+    peak: float
+    mean: float
+    centroid_mm: tuple[float, float, float]
+    box_mm: tuple[tuple[float, float, float], tuple[float, float, float]]
+    key_slice: int
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What differs, on the scan's own grid.
+
+    Attributes
+    ----------
+    mask : (X, Y, Z) ndarray of uint8
+        1 where the scan differs from its counterpart.
+    anomaly : (X, Y, Z) ndarray of float32
+        Residual as a share of the intensity range; NaN where nothing was analysed.
+    counterpart : (X, Y, Z) ndarray of float32
+        The scan in its own units, with what differs replaced by what the model imagines there.
+    affine : (4, 4) ndarray
+        The scan's own.
+    lesions : tuple of Lesion
+        Largest first.
+    """
+
+    mask: MaskArray
+    anomaly: FloatArray
+    counterpart: FloatArray
+    affine: npt.NDArray[np.float64]
+    lesions: tuple[Lesion, ...]
+
+
+def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Result:
+    """Bring a detection back to the grid of the scan it came from."""
+    placement = detection.slices.placement
+    anomaly = placement.to_volume(detection.anomaly)
+    change = placement.to_volume(detection.counterpart - detection.slices.x[:, 0])
+    counterpart = volume.array + np.nan_to_num(change) * np.float32(placement.scale)
+    with np.errstate(invalid="ignore"):
+        above = anomaly > manifest.residual.threshold
+    mask, lesions = _lesions(above, anomaly, volume, manifest.residual.min_lesion_ml)
+    return Result(mask, anomaly, counterpart, volume.affine, lesions)
+
+
+def _lesions(
+    above: npt.NDArray[np.bool_], anomaly: FloatArray, volume: Volume, min_ml: float
+) -> tuple[MaskArray, tuple[Lesion, ...]]:
+    """Connected findings of at least `min_ml`, numbered by size."""
+    labels, count = ndimage.label(above, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:] * volume.voxel_ml
+    keep = [i + 1 for i in np.argsort(-sizes, kind="stable") if sizes[i] >= min_ml]
+    mask = np.isin(labels, keep).astype(np.uint8)
+    boxes = ndimage.find_objects(labels)
+    lesions = tuple(
+        _lesion(rank, labels, index, boxes[index - 1], anomaly, volume) for rank, index in enumerate(keep, start=1)
+    )
+    return mask, lesions
+
+
+def _lesion(
+    rank: int,
+    labels: npt.NDArray[np.int32],
+    index: int,
+    box: tuple[slice, slice, slice],
+    anomaly: FloatArray,
+    volume: Volume,
+) -> Lesion:
+    start = np.array([s.start for s in box])
+    inside = labels[box] == index
+    voxels = np.argwhere(inside) + start
+    points = affines.apply_affine(volume.affine, voxels)
+    values = anomaly[box][inside]
+    # The slice along the scan's own slice axis (the last one) that shows most of the lesion.
+    key_slice = int(np.bincount(voxels[:, 2]).argmax())
+    return Lesion(
+        label=rank,
+        volume_ml=float(inside.sum() * volume.voxel_ml),
+        peak=float(values.max()),
+        mean=float(values.mean()),
+        centroid_mm=_point(points.mean(axis=0)),
+        box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
+        key_slice=key_slice,
+    )
+
+
+def _point(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    x, y, z = (round(float(v), 2) for v in values)
+    return x, y, z

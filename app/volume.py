@@ -1,0 +1,141 @@
+"""A scan as the pipeline sees it: voxels and the affine that places them, never apart."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from nibabel import affines
+
+from app.errors import ConstantVoxels, InvalidGeometry, InvalidVoxels, NotAVolume
+
+FloatArray = npt.NDArray[np.float32]
+Affine = npt.NDArray[np.float64]
+
+# An axis shorter than this, or two axes this close to parallel, cannot come from a scanner: the
+# smallest voxels in use are some tens of micrometres.
+SMALLEST_VOXEL_MM = 0.01
+SMALLEST_CELL_MM3 = SMALLEST_VOXEL_MM**3
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A three-dimensional grey image on its own grid.
+
+    Attributes
+    ----------
+    array : (X, Y, Z) ndarray of float32
+        Voxel values in the scan's own units; finite and not all equal.
+    affine : (4, 4) ndarray of float64
+        Voxel indices to RAS+ millimetres.
+
+    Raises
+    ------
+    NotAVolume
+        The array does not have three non-empty axes.
+    InvalidVoxels
+        A voxel is NaN or infinite.
+    ConstantVoxels
+        Every voxel has the same value.
+    InvalidGeometry
+        The affine is not finite, or is singular.
+    """
+
+    array: FloatArray
+    affine: Affine
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "array", np.asarray(self.array, dtype=np.float32))
+        object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
+        _check_array(self.array)
+        _check_affine(self.affine)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along each axis."""
+        x, y, z = self.array.shape
+        return x, y, z
+
+    @property
+    def spacing(self) -> npt.NDArray[np.float64]:
+        """Millimetres along each voxel axis, (3,)."""
+        return np.asarray(affines.voxel_sizes(self.affine), dtype=np.float64)
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a scan beside its voxels; nothing in it may reach a log.
+
+    Attributes
+    ----------
+    format : {"nifti", "dicom"}
+        What was sent.
+    modality : {"MR", "CT"} or None
+        None where the format does not say (NIfTI).
+    description : str
+        Sequence tags and series description in one line, for the choice of a bundle; may be empty.
+    sform_code : int
+        NIfTI's code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
+    instances : tuple of Path
+        DICOM: files of the slices, in the order of the volume's last axis.
+    series_uid : str
+        DICOM: SeriesInstanceUID; empty for NIfTI.
+    notes : tuple of str
+        What reading decided or left out, in sentences without patient data; they go into the report.
+    """
+
+    format: Literal["nifti", "dicom"]
+    modality: Literal["MR", "CT"] | None = None
+    description: str = ""
+    sform_code: int = 1
+    instances: tuple[Path, ...] = ()
+    series_uid: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A volume and where it came from."""
+
+    volume: Volume
+    source: Source
+
+
+def _check_array(array: FloatArray) -> None:
+    if array.ndim != 3 or 0 in array.shape:
+        raise NotAVolume(
+            f"The image has the shape {array.shape}.",
+            expected="three non-empty axes, one grey value a voxel.",
+            advice="Send one volume: split time series, and convert colour images to grey.",
+        )
+    bad = int(array.size - np.isfinite(array).sum())
+    if bad:
+        raise InvalidVoxels(
+            f"{bad} of {array.size} voxels are NaN or infinite.",
+            expected="a finite number in every voxel.",
+            advice="Export the scan again, or set the background to 0.",
+        )
+    if array.min() == array.max():
+        raise ConstantVoxels(
+            "Every voxel has the same value.",
+            expected="an image with contrast.",
+            advice="Check that the export holds the pixel data.",
+        )
+
+
+def _check_affine(affine: Affine) -> None:
+    whole = affine.shape == (4, 4) and bool(np.isfinite(affine).all())
+    if whole and abs(np.linalg.det(affine[:3, :3])) > SMALLEST_CELL_MM3:
+        return
+    raise InvalidGeometry(
+        "The matrix from voxels to millimetres is not finite or not invertible.",
+        expected="three independent axes of more than "
+        f"{SMALLEST_VOXEL_MM} mm a voxel (sform or qform of NIfTI, orientation of DICOM).",
+        advice="Export the scan again with its orientation.",
+    )
