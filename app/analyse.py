@@ -1,0 +1,146 @@
+"""ingest -> detect -> export for one scan: the chain that the command line and the worker both call."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from app.export.nifti import write_nifti
+from app.export.pictures import write_preview
+from app.export.report import RESEARCH_USE_ONLY, ModelUsed, Report, build_report
+from app.ingest import read
+from app.manifest import Manifest
+from app.pipeline.detect import Detection, detect
+from app.pipeline.findings import Result, to_result
+from app.runtime.bundle import Bundle, choose
+from app.volume import Scan
+
+# Stage ("read", "infer", "export") and how much of it is done, 0 to 1. It may raise
+# `app.errors.Cancelled`: it is called between network evaluations.
+Progress = Callable[[str, float], None]
+
+# Slices in one network evaluation: enough to keep two cores busy; more only costs memory.
+BATCH = 16
+
+RESULT_FILES = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller asks for beside the scan.
+
+    Attributes
+    ----------
+    model : str or None
+        Name or id of a bundle; None chooses by modality.
+    series : str or None
+        SeriesInstanceUID where several were sent.
+    seed : int or None
+        Of the keyed noise; None takes the manifest's.
+    """
+
+    model: str | None = None
+    series: str | None = None
+    seed: int | None = None
+
+
+def analyse(
+    path: Path,
+    out: Path,
+    bundles: Callable[[Manifest], Bundle],
+    manifests: Sequence[Manifest],
+    request: Request,
+    progress: Progress,
+) -> Report:
+    """Read a scan, compare it with its counterpart, write the results.
+
+    Parameters
+    ----------
+    path : Path
+        A NIfTI file, a zip, or a folder of DICOM files.
+    out : Path
+        Existing folder for `RESULT_FILES`; each appears whole or not at all.
+    bundles : callable
+        The loaded bundle of a manifest.
+    manifests : sequence of Manifest
+        Those to choose from.
+    request : Request
+        Model, series, seed.
+    progress : callable
+        Told of each stage.
+
+    Raises
+    ------
+    CounterpartError
+        One leaf a cause; see `app.errors`.
+    """
+    seconds: dict[str, float] = {}
+    with TemporaryDirectory(prefix="counterpart-") as scratch, _timed("read", seconds):
+        progress("read", 0.0)
+        scan = read(path, scratch=Path(scratch), series=request.series)
+        manifest = choose(manifests, scan.source, request.model)
+        progress("read", 1.0)
+    with _timed("load", seconds):
+        bundle = bundles(manifest)
+    with _timed("infer", seconds):
+        detection, result = infer(scan, bundle, request.seed, progress)
+    with _timed("export", seconds):
+        progress("export", 0.0)
+        _write_images(out, scan, result)
+        write_preview(out / "preview.png", detection, manifest, RESEARCH_USE_ONLY)
+    used = ModelUsed(
+        id=manifest.id,
+        sha256=bundle.sha256,
+        provider=bundle.provider,
+        seed=manifest.seed if request.seed is None else request.seed,
+        licence=manifest.licence.licence,
+    )
+    report = build_report(scan, detection, result, used, manifest, seconds)
+    part = out / "report.json.part"
+    part.write_text(report.model_dump_json(indent=1) + "\n")
+    part.replace(out / "report.json")
+    progress("export", 1.0)
+    return report
+
+
+def infer(scan: Scan, bundle: Bundle, seed: int | None, progress: Progress) -> tuple[Detection, Result]:
+    """Run the pipeline on a scan that was read, batch by batch."""
+    done = 0
+    expected = 1
+
+    def tick(slices: int) -> None:
+        nonlocal done
+        done += slices
+        # How many slices will need the reverse process is not known before the KL map: the bar
+        # counts on every one, and jumps ahead at the end.
+        progress("infer", min(done / expected, 1.0))
+
+    _, reversed_too = bundle.manifest.evaluations_per_slice
+    depth_mm = abs(scan.volume.affine[:3, :3]) @ scan.volume.shape
+    expected = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]) * reversed_too)
+    progress("infer", 0.0)
+    models = bundle.models.in_batches(BATCH, tick)
+    detection = detect(scan.volume, models, bundle.manifest, seed)
+    result = to_result(scan.volume, detection, bundle.manifest)
+    progress("infer", 1.0)
+    return detection, result
+
+
+def _write_images(out: Path, scan: Scan, result: Result) -> None:
+    """The three volumes, on the scan's own grid."""
+    code = scan.source.sform_code
+    for name, array, what in (
+        ("mask", result.mask, "1 where the scan differs from its counterpart"),
+        ("anomaly", result.anomaly, "residual; NaN where not analysed"),
+        ("counterpart", result.counterpart, "imagined healthy counterpart"),
+    ):
+        write_nifti(out / f"{name}.nii.gz", array, result.affine, code, f"counterpart: {what}; research use only")
+
+
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

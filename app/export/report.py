@@ -1,0 +1,154 @@
+"""What a scan's analysis says, as one document. It holds no patient data."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from app import __version__
+from app.manifest import Manifest, Part, Range
+from app.pipeline.detect import Detection
+from app.pipeline.findings import Result
+from app.volume import Scan
+
+RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis."
+
+Point = tuple[float, float, float]
+
+
+class ModelUsed(Part):
+    id: str
+    sha256: str = Field(description="Of the bundle's manifest, which holds the hashes of its files.")
+    provider: str
+    seed: int
+    licence: str
+
+
+class Input(Part):
+    format: Literal["nifti", "dicom"]
+    modality: str | None
+    shape: tuple[int, int, int]
+    spacing_mm: Point
+    notes: tuple[str, ...] = Field(description="What reading decided or left out.")
+
+
+class Extent(Part):
+    """What was analysed, and what was not: there, nothing can be said."""
+
+    volume_ml: float = Field(description="Volume with a value in the anomaly map.")
+    slices: int = Field(description="Slices of the model.")
+    slices_not_analysed: tuple[int, ...] = Field(description="Indices, inferior to superior.")
+    z_mm: tuple[float, float] = Field(description="Lowest and highest analysed slice, RAS+ millimetres.")
+
+
+class ScoresReported(Part):
+    scan: float = Field(description="Mean KL over the foreground latents, nats.")
+    healthy_scan: Range = Field(description="What healthy validation scans span.")
+    slices: tuple[float | None, ...] = Field(description="The same for each slice; null where not analysed.")
+    healthy_slice: Range
+    reconstruction: float = Field(description="Mean |x - D(z0)|, share of the intensity range.")
+    fraction_out: float = Field(description="Share of latents outside the healthy range of a latent.")
+
+
+class Finding(Part):
+    """One connected lesion. Positions are RAS+ millimetres; scores are shares of the intensity range."""
+
+    label: int
+    volume_ml: float
+    peak_score: float
+    mean_score: float
+    centroid_mm: Point
+    box_mm: tuple[Point, Point]
+    key_slice: int = Field(description="Index along the scan's last axis that shows most of it.")
+
+
+class Work(Part):
+    """What the analysis cost."""
+
+    seconds: dict[str, float] = Field(description="Wall-clock seconds of each stage.")
+    slices_reversed: int
+    network_evaluations: int = Field(description="Slices times evaluations of the denoiser.")
+
+
+class Report(Part):
+    """Everything that is told about one analysis."""
+
+    format_version: Literal[1] = 1
+    notice: str = RESEARCH_USE_ONLY
+    research_use_only: Literal[True] = True
+    code_version: str
+    frame: Literal["RAS+ mm"] = "RAS+ mm"
+    model: ModelUsed
+    input: Input
+    analysed: Extent
+    scores: ScoresReported
+    threshold: float = Field(description="A voxel of the anomaly map above it is in the mask.")
+    lesion_volume_ml: float
+    findings: tuple[Finding, ...]
+    work: Work
+
+
+def build_report(
+    scan: Scan, detection: Detection, result: Result, model: ModelUsed, manifest: Manifest, seconds: dict[str, float]
+) -> Report:
+    """Put the numbers of one analysis together."""
+    known = np.flatnonzero(detection.analysed)
+    heights = detection.slices.placement.affine[2, 0] * known + detection.slices.placement.affine[2, 3]
+    reversed_slices = int(detection.latent_mask.any(axis=(1, 2)).sum())
+    every, _ = manifest.evaluations_per_slice
+    return Report(
+        code_version=__version__,
+        model=model,
+        input=Input(
+            format=scan.source.format,
+            modality=scan.source.modality,
+            shape=scan.volume.shape,
+            spacing_mm=_rounded(scan.volume.spacing),
+            notes=scan.source.notes,
+        ),
+        analysed=Extent(
+            volume_ml=round(float(np.isfinite(result.anomaly).sum()) * scan.volume.voxel_ml, 1),
+            slices=len(detection.analysed),
+            slices_not_analysed=tuple(int(i) for i in np.flatnonzero(~detection.analysed)),
+            z_mm=(round(float(heights[0]), 1), round(float(heights[-1]), 1)),
+        ),
+        scores=_scores(detection, manifest),
+        threshold=manifest.residual.threshold,
+        lesion_volume_ml=round(float(result.mask.sum()) * scan.volume.voxel_ml, 3),
+        findings=tuple(
+            Finding(
+                label=lesion.label,
+                volume_ml=round(lesion.volume_ml, 3),
+                peak_score=round(lesion.peak, 4),
+                mean_score=round(lesion.mean, 4),
+                centroid_mm=lesion.centroid_mm,
+                box_mm=lesion.box_mm,
+                key_slice=lesion.key_slice,
+            )
+            for lesion in result.lesions
+        ),
+        work=Work(
+            seconds={stage: round(value, 3) for stage, value in seconds.items()},
+            slices_reversed=reversed_slices,
+            network_evaluations=len(known) * every + reversed_slices * len(manifest.reverse.timesteps),
+        ),
+    )
+
+
+def _scores(detection: Detection, manifest: Manifest) -> ScoresReported:
+    by_slice: list[float | None] = [None] * len(detection.analysed)
+    for index, value in zip(np.flatnonzero(detection.analysed), detection.scores.slices, strict=True):
+        by_slice[int(index)] = round(float(value), 5) if np.isfinite(value) else None
+    return ScoresReported(
+        scan=round(detection.scores.scan, 5),
+        healthy_scan=manifest.calibration.scan_score,
+        slices=tuple(by_slice),
+        healthy_slice=manifest.calibration.slice_score,
+        reconstruction=round(detection.scores.reconstruction, 5),
+        fraction_out=round(detection.scores.fraction_out, 5),
+    )
+
+
+def _rounded(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Point:
+    x, y, z = (round(float(v), 4) for v in values)
+    return x, y, z
