@@ -1,0 +1,1 @@
+"""Healthy scans -> a bundle that the service can serve."""

@@ -1,0 +1,124 @@
+"""One TOML file describes one bundle, from its data to its calibration."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field
+
+from app.manifest import NoiseSchedule, Part, Preparation
+
+DATA_VARIABLE = "COUNTERPART_DATA"
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def data_root() -> Path:
+    """Folder of the real scans: the environment's, else the one beside the checkout."""
+    return Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data"))
+
+
+class DataConfig(Part):
+    folder: str = Field(description="Folder of the volumes, below the data root.")
+    pattern: str = Field(description="File name with {subject}.")
+    splits: str = Field(description="File of the frozen split, below training/splits.")
+    copies: int = Field(description="Tilted and scaled copies of each training scan, beside itself.")
+    tilt_degrees: float = Field(description="Standard deviation of the tilt about each axis.")
+    scale_sd: float = Field(description="Standard deviation of the scale.")
+
+
+class AugmentationConfig(Part):
+    """In-plane and intensity changes small enough that a healthy slice stays healthy."""
+
+    rotate_degrees: float
+    scale: float
+    shift_pixels: float
+    gain: float
+    gamma: float
+
+
+class VqvaeConfig(Part):
+    channels: tuple[int, ...]
+    residual_layers: int
+    embedding_dim: int
+    codes: int
+    decay: float
+    commitment: float
+    dead_below: float = Field(description="Share of the uniform use under which a code is restarted.")
+    restart_every: int
+    batch: int
+    steps: int
+    learning_rate: float
+
+
+class DenoiserConfig(Part):
+    passes: int = Field(description="Augmented passes over the training slices whose latents are kept.")
+    channels: tuple[int, ...]
+    residual_blocks: int
+    attention: tuple[bool, ...]
+    head_channels: int
+    batch: int
+    steps: int
+    learning_rate: float
+    warmup: int
+    ema_decay: float
+    focus_below: int = Field(description="Time steps under it are drawn with `focus_share`; detection uses no other.")
+    focus_share: float
+
+
+class DetectionConfig(Part):
+    """Choices of METHOD's detection; what follows from them is calibrated on healthy scans."""
+
+    kl_timesteps: tuple[int, ...]
+    kl_percentile: float
+    empty_share: float = Field(description="Share of healthy slices whose mask must come out empty.")
+    grow: int
+    reverse_timesteps: tuple[int, ...]
+    reference: Literal["image", "reconstruction"]
+    smoothing_mm: float
+    false_positive_rate: float = Field(description="Share of healthy pixels above the residual threshold.")
+    least_threshold: float
+    min_lesion_ml: float
+    gate_deviations: float
+    gate_fraction_out: float
+
+
+class BundleConfig(Part):
+    """Words of the manifest and the card."""
+
+    title: str
+    intended_use: str
+    modality: Literal["MR", "CT"]
+    sequence: str
+    data: str
+    licence: str
+    attribution: str
+
+
+class Config(Part):
+    name: str
+    version: str
+    seed: int
+    data: DataConfig
+    preparation: Preparation
+    schedule: NoiseSchedule
+    augmentation: AugmentationConfig
+    vqvae: VqvaeConfig
+    denoiser: DenoiserConfig
+    detection: DetectionConfig
+    bundle: BundleConfig
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a configuration; an unknown or missing key is an error."""
+        return cls.model_validate(tomllib.loads(path.read_text()))
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels of a slice along one side of a latent."""
+        return int(2 ** len(self.vqvae.channels))
+
+    @property
+    def run_folder(self) -> Path:
+        """Checkpoints, cached slices and curves of this bundle; ignored by git."""
+        return ROOT / "runs" / f"{self.name}-{self.version}"

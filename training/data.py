@@ -1,0 +1,127 @@
+"""Slices for training, made by the service's own `prepare` and kept in a cache."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.spatial.transform import Rotation
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from app.pipeline.prepare import foreground_cm2, to_slices
+from app.volume import Volume
+from training.config import AugmentationConfig, Config, data_root
+from training.splits import load_split
+
+UInt16Array = npt.NDArray[np.uint16]
+UINT16_MAX = 65535
+
+
+def subject_path(config: Config, subject: str) -> Path:
+    """Where a subject's scan lies: in `volumes/`, or beside it for the two published as they are."""
+    folder = data_root() / config.data.folder
+    name = config.data.pattern.format(subject=subject)
+    inner = folder / "volumes" / name
+    return inner if inner.exists() else folder / name
+
+
+def load_volume(path: Path) -> Volume:
+    """Read a NIfTI file as the service does, without its checks of hostile files."""
+    image = nib.load(path)
+    assert isinstance(image, nib.Nifti1Image)
+    return Volume(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine))
+
+
+def data_hash(config: Config, subjects: tuple[str, ...]) -> str:
+    """SHA-256 over the names and bytes of the scans of some subjects."""
+    digest = hashlib.sha256()
+    for subject in subjects:
+        digest.update(subject.encode())
+        digest.update(hashlib.sha256(subject_path(config, subject).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def tilted(volume: Volume, config: Config, rng: np.random.Generator) -> Volume:
+    """The same head held a little differently, and a little larger or smaller: only its affine changes."""
+    turn = np.eye(4)
+    rotation = Rotation.from_euler("xyz", rng.normal(0, config.data.tilt_degrees, 3), degrees=True).as_matrix()
+    turn[:3, :3] = rotation * np.exp(rng.normal(0, config.data.scale_sd))
+    return Volume(volume.array, turn @ volume.affine)
+
+
+def cached_slices(config: Config, part: str) -> UInt16Array:
+    """The analysed slices of one part of the split, (N, H, W), 0..65535 for 0..1.
+
+    Training scans come with `copies` tilted copies. The cache is keyed by all that decides it.
+    """
+    split = load_split(config.data.splits)
+    subjects: tuple[str, ...] = getattr(split, part)
+    copies = config.data.copies if part == "train" else 0
+    key = json.dumps(
+        [config.preparation.model_dump(), config.data.model_dump(), config.seed, data_hash(config, subjects), copies]
+    )
+    path = config.run_folder / "cache" / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts = []
+        for i, subject in enumerate(tqdm(subjects, desc=f"prepare {part}", unit="scan")):
+            volume = load_volume(subject_path(config, subject))
+            rng = np.random.default_rng([config.seed, i])
+            for view in [volume, *(tilted(volume, config, rng) for _ in range(copies))]:
+                slices = to_slices(view, config.preparation)
+                keep = foreground_cm2(slices, config.preparation) >= config.preparation.min_foreground_cm2
+                parts.append(np.round(slices.x[keep, 0] * UINT16_MAX).astype(np.uint16))
+        np.save(path, np.concatenate(parts))
+    stack: UInt16Array = np.load(path, mmap_mode="r")
+    return stack
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batches of slices, the same for the same seed and step however often a run was stopped."""
+
+    stack: UInt16Array
+    size: int
+    seed: int
+    augmentation: AugmentationConfig | None
+
+    def __call__(self, step: int) -> torch.Tensor:
+        """Batch of one step, (B, 1, H, W) in [0, 1]."""
+        rng = np.random.default_rng([self.seed, step])
+        # Epoch by epoch without replacement: the order is a permutation keyed by the epoch.
+        first = step * self.size
+        epoch, start = divmod(first, len(self.stack) - len(self.stack) % self.size)
+        order = np.random.default_rng([self.seed, 1_000_003, epoch]).permutation(len(self.stack))
+        chosen = np.sort(order[start : start + self.size])
+        x = torch.from_numpy(self.stack[chosen].astype(np.float32) / UINT16_MAX)[:, None]
+        return augment(x, self.augmentation, rng) if self.augmentation else x
+
+
+def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generator) -> torch.Tensor:
+    """Mirror, small affine, gain and gamma: healthy stays healthy.
+
+    Parameters
+    ----------
+    x : (B, 1, H, W) tensor in [0, 1]
+    """
+    n, _, height, width = x.shape
+    angle = np.deg2rad(rng.uniform(-1, 1, n) * config.rotate_degrees)
+    scale = 1 + rng.uniform(-1, 1, n) * config.scale
+    mirror = rng.choice([-1.0, 1.0], n)
+    aspect = height / width
+    theta = np.zeros((n, 2, 3))
+    theta[:, 0, 0] = np.cos(angle) * scale * mirror
+    theta[:, 0, 1] = -np.sin(angle) * scale * aspect
+    theta[:, 1, 0] = np.sin(angle) * scale * mirror / aspect
+    theta[:, 1, 1] = np.cos(angle) * scale
+    theta[:, :, 2] = rng.uniform(-1, 1, (n, 2)) * config.shift_pixels * 2 / [width, height]
+    grid = F.affine_grid(torch.from_numpy(theta).float(), [n, 1, height, width], align_corners=False)
+    moved = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
+    gain = torch.from_numpy(1 + rng.uniform(-1, 1, (n, 1, 1, 1)) * config.gain).float()
+    gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.gamma)).float()
+    return (moved.clamp(0, 1) ** gamma * gain).clamp(0, 1)

@@ -1,0 +1,142 @@
+"""Stage 3: trained networks -> ONNX graphs that give the same numbers."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from scipy import ndimage
+from torch import nn
+
+from app.pipeline.schedule import Schedule
+from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_TOLERANCE
+from app.runtime.session import as_callable, open_session
+from app.volume import FloatArray
+from training.config import Config
+from training.data import UINT16_MAX, cached_slices
+from training.latents import load_vqvae
+from training.loop import load_modules
+from training.networks import Decode, Encode, build_denoiser
+
+OPSET = 18
+PARITY_SLICES = 16
+GRAPHS = {"encoder": (("x",), "z0"), "denoiser": (("z_t", "t"), "epsilon"), "decoder": (("z0",), "x")}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference between onnxruntime and torch on real validation slices."""
+
+    encoder: float
+    denoiser: float
+    decoder_flipped: float
+
+
+def trained_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
+    """The three networks as serving calls them, on the CPU, and each stage's provenance."""
+    vqvae, latent, from_vqvae = load_vqvae(config)
+    denoiser = build_denoiser(config)
+    averaged = torch.optim.swa_utils.AveragedModel(denoiser)
+    from_denoiser = load_modules(config, "denoiser", {"averaged": averaged})
+    networks: dict[str, nn.Module] = {
+        "encoder": Encode(vqvae, latent),
+        "denoiser": averaged.module,
+        "decoder": Decode(vqvae, latent),
+    }
+    for network in networks.values():
+        network.cpu().eval().requires_grad_(False)
+    return networks, {"vqvae": from_vqvae, "denoiser": from_denoiser}
+
+
+def graphs_folder(config: Config) -> Path:
+    """Where the exported graphs wait for the bundle."""
+    return config.run_folder / "onnx"
+
+
+def write_graph(name: str, network: nn.Module, example: tuple[torch.Tensor, ...], path: Path) -> None:
+    """Export one network with a dynamic batch axis, weights inside the file."""
+    inputs, output = GRAPHS[name]
+    batch = torch.export.Dim("n", min=1)
+    torch.onnx.export(
+        network,
+        example,
+        str(path),
+        dynamo=True,
+        external_data=False,
+        opset_version=OPSET,
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_shapes=tuple({0: batch} for _ in example),
+        verbose=False,
+    )
+
+
+def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:
+    """Synthetic slices (no patient's), and what the networks make of them."""
+    rng = np.random.default_rng(config.seed)
+    height, width = config.preparation.shape
+    rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    head = (rows**2 / 0.8 + columns**2 / 0.7) < 1
+    texture = ndimage.gaussian_filter(rng.standard_normal((2, height, width)), (0, 2, 2))
+    x = (np.clip(0.5 + 0.8 * texture, 0, 1) * head)[:, None].astype(np.float32)
+    schedule = Schedule.linear(config.schedule.steps, config.schedule.beta_start, config.schedule.beta_end)
+    t = np.array([500, 200], dtype=np.int64)
+    with torch.no_grad():
+        z0 = networks["encoder"](torch.from_numpy(x)).numpy()
+        z_t = schedule.diffuse(z0, rng.standard_normal(z0.shape, dtype=np.float32), t)
+        epsilon = networks["denoiser"](torch.from_numpy(z_t), torch.from_numpy(t)).numpy()
+        decoded = networks["decoder"](torch.from_numpy(z0)).numpy()
+    return {"x": x, "z0": z0, "z_t": z_t, "t": t, "epsilon": epsilon, "decoded": decoded}
+
+
+def check_parity(config: Config, networks: dict[str, nn.Module], folder: Path) -> Parity:
+    """Compare onnxruntime with torch on real validation slices; fail above the stated tolerance.
+
+    Raises
+    ------
+    SystemExit
+        A graph computes something else than the network it came from.
+    """
+    stack = cached_slices(config, "validation")
+    chosen = np.linspace(0, len(stack) - 1, PARITY_SLICES).astype(int)
+    x = stack[chosen].astype(np.float32)[:, None] / UINT16_MAX
+    schedule = Schedule.linear(config.schedule.steps, config.schedule.beta_start, config.schedule.beta_end)
+    t = np.linspace(10, 990, PARITY_SLICES).astype(np.int64)
+    run = {name: as_callable(open_session(folder / f"{name}.onnx", "cpu")) for name in GRAPHS}
+    with torch.no_grad():
+        z0 = networks["encoder"](torch.from_numpy(x)).numpy()
+        noise = np.random.default_rng(0).standard_normal(z0.shape, dtype=np.float32)
+        z_t = schedule.diffuse(z0, noise, t)
+        epsilon = networks["denoiser"](torch.from_numpy(z_t), torch.from_numpy(t)).numpy()
+        decoded = networks["decoder"](torch.from_numpy(z0)).numpy()
+
+    def worst(a: FloatArray, b: FloatArray) -> float:
+        return float(np.abs(a - b).max())
+
+    parity = Parity(
+        encoder=worst(run["encoder"](x), z0),
+        denoiser=worst(run["denoiser"](z_t, t), epsilon),
+        decoder_flipped=float(np.mean(np.abs(run["decoder"](z0) - decoded) > GOLDEN_TOLERANCE)),
+    )
+    if max(parity.encoder, parity.denoiser) > GOLDEN_TOLERANCE or parity.decoder_flipped > GOLDEN_FLIPPED:
+        raise SystemExit(f"onnxruntime {onnxruntime.__version__} and torch {torch.__version__} disagree: {parity}")
+    return parity
+
+
+def export(config: Config) -> Parity:
+    """Write the three graphs and the golden pair, and compare them with torch."""
+    networks, _ = trained_networks(config)
+    golden = golden_pair(config, networks)
+    folder = graphs_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (inputs, _) in GRAPHS.items():
+        example = tuple(torch.from_numpy(golden[i]) for i in inputs)
+        write_graph(name, networks[name], example, folder / f"{name}.onnx")
+    np.savez_compressed(folder / "golden.npz", allow_pickle=False, **golden)
+    return check_parity(config, networks, folder)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{export(Config.load(Path(sys.argv[1])))}\n")
