@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
 from app.pipeline import anomaly
-from app.pipeline.detect import GATE_SLICES, smooth
+from app.pipeline.detect import gate_slices, smooth
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
@@ -64,7 +64,7 @@ def calibrate_gate(scans: list[Examined], config: Config) -> Gate:
 
 
 def _gate_error(scan: Examined) -> float:
-    some = np.unique(np.linspace(0, len(scan.x) - 1, GATE_SLICES).round().astype(int))
+    some = gate_slices(len(scan.x))
     error: FloatArray = np.abs(scan.reconstruction[some] - scan.x[some])[scan.foreground[some]]
     return float(error.mean())
 

@@ -61,11 +61,12 @@ def make_schedule(settings: NoiseSchedule) -> Schedule:
     return Schedule.linear(settings.steps, settings.beta_start, settings.beta_end)
 
 
-def keyed_noise(config: Config) -> KeyedNoise:
-    """The noise that serving will draw with the manifest's default seed."""
+def make_diffusion(models: Models, config: Config) -> anomaly.Diffusion:
+    """The diffusion model with the noise that serving will draw by default."""
     rows, columns = config.preparation.shape
     f = config.downsampling
-    return KeyedNoise(config.seed, (config.vqvae.embedding_dim, rows // f, columns // f))
+    noise = KeyedNoise(config.seed, (config.vqvae.embedding_dim, rows // f, columns // f))
+    return anomaly.Diffusion(make_schedule(config.schedule), models.denoise, noise)
 
 
 def examine(volume: Volume, models: Models, config: Config, timesteps: tuple[int, ...]) -> Examined:
@@ -75,7 +76,7 @@ def examine(volume: Volume, models: Models, config: Config, timesteps: tuple[int
     known = np.flatnonzero(foreground_cm2(slices, preparation) >= preparation.min_foreground_cm2)
     x, foreground = slices.x[known], slices.foreground[known]
     z0 = models.encode(x)
-    kl = anomaly.kl_map(z0, known, models.denoise, make_schedule(config.schedule), timesteps, keyed_noise(config))
+    kl = anomaly.kl_map(z0, known, make_diffusion(models, config), timesteps)
     return Examined(
         known=known,
         x=x[:, 0],
@@ -95,15 +96,8 @@ def residual_map(
     found = np.flatnonzero(mask.any(axis=(1, 2)))
     maps = {"image": np.zeros_like(scan.x), "reconstruction": np.zeros_like(scan.x)}
     if found.size:
-        zc = anomaly.inpaint(
-            scan.z0[found],
-            mask[found],
-            scan.known[found],
-            models.denoise,
-            make_schedule(config.schedule),
-            timesteps,
-            keyed_noise(config),
-        )
+        diffusion = make_diffusion(models, config)
+        zc = anomaly.inpaint(scan.z0[found], mask[found], scan.known[found], diffusion, timesteps)
         imagined = models.decode(zc)[:, 0]
         for name, reference in (("image", scan.x), ("reconstruction", scan.reconstruction)):
             maps[name][found] = anomaly.residual(reference[found], imagined, mask[found])

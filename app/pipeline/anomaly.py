@@ -1,5 +1,7 @@
 """The paper's steps, one function each (Pinaya et al. 2022, arXiv 2206.03461, section 2)."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
@@ -10,17 +12,33 @@ from app.pipeline.prepare import BoolArray
 from app.pipeline.schedule import CLEAN, Schedule
 from app.volume import FloatArray
 
-# Masks join over corners too: a lesion that runs diagonally is one lesion.
-EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
+# Masks join over corners too, a lesion that runs diagonally is one lesion; but not over slices,
+# which are compared with the model one by one.
+IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
+IN_PLANE[1] = True
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A diffusion model at work on one scan.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        Noise levels.
+    denoise : Denoise
+        The network.
+    noise : KeyedNoise
+        Every draw.
+    """
+
+    schedule: Schedule
+    denoise: Denoise
+    noise: KeyedNoise
 
 
 def kl_map(
-    z0: FloatArray,
-    slices: npt.NDArray[np.int64],
-    denoise: Denoise,
-    schedule: Schedule,
-    timesteps: tuple[int, ...],
-    noise: KeyedNoise,
+    z0: FloatArray, slices: npt.NDArray[np.int64], diffusion: Diffusion, timesteps: tuple[int, ...]
 ) -> FloatArray:
     """How far the true reverse step lies from the predicted one, in nats.
 
@@ -40,9 +58,10 @@ def kl_map(
     """
     total = np.zeros((len(z0), *z0.shape[2:]), dtype=np.float32)
     for t in timesteps:
-        epsilon = noise(Purpose.KL, slices, t)
-        predicted = denoise(schedule.diffuse(z0, epsilon, t), np.full(len(z0), t, dtype=np.int64))
-        total += schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
+        epsilon = diffusion.noise(Purpose.KL, slices, t)
+        z_t = diffusion.schedule.diffuse(z0, epsilon, t)
+        predicted = diffusion.denoise(z_t, np.full(len(z0), t, dtype=np.int64))
+        total += diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
     return np.asarray(total / len(timesteps), dtype=np.float32)
 
 
@@ -62,14 +81,14 @@ def latent_mask(kl: FloatArray, foreground: BoolArray, threshold: float, min_com
     `min_component` latents, grown by `grow` latents inside the foreground.
     """
     mask = (kl > threshold) & foreground
-    for one, inside in zip(mask, foreground, strict=True):
-        if min_component > 1:
-            labels, count = ndimage.label(one, structure=EIGHT_CONNECTED)
-            sizes = np.bincount(labels.ravel(), minlength=count + 1)
-            sizes[0] = 0
-            one &= sizes[labels] >= min_component
-        if grow and one.any():
-            one[:] = ndimage.binary_dilation(one, structure=EIGHT_CONNECTED, iterations=grow, mask=inside)
+    if min_component > 1:
+        # The structure has one layer: slices are not neighbours of each other here.
+        labels, count = ndimage.label(mask, structure=IN_PLANE)
+        sizes = np.bincount(labels.ravel(), minlength=count + 1)
+        sizes[0] = 0
+        mask = sizes[labels] >= min_component
+    if grow:
+        mask = ndimage.binary_dilation(mask, structure=IN_PLANE, iterations=grow, mask=foreground)
     return mask
 
 
@@ -77,10 +96,8 @@ def inpaint(
     z0: FloatArray,
     mask: BoolArray,
     slices: npt.NDArray[np.int64],
-    denoise: Denoise,
-    schedule: Schedule,
+    diffusion: Diffusion,
     timesteps: tuple[int, ...],
-    noise: KeyedNoise,
 ) -> FloatArray:
     """Diffuse half-way, and reverse with only the masked latents free to change.
 
@@ -98,9 +115,10 @@ def inpaint(
         The counterpart's latents; unmasked ones are those of z0, bit for bit.
     """
     m = mask[:, None]
+    schedule, noise = diffusion.schedule, diffusion.noise
     z = schedule.diffuse(z0, noise(Purpose.START, slices, timesteps[0]), timesteps[0])
     for t, t_next in zip(timesteps, (*timesteps[1:], CLEAN), strict=True):
-        predicted = denoise(z, np.full(len(z), t, dtype=np.int64))
+        predicted = diffusion.denoise(z, np.full(len(z), t, dtype=np.int64))
         free = schedule.ddim_step(z, predicted, t, t_next)
         known = z0 if t_next == CLEAN else schedule.diffuse(z0, noise(Purpose.KNOWN, slices, t_next), t_next)
         z = np.where(m, free, known)

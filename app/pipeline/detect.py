@@ -98,6 +98,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     """
     schedule = Schedule.linear(manifest.schedule.steps, manifest.schedule.beta_start, manifest.schedule.beta_end)
     noise = KeyedNoise(manifest.seed if seed is None else seed, manifest.latent_shape)
+    diffusion = anomaly.Diffusion(schedule, models.denoise, noise)
 
     slices = to_slices(volume, manifest.preparation)
     known = _analysed(slices, manifest)
@@ -105,21 +106,20 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     latents = anomaly.latent_foreground(foreground, manifest.latent.downsampling)
 
     z0 = models.encode(x)
-    kl = anomaly.kl_map(z0, known, models.denoise, schedule, manifest.kl.timesteps, noise)
-    scores = _scores(x[:, 0], foreground, z0, kl, latents, models, manifest.gate)
+    kl = anomaly.kl_map(z0, known, diffusion, manifest.kl.timesteps)
+    error = _reconstruction_error(x[:, 0], foreground, z0, models)
+    scores = _scores(kl, latents, error, manifest.gate)
     check_gate(scores, manifest.gate)
 
     mask = anomaly.latent_mask(kl, latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
     found = np.flatnonzero(mask.any(axis=(1, 2)))  # a slice with an empty mask has residual 0: nothing to reverse
     counterpart, residual = x[:, 0].copy(), np.zeros_like(x[:, 0])
     if found.size:
-        zc = anomaly.inpaint(
-            z0[found], mask[found], known[found], models.denoise, schedule, manifest.reverse.timesteps, noise
-        )
+        zc = anomaly.inpaint(z0[found], mask[found], known[found], diffusion, manifest.reverse.timesteps)
         imagined = models.decode(zc)[:, 0]
         reference = x[found, 0] if manifest.residual.reference == "image" else models.decode(z0[found])[:, 0]
         residual[found] = anomaly.residual(reference, imagined, mask[found])
-        share = anomaly.upsample(mask[found], x.shape[2:])
+        share = anomaly.upsample(mask[found], x.shape[2:]) * foreground[found]  # nothing is painted beside the head
         counterpart[found] += share * (imagined - reference)
 
     residual = smooth(residual, foreground, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
@@ -149,22 +149,24 @@ def _analysed(slices: Slices, manifest: Manifest) -> npt.NDArray[np.int64]:
     return known
 
 
-def _scores(
-    x: FloatArray,
-    foreground: BoolArray,
-    z0: FloatArray,
-    kl: FloatArray,
-    latents: BoolArray,
-    models: Models,
-    gate: Gate,
-) -> Scores:
-    """Image-wise scores of the analysed slices."""
-    some = np.unique(np.linspace(0, len(x) - 1, GATE_SLICES).round().astype(int))
+def _reconstruction_error(x: FloatArray, foreground: BoolArray, z0: FloatArray, models: Models) -> float:
+    """Mean |x - D(z0)| over the foreground of a few slices spread over the scan."""
+    some = gate_slices(len(x))
     error = np.abs(models.decode(z0[some])[:, 0] - x[some])[foreground[some]]
+    return float(error.mean())
+
+
+def gate_slices(count: int) -> npt.NDArray[np.int64]:
+    """Which of so many slices the gate decodes."""
+    return np.unique(np.linspace(0, count - 1, GATE_SLICES).round().astype(np.int64))
+
+
+def _scores(kl: FloatArray, latents: BoolArray, reconstruction: float, gate: Gate) -> Scores:
+    """Image-wise scores of the analysed slices."""
     inside = kl[latents]
     out = (inside < gate.latent.low) | (inside > gate.latent.high)
-    by_slice = np.array([kl[i][latents[i]].mean() if latents[i].any() else np.nan for i in range(len(kl))])
-    return Scores(float(inside.mean()), by_slice.astype(np.float32), float(error.mean()), float(out.mean()))
+    by_slice = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, latents, strict=True)]
+    return Scores(anomaly.score(kl, latents), np.array(by_slice, np.float32), reconstruction, float(out.mean()))
 
 
 def check_gate(scores: Scores, gate: Gate) -> None:

@@ -57,11 +57,20 @@ def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Resul
     placement = detection.slices.placement
     anomaly = placement.to_volume(detection.anomaly)
     change = placement.to_volume(detection.counterpart - detection.slices.x[:, 0])
-    counterpart = volume.array + np.nan_to_num(change) * np.float32(placement.scale)
+    change = np.nan_to_num(change) * np.float32(placement.scale)
+    # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
+    seen = np.clip(volume.array, placement.background, placement.background + placement.scale)
+    counterpart = np.where(change == 0, volume.array, seen + change)
     with np.errstate(invalid="ignore"):
         above = anomaly > manifest.residual.threshold
     mask, lesions = _lesions(above, anomaly, volume, manifest.residual.min_lesion_ml)
     return Result(mask, anomaly, counterpart, volume.affine, lesions)
+
+
+def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
+    """Overlap of two masks, 2 |A and B| / (|A| + |B|); 1 where both are empty."""
+    size = int(found.sum()) + int(truth.sum())
+    return 2 * int((found & truth).sum()) / size if size else 1.0
 
 
 def _lesions(
@@ -98,7 +107,7 @@ def _lesion(
         label=rank,
         volume_ml=float(inside.sum() * volume.voxel_ml),
         peak=float(values.max()),
-        mean=float(values.mean()),
+        mean=float(values.mean(dtype=np.float64)),
         centroid_mm=_point(points.mean(axis=0)),
         box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
         key_slice=key_slice,

@@ -24,6 +24,9 @@ FOREGROUND_LEVEL = 0.05
 # Linear weights of less than this much known data give no value: NaN instead of a guess.
 KNOWN_WEIGHT = 0.5
 FWHM_PER_SIGMA = 2.3548
+# Ties are common (a 2 mm pixel half-way between 1 mm voxels, an extent of a whole number of slices)
+# and must fall the same way however the affine was rounded on its way through a file.
+TIE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +89,9 @@ class Placement:
             out[box] = np.where(weight >= KNOWN_WEIGHT, values / weight, np.nan)
         return out
 
-    def to_scan_units(self, values: FloatArray) -> FloatArray:
-        """Slice values in [0, 1] to the scan's own units."""
-        return np.asarray(values * self.scale + self.background, dtype=np.float32)
+    def from_source(self, array: FloatArray) -> FloatArray:
+        """Sample an array on the scan's grid linearly on the slices, (X, Y, Z) -> (N, H, W); 0 outside."""
+        return _onto(array, self.source_affine, self.affine, self.shape)
 
     def _source_box(self) -> tuple[slice, slice, slice]:
         """The part of the scan's grid that the stack can reach."""
@@ -149,7 +152,7 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
 
     smooth = _anti_alias(signal, volume.spacing, preparation)
     x = _onto(smooth, volume.affine, affine, shape) / np.float32(scale)
-    inside = _onto(foreground.astype(np.float32), volume.affine, affine, shape) > 0.5
+    inside = _onto(foreground.astype(np.float32), volume.affine, affine, shape) > 0.5 + TIE
     x = np.where(inside, np.clip(x, 0, 1), np.float32(0))
     placement = Placement(affine, shape, volume.affine, volume.shape, background, scale)
     return Slices(x[:, None], inside, placement)
@@ -188,7 +191,8 @@ def _foreground(signal: FloatArray) -> BoolArray:
         sizes = np.bincount(labels.ravel())
         sizes[0] = 0
         above = labels == sizes.argmax()
-    filled: BoolArray = ndimage.binary_fill_holes(above)
+    # A hole in a single slice is closed in its plane: across it, everything is open to the outside.
+    filled: BoolArray = ndimage.binary_fill_holes(above.squeeze()).reshape(above.shape)
     return filled
 
 
@@ -223,7 +227,7 @@ def _grid(
     """Affine and shape of the canonical stack around a centre."""
     dz, dy, dx = preparation.spacing_mm
     height, width = preparation.shape
-    count = int(np.floor(extent[2] / dz)) + 1
+    count = int(np.floor(extent[2] / dz + TIE)) + 1
     affine = np.zeros((4, 4))
     affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = dx, dy, dz, 1  # (slice, row, column) -> (z, y, x)
     middle = np.array([(count - 1) / 2, (height - 1) / 2, (width - 1) / 2])

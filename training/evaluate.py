@@ -1,0 +1,149 @@
+"""The shipped bundle on test subjects, which chose nothing: `python -m training.evaluate CONFIG`.
+
+Writes docs/evaluation/NAME.json and .md, and puts the table into the README between its markers.
+"""
+
+import json
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from app.errors import CounterpartError
+from app.manifest import Manifest
+from app.pipeline.detect import Detection, detect
+from app.pipeline.findings import Result, dice, to_result
+from app.runtime.bundle import Bundle, load_bundle
+from app.volume import Volume
+from training.config import ROOT, Config
+from training.data import load_volume, subject_path
+from training.foreign import all_foreign
+from training.lesions import gold_shape, insert_lesion
+from training.splits import Split, load_split
+from training.tables import render
+
+GRADES = (0.35, -0.35, 0.20, -0.20)
+SEEDS = range(5)
+BATCH = 16
+
+Row = dict[str, Any]
+
+
+def best_dice(anomaly: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) -> float:
+    """Dice at the threshold that suits this very scan best: no honest threshold reaches it."""
+    values = np.nan_to_num(anomaly)
+    order = np.argsort(-values, axis=None, kind="stable")[: 20 * max(int(truth.sum()), 1)]
+    hits = np.cumsum(truth.ravel()[order])
+    sizes = np.arange(1, len(order) + 1)
+    return float((2 * hits / (sizes + truth.sum())).max())
+
+
+def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, Result, float]:
+    """Detection, result and seconds of one scan."""
+    start = time.perf_counter()
+    models = bundle.models.in_batches(BATCH, lambda _: None)
+    detection = detect(volume, models, bundle.manifest)
+    return detection, to_result(volume, detection, bundle.manifest), time.perf_counter() - start
+
+
+def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
+    """False-positive volume of every healthy test scan, and whether the gate lets it in."""
+    rows = []
+    for subject in tqdm(split.test, desc="healthy", unit="scan"):
+        volume = load_volume(subject_path(config, subject))
+        try:
+            detection, result, seconds = run_detection(volume, bundle)
+        except CounterpartError as error:
+            rows.append({"subject": subject, "outcome": error.code})
+            continue
+        rows.append(
+            {
+                "subject": subject,
+                "outcome": "analysed",
+                "false_positive_ml": float(result.mask.sum()) * volume.voxel_ml,
+                "findings": len(result.lesions),
+                "score": detection.scores.scan,
+                "reconstruction": detection.scores.reconstruction,
+                "fraction_out": detection.scores.fraction_out,
+                "seconds": seconds,
+                **evaluations(detection, bundle.manifest),
+            }
+        )
+    return rows
+
+
+def evaluations(detection: Detection, manifest: Manifest) -> Row:
+    """What the network was asked."""
+    every = len(manifest.kl.timesteps)
+    slices, changed = int(detection.analysed.sum()), int(detection.latent_mask.any(axis=(1, 2)).sum())
+    total = slices * every + changed * len(manifest.reverse.timesteps)
+    return {"slices": slices, "slices_reversed": changed, "network_evaluations": total}
+
+
+def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
+    """Real lesion shapes in healthy test scans: each shape and contrast in five scans."""
+    cases = [
+        (shape, contrast, seed, split.test[(5 * i + seed) % len(split.test)])
+        for i, shape in enumerate(split.shapes_test)
+        for contrast in GRADES
+        for seed in SEEDS
+    ]
+    rows = []
+    for shape, contrast, seed, subject in tqdm(cases, desc="lesions", unit="scan"):
+        made = insert_lesion(load_volume(subject_path(config, subject)), gold_shape(shape), contrast, seed)
+        row: Row = {"shape": shape, "contrast": contrast, "seed": seed, "subject": subject, "truth_ml": made.truth_ml}
+        try:
+            _, result, _ = run_detection(made.volume, bundle)
+            row |= {
+                "outcome": "analysed",
+                "dice": dice(result.mask > 0, made.truth),
+                "best_dice": best_dice(result.anomaly, made.truth),
+            }
+        except CounterpartError as error:
+            row |= {"outcome": error.code, "dice": 0.0, "best_dice": 0.0}
+        rows.append(row)
+    return rows
+
+
+def evaluate_foreign(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
+    """What happens to scans of another kind."""
+    outcomes: dict[str, Counter[str]] = defaultdict(Counter)
+    for foreign in tqdm(all_foreign(), desc="foreign", unit="scan"):
+        try:
+            run_detection(foreign.volume, bundle)
+            outcomes[foreign.kind]["analysed"] += 1
+        except CounterpartError as error:
+            outcomes[foreign.kind][error.code] += 1
+    return [{"kind": kind, "outcomes": dict(count)} for kind, count in outcomes.items()]
+
+
+PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
+    "healthy": evaluate_healthy,
+    "lesions": evaluate_lesions,
+    "foreign": evaluate_foreign,
+}
+
+
+def main(path: Path, parts: Sequence[str]) -> None:
+    """Evaluate some parts anew, and write every table again."""
+    config = Config.load(path)
+    bundle = load_bundle(ROOT / "models" / f"{config.name}-{config.version}")
+    split = load_split(config.data.splits)
+    folder = ROOT / "docs" / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{config.name}.json"
+    document: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+    for part in parts or tuple(PARTS):
+        document[part] = {"bundle_sha256": bundle.sha256, "rows": PARTS[part](config, bundle, split)}
+        target.write_text(json.dumps(document, indent=1) + "\n")
+    render(document, bundle.manifest, target.with_suffix(".md"), ROOT / "README.md")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

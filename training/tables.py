@@ -1,0 +1,103 @@
+"""Tables of an evaluation, and their place in the README; no number is typed by hand."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.manifest import Manifest
+
+MARKERS = ("<!-- evaluation:begin -->", "<!-- evaluation:end -->")
+BOOTSTRAP = 2000
+
+
+def interval(values: Sequence[float], statistic: Callable[[Any], Any] = np.median) -> str:
+    """A statistic over subjects or cases, and its bootstrap 95 % interval."""
+    rng = np.random.default_rng(0)
+    data = np.asarray(values)
+    low, high = np.percentile([statistic(rng.choice(data, len(data))) for _ in range(BOOTSTRAP)], (2.5, 97.5))
+    return f"{statistic(data):.2f} ({low:.2f} to {high:.2f})"
+
+
+def healthy_table(rows: list[dict[str, Any]]) -> list[str]:
+    """One line a healthy test scan, and the median."""
+    lines = [
+        "| healthy test scan | outcome | false positives, ml | slices | reversed | network evaluations | seconds |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        if r["outcome"] == "analysed":
+            lines.append(
+                f"| {r['subject']} | analysed | {r['false_positive_ml']:.2f} | {r['slices']} | {r['slices_reversed']} "
+                f"| {r['network_evaluations']} | {r['seconds']:.1f} |"
+            )
+        else:
+            lines.append(f"| {r['subject']} | {r['outcome']} | | | | | |")
+    done = [r for r in rows if r["outcome"] == "analysed"]
+    lines.append(
+        f"| **median** | {len(done)} of {len(rows)} analysed | **{interval([r['false_positive_ml'] for r in done])}** "
+        f"| {np.median([r['slices'] for r in done]):.0f} | {np.median([r['slices_reversed'] for r in done]):.0f} "
+        f"| {np.median([r['network_evaluations'] for r in done]):.0f} | {np.median([r['seconds'] for r in done]):.1f} |"
+    )
+    return lines
+
+
+def lesion_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Median Dice by shape and contrast over five scans, and over all shapes."""
+    contrasts = sorted({r["contrast"] for r in rows}, key=lambda c: (-abs(c), -c))
+    lines = [
+        "| lesion shape | truth, ml | " + " | ".join(f"c = {c:+.2f}" for c in contrasts) + " |",
+        "| --- | --- | " + " | ".join("---" for _ in contrasts) + " |",
+    ]
+    for shape in sorted({r["shape"] for r in rows}):
+        mine = [r for r in rows if r["shape"] == shape]
+        cells = [f"{np.median([r['dice'] for r in mine if r['contrast'] == c]):.2f}" for c in contrasts]
+        lines.append(f"| {shape} | {np.median([r['truth_ml'] for r in mine]):.1f} | " + " | ".join(cells) + " |")
+    for label, key in (("all, shipped threshold", "dice"), ("all, best threshold for each scan", "best_dice")):
+        cells = [interval([r[key] for r in rows if r["contrast"] == c]) for c in contrasts]
+        lines.append(f"| **{label}** | | " + " | ".join(cells) + " |")
+    grade3 = [r["dice"] for r in rows if abs(r["contrast"]) == max(map(abs, contrasts))]
+    lines += ["", f"Median Dice over both signs of c = 0.35 at the shipped threshold: **{interval(grade3)}**."]
+    return lines
+
+
+def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
+    """How many scans of each foreign kind were refused, and why."""
+    lines = ["| foreign scans | refused | answers |", "| --- | --- | --- |"]
+    merged: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in rows:
+        merged[row["kind"]] = row["outcomes"]
+    for kind, outcomes in merged.items():
+        total = sum(outcomes.values())
+        refused = total - outcomes.get("analysed", 0)
+        answers = ", ".join(f"{code} {count}" for code, count in sorted(outcomes.items()))
+        lines.append(f"| {kind} | {refused} of {total} | {answers} |")
+    return lines
+
+
+def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path) -> None:
+    """Write the evaluation's page, and its tables into the README."""
+    parts = (
+        ("healthy", "Healthy test subjects", healthy_table),
+        (
+            "lesions",
+            "Real lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
+            lesion_table,
+        ),
+        ("foreign", "Scans of another kind", foreign_table),
+    )
+    lines: list[str] = []
+    for key, title, table in parts:
+        if key in document:
+            lines += [f"### {title}", "", *table(document[key]["rows"]), ""]
+    body = "\n".join(lines)
+    head = f"# Evaluation of {manifest.id}\n\nWritten by `python -m training.evaluate`; brackets are bootstrap 95 % "
+    path.write_text(f"{head}intervals.\n\n{body}")
+    if readme.exists():
+        begin, end = MARKERS
+        pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
+        text = readme.read_text()
+        readme.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text))
