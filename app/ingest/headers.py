@@ -1,0 +1,232 @@
+"""What a DICOM file says of itself: what decides whether, and where, its frames belong."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydicom
+from pydicom.filereader import read_dataset, read_preamble
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from app.errors import TruncatedFile, UnsafeArchive
+from app.ingest.archive import CHUNK_BYTES
+from app.ingest.limits import Limits
+
+# Read these and nothing else: the header of a hospital's file can be larger than its image.
+_KEYWORDS = (
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "Modality",
+    "ImageType",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+# What names the sequence of a scan, for the choice of a bundle. It may hold a patient's name: never logged.
+_DESCRIPTIVE = (
+    "SeriesDescription",
+    "ProtocolName",
+    "SequenceName",
+    "PulseSequenceName",
+    "ScanningSequence",
+    "SequenceVariant",
+    "ScanOptions",
+    "MRAcquisitionType",
+    "ContrastBolusAgent",
+    "BodyPartExamined",
+)
+_TAGS: list[BaseTag] = [Tag(keyword) for keyword in (*_KEYWORDS, *_DESCRIPTIVE)]
+_LOCALIZERS = {"LOCALIZER", "SCOUT"}
+_SCREENSHOTS = {"SCREEN SAVE", "SCREENSHOT"}
+META_GROUP = 0x0002
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One frame in space (PS3.3 C.7.6.2), LPS millimetres.
+
+    Attributes
+    ----------
+    position : tuple of float
+        Centre of the first pixel, (3,).
+    orientation : tuple of float
+        Direction of increasing column, then of increasing row, (6,).
+    spacing : tuple of float
+        Between rows, between columns.
+    thickness : float or None
+        Of the slice, where it is stated.
+    """
+
+    position: tuple[float, ...]
+    orientation: tuple[float, ...]
+    spacing: tuple[float, ...]
+    thickness: float | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What one file holds.
+
+    Attributes
+    ----------
+    planes : tuple of Plane or None
+        One a frame; None for a frame without a place in space.
+    """
+
+    path: Path
+    instance: str
+    series: str
+    frame_of_reference: str
+    modality: str
+    image_type: tuple[str, ...]
+    rows: int
+    columns: int
+    photometric: str
+    samples: int
+    description: str
+    planes: tuple[Plane | None, ...]
+
+    @property
+    def is_image(self) -> bool:
+        return self.rows > 0 and self.columns > 0 and len(self.planes) > 0
+
+    @property
+    def is_localizer(self) -> bool:
+        return not _LOCALIZERS.isdisjoint(self.image_type)
+
+    @property
+    def is_mosaic(self) -> bool:
+        return "MOSAIC" in self.image_type
+
+    @property
+    def is_grey(self) -> bool:
+        return self.samples == 1 and self.photometric in ("MONOCHROME1", "MONOCHROME2")
+
+    @property
+    def is_placed(self) -> bool:
+        return None not in self.planes and _SCREENSHOTS.isdisjoint(self.image_type)
+
+
+def read_header(path: Path, limits: Limits) -> Header:
+    """Read a DICOM file up to its pixels.
+
+    Raises
+    ------
+    TruncatedFile
+        The file breaks off, or an attribute has a value that DICOM does not allow.
+    """
+    try:
+        check_deflated(path, limits)
+        dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=_TAGS)
+        return _header(path, dataset)
+    except UnsafeArchive:
+        raise
+    except Exception:  # noqa: BLE001 - a broken header makes pydicom raise whatever its parts raise
+        # Without the cause: its text can hold the attribute's value.
+        raise TruncatedFile(
+            "A DICOM file breaks off inside its header, or holds a value that DICOM does not allow.",
+            expected="complete DICOM files.",
+            advice="Export the series again.",
+        ) from None
+
+
+def check_deflated(path: Path, limits: Limits) -> None:
+    """Refuse a deflated data set that inflates without end: pydicom inflates it in one piece.
+
+    Raises
+    ------
+    UnsafeArchive
+        More than `limits.max_inflated_bytes`.
+    """
+    with path.open("rb") as file:
+        read_preamble(file, force=True)
+        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_after_meta)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES):
+            count += len(inflater.decompress(chunk, CHUNK_BYTES))
+            if count > limits.max_inflated_bytes:
+                raise UnsafeArchive(
+                    f"A deflated DICOM file inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.",
+                    expected="a DICOM series.",
+                    advice="Export the series uncompressed.",
+                )
+
+
+def _after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return tag.group != META_GROUP
+
+
+def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydicom.Dataset:
+    """Where a frame's attributes stand: its own group, the shared one, or the data set itself."""
+    groups = [*dataset.get("PerFrameFunctionalGroupsSequence", [])[frame : frame + 1]]
+    groups += dataset.get("SharedFunctionalGroupsSequence", [])[:1]
+    for group in groups:
+        if group.get(keyword):
+            item: pydicom.Dataset = group[keyword][0]
+            return item
+    return dataset
+
+
+def _header(path: Path, dataset: pydicom.Dataset) -> Header:
+    count = int(dataset.get("NumberOfFrames") or 1)
+    # Each frame of an enhanced image has its own group; without one, no frame has a place.
+    groups = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
+    placed = count in (1, groups)
+    return Header(
+        path=path,
+        instance=_text(dataset, "SOPInstanceUID"),
+        series=_text(dataset, "SeriesInstanceUID"),
+        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
+        modality=_text(dataset, "Modality"),
+        image_type=tuple(str(v).strip().upper() for v in _values(dataset, "ImageType")),
+        rows=int(dataset.get("Rows") or 0),
+        columns=int(dataset.get("Columns") or 0),
+        photometric=_text(dataset, "PhotometricInterpretation"),
+        samples=int(dataset.get("SamplesPerPixel") or 1),
+        description=_describe(dataset),
+        planes=tuple(_plane(dataset, frame) for frame in range(count)) if placed else (None,),
+    )
+
+
+def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
+    measures = functional_group(dataset, frame, "PixelMeasuresSequence")
+    position = _numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
+    orientation = _numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
+    spacing = _numbers(measures, "PixelSpacing")
+    if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
+        return None
+    thickness = measures.get("SliceThickness")
+    return Plane(position, orientation, spacing, float(thickness) if thickness else None)
+
+
+def _describe(dataset: pydicom.Dataset) -> str:
+    words = (" ".join(str(v) for v in _values(dataset, keyword)) for keyword in _DESCRIPTIVE)
+    return "; ".join(" ".join(word.split()) for word in words if word.strip())
+
+
+def _text(dataset: pydicom.Dataset, keyword: str) -> str:
+    return " ".join(str(v) for v in _values(dataset, keyword)).strip()
+
+
+def _numbers(dataset: pydicom.Dataset, keyword: str) -> tuple[float, ...]:
+    return tuple(float(v) for v in _values(dataset, keyword))
+
+
+def _values(dataset: pydicom.Dataset, keyword: str) -> list[Any]:
+    value = dataset.get(keyword)
+    if value is None:
+        return []
+    return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)

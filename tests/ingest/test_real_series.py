@@ -1,0 +1,166 @@
+"""Real series of several vendors, where the data folder is at hand."""
+
+import os
+import tarfile
+from functools import cache
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from app.errors import CounterpartError
+from app.ingest import nifti, read
+from app.ingest.limits import STANDARD
+from app.ingest.quiet import quiet
+from tests.ingest.conftest import Read
+
+DATA = Path(os.environ.get("COUNTERPART_DATA", Path(__file__).parents[3] / "shared" / "data"))
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="COUNTERPART_DATA holds no DICOM archives"),
+]
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archives")
+    for path in sorted((DATA / "dicom").glob("*.tar.xz")):
+        with tarfile.open(path) as archive:
+            archive.extractall(folder / path.name.removesuffix(".tar.xz").split("_")[0], filter="data")
+    return folder
+
+
+@cache
+def outcome(path: Path, scratch: Path) -> str:
+    """The code of the error, or "read"."""
+    try:
+        read(path, scratch=scratch)
+    except CounterpartError as error:
+        return error.code
+    return "read"
+
+
+@pytest.mark.parametrize(
+    ("folder", "shape", "spacing", "axes", "modality", "description"),
+    [
+        ("uih/uih_umr770_t1_sag", (460, 512, 32), (0.5, 0.5, 5.0), "PIR", "MR", "t1_gre_fsp_3d_sag"),
+        ("studyforrest/studyforrest_t1", (274, 384, 96), (0.69999, 0.66667, 2.66667), "LPS", "MR", "anat-T1w"),
+    ],
+)
+def test_series_that_are_read(  # noqa: PLR0913 - a row of the table
+    archives: Path,
+    read_scan: Read,
+    folder: str,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    axes: str,
+    modality: str,
+    description: str,
+) -> None:
+    scan = read_scan(archives / folder)
+    assert scan.volume.shape == shape
+    np.testing.assert_allclose(scan.volume.spacing, spacing, atol=1e-4)
+    assert "".join(nib.aff2axcodes(scan.volume.affine)) == axes
+    assert (scan.source.modality, len(scan.source.instances)) == (modality, shape[2])
+    assert scan.source.description.startswith(description)
+    assert any("what lies between was not seen" in note for note in scan.source.notes)
+
+
+@pytest.mark.parametrize(
+    ("folder", "messages"),
+    [
+        (
+            "ge/GE_HiSpeed_CT_head",
+            ["18.5 degrees", "sideways by 48.2 mm", "1.1 to 7.0 mm", "7.0 mm between slices 24 and 25 of 28"],
+        ),
+        ("dicom2nifti/dicom2nifti/failing/gantrytilting/001", ["14.0 degrees"]),
+        (
+            "dicom2nifti/dicom2nifti/failing/sliceincrement/001",
+            ["Slice 4 of 5 is missing: gap of 10.0 mm between 3 and 5"],
+        ),
+        ("dicom2nifti/dicom2nifti/failing/sliceincrement/002", ["15.5 degrees", "Slice 4 of 5 is missing"]),
+        ("dicom2nifti/dicom2nifti/failing/notavolume/001", ["4 images at one position"]),
+    ],
+)
+def test_series_that_are_refused_with_the_place(
+    archives: Path, read_scan: Read, folder: str, messages: list[str]
+) -> None:
+    with pytest.raises(CounterpartError) as refused:
+        read_scan(archives / folder)
+    assert refused.value.code == ("not_a_volume" if "notavolume" in folder else "irregular_slices")
+    assert all(message in refused.value.found for message in messages)
+
+
+def test_nine_encodings_of_one_image_have_the_same_pixels(archives: Path) -> None:
+    from app.ingest.pixels import Frame, read_frames
+
+    files = [archives / "siemens" / "transfer_syntax" / f"{i}.dcm" for i in range(1, 10)]
+    with quiet():
+        frames = [read_frames([Frame(file, 0)], 384, 384)[0] for file in files]
+    assert frames[0].sum(dtype=np.float64) == 38036663
+    for frame in frames[1:]:
+        np.testing.assert_array_equal(frame, frames[0])
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_a_mosaic_is_refused_in_every_encoding(archives: Path, tmp_path: Path, number: int) -> None:
+    assert outcome(archives / "siemens" / "transfer_syntax" / f"{number}.dcm", tmp_path) == "not_a_volume"
+
+
+def test_enhanced_multi_frame(archives: Path, read_scan: Read) -> None:
+    root = archives / "dicom2nifti" / "dicom2nifti"
+    philips, hyperfine = (read_scan(root / name / "anatomical" / "001") for name in ("philips_enhanced", "hyperfine"))
+    assert philips.volume.shape == (256, 256, 8)
+    np.testing.assert_allclose(philips.volume.spacing, [1, 1, 1.2], atol=1e-4)
+    assert hyperfine.volume.shape == (112, 138, 8)
+    np.testing.assert_allclose(hyperfine.volume.spacing, [1.59, 1.61, 5])
+    assert len(philips.source.instances) == 1
+
+
+def test_compressed_series_agree(archives: Path, read_scan: Read) -> None:
+    root = archives / "dicom2nifti" / "dicom2nifti" / "generic"
+    rle, jpegls = (read_scan(root / name / "001").volume for name in ("compressed_rle", "compressed_jpegls"))
+    np.testing.assert_array_equal(rle.array, jpegls.array)
+    np.testing.assert_array_equal(rle.affine, jpegls.affine)
+
+
+def test_one_slice_in_eight_encodings(archives: Path, read_scan: Read) -> None:
+    names = ["", "_RLE", "_bigendian", "_expb", "_implicit", "_jp2klossless", "_jpeg_ls_lossless", "_padded"]
+    first, *others = (read_scan(archives / "pydicom" / "pydicom" / f"MR_small{name}.dcm") for name in names)
+    assert first.volume.array.mean(dtype=np.float64) == pytest.approx(518.8806, abs=1e-3)
+    for other in others:
+        np.testing.assert_array_equal(other.volume.array, first.volume.array)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("pydicom/MR_truncated.dcm", "truncated_file"),
+        ("pydicom/no_meta.dcm", "not_an_image_format"),
+        ("pydicom/no_meta_group_length.dcm", "no_image_in_archive"),
+        ("pydicom/JPEG2000.dcm", "wrong_modality"),
+        ("pydicom-data/JLSL_RGB_ILV0.dcm", "wrong_modality"),
+        ("pydicom-data/emri_small.dcm", "invalid_geometry"),
+        ("pydicom-data/693_UNCR.dcm", "read"),
+        ("pydicom-data/693_J2KR.dcm", "read"),
+    ],
+)
+def test_single_files(archives: Path, tmp_path: Path, name: str, code: str) -> None:
+    assert outcome(archives / "pydicom" / name, tmp_path) == code
+
+
+def test_every_file_alone_is_read_or_refused(archives: Path, tmp_path: Path) -> None:
+    files = [path for path in archives.rglob("*") if path.is_file()]
+    files = [path for path in files if not path.is_relative_to(archives / "ge")][::8]
+    assert len(files) > 20
+    assert {outcome(path, tmp_path) for path in files} >= {"read", "not_an_image_format", "wrong_modality"}
+
+
+@pytest.mark.parametrize("name", ["CT_pitch", "M2208_T2w", "MNI152_T1_2mm", "shear", "clinical_stroke_T2"])
+def test_nifti_as_nibabel_reads_it(tmp_path: Path, name: str) -> None:
+    path = DATA / "nifti_misc" / f"{name}.nii.gz"
+    scan, image = nifti.read(path, tmp_path, STANDARD), nib.load(path)
+    assert isinstance(image, nib.Nifti1Image)
+    np.testing.assert_array_equal(scan.volume.array, image.get_fdata(dtype=np.float32))
+    np.testing.assert_array_equal(scan.volume.affine, image.affine)
