@@ -1,0 +1,209 @@
+"""/v1/scans: send a scan, follow it, fetch its results, stop it, erase it."""
+
+import asyncio
+import re
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, JSONResponse
+
+from app.analyse import RESULT_FILES
+from app.analyse import Request as Wanted
+from app.api import views
+from app.api.problems import MEDIA_TYPE, job_problem, problem_response
+from app.api.receive import receive
+from app.api.schemas import Scan, ScanList
+from app.api.service import Of, Service, authorise
+from app.errors import BadRequest, InternalError, NotFinished, UnknownModel
+from app.jobs.job import ENDED, Cursor, Job, State
+
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
+
+# Longest that a request is held for its result: proxies give up after some minutes.
+MOST_WAIT_SECONDS = 300
+# Between two looks at a job that is waited for.
+LOOK_SECONDS = 0.15
+RETRY_SECONDS = "2"
+MEDIA_TYPES = {"gz": "application/gzip", "json": "application/json", "png": "image/png"}
+
+JobId = Annotated[str, Path(description="The job's id.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
+ResultName = Literal["mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png"]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The problems of a route, for the OpenAPI document."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": "Problem", "content": content} for status in statuses}
+
+
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+FORM = {
+    "schema": {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+    }
+}
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "description": "A NIfTI file (.nii, .nii.gz), a zip of a DICOM series, or a form with one or many files.",
+        "content": {"application/octet-stream": BINARY, "application/gzip": BINARY, "multipart/form-data": FORM},
+    }
+}
+
+
+def _wanted(
+    service: Of,
+    model: Annotated[str | None, Query(max_length=100, description="A bundle's name or id.", examples=["t1"])] = None,
+    series: Annotated[str | None, Query(max_length=64, description="SeriesInstanceUID, of several.")] = None,
+    seed: Annotated[int | None, Query(ge=0, lt=2**63, description="Of the keyed noise.")] = None,
+) -> Wanted:
+    """What the query asks for; a model that there is not is refused before the upload."""
+    manifests = service.engine.manifests
+    if model is not None and not any(model in {m.name, m.id} for m in manifests):
+        raise UnknownModel(
+            "No model has this name.",
+            expected="one of " + (", ".join(m.id for m in manifests) or "no model: none is installed") + ".",
+            advice="GET /v1/models lists them; leave ?model= out to let the scan's modality choose.",
+        )
+    return Wanted(model=model, series=series, seed=seed)
+
+
+@router.post(
+    "",
+    status_code=202,
+    response_model=Scan,
+    openapi_extra=UPLOAD,
+    responses={
+        200: {"model": Scan, "description": "With Prefer: wait, the finished job"},
+        **problems(400, 401, 409, 413, 415, 422, 429, 503),
+    },
+)
+async def send_scan(
+    request: Request,
+    service: Of,
+    wanted: Annotated[Wanted, Depends(_wanted)],
+    prefer: Annotated[str | None, Header(description="`wait=60` waits for the result.", examples=["wait=60"])] = None,
+    idempotency_key: Annotated[str | None, Header(max_length=255, description="Names the job.")] = None,
+) -> Response:
+    """Send a scan. The same bytes, model and parameters, or the same Idempotency-Key, give the same job."""
+    service.readiness.check()
+    await run_in_threadpool(service.jobs.check_room)
+    with service.store.receive() as incoming:
+        await receive(request, incoming, service.settings.max_upload_mb, service.settings.max_files)
+        id_ = await run_in_threadpool(service.jobs.submit, incoming, wanted, idempotency_key)
+    seconds = _wait_seconds(prefer)
+    job = await _wait(request, service, id_, seconds)
+    headers = {"Location": views.path_of(job.id)}
+    if seconds:
+        headers["Preference-Applied"] = f"wait={seconds}"
+    if seconds and job.state == "failed":
+        assert job.problem is not None
+        return problem_response(job_problem(job.problem), headers)
+    finished = bool(seconds) and job.state in ENDED
+    if not finished:
+        headers["Retry-After"] = RETRY_SECONDS
+    scan = await run_in_threadpool(views.scan, service, job)
+    return JSONResponse(scan.model_dump(mode="json"), 200 if finished else 202, headers)
+
+
+@router.get("", responses=problems(400, 401))
+def list_scans(
+    service: Of,
+    state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    after: Annotated[str | None, Query(description="From `next` of the page before.")] = None,
+) -> ScanList:
+    """List jobs, newest first. New jobs do not shift the pages that follow."""
+    jobs = service.jobs.page(state or [], limit + 1, _cursor(after))
+    return ScanList(scans=views.summaries(service, jobs[:limit]), next=_next(jobs, state, limit))
+
+
+@router.get("/{job}", responses=problems(401, 404))
+def get_scan(service: Of, job: JobId) -> Scan:
+    """Follow a scan: state, stage, progress, place in the queue, and in the end its findings."""
+    return views.scan(service, service.jobs.get(job))
+
+
+@router.post("/{job}/cancel", responses=problems(401, 404, 409))
+def cancel_scan(service: Of, job: JobId) -> Scan:
+    """Stop a scan, between two network evaluations. It never answers for the same content again."""
+    service.jobs.cancel(job)
+    return views.scan(service, service.jobs.get(job))
+
+
+@router.delete("/{job}", status_code=204, responses=problems(401, 404))
+def erase_scan(service: Of, job: JobId) -> None:
+    """Erase a scan with its results and every trace; a running one is stopped."""
+    service.jobs.erase(job)
+
+
+@router.head("/{job}/{name}", include_in_schema=False)
+@router.get(
+    "/{job}/{name}",
+    response_class=FileResponse,
+    responses={
+        200: {"content": dict.fromkeys(MEDIA_TYPES.values(), BINARY), "description": "The file"},
+        **problems(401, 404, 409, 422),
+    },
+)
+def get_result(
+    service: Of, job: JobId, name: ResultName, if_none_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """Fetch a result on the scan's own grid. HEAD, ETag and Range work; 409 until it is there."""
+    found = service.jobs.get(job)
+    if found.state == "failed":
+        assert found.problem is not None
+        return problem_response(job_problem(found.problem))
+    if found.state != "succeeded":
+        again = "Send the scan again." if found.state == "cancelled" else "Follow the job, then ask again."
+        raise NotFinished(f"The job is {found.state}.", expected="a job that succeeded.", advice=again)
+    # A job's results never change once they are published.
+    headers = {"ETag": f'"{found.id}"', "Cache-Control": "private, no-cache"}
+    if if_none_match and headers["ETag"] in re.split(r"\s*,\s*(?:W/)?", if_none_match.removeprefix("W/")):
+        return Response(status_code=304, headers=headers)
+    path = service.store.result(found.id, name)
+    if path is None:
+        raise InternalError(
+            f"{name} of a finished job is missing.",
+            expected=", ".join(RESULT_FILES) + ".",
+            advice="Check the store; DELETE the job and send the scan again.",
+        )
+    return FileResponse(path, headers=headers, media_type=MEDIA_TYPES[name.rpartition(".")[2]], filename=name)
+
+
+def _wait_seconds(prefer: str | None) -> int:
+    wait = re.search(r"(?:^|[,;])\s*wait\s*=\s*(\d{1,6})", prefer or "", re.IGNORECASE)
+    return min(int(wait[1]), MOST_WAIT_SECONDS) if wait else 0
+
+
+async def _wait(request: Request, service: Service, id_: str, seconds: int) -> Job:
+    deadline = time.monotonic() + seconds
+    while True:
+        job = await run_in_threadpool(service.jobs.get, id_)
+        if job.state in ENDED or time.monotonic() >= deadline or await request.is_disconnected():
+            return job
+        await asyncio.sleep(LOOK_SECONDS)
+
+
+def _cursor(after: str | None) -> Cursor | None:
+    if after is None:
+        return None
+    parts = re.fullmatch(r"(\d{1,17})-([0-9a-f-]{33})", after)
+    if not parts:
+        raise BadRequest("`after` is no place in the list.", expected="`next` of a page.", advice="Start without it.")
+    return Cursor(datetime.fromtimestamp(int(parts[1]) / 1_000_000, UTC), parts[2])
+
+
+def _next(jobs: Sequence[Job], state: list[State] | None, limit: int) -> str | None:
+    if len(jobs) <= limit:
+        return None
+    last = jobs[limit - 1]
+    query = {"limit": limit, "state": state or [], "after": str(Cursor(last.created, last.id))}
+    return f"/v1/scans?{urlencode(query, doseq=True)}"

@@ -1,0 +1,57 @@
+"""A job as the API shows it."""
+
+from collections.abc import Sequence
+
+from app.analyse import RESULT_FILES
+from app.api.problems import job_problem
+from app.api.schemas import Scan, Summary
+from app.api.service import Service
+from app.export.report import Report
+from app.jobs.job import Job
+
+
+def path_of(job: str) -> str:
+    """Path of a job."""
+    return f"/v1/scans/{job}"
+
+
+def summaries(service: Service, jobs: Sequence[Job]) -> tuple[Summary, ...]:
+    """Jobs in a list."""
+    places = service.jobs.places() if any(job.state == "queued" for job in jobs) else {}
+    return tuple(_summary(job, places) for job in jobs)
+
+
+def scan(service: Service, job: Job) -> Scan:
+    """A job with its findings, which are read from its published report."""
+    report = None
+    if job.state == "succeeded" and (path := service.store.result(job.id, "report.json")):
+        report = Report.model_validate_json(path.read_bytes())
+    summary = summaries(service, [job])[0]
+    return Scan(
+        **dict(summary),
+        research_use_only=True,
+        findings=report.findings if report else None,
+        lesion_volume_ml=report.lesion_volume_ml if report else None,
+        timings=report.work.seconds if report else None,
+    )
+
+
+def _summary(job: Job, places: dict[str, int]) -> Summary:
+    links = {"self": path_of(job.id)}
+    if job.state in {"queued", "running"}:
+        links["cancel"] = f"{path_of(job.id)}/cancel"
+    if job.state == "succeeded":
+        links |= {name.partition(".")[0]: f"{path_of(job.id)}/{name}" for name in RESULT_FILES}
+    return Summary(
+        id=job.id,
+        state=job.state,
+        stage=job.stage,
+        progress=job.progress,
+        place=places.get(job.id),
+        model=job.model,
+        created=job.created,
+        started=job.started,
+        ended=job.ended,
+        problem=job_problem(job.problem) if job.problem else None,
+        links=links,
+    )

@@ -1,0 +1,96 @@
+"""What turns one scan into results, and the models it does it with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Literal, Protocol
+
+from app.analyse import Progress, Request, analyse
+from app.errors import NotReady
+from app.export.report import Report
+from app.manifest import Manifest
+from app.runtime.bundle import CARD, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
+
+
+class Engine(Protocol):
+    """What the service needs of inference; tests bring one that only writes files."""
+
+    @property
+    def provider(self) -> str:
+        """Where networks run."""
+
+    @property
+    def manifests(self) -> Sequence[Manifest]:
+        """The models there are."""
+
+    def card(self, model: str) -> str | None:
+        """Model card of a model's id, in Markdown; None where it has none."""
+
+    def warm_up(self) -> None:
+        """Load every model and see it work: a real inference; raises what is wrong."""
+
+    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
+        """Analyse a scan into a folder; see `app.analyse.analyse`."""
+
+
+class BundleEngine:
+    """The bundles of one folder, each loaded once.
+
+    Parameters
+    ----------
+    models : Path or None
+        Folder of bundles; None takes the shipped ones.
+    provider : {"cpu", "cuda"}
+        Where networks run.
+    threads : int
+        Of one network evaluation; 0 takes every core.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    """
+
+    def __init__(self, models: Path | None, provider: Literal["cpu", "cuda"], threads: int) -> None:
+        self.provider = provider
+        self._threads = threads
+        self._folder = models or shipped_models()
+        self._folders = {read_manifest(path).id: path for path in find_bundles(self._folder)}
+        self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
+        self._loaded: dict[str, Bundle] = {}
+        self._lock = Lock()
+
+    def card(self, model: str) -> str | None:
+        """Model card of a model's id, in Markdown; None where it has none."""
+        path = self._folders[model] / CARD
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def warm_up(self) -> None:
+        """Load every bundle, which runs its golden pair.
+
+        Raises
+        ------
+        NotReady
+            There is no bundle.
+        DamagedBundle, ProviderUnavailable
+            One cannot be used.
+        """
+        if not self.manifests:
+            raise NotReady(
+                "There is no model bundle.",
+                expected="a folder of bundles, each with a manifest.json.",
+                advice="Set COUNTERPART_MODELS, or install counterpart with its shipped models.",
+            )
+        for manifest in self.manifests:
+            self._bundle(manifest)
+
+    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
+        """Analyse a scan into a folder; see `app.analyse.analyse`."""
+        return analyse(scan, out, self._bundle, self.manifests, request, progress)
+
+    def _bundle(self, manifest: Manifest) -> Bundle:
+        with self._lock:
+            if manifest.id not in self._loaded:
+                folder = self._folders[manifest.id]
+                self._loaded[manifest.id] = load_bundle(folder, self.provider, self._threads)
+            return self._loaded[manifest.id]

@@ -1,0 +1,54 @@
+"""A job as everyone outside `app.jobs.workflow` sees it."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan on its way through the service.
+
+    Attributes
+    ----------
+    id : str
+        Not to be guessed, and nothing of the scan can be read from it.
+    state : {"queued", "running", "succeeded", "failed", "cancelled"}
+    stage : str or None
+        "read", "infer" or "export" while it runs.
+    progress : float
+        Share of the whole job that is done, 0 to 1.
+    model : str or None
+        Id of the model that was used; until it ended, what the caller named.
+    created, started, ended : datetime or None
+        UTC.
+    problem : dict or None
+        Why it failed: `CounterpartError.problem`.
+    content : str
+        Hash of bytes, model and parameters.
+    """
+
+    id: str
+    state: State
+    stage: str | None
+    progress: float
+    model: str | None
+    created: datetime
+    started: datetime | None
+    ended: datetime | None
+    problem: dict[str, str] | None
+    content: str
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """A place in the list of jobs, newest first: the last one that was seen."""
+
+    created: datetime
+    id: str
+
+    def __str__(self) -> str:
+        return f"{int(self.created.timestamp() * 1_000_000)}-{self.id}"

@@ -1,0 +1,69 @@
+"""DBOS's record of a workflow as a `Job`."""
+
+from datetime import UTC, datetime
+from typing import cast
+
+from dbos import PortableWorkflowError, WorkflowStatus
+
+from app import errors
+from app.jobs.job import Job, State
+
+# A job that ends its process this many times more than once is parked as failed.
+MAX_RECOVERIES = 3
+
+# DBOS's names for ours. PENDING is a workflow that a process has claimed.
+STATES: dict[str, State] = {
+    "DELAYED": "queued",
+    "ENQUEUED": "queued",
+    "PENDING": "running",
+    "SUCCESS": "succeeded",
+    "ERROR": "failed",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",
+    "CANCELLED": "cancelled",
+}
+# A failed, cancelled or erased job never answers for the same content again.
+ANSWERING = [name for name, state in STATES.items() if state not in ("failed", "cancelled")]
+
+
+def to_job(status: WorkflowStatus) -> Job:
+    """A job, from its workflow's status, attributes and outcome."""
+    kept = status.attributes or {}
+    state = STATES[status.status]
+    output = status.output if isinstance(status.output, dict) else {}
+    return Job(
+        id=status.workflow_id,
+        state=state,
+        stage=kept.get("stage") if state == "running" else None,
+        progress=1.0 if state == "succeeded" else kept.get("progress", 0.0),
+        model=output.get("model") or kept.get("model"),
+        created=cast("datetime", _time(status.created_at)),
+        started=_time(status.dequeued_at),
+        ended=_time(status.completed_at),
+        problem=_problem(status) if state == "failed" else None,
+        content=kept.get("content", ""),
+    )
+
+
+def _problem(status: WorkflowStatus) -> dict[str, str]:
+    if isinstance(status.error, PortableWorkflowError) and isinstance(status.error.data, dict):
+        return cast("dict[str, str]", status.error.data)
+    if status.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED":
+        return errors.WorkerLost(
+            f"The process that analysed this scan died {MAX_RECOVERIES + 1} times.",
+            expected="an analysis that ends in a result or a reason.",
+            advice="The machine may be short of memory. Report the job's id; other scans are not affected.",
+        ).problem
+    return errors.InternalError(
+        "The job ended without a result.",
+        expected="an analysis that ends in a result or a reason.",
+        advice="Send the scan again; if it fails again, report the job's id.",
+    ).problem
+
+
+def _time(milliseconds: int | None) -> datetime | None:
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def exactly(time: datetime) -> str:
+    """As text that DBOS turns back into the same millisecond: it rounds down."""
+    return time.replace(microsecond=time.microsecond // 1000 * 1000 + 500).isoformat()

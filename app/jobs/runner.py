@@ -1,0 +1,149 @@
+"""One job in the worker: analyse, report, stop when nobody wants the result."""
+
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+import structlog
+
+from app.analyse import Request
+from app.errors import Cancelled, CounterpartError, InternalError
+from app.jobs.engine import Engine
+from app.jobs.metrics import Metrics
+from app.jobs.store import Store
+
+log = structlog.get_logger("counterpart.jobs")
+
+# Seconds between two looks at whether the job is still wanted: cancelling takes less than a second.
+CHECK_SECONDS = 0.4
+# Seconds between two notes of the progress: each is a write to the database.
+NOTE_SECONDS = 1.0
+# Where each stage begins and ends in the whole job; inference takes nearly all of the time.
+SHARES = {"read": (0.0, 0.05), "infer": (0.05, 0.95), "export": (0.95, 1.0)}
+
+
+class Interrupted(BaseException):
+    """Stop now and record nothing: the job was cancelled or erased, or goes on at the next start.
+
+    Not an Exception, so that neither the pipeline nor the workflow takes it for a failure.
+    """
+
+
+class Ledger(Protocol):
+    """What the runner needs of whoever keeps the jobs."""
+
+    def wanted(self, job: str) -> bool:
+        """False once the job was cancelled or erased."""
+
+    def note(self, job: str, stage: str, progress: float) -> None:
+        """Keep how far a job is."""
+
+
+class Runner:
+    """Runs jobs, one at a time, until the process is asked to end.
+
+    Parameters
+    ----------
+    engine : Engine
+    store : Store
+    ledger : Ledger
+    metrics : Metrics
+    """
+
+    def __init__(self, engine: Engine, store: Store, ledger: Ledger, metrics: Metrics) -> None:
+        self._engine = engine
+        self._store = store
+        self._ledger = ledger
+        self._metrics = metrics
+        self._draining = Event()
+        self._stopping = Event()
+        self._idle = Event()
+        self._idle.set()
+
+    def analyse(self, job: str, request: Request) -> dict[str, object]:
+        """Analyse a job's scan into a folder aside.
+
+        Returns
+        -------
+        dict
+            `work`, the folder's name, and `model`; or `problem`, `CounterpartError.problem`.
+
+        Raises
+        ------
+        Interrupted
+            Nothing is to be recorded.
+        """
+        if self._draining.is_set():
+            # Holding on to it keeps the queue from handing out the next one.
+            self._stopping.wait()
+            raise Interrupted
+        self._idle.clear()
+        try:
+            return self._analyse(job, request)
+        finally:
+            self._idle.set()
+
+    def stop(self, drain_seconds: float) -> None:
+        """Let the running job end, for a while; then leave it to the next start."""
+        self._draining.set()
+        self._idle.wait(drain_seconds)
+        self._stopping.set()
+        # A network evaluation cannot be broken off: it ends within seconds.
+        self._idle.wait(CHECK_SECONDS + 5)
+
+    def _analyse(self, job: str, request: Request) -> dict[str, object]:
+        start = time.perf_counter()
+        try:
+            work = self._store.work(job)
+            report = self._engine.analyse(self._store.scan(job), work, request, self._reporter(job))
+        except Cancelled:
+            raise Interrupted from None
+        except Exception as error:  # noqa: BLE001  # whatever happens, the queue goes on
+            if not self._ledger.wanted(job):
+                raise Interrupted from None
+            return {"problem": self._failed(job, error, time.perf_counter() - start)}
+        for stage, seconds in report.work.seconds.items():
+            self._metrics.stage_seconds.labels(stage).observe(seconds)
+        log.info("analysed", job=job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
+        return {"work": work.name, "model": report.model.id}
+
+    def _failed(self, job: str, error: Exception, seconds: float) -> dict[str, str]:
+        if isinstance(error, CounterpartError):
+            log.info("failed", job=job, code=error.code, seconds=round(seconds, 2))
+            return error.problem
+        fault = InternalError(
+            f"The analysis met an unexpected {type(error).__name__}.",
+            expected="an analysis that ends in a result or a reason.",
+            advice="Send the scan again; if it fails again, report the job's id: the log tells where it happened.",
+        )
+        log.error("failed", job=job, code=fault.code, seconds=round(seconds, 2), **where(error))
+        return fault.problem
+
+    def _reporter(self, job: str) -> Callable[[str, float], None]:
+        stage_now, checked, noted = "", 0.0, 0.0
+
+        def report(stage: str, fraction: float) -> None:
+            nonlocal stage_now, checked, noted
+            if self._stopping.is_set():
+                raise Interrupted
+            now, entered = time.monotonic(), stage != stage_now
+            if entered or now - checked >= CHECK_SECONDS:
+                checked = now
+                if not self._ledger.wanted(job):
+                    raise Interrupted
+            if entered or now - noted >= NOTE_SECONDS:
+                stage_now, noted = stage, now
+                begin, end = SHARES[stage]
+                self._ledger.note(job, stage, round(begin + (end - begin) * min(max(fraction, 0.0), 1.0), 3))
+
+        return report
+
+
+def where(error: BaseException) -> dict[str, str]:
+    """Class and place of an exception: never its text, which may hold patient data."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown"
+    return {"exception": type(error).__name__, "where": place}

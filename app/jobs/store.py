@@ -1,0 +1,214 @@
+"""Where scans and results lie: one folder a job, everything written aside and then renamed.
+
+::
+
+    incoming/<random>/000000 ...    being received
+    jobs/<job>/scan/000000 ...      the upload, whole and on disk before it is acknowledged
+    jobs/<job>/work-<random>/       results being written
+    jobs/<job>/results/             published by one rename
+    trash/<random>/                 being erased
+    process-<n>.lock                held by a living process
+
+File names of the caller are never used: they can hold a patient's name. The content's hash is the
+job's identity (`Incoming.digest`), not the file's address, so that erasing a job erases its scan
+without counting who else refers to it.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+# What a format is can be told from this many leading bytes (DICOM's magic ends at 132, NIfTI's at 348).
+HEAD_BYTES = 1024
+# What an interrupted upload left behind is swept at a start after this long: no upload lasts longer.
+STALE_SECONDS = 24 * 3600
+MOST_PROCESSES = 64
+MOST_SYNCS = 32
+
+
+class Incoming:
+    """An upload while it is received: files of unknown names, hashed on their way to the disk.
+
+    Attributes
+    ----------
+    folder : Path
+        Holds 000000, 000001, ...
+    heads : list of bytes
+        First bytes of each file.
+    size : int
+        Bytes of all files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.heads: list[bytes] = []
+        self.size = 0
+        self._digests: list[str] = []
+        self._file: IO[bytes] | None = None
+        self._hash = hashlib.sha256()
+
+    def begin(self) -> None:
+        """Start the next file."""
+        self._file = (self.folder / f"{len(self.heads):06d}").open("wb")
+        self._hash = hashlib.sha256()
+        self.heads.append(b"")
+
+    def write(self, data: bytes) -> None:
+        """Add to the current file."""
+        assert self._file is not None
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+        missing = HEAD_BYTES - len(self.heads[-1])
+        if missing > 0:
+            self.heads[-1] += data[:missing]
+
+    def end(self) -> None:
+        """Finish the current file."""
+        self.close()
+        self._digests.append(self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Let go of the current file, finished or not."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the files' own, whatever their order: slices may be sent in any."""
+        return hashlib.sha256("".join(sorted(self._digests)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A name that one living process holds; the system frees it when the process ends, however it does."""
+
+    name: str
+    descriptor: int
+
+    def free(self) -> None:
+        """Let another process have it."""
+        os.close(self.descriptor)
+
+
+class Store:
+    """Scans and results in a local folder.
+
+    Parameters
+    ----------
+    root : Path
+        Created where it is missing, for its owner only: it holds scans of patients.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in ("incoming", "jobs", "trash"):
+            (root / name).mkdir(exist_ok=True)
+
+    @contextmanager
+    def receive(self) -> Iterator[Incoming]:
+        """A place for an upload; what was not kept by the end is gone."""
+        folder = self.root / "incoming" / uuid4().hex
+        folder.mkdir()
+        incoming = Incoming(folder)
+        try:
+            yield incoming
+        finally:
+            incoming.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, incoming: Incoming, job: str) -> None:
+        """Make an upload the scan of a job; it survives a loss of power when this returns."""
+        _sync(*incoming.folder.iterdir(), incoming.folder)
+        self._job(job).mkdir()
+        incoming.folder.rename(self._job(job) / "scan")
+        _sync(self._job(job), self.root / "jobs")
+
+    def scan(self, job: str) -> Path:
+        """What `app.ingest.read` takes: the only file, or the folder of several."""
+        folder = self._job(job) / "scan"
+        only = folder / "000000"
+        return folder if (folder / "000001").exists() else only
+
+    def work(self, job: str) -> Path:
+        """A new folder for results; what an attempt before this one left is removed."""
+        for old in self._job(job).glob("work-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        folder = self._job(job) / f"work-{uuid4().hex}"
+        folder.mkdir()
+        return folder
+
+    def publish(self, job: str, work: str) -> None:
+        """Make the folder `work` the results of a job, all at once; doing it again changes nothing."""
+        results = self._job(job) / "results"
+        source = self._job(job) / work
+        if results.exists():
+            shutil.rmtree(source, ignore_errors=True)
+            return
+        _sync(*source.iterdir(), source)
+        source.rename(results)
+        _sync(self._job(job))
+
+    def result(self, job: str, name: str) -> Path | None:
+        """A published file; None where there is none."""
+        path = self._job(job) / "results" / name
+        return path if path.is_file() else None
+
+    def erase(self, job: str) -> None:
+        """Remove every trace of a job. The rename makes it vanish at once, even from under a writer."""
+        grave = self.root / "trash" / uuid4().hex
+        try:
+            self._job(job).rename(grave)
+        except FileNotFoundError:
+            return
+        shutil.rmtree(grave, ignore_errors=True)
+
+    def take_slot(self) -> "Slot":
+        """A name for this process that no other living one has; a dead one's is free again."""
+        for number in range(MOST_PROCESSES):
+            descriptor = os.open(self.root / f"process-{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+            else:
+                return Slot(f"process-{number}", descriptor)
+        raise RuntimeError(f"{MOST_PROCESSES} processes share one store")
+
+    def sweep(self) -> None:
+        """At a start: remove what uploads and erasures left when the process died in them."""
+        before = time.time() - STALE_SECONDS
+        for path in (self.root / "incoming").iterdir():
+            if path.stat().st_mtime < before:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in (self.root / "trash").iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _job(self, job: str) -> Path:
+        return self.root / "jobs" / job
+
+
+def _sync(*paths: Path) -> None:
+    """Force files, and folders' entries, to the disk."""
+    # Together they share the disk's commits: one after the other, a thousand slices take seconds.
+    with ThreadPoolExecutor(min(len(paths), MOST_SYNCS)) as pool:
+        list(pool.map(_sync_one, paths))
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

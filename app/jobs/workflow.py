@@ -1,0 +1,293 @@
+"""Durable jobs on DBOS: with `records`, the only module that knows it.
+
+A job is a workflow of two steps, `analyse` and `publish`, each recorded when it is done. A process
+that dies leaves its job pending; the next one that takes its slot runs it again from the last
+recorded step. Only ids and parameters go into the database, as JSON.
+"""
+
+import hashlib
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, cast
+
+import structlog
+from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions, PortableWorkflowError
+
+from app import errors
+from app.analyse import Request
+from app.jobs.engine import Engine
+from app.jobs.job import ENDED, Cursor, Job, State
+from app.jobs.metrics import Metrics
+from app.jobs.records import ANSWERING, MAX_RECOVERIES, STATES, exactly, to_job
+from app.jobs.runner import Runner
+from app.jobs.store import Incoming, Slot, Store
+
+log = structlog.get_logger("counterpart.jobs")
+
+WORKFLOW = "analyse_scan"
+QUEUE = "scans"
+# Which steps there are, and what they record. A change of it strands the jobs that are under way:
+# drain first. Code that keeps the steps keeps the number, so that an upgrade resumes them.
+STEPS_VERSION = "1"
+POLLING_SECONDS = 0.1
+JOB_ID = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
+
+
+class Jobs:
+    """Everything that may be done with jobs; every method blocks, and none may run on an event loop.
+
+    Parameters
+    ----------
+    engine : Engine
+    store : Store
+    database_url : str
+        SQLAlchemy's.
+    metrics : Metrics
+    queue_limit : int
+        Waiting jobs above which no other is taken.
+    """
+
+    def __init__(self, engine: Engine, store: Store, database_url: str, metrics: Metrics, queue_limit: int) -> None:
+        self._store = store
+        self._database_url = database_url
+        self._metrics = metrics
+        self._queue_limit = queue_limit
+        self._engine = engine
+        self._runner = Runner(engine, store, self, metrics)
+        self._slot: Slot | None = None
+
+    # ---- life cycle ----
+
+    def start(self) -> None:
+        """Open the database, take over what a dead process of this slot left, work the queue."""
+        self._store.sweep()
+        self._slot = self._store.take_slot()
+        _quieten()
+        DBOS(
+            config=DBOSConfig(
+                name="counterpart",
+                system_database_url=self._database_url,
+                application_version=STEPS_VERSION,
+                executor_id=self._slot.name,
+                serializer=DBOSPortableJSONSerializer(),
+                log_level="WARNING",
+            )
+        )
+
+        @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=MAX_RECOVERIES)
+        def analyse_scan(job: str, request: dict[str, Any]) -> dict[str, Any]:
+            outcome = DBOS.run_step({"name": "analyse"}, self._runner.analyse, job, Request(**request))
+            if "problem" in outcome:
+                raise _failure(cast("dict[str, str]", outcome["problem"]), self._metrics)
+            DBOS.run_step({"name": "publish"}, self._store.publish, job, str(outcome["work"]))
+            self._metrics.outcomes.labels("succeeded").inc()
+            return {"model": outcome["model"]}
+
+        DBOS.launch()
+        DBOS.register_queue(
+            QUEUE, worker_concurrency=1, polling_interval_sec=POLLING_SECONDS, on_conflict="always_update"
+        )
+
+    def stop(self, drain_seconds: float) -> None:
+        """Let the running job end for a while, then leave it to the next start."""
+        self._runner.stop(drain_seconds)
+        DBOS.destroy()
+        if self._slot is not None:
+            self._slot.free()
+            self._slot = None
+
+    # ---- what the API asks for ----
+
+    def check_room(self) -> None:
+        """Refuse a scan that would wait too long.
+
+        Raises
+        ------
+        QueueFull
+            As many as the limit are waiting.
+        """
+        waiting = len(self.places())
+        if waiting >= self._queue_limit:
+            raise errors.QueueFull(
+                f"{waiting} scans are waiting.",
+                expected=f"fewer than {self._queue_limit}.",
+                advice="Send it again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
+            )
+
+    def submit(self, incoming: Incoming, request: Request, key: str | None) -> str:
+        """Make a job of an upload, or find the one that there is.
+
+        Parameters
+        ----------
+        incoming : Incoming
+            Whole; moved into the store where the job is new.
+        request : Request
+            Model and parameters.
+        key : str or None
+            The caller's Idempotency-Key: it names the job instead of the content.
+
+        Returns
+        -------
+        str
+            The job's id. The upload and the job are on the disk.
+
+        Raises
+        ------
+        IdempotencyKeyReused
+            The key belongs to a job of another content.
+        """
+        content = self._content(incoming.digest, request)
+        # The key itself may name a patient: only its hash is kept.
+        identity = content if key is None else _sha256("key", key)
+        job = self._answering(identity, content)
+        if job is not None:
+            return job
+        job = f"{identity[:16]}-{secrets.token_hex(8)}"
+        self._store.keep(incoming, job)
+        options = EnqueueOptions(
+            workflow_name=WORKFLOW,
+            queue_name=QUEUE,
+            workflow_id=job,
+            deduplication_id=identity,
+            duplication_policy="return-existing",
+            attributes={"content": content, "model": request.model, "stage": None, "progress": 0.0},
+        )
+        parameters = {"model": request.model, "series": request.series, "seed": request.seed}
+        winner = DBOS.enqueue_workflow_with_options(options, job, parameters).workflow_id
+        if winner != job:  # the same scan was sent twice at the same moment
+            self._store.erase(job)
+            self._check_content(self.get(winner), content)
+        return winner
+
+    def get(self, job: str) -> Job:
+        """A job.
+
+        Raises
+        ------
+        NotFound
+            There is none of this id.
+        """
+        found = self._list(workflow_ids=[job]) if JOB_ID.fullmatch(job) else []
+        if not found:
+            raise errors.NotFound(
+                "There is no job of this id.",
+                expected="an id that POST /v1/scans answered, of a job that was not erased.",
+                advice="List the jobs with GET /v1/scans, or send the scan again.",
+            )
+        return found[0]
+
+    def page(self, states: Sequence[State], limit: int, after: Cursor | None) -> Sequence[Job]:
+        """Jobs, newest first; the same place in the list whatever came since."""
+        names = [name for name, state in STATES.items() if state in states] or None
+        before = exactly(after.created - timedelta(milliseconds=1)) if after else None
+        older = self._list(status=names, end_time=before, limit=limit, sort_desc=True)
+        # SQLite's clock ticks in whole seconds, and jobs of one tick are in no order: the first and
+        # the last tick are read whole, and sorted here.
+        ticks = {after.created} if after else set()
+        ticks |= {older[-1].created} if older else set()
+        whole = [
+            self._list(status=names, start_time=exactly(tick), end_time=exactly(tick), sort_desc=True) for tick in ticks
+        ]
+        found = {job.id: job for part in (older, *whole) for job in part}
+        newest_first = sorted(found.values(), key=lambda job: (job.created, job.id), reverse=True)
+        last = (after.created, after.id) if after else None
+        return [job for job in newest_first if last is None or (job.created, job.id) < last][:limit]
+
+    def places(self) -> dict[str, int]:
+        """Place in the queue of every waiting job, 1 for the next."""
+        waiting = self._list(status=["ENQUEUED", "DELAYED"], load_output=False)
+        return {job.id: place for place, job in enumerate(waiting, start=1)}
+
+    def cancel(self, job: str) -> None:
+        """Stop a job. Again is no error.
+
+        Raises
+        ------
+        AlreadyFinished
+            It succeeded or failed before.
+        """
+        before = self.get(job).state
+        if before != "failed":
+            DBOS.cancel_workflow(job)
+        state = self.get(job).state
+        if state != "cancelled":
+            raise errors.AlreadyFinished(
+                f"The job has {state}.",
+                expected="a job that is queued or running.",
+                advice="Use DELETE to erase it with its results.",
+            )
+        if before != "cancelled":
+            self._metrics.outcomes.labels("cancelled").inc()
+            log.info("cancelled", job=job)
+
+    def erase(self, job: str) -> None:
+        """Remove a job and every trace of it, whatever its state."""
+        if self.get(job).state not in ENDED:
+            DBOS.cancel_workflow(job)
+        DBOS.delete_workflow(job)
+        # A worker that would publish just now finds its folder gone, and cannot bring it back.
+        self._store.erase(job)
+        log.info("erased", job=job)
+
+    def metrics(self) -> bytes:
+        """Prometheus text, with the depth of the queue as it is now."""
+        self._metrics.queued.set(len(self.places()))
+        self._metrics.running.set(len(self._list(status="PENDING", load_output=False)))
+        return self._metrics.text()
+
+    # ---- Ledger, for the runner ----
+
+    def wanted(self, job: str) -> bool:
+        """False once the job was cancelled or erased."""
+        return bool(self._list(workflow_ids=[job], status="PENDING", load_output=False))
+
+    def note(self, job: str, stage: str, progress: float) -> None:
+        """Keep how far a job is."""
+        DBOS.update_workflow_attributes(job, {"stage": stage, "progress": progress}, merge=True)
+
+    # ---- inside ----
+
+    def _content(self, digest: str, request: Request) -> str:
+        """Hash of all that decides the answer: bytes, parameters, and the models it may be made with."""
+        models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
+        return _sha256("content", digest, *models, repr(request.series), repr(request.seed))
+
+    def _answering(self, identity: str, content: str) -> str | None:
+        found = self._list(
+            workflow_id_prefix=identity[:16] + "-", status=ANSWERING, sort_desc=True, limit=1, load_output=False
+        )
+        if not found:
+            return None
+        self._check_content(found[0], content)
+        return found[0].id
+
+    def _check_content(self, job: Job, content: str) -> None:
+        if job.content != content:
+            raise errors.IdempotencyKeyReused(
+                "The Idempotency-Key was used for another scan, model or parameters.",
+                expected="one key for one scan with its parameters.",
+                advice="Send a new key, or none: the same content gives the same job anyway.",
+            )
+
+    def _list(self, **what: Any) -> list[Job]:
+        return [to_job(status) for status in DBOS.list_workflows(name=WORKFLOW, load_input=False, **what)]
+
+
+def _failure(problem: dict[str, str], metrics: Metrics) -> PortableWorkflowError:
+    metrics.outcomes.labels(problem["code"]).inc()
+    return PortableWorkflowError(problem["title"], "CounterpartError", problem["code"], dict(problem))
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _quieten() -> None:
+    """Give DBOS's log to the process's own handlers, without the failures that are a job's outcome."""
+    logger = logging.getLogger("dbos")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())  # else DBOS adds one that prints exceptions
+        logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], PortableWorkflowError)))

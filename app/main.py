@@ -1,0 +1,90 @@
+"""The service put together: the only place where its parts meet."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import structlog
+import uvicorn
+from fastapi import FastAPI
+from fastapi.concurrency import run_in_threadpool
+from fastapi_offline import FastAPIOffline
+
+from app import __version__
+from app.api import logs, problems, scans, system
+from app.api.service import Readiness, Service
+from app.export.report import RESEARCH_USE_ONLY
+from app.jobs.engine import BundleEngine, Engine
+from app.jobs.metrics import Metrics
+from app.jobs.store import Store
+from app.jobs.workflow import Jobs
+from app.settings import Settings
+
+log = structlog.get_logger("counterpart.service")
+
+DESCRIPTION = (
+    "A brain scan in, a mask of what differs from its imagined healthy counterpart out. "
+    f"**{RESEARCH_USE_ONLY}** Every error is `application/problem+json` with a stable `code`."
+)
+
+
+def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+    """Wire the service.
+
+    Parameters
+    ----------
+    settings : Settings
+    engine : Engine, optional
+        In place of the bundles that the settings name.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    """
+    engine = engine or BundleEngine(settings.models, settings.provider, settings.threads)
+    metrics = Metrics()
+    for manifest in engine.manifests:
+        metrics.info.labels(manifest.id, engine.provider).set(1)
+    store = Store(Path(settings.store))
+    jobs = Jobs(engine, store, settings.database_url, metrics, settings.queue_limit)
+    service = Service(settings, engine, store, jobs, Readiness())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await run_in_threadpool(jobs.start)
+        # Beside the server, which answers /livez meanwhile.
+        threading.Thread(target=service.readiness.load, args=(engine,), name="warm-up", daemon=True).start()
+        yield
+        await run_in_threadpool(jobs.stop, settings.drain_seconds)
+
+    # With the pages' scripts in the package: a hospital's network has no CDN.
+    app = FastAPIOffline(
+        title="Counterpart", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+    )
+    app.state.service = service
+    app.include_router(scans.router)
+    app.include_router(system.models)
+    app.include_router(system.health)
+    app.add_middleware(logs.AccessLog)
+    problems.install(app)
+    return app
+
+
+def serve(settings: Settings, engine: Engine | None = None) -> None:
+    """Serve until a signal says to stop; parameters as for `create_app`.
+
+    Raises
+    ------
+    UnsafeExposure
+        The host is not loopback and there is no token.
+    DamagedBundle
+        A manifest cannot be read.
+    """
+    settings.check_exposure()
+    logs.configure()
+    app = create_app(settings, engine)
+    log.info("starting", host=settings.host, port=settings.port, provider=settings.provider)
+    # Uvicorn's own access log prints query strings.
+    uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False)

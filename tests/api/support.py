@@ -1,0 +1,101 @@
+"""An engine that does what the scan tells it to, and scans that tell it."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from app import errors
+from app.analyse import RESULT_FILES, Progress, Request
+from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
+from app.manifest import Manifest, Range
+from tests.support.bundle import tiny_manifest
+
+NIFTI1_BYTES = 348
+SECRET = "Zweistein-4711"  # noqa: S105  # a name
+
+
+def scan(**orders: object) -> bytes:
+    """Bytes that begin as a NIfTI file does, and go on with orders for `FakeEngine`.
+
+    Parameters
+    ----------
+    **orders
+        `seconds` of inference, `fail` (a class of `app.errors`), `crash` (text of a ValueError),
+        `die` (end the process), and anything else to make it another scan.
+    """
+    header = np.zeros(NIFTI1_BYTES, np.uint8)
+    header[:4] = np.frombuffer(NIFTI1_BYTES.to_bytes(4, "little"), np.uint8)
+    header[344:] = np.frombuffer(b"n+1\0", np.uint8)
+    return header.tobytes() + json.dumps(orders).encode().ljust(300)
+
+
+class FakeEngine:
+    """Writes small files; keeps what it was asked."""
+
+    provider = "cpu"
+
+    def __init__(self) -> None:
+        self.manifests: Sequence[Manifest] = [tiny_manifest()]
+        self.seen: list[tuple[Path, Request]] = []
+        self.broken: errors.CounterpartError | None = None
+        self.slow = False
+
+    def card(self, model: str) -> str | None:
+        return f"# {model}"
+
+    def warm_up(self) -> None:
+        if self.broken:
+            raise self.broken
+
+    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
+        self.seen.append((scan, request))
+        first = scan / "000000" if scan.is_dir() else scan
+        orders = json.loads(first.read_bytes()[NIFTI1_BYTES:])
+        progress("read", 1.0)
+        if "fail" in orders:
+            raise getattr(errors, orders["fail"])("Found.", expected="expected.", advice="Advice.")
+        if "crash" in orders:
+            raise ValueError(orders["crash"])
+        if "die" in orders:
+            os._exit(9)
+        seconds = 60.0 if self.slow else orders.get("seconds", 0)
+        steps = max(1, int(seconds / 0.05))
+        for step in range(steps):
+            progress("infer", step / steps)
+            time.sleep(0.05 if seconds else 0)
+        report = _report(request)
+        for name in RESULT_FILES:
+            (out / name).write_bytes(name.encode() * 10)
+        (out / "report.json").write_text(report.model_dump_json())
+        progress("export", 1.0)
+        return report
+
+
+def _report(request: Request) -> Report:
+    finding = Finding(
+        label=1,
+        volume_ml=2.5,
+        peak_score=0.5,
+        mean_score=0.25,
+        centroid_mm=(1.0, -2.0, 3.0),
+        box_mm=((0.0, -3.0, 2.0), (2.0, -1.0, 4.0)),
+        key_slice=7,
+    )
+    wide = Range(low=0.0, high=1.0)
+    return Report(
+        code_version="test",
+        model=ModelUsed(id="tiny-0.0.1", sha256="0" * 64, provider="cpu", seed=request.seed or 0, licence="none"),
+        input=Input(format="nifti", modality=None, shape=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0), notes=()),
+        analysed=Extent(volume_ml=8.0, slices=2, slices_not_analysed=(), z_mm=(0.0, 1.0)),
+        scores=ScoresReported(
+            scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
+        ),
+        threshold=0.2,
+        lesion_volume_ml=2.5,
+        findings=(finding,),
+        work=Work(seconds={"read": 0.1, "infer": 2.0}, slices_reversed=1, network_evaluations=10),
+    )

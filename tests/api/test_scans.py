@@ -1,0 +1,295 @@
+import threading
+import time
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from httpx2 import Response
+
+from app.analyse import RESULT_FILES
+from tests.api.support import FakeEngine, scan
+
+URL = "/v1/scans"
+WAIT = {"Prefer": "wait=120"}
+# Seconds: far more than anything takes here, for machines that are busy with other things.
+PATIENCE = 120
+
+
+def send(client: TestClient, *, wait: bool = True, **orders: object) -> Response:
+    return client.post(URL, content=scan(**orders), headers=WAIT if wait else {})
+
+
+def until(client: TestClient, job: str, state: str) -> dict[str, Any]:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        answer: dict[str, Any] = client.get(f"{URL}/{job}").json()
+        if answer["state"] == state:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"never {state}: {answer}")
+
+
+def test_a_scan_is_taken_and_finished(client: TestClient) -> None:
+    answer = send(client, wait=False, name="happy")
+    assert answer.status_code == 202
+    job = answer.json()["id"]
+    assert answer.headers["location"] == f"{URL}/{job}"
+    assert int(answer.headers["retry-after"]) > 0
+
+    done = until(client, job, "succeeded")
+    assert done["model"] == "tiny-0.0.1"
+    assert done["progress"] == 1.0
+    assert done["stage"] is None
+    assert done["problem"] is None
+    assert done["findings"][0]["centroid_mm"] == [1.0, -2.0, 3.0]
+    assert done["lesion_volume_ml"] == 2.5
+    assert done["timings"] == {"read": 0.1, "infer": 2.0}
+    assert set(done["links"]) == {"self", *(name.partition(".")[0] for name in RESULT_FILES)}
+    for link in done["links"].values():
+        assert client.get(link).status_code == 200
+
+
+def test_waiting_answers_with_the_finished_job(client: TestClient) -> None:
+    answer = send(client, name="waited", seconds=0.3)
+    assert answer.status_code == 200
+    assert answer.headers["preference-applied"] == "wait=120"
+    assert answer.json()["state"] == "succeeded"
+
+
+def test_waiting_too_short_answers_202(client: TestClient) -> None:
+    answer = client.post(URL, content=scan(seconds=1.5, name="short"), headers={"Prefer": "respond-async, wait=0"})
+    assert answer.status_code == 202
+    assert "preference-applied" not in answer.headers
+    job = answer.json()["id"]
+    running = until(client, job, "running")
+    assert running["links"]["cancel"] == f"{URL}/{job}/cancel"
+    until(client, job, "succeeded")
+
+
+def test_stage_and_progress_are_told(client: TestClient) -> None:
+    job = send(client, wait=False, seconds=1.5, name="staged").json()["id"]
+    seen = set()
+    for _ in range(2000):
+        answer = client.get(f"{URL}/{job}").json()
+        seen.add((answer["stage"], answer["progress"]))
+        if answer["state"] == "succeeded":
+            break
+        time.sleep(0.02)
+    assert "infer" in {stage for stage, _ in seen}
+    assert len([progress for _, progress in seen if 0.05 <= progress < 1]) >= 2
+
+
+def test_the_same_bytes_and_parameters_are_the_same_job(client: TestClient, engine: FakeEngine) -> None:
+    first = send(client, name="twice").json()["id"]
+    analysed = len(engine.seen)
+    assert send(client, name="twice").json()["id"] == first
+    assert client.post(URL, files={"file": ("other-name.nii", scan(name="twice"))}).json()["id"] == first
+    assert len(engine.seen) == analysed
+    assert client.post(f"{URL}?seed=5", content=scan(name="twice"), headers=WAIT).json()["id"] != first
+    assert engine.seen[-1][1].seed == 5
+
+
+def test_two_senders_at_one_moment_get_one_job(client: TestClient, engine: FakeEngine) -> None:
+    analysed, ids = len(engine.seen), []
+    threads = [
+        threading.Thread(target=lambda: ids.append(send(client, name="together").json()["id"])) for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ids) == 4
+    assert len(set(ids)) == 1
+    assert len(engine.seen) == analysed + 1
+
+
+def test_a_key_names_its_job(client: TestClient) -> None:
+    def post(key: str, **orders: object) -> Response:
+        return client.post(URL, content=scan(**orders), headers={"Idempotency-Key": key, **WAIT})
+
+    first = post("key-1", name="keyed")
+    assert post("key-1", name="keyed").json()["id"] == first.json()["id"]
+    assert post("key-2", name="keyed").json()["id"] != first.json()["id"]
+    other = post("key-1", name="another patient")
+    assert other.status_code == 409
+    assert other.json()["code"] == "idempotency_key_reused"
+
+
+def test_a_failed_job_tells_why_and_never_answers_again(client: TestClient, engine: FakeEngine) -> None:
+    failed = send(client, fail="OutOfDistribution")
+    assert failed.status_code == 422
+    assert failed.headers["content-type"] == "application/problem+json"
+    assert failed.json()["code"] == "out_of_distribution"
+    assert failed.json()["advice"] == "Advice."
+    job = failed.headers["location"]
+
+    shown = client.get(job)
+    assert shown.status_code == 200
+    assert shown.json()["state"] == "failed"
+    assert shown.json()["problem"] == failed.json()
+    for name in RESULT_FILES:
+        assert client.get(f"{job}/{name}").status_code == 422
+    assert client.post(f"{job}/cancel").status_code == 409
+
+    analysed = len(engine.seen)
+    assert send(client, fail="OutOfDistribution").headers["location"] != job
+    assert len(engine.seen) == analysed + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [("TruncatedFile", 422), ("NotAnImageFormat", 422), ("DamagedBundle", 503)]
+)
+def test_what_only_reading_can_tell_is_422_and_the_services_own_faults_are_not(
+    client: TestClient, error: str, status: int
+) -> None:
+    assert send(client, fail=error).status_code == status
+
+
+def test_an_unexpected_fault_is_told_without_its_text(client: TestClient) -> None:
+    answer = send(client, crash="Zweistein")
+    assert answer.status_code == 500
+    assert answer.json()["code"] == "internal_error"
+    assert "ValueError" in answer.json()["found"]
+    assert "Zweistein" not in answer.text
+    assert send(client, name="after the crash").status_code == 200
+
+
+def test_results_come_whole_in_parts_and_not_again(client: TestClient) -> None:
+    job = send(client, name="ranges").json()["id"]
+    url = f"{URL}/{job}/mask.nii.gz"
+    whole = client.get(url)
+    assert whole.content == b"mask.nii.gz" * 10
+    assert whole.headers["content-type"] == "application/gzip"
+    assert 'filename="mask.nii.gz"' in whole.headers["content-disposition"]
+
+    head = client.head(url)
+    assert head.status_code == 200
+    assert head.content == b""
+    assert head.headers["content-length"] == "110"
+    assert head.headers["etag"] == whole.headers["etag"]
+
+    part = client.get(url, headers={"Range": "bytes=5-8", "If-Range": whole.headers["etag"]})
+    assert part.status_code == 206
+    assert part.content == b"nii."
+    assert part.headers["content-range"] == "bytes 5-8/110"
+
+    again = client.get(url, headers={"If-None-Match": f'"x", {whole.headers["etag"]}'})
+    assert again.status_code == 304
+    assert again.content == b""
+
+
+def test_a_running_job_has_no_result_yet_and_can_be_stopped(client: TestClient) -> None:
+    job = send(client, wait=False, seconds=60).json()["id"]
+    until(client, job, "running")
+    early = client.get(f"{URL}/{job}/mask.nii.gz")
+    assert early.status_code == 409
+    assert early.json()["code"] == "not_finished"
+
+    start = time.monotonic()
+    stopped = client.post(f"{URL}/{job}/cancel")
+    assert stopped.json()["state"] == "cancelled"
+    assert client.post(f"{URL}/{job}/cancel").status_code == 200
+    # The worker notices: the next scan does not wait for the sixty seconds.
+    assert send(client, name="after the cancelled").status_code == 200
+    assert time.monotonic() - start < 45
+    assert client.get(f"{URL}/{job}/mask.nii.gz").status_code == 409
+    again = send(client, wait=False, seconds=60).json()["id"]
+    assert again != job
+    client.delete(f"{URL}/{again}")
+
+
+def test_a_finished_job_cannot_be_stopped(client: TestClient) -> None:
+    job = send(client, name="finished").json()["id"]
+    answer = client.post(f"{URL}/{job}/cancel")
+    assert answer.status_code == 409
+    assert answer.json()["code"] == "already_finished"
+    assert client.get(f"{URL}/{job}").json()["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("state", ["succeeded", "running", "queued"])
+def test_an_erased_job_leaves_nothing(client: TestClient, engine: FakeEngine, state: str) -> None:
+    blocker = None
+    if state == "queued":
+        blocker = send(client, wait=False, seconds=60, name="blocker").json()["id"]
+        until(client, blocker, "running")
+    seconds = 0 if state == "succeeded" else 60
+    job = send(client, wait=False, seconds=seconds, name=f"erased {state}").json()["id"]
+    until(client, job, state)
+    store = client.app.state.service.store.root  # type: ignore[attr-defined]
+    assert (store / "jobs" / job).is_dir()
+
+    assert client.delete(f"{URL}/{job}").status_code == 204
+    assert not list(store.rglob(f"*{job}*"))
+    assert not list((store / "trash").iterdir())
+    assert client.get(f"{URL}/{job}").status_code == 404
+    assert client.delete(f"{URL}/{job}").status_code == 404
+    if blocker:
+        client.delete(f"{URL}/{blocker}")
+    analysed = len(engine.seen)
+    assert send(client, name="after the erased", state=state).status_code == 200
+    assert len(engine.seen) == analysed + 1
+
+
+def test_the_queue_has_places_and_an_end(client: TestClient) -> None:
+    jobs = [send(client, wait=False, seconds=60, name=f"queue {i}").json()["id"] for i in range(2)]
+    until(client, jobs[0], "running")
+    jobs += [send(client, wait=False, name=f"queue {i}").json()["id"] for i in range(2, 5)]
+    assert [client.get(f"{URL}/{job}").json()["place"] for job in jobs] == [None, 1, 2, 3, 4]
+
+    full = send(client, wait=False, name="queue 5")
+    assert full.status_code == 429
+    assert full.json()["code"] == "queue_full"
+    assert int(full.headers["retry-after"]) > 0
+    for job in jobs:
+        assert client.delete(f"{URL}/{job}").status_code == 204
+
+
+def test_the_list_pages_and_filters(client: TestClient) -> None:
+    every = client.get(URL, params={"limit": 200}).json()
+    assert every["next"] is None
+    ids = [job["id"] for job in every["scans"]]
+    assert len(ids) > 10
+
+    seen, page = [], client.get(URL, params={"limit": 3}).json()
+    while True:
+        seen += [job["id"] for job in page["scans"]]
+        if page["next"] is None:
+            break
+        assert len(page["scans"]) == 3
+        page = client.get(page["next"]).json()
+    assert seen == ids
+
+    failed = client.get(URL, params={"state": ["failed", "cancelled"]}).json()["scans"]
+    assert {job["state"] for job in failed} == {"failed", "cancelled"}
+    assert client.get(URL, params={"after": "nonsense"}).json()["code"] == "bad_request"
+    assert client.get(URL, params={"state": "asleep"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("query", "code"), [("seed=-1", "bad_request"), ("seed=x", "bad_request"), ("model=none", "unknown_model")]
+)
+def test_bad_parameters_are_refused_before_the_upload(client: TestClient, query: str, code: str) -> None:
+    answer = client.post(f"{URL}?{query}", content=scan())
+    assert answer.status_code == 400
+    assert answer.json()["code"] == code
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-0.0.1"])
+def test_a_model_may_be_named(client: TestClient, engine: FakeEngine, model: str) -> None:
+    answer = client.post(f"{URL}?model={model}&series=1.2.3", content=scan(model=model), headers=WAIT)
+    assert answer.status_code == 200
+    assert (engine.seen[-1][1].model, engine.seen[-1][1].series) == (model, "1.2.3")
+
+
+@pytest.mark.parametrize("path", ["/v1/scans/../../etc", "/v1/scans/x", f"/v1/scans/{'0' * 16}-{'0' * 16}", "/nothing"])
+def test_what_is_not_there_is_404(client: TestClient, path: str) -> None:
+    answer = client.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["code"] == "not_found"
+
+
+def test_the_wrong_method_is_405(client: TestClient) -> None:
+    answer = client.put("/v1/models")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET"
+    assert answer.json()["code"] == "method_not_allowed"

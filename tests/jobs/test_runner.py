@@ -1,0 +1,92 @@
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from app.analyse import Request
+from app.jobs.metrics import Metrics
+from app.jobs.runner import Interrupted, Runner, where
+from app.jobs.store import Store
+from tests.api.support import FakeEngine, scan
+from tests.jobs.test_store import JOB, fill
+
+
+class Paper:
+    """A ledger that remembers, and forgets the job after so many questions."""
+
+    def __init__(self, wanted: int = 1000) -> None:
+        self.left = wanted
+        self.notes: list[tuple[str, float]] = []
+
+    def wanted(self, job: str) -> bool:
+        assert job == JOB
+        self.left -= 1
+        return self.left >= 0
+
+    def note(self, job: str, stage: str, progress: float) -> None:
+        assert job == JOB
+        self.notes.append((stage, progress))
+
+
+def runner(folder: Path, ledger: Paper, **orders: object) -> Runner:
+    store = Store(folder)
+    fill(store, JOB, scan(**orders))
+    return Runner(FakeEngine(), store, ledger, Metrics())
+
+
+def test_progress_runs_over_the_whole_job(tmp_path: Path) -> None:
+    ledger = Paper()
+    outcome = runner(tmp_path, ledger).analyse(JOB, Request())
+    assert ledger.notes == [("read", 0.05), ("infer", 0.05), ("export", 1.0)]
+    assert outcome["model"] == "tiny-0.0.1"
+    assert (tmp_path / "jobs" / JOB / str(outcome["work"]) / "mask.nii.gz").is_file()
+
+
+def test_a_fault_is_told_by_its_class_alone(tmp_path: Path) -> None:
+    outcome = runner(tmp_path, Paper(), crash="Zweistein").analyse(JOB, Request())
+    assert "Zweistein" not in str(outcome)
+    assert "ValueError" in str(outcome["problem"])
+
+
+@pytest.mark.parametrize("orders", [{"seconds": 60}, {"fail": "Cancelled"}])
+def test_what_nobody_wants_is_left_long_before_its_end(tmp_path: Path, orders: dict[str, object]) -> None:
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        runner(tmp_path, Paper(wanted=2), **orders).analyse(JOB, Request())
+    assert time.monotonic() - start < 45
+
+
+def test_a_fault_after_the_erasure_is_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        runner(tmp_path, Paper(wanted=1), crash="the folder is gone").analyse(JOB, Request())
+
+
+@pytest.mark.parametrize(("drain", "ends"), [(50.0, True), (0.0, False)])
+def test_stopping_waits_a_while(tmp_path: Path, drain: float, ends: bool) -> None:  # noqa: FBT001
+    worker = runner(tmp_path, Paper(), seconds=0.5 if ends else 60)
+    outcomes: list[object] = []
+
+    def work() -> None:
+        try:
+            outcomes.append(worker.analyse(JOB, Request()))
+        except Interrupted:
+            outcomes.append(None)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(0.2)
+    worker.stop(drain)
+    thread.join(40)
+    assert [outcome is not None for outcome in outcomes] == [ends]
+    # What the queue still hands out is not begun.
+    with pytest.raises(Interrupted):
+        worker.analyse(JOB, Request())
+
+
+def test_a_place_has_no_text() -> None:
+    with pytest.raises(ValueError, match="Zweistein") as caught:
+        int("Zweistein")
+    assert where(caught.value)["exception"] == "ValueError"
+    assert where(caught.value)["where"].startswith("test_runner.py:")
+    assert "Zweistein" not in str(where(caught.value))

@@ -1,0 +1,107 @@
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from app.jobs.store import STALE_SECONDS, Store
+
+JOB = "0123456789abcdef-0123456789abcdef"
+
+
+def fill(store: Store, job: str, *files: bytes) -> str:
+    with store.receive() as incoming:
+        for data in files:
+            incoming.begin()
+            incoming.write(data[:3])
+            incoming.write(data[3:])
+            incoming.end()
+        store.keep(incoming, job)
+        return incoming.digest
+
+
+def test_an_upload_is_hashed_on_its_way(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    digest = fill(store, JOB, b"one scan")
+    assert digest == hashlib.sha256(hashlib.sha256(b"one scan").hexdigest().encode()).hexdigest()
+    assert store.scan(JOB).read_bytes() == b"one scan"
+
+
+def test_several_files_are_a_folder_and_their_order_does_not_matter(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    digest = fill(store, JOB, b"a", b"b")
+    assert [path.read_bytes() for path in sorted(store.scan(JOB).iterdir())] == [b"a", b"b"]
+    assert fill(store, JOB.replace("0", "f"), b"b", b"a") == digest
+    assert fill(store, JOB.replace("1", "f"), b"ab") != digest
+
+
+def test_only_its_owner_reads_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "a" / "store")
+    assert stat.S_IMODE(store.root.stat().st_mode) == 0o700
+
+
+def test_what_was_not_kept_is_gone(tmp_path: Path) -> None:
+    with Store(tmp_path).receive() as incoming:
+        incoming.begin()
+        incoming.write(b"half")
+    assert not list((tmp_path / "incoming").iterdir())
+
+
+def test_results_appear_all_at_once_and_only_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, JOB, b"scan")
+    first = store.work(JOB)
+    (first / "mask").write_bytes(b"1")
+    assert store.result(JOB, "mask") is None
+    store.publish(JOB, first.name)
+    store.publish(JOB, first.name)  # resumed after a crash between the rename and its record
+
+    second = store.work(JOB)
+    (second / "mask").write_bytes(b"2")
+    store.publish(JOB, second.name)
+    path = store.result(JOB, "mask")
+    assert path is not None
+    assert path.read_bytes() == b"1"
+    assert sorted(p.name for p in (tmp_path / "jobs" / JOB).iterdir()) == ["results", "scan"]
+
+
+def test_an_attempt_clears_what_the_one_before_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, JOB, b"scan")
+    old = store.work(JOB)
+    new = store.work(JOB)
+    assert not old.exists()
+    assert new.is_dir()
+
+
+def test_erasing_beats_a_writer(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, JOB, b"scan")
+    work = store.work(JOB)
+    store.erase(JOB)
+    store.erase(JOB)
+    with pytest.raises(FileNotFoundError):
+        (work / "mask").write_bytes(b"late")
+    with pytest.raises(FileNotFoundError):
+        store.publish(JOB, work.name)
+    assert not list(tmp_path.rglob(f"*{JOB}*"))
+
+
+def test_a_start_sweeps_what_a_dead_process_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for name in ("incoming/old", "incoming/new", "trash/any"):
+        (tmp_path / name).mkdir()
+    long_ago = (tmp_path / "incoming/new").stat().st_mtime - STALE_SECONDS - 60
+    os.utime(tmp_path / "incoming/old", (long_ago, long_ago))
+    store.sweep()
+    assert [path.name for path in (tmp_path / "incoming").iterdir()] == ["new"]
+    assert not list((tmp_path / "trash").iterdir())
+
+
+def test_two_living_processes_have_two_names(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    first, second = store.take_slot(), store.take_slot()
+    assert (first.name, second.name) == ("process-0", "process-1")
+    first.free()
+    assert store.take_slot().name == "process-0"

@@ -1,0 +1,95 @@
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from app.analyse import Request
+from app.errors import NotFound, QueueFull
+from app.jobs.job import Cursor, State
+from app.jobs.metrics import Metrics
+from app.jobs.records import MAX_RECOVERIES
+from app.jobs.store import Store
+from app.jobs.workflow import Jobs
+from tests.api.support import FakeEngine, scan
+
+
+@contextmanager
+def started(folder: Path, engine: FakeEngine, limit: int = 100) -> Iterator[Jobs]:
+    jobs = Jobs(engine, Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), limit)
+    jobs.start()
+    try:
+        yield jobs
+    finally:
+        jobs.stop(0)
+
+
+def submit(jobs: Jobs, folder: Path, **orders: object) -> str:
+    with Store(folder).receive() as incoming:
+        incoming.begin()
+        incoming.write(scan(**orders))
+        incoming.end()
+        return jobs.submit(incoming, Request(), None)
+
+
+def until(jobs: Jobs, job: str, state: State) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if jobs.get(job).state == state:
+            return
+        time.sleep(0.03)
+    raise AssertionError(f"never {state}: {jobs.get(job)}")
+
+
+def test_a_job_that_was_stopped_goes_on_and_one_that_kills_is_parked(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.slow = True
+    with started(tmp_path, engine) as jobs:
+        job = submit(jobs, tmp_path)
+        while not engine.seen:
+            time.sleep(0.01)
+    engine.slow = False
+    with started(tmp_path, engine) as jobs:
+        until(jobs, job, "succeeded")
+        assert len(engine.seen) == 2
+        assert jobs.get(job).model == "tiny-0.0.1"
+
+    for _ in range(MAX_RECOVERIES + 1):
+        with started(tmp_path, engine) as jobs:
+            killer = submit(jobs, tmp_path, seconds=60)
+            until(jobs, killer, "running")
+    with started(tmp_path, engine) as jobs:
+        until(jobs, killer, "failed")
+        problem = jobs.get(killer).problem
+        assert problem is not None
+        assert problem["code"] == "worker_lost"
+        # The queue goes on, and the same scan gets a new try.
+        until(jobs, submit(jobs, tmp_path, name="next"), "succeeded")
+        assert submit(jobs, tmp_path, seconds=60) != killer
+
+
+def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    with started(tmp_path, engine, limit=30) as jobs:
+        blocker = submit(jobs, tmp_path, seconds=60)
+        until(jobs, blocker, "running")
+        # More than a page of them in one second, which is one tick of SQLite's clock.
+        sent = [submit(jobs, tmp_path, name=i) for i in range(30)]
+        assert [jobs.places()[job] for job in sent] == list(range(1, 31))
+        with pytest.raises(QueueFull):
+            jobs.check_room()
+
+        seen: list[str] = []
+        after = None
+        while page := jobs.page(["queued"], 4, after):
+            seen += [job.id for job in page]
+            after = Cursor(page[-1].created, page[-1].id)
+        assert sorted(seen) == sorted(sent)
+
+        jobs.erase(blocker)
+        until(jobs, sent[-1], "succeeded")
+        order = [path.parts[-3] for path, _ in engine.seen]
+        assert order == [blocker, *sent]
+        with pytest.raises(NotFound):
+            jobs.get(blocker)
