@@ -77,7 +77,8 @@ def analyse(
         One leaf a cause; see `app.errors`.
     """
     seconds: dict[str, float] = {}
-    with TemporaryDirectory(prefix="counterpart-") as scratch, _timed("read", seconds):
+    # Inside the results' folder: whoever removes that reaches an unpacked scan which a kill left behind.
+    with TemporaryDirectory(prefix=".unpacked-", dir=out) as scratch, _timed("read", seconds):
         progress("read", 0.0)
         scan = read(path, scratch=Path(scratch), series=request.series)
         manifest = choose(manifests, scan.source, request.model)

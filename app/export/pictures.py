@@ -109,11 +109,10 @@ def _upright(image: FloatArray) -> FloatArray:
 
 def _grey(image: FloatArray) -> npt.NDArray[np.uint8]:
     levels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-    rgb: npt.NDArray[np.uint8] = np.asarray(np.repeat(levels[..., None], 3, axis=-1), dtype=np.uint8)
-    return rgb
+    return np.asarray(np.repeat(levels[..., None], 3, axis=-1), dtype=np.uint8)
 
 
 def _hot(image: FloatArray) -> npt.NDArray[np.uint8]:
     """Black, red, yellow, white."""
     level = np.clip(image, 0, 1)[..., None] * 3 - np.arange(3)
-    return np.round(np.clip(level, 0, 1) * 255).astype(np.uint8)
+    return np.asarray(np.round(np.clip(level, 0, 1) * 255), dtype=np.uint8)

@@ -1,11 +1,11 @@
-"""The service in a process of its own, on a free port of loopback, with `FakeEngine`."""
+"""The service in a process of its own, on a free port of loopback; by default with `FakeEngine`."""
 
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from app.settings import read_settings
 from tests.api.support import FakeEngine
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+FAKE = (sys.executable, "-m", "tests.api.served")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Served:
 
 
 @contextmanager
-def served(store: Path, log: Path, **settings: str) -> Iterator[Served]:
+def served(store: Path, log: Path, command: Sequence[str] = FAKE, **settings: str) -> Iterator[Served]:
     """Start the service, wait until it is ready, and see to it that it ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,9 +38,7 @@ def served(store: Path, log: Path, **settings: str) -> Iterator[Served]:
     environ = os.environ | {"COUNTERPART_STORE": str(store), "COUNTERPART_PORT": str(port)}
     environ |= {f"COUNTERPART_{name.upper()}": value for name, value in settings.items()}
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.api.served"], cwd=CHECKOUT, env=environ, stdout=output, stderr=output
-        )
+        process = subprocess.Popen(command, cwd=CHECKOUT, env=environ, stdout=output, stderr=output)
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
             _wait_until_ready(http, process, log)
