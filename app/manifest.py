@@ -26,6 +26,12 @@ class Preparation(Part):
     min_foreground_cm2: float = Field(description="A slice with less foreground is not analysed.")
 
 
+def latent_sigma(smoothing_mm: float, preparation: Preparation, downsampling: int) -> tuple[float, float, float]:
+    """Millimetres as slices, rows and columns of latents."""
+    dz, dy, dx = preparation.spacing_mm
+    return smoothing_mm / dz, smoothing_mm / (dy * downsampling), smoothing_mm / (dx * downsampling)
+
+
 class NoiseSchedule(Part):
     """Linear beta: METHOD's symbols (`app.pipeline.schedule`)."""
 
@@ -57,6 +63,8 @@ class KlMap(Part):
 
     timesteps: tuple[int, ...] = Field(description="S: noise levels t, each one evaluation of the network a slice.")
     alpha_bar: tuple[float, float] = Field(description="The same range as signal: alpha_bar at its first and last t.")
+    mean: Literal["arithmetic", "geometric"] = Field(default="arithmetic", description="Over the noise levels.")
+    smoothing_mm: float = Field(default=0.0, description="Standard deviation of the Gaussian over the KL map.")
     percentile: float = Field(description="Percentile of healthy foreground latents that became the threshold.")
     threshold: float = Field(description="A latent above it, in nats, is masked.")
     min_component: int = Field(description="Connected masked latents, fewer are dropped.")
@@ -76,6 +84,11 @@ class Residual(Part):
         description="What the decoded counterpart is compared with: x, or D(z0), in which the autoencoder's own "
         "error cancels."
     )
+    contrast_floor: float = Field(
+        default=0.0, description="The residual is divided by this plus the counterpart's local contrast; 0: it is not."
+    )
+    weighted_by_kl: bool = Field(default=False, description="Multiplied by the up-sampled KL over its threshold.")
+    erosion: int = Field(default=0, description="Pixels at the foreground's edge that are not judged.")
     smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map; 0 for none.")
     threshold: float = Field(description="A voxel above it is in the mask.")
     healthy_false_positive_rate: float = Field(description="Share of healthy validation voxels above the threshold.")
@@ -173,6 +186,11 @@ class Manifest(Part):
         rows, columns = self.preparation.shape
         f = self.latent.downsampling
         return self.latent.channels, rows // f, columns // f
+
+    @property
+    def kl_sigma(self) -> tuple[float, float, float]:
+        """Smoothing of the KL map in slices, rows and columns of latents."""
+        return latent_sigma(self.kl.smoothing_mm, self.preparation, self.latent.downsampling)
 
     @property
     def evaluations_per_slice(self) -> tuple[int, int]:

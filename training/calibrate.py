@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
 from app.pipeline import anomaly
-from app.pipeline.detect import gate_slices, smooth
+from app.pipeline.detect import gate_slices
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
 from training.config import Config
 from training.data import load_volume, subject_path
-from training.examine import Examined, examine, graph_models, make_schedule, residual_map
+from training.examine import Examined, anomaly_map, examine, graph_models, imagine, make_schedule
 from training.splits import load_split
 
 # Candidates for the smallest connected component that stays in a latent mask.
@@ -45,11 +45,21 @@ def latent_mask(scan: Examined, threshold: float, min_component: int, grow: int)
     return anomaly.latent_mask(scan.kl, scan.latents, threshold, min_component, grow)
 
 
+def significant(value: float) -> float:
+    """Six digits: more would only pretend."""
+    return float(f"{value:.6g}")
+
+
+def span(low: float, high: float) -> Range:
+    """A range for the manifest."""
+    return Range(low=significant(low), high=significant(high))
+
+
 def around(values: npt.NDArray[np.float64], deviations: float) -> Range:
     """Mean and so many standard deviations on either side, of the logarithm: scores are skewed."""
     logs = np.log(values)
     spread = deviations * logs.std(ddof=1)
-    return Range(low=round(float(np.exp(logs.mean() - spread)), 6), high=round(float(np.exp(logs.mean() + spread)), 6))
+    return span(np.exp(logs.mean() - spread), np.exp(logs.mean() + spread))
 
 
 def calibrate_gate(scans: list[Examined], config: Config) -> Gate:
@@ -58,7 +68,7 @@ def calibrate_gate(scans: list[Examined], config: Config) -> Gate:
     return Gate(
         score=around(np.array([s.kl[s.latents].mean() for s in scans]), config.detection.gate_deviations),
         reconstruction=around(np.array([_gate_error(s) for s in scans]), config.detection.gate_deviations),
-        latent=Range(low=round(float(low), 6), high=round(float(high), 6)),
+        latent=span(low, high),
         max_fraction_out=config.detection.gate_fraction_out,
     )
 
@@ -70,18 +80,21 @@ def _gate_error(scan: Examined) -> float:
 
 
 def calibrate_residual(
-    scans: list[Examined], masks: list[BoolArray], models: Models, config: Config, reverse: tuple[int, ...]
+    scans: list[Examined], masks: list[BoolArray], models: Models, config: Config, kl_at: float
 ) -> Residual:
     """The residual threshold that leaves the stated share of healthy foreground pixels above it."""
     d = config.detection
     values = []
     for scan, mask in tqdm(list(zip(scans, masks, strict=True)), desc="residuals", unit="scan"):
-        maps = residual_map(scan, mask, models, config, reverse)
-        smoothed = smooth(maps[d.reference], scan.foreground, d.smoothing_mm, config.preparation.spacing_mm)
-        values.append(smoothed[scan.foreground])
+        counterpart = imagine(scan, mask, models, config)
+        score = anomaly_map(scan, mask, counterpart, kl_at, config)
+        values.append(score[anomaly.erode(scan.foreground, d.erosion)])
     threshold = float(np.quantile(np.concatenate(values), 1 - d.false_positive_rate))
     return Residual(
         reference=d.reference,
+        contrast_floor=d.contrast_floor,
+        weighted_by_kl=d.weighted_by_kl,
+        erosion=d.erosion,
         smoothing_mm=d.smoothing_mm,
         # A healthy set without any residual says nothing of how small a difference matters.
         threshold=round(max(threshold, d.least_threshold), 5),
@@ -93,7 +106,7 @@ def calibrate_residual(
 def examined_subjects(config: Config, models: Models, subjects: tuple[str, ...]) -> list[Examined]:
     """Healthy scans up to their KL maps."""
     return [
-        examine(load_volume(subject_path(config, s)), models, config, config.detection.kl_timesteps)
+        examine(load_volume(subject_path(config, s)), models, config)
         for s in tqdm(subjects, desc="KL maps", unit="scan")
     ]
 
@@ -123,18 +136,20 @@ def calibrate(config: Config) -> None:
                 round(float(alpha_bar[min(d.kl_timesteps)]), 4),
                 round(float(alpha_bar[max(d.kl_timesteps)]), 4),
             ),
+            mean=d.kl_mean,
+            smoothing_mm=d.kl_smoothing_mm,
             percentile=d.kl_percentile,
-            threshold=round(threshold, 6),
+            threshold=significant(threshold),
             min_component=k,
             grow=d.grow,
         ),
         "reverse": Reverse(timesteps=d.reverse_timesteps),
-        "residual": calibrate_residual(scans, masks, models, config, d.reverse_timesteps),
+        "residual": calibrate_residual(scans, masks, models, config, threshold),
         "gate": calibrate_gate(scans, config),
         "calibration": Calibration(
             subjects=subjects,
-            slice_score=Range(low=round(float(low), 6), high=round(float(high), 6)),
-            scan_score=Range(low=round(float(by_scan.min()), 6), high=round(float(by_scan.max()), 6)),
+            slice_score=span(low, high),
+            scan_score=span(by_scan.min(), by_scan.max()),
         ),
     }
     plain = {name: part.model_dump(mode="json") for name, part in parts.items()}

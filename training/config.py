@@ -66,15 +66,24 @@ class DenoiserConfig(Part):
     focus_share: float
 
 
+class ExportConfig(Part):
+    averaged: bool = Field(description="Whether the averaged weights of the denoiser are served, or its last ones.")
+
+
 class DetectionConfig(Part):
     """Choices of METHOD's detection; what follows from them is calibrated on healthy scans."""
 
     kl_timesteps: tuple[int, ...]
+    kl_mean: Literal["arithmetic", "geometric"]
+    kl_smoothing_mm: float
     kl_percentile: float
-    empty_share: float = Field(description="Share of healthy slices whose mask must come out empty.")
+    empty_share: float = Field(description="Share of healthy slices whose mask must come out empty; 0 drops nothing.")
     grow: int
     reverse_timesteps: tuple[int, ...]
     reference: Literal["image", "reconstruction"]
+    contrast_floor: float
+    weighted_by_kl: bool
+    erosion: int
     smoothing_mm: float
     false_positive_rate: float = Field(description="Share of healthy pixels above the residual threshold.")
     least_threshold: float
@@ -105,6 +114,7 @@ class Config(Part):
     augmentation: AugmentationConfig
     vqvae: VqvaeConfig
     denoiser: DenoiserConfig
+    export: ExportConfig
     detection: DetectionConfig
     bundle: BundleConfig
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.manifest import NoiseSchedule, Preparation
+from app.manifest import NoiseSchedule, Preparation, latent_sigma
 from app.pipeline import anomaly
+from app.pipeline.detect import smooth
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, Placement, foreground_cm2, to_slices
@@ -69,36 +70,48 @@ def make_diffusion(models: Models, config: Config) -> anomaly.Diffusion:
     return anomaly.Diffusion(make_schedule(config.schedule), models.denoise, noise)
 
 
-def examine(volume: Volume, models: Models, config: Config, timesteps: tuple[int, ...]) -> Examined:
+def examine(volume: Volume, models: Models, config: Config) -> Examined:
     """Prepare, encode and KL-map a scan, as `detect` does."""
+    d = config.detection
     preparation: Preparation = config.preparation
     slices = to_slices(volume, preparation)
     known = np.flatnonzero(foreground_cm2(slices, preparation) >= preparation.min_foreground_cm2)
     x, foreground = slices.x[known], slices.foreground[known]
     z0 = models.encode(x)
-    kl = anomaly.kl_map(z0, known, make_diffusion(models, config), timesteps)
+    latents = anomaly.latent_foreground(foreground, config.downsampling)
+    kl = anomaly.kl_map(z0, known, make_diffusion(models, config), d.kl_timesteps, d.kl_mean)
+    sigma = latent_sigma(d.kl_smoothing_mm, preparation, config.downsampling)
     return Examined(
         known=known,
         x=x[:, 0],
         foreground=foreground,
         z0=z0,
-        latents=anomaly.latent_foreground(foreground, config.downsampling),
-        kl=kl,
+        latents=latents,
+        kl=anomaly.smooth_kl(kl, latents, sigma),
         reconstruction=models.decode(z0)[:, 0],
         placement=slices.placement,
     )
 
 
-def residual_map(
-    scan: Examined, mask: BoolArray, models: Models, config: Config, timesteps: tuple[int, ...]
-) -> dict[str, FloatArray]:
-    """Unsmoothed residuals against the image and against the reconstruction, (K, H, W) each."""
+def imagine(scan: Examined, mask: BoolArray, models: Models, config: Config) -> FloatArray:
+    """The decoded counterpart; D(z0) where the mask of a slice is empty, (K, H, W)."""
     found = np.flatnonzero(mask.any(axis=(1, 2)))
-    maps = {"image": np.zeros_like(scan.x), "reconstruction": np.zeros_like(scan.x)}
+    imagined = scan.reconstruction.copy()
     if found.size:
-        diffusion = make_diffusion(models, config)
-        zc = anomaly.inpaint(scan.z0[found], mask[found], scan.known[found], diffusion, timesteps)
-        imagined = models.decode(zc)[:, 0]
-        for name, reference in (("image", scan.x), ("reconstruction", scan.reconstruction)):
-            maps[name][found] = anomaly.residual(reference[found], imagined, mask[found])
-    return maps
+        diffusion, steps = make_diffusion(models, config), config.detection.reverse_timesteps
+        zc = anomaly.inpaint(scan.z0[found], mask[found], scan.known[found], diffusion, steps)
+        imagined[found] = models.decode(zc)[:, 0]
+    return imagined
+
+
+def anomaly_map(
+    scan: Examined, mask: BoolArray, imagined: FloatArray, kl_threshold: float, config: Config
+) -> FloatArray:
+    """Residual, weighed and smoothed as `detect` does, (K, H, W)."""
+    d = config.detection
+    reference = scan.x if d.reference == "image" else scan.reconstruction
+    plain = anomaly.residual(reference, imagined, mask)
+    surprise = scan.kl / np.float32(kl_threshold)
+    weighed = anomaly.weigh(plain, imagined, surprise, d.contrast_floor, by_kl=d.weighted_by_kl)
+    judged = anomaly.erode(scan.foreground, d.erosion)
+    return smooth(weighed, judged, d.smoothing_mm, config.preparation.spacing_mm)

@@ -38,11 +38,11 @@ def trained_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, di
     """The three networks as serving calls them, on the CPU, and each stage's provenance."""
     vqvae, latent, from_vqvae = load_vqvae(config)
     denoiser = build_denoiser(config)
-    averaged = torch.optim.swa_utils.AveragedModel(denoiser)
-    from_denoiser = load_modules(config, "denoiser", {"averaged": averaged})
+    averaged = torch.optim.swa_utils.AveragedModel(denoiser)  # a copy
+    from_denoiser = load_modules(config, "denoiser", {"averaged": averaged, "denoiser": denoiser})
     networks: dict[str, nn.Module] = {
         "encoder": Encode(vqvae, latent),
-        "denoiser": averaged.module,
+        "denoiser": averaged.module if config.export.averaged else denoiser,
         "decoder": Decode(vqvae, latent),
     }
     for network in networks.values():

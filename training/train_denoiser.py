@@ -2,12 +2,13 @@
 
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from app.pipeline.schedule import Schedule
 from training.config import Config
@@ -30,6 +31,19 @@ def draw_times(config: Config, count: int, rng: np.random.Generator) -> np.ndarr
     return np.where(focused, rng.integers(0, d.focus_below, count), rng.integers(0, config.schedule.steps, count))
 
 
+def warming_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]:
+    """Exponential moving average that forgets the initial weights: its memory grows with the run.
+
+    With a constant decay of 0.999 a run of 3,600 steps still ends with 2.7 % of them.
+    """
+
+    def average(mean: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | int) -> torch.Tensor:
+        now = min(decay, (1 + float(seen)) / (10 + float(seen)))
+        return torch.lerp(mean, value, 1 - now)
+
+    return average
+
+
 def train(config: Config) -> None:
     """Train, or go on training, the denoiser of a configuration."""
     torch.manual_seed(config.seed)
@@ -37,7 +51,7 @@ def train(config: Config) -> None:
     z_held_out = cached_latents(config, "validation", 0)
     schedule = Schedule.linear(config.schedule.steps, config.schedule.beta_start, config.schedule.beta_end)
     denoiser = build_denoiser(config).to(device()).to(memory_format=torch.channels_last)
-    averaged = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.denoiser.ema_decay))
+    averaged = AveragedModel(denoiser, avg_fn=warming_average(config.denoiser.ema_decay))
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.denoiser.learning_rate, weight_decay=1e-4)
     warmup, steps = config.denoiser.warmup, config.denoiser.steps
     rate = torch.optim.lr_scheduler.LambdaLR(

@@ -51,7 +51,7 @@ class ScoresReported(Part):
 
 
 class Finding(Part):
-    """One connected lesion. Positions are RAS+ millimetres; scores are shares of the intensity range."""
+    """One connected lesion. Positions are RAS+ millimetres; scores are values of the anomaly map."""
 
     label: int
     volume_ml: float

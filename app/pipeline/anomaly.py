@@ -1,6 +1,7 @@
 """The paper's steps, one function each (Pinaya et al. 2022, arXiv 2206.03461, section 2)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,15 @@ from app.volume import FloatArray
 # which are compared with the model one by one.
 IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 IN_PLANE[1] = True
+
+
+# Pixels: an edge and both of its sides.
+CONTRAST_WINDOW = 5
+
+Mean = Literal["arithmetic", "geometric"]
+
+# A foreground latent always weighs more than this in its own neighbourhood.
+SMALLEST_WEIGHT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,11 @@ class Diffusion:
 
 
 def kl_map(
-    z0: FloatArray, slices: npt.NDArray[np.int64], diffusion: Diffusion, timesteps: tuple[int, ...]
+    z0: FloatArray,
+    slices: npt.NDArray[np.int64],
+    diffusion: Diffusion,
+    timesteps: tuple[int, ...],
+    mean: Mean = "arithmetic",
 ) -> FloatArray:
     """How far the true reverse step lies from the predicted one, in nats.
 
@@ -50,6 +64,9 @@ def kl_map(
         Their indices in the stack: keys of the noise.
     timesteps : tuple of int
         S, each one evaluation of the network.
+    mean : {"arithmetic", "geometric"}
+        Over S. The geometric one (ANDi, arXiv 2312.01904) lets no noise level outweigh the others:
+        the weight of L_{t-1} falls by orders of magnitude from small to large t.
 
     Returns
     -------
@@ -57,12 +74,33 @@ def kl_map(
         L_{t-1} = KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)), mean over channels and over S.
     """
     total = np.zeros((len(z0), *z0.shape[2:]), dtype=np.float32)
+    forward, back = (np.log, np.exp) if mean == "geometric" else (np.asarray, np.asarray)
     for t in timesteps:
         epsilon = diffusion.noise(Purpose.KL, slices, t)
         z_t = diffusion.schedule.diffuse(z0, epsilon, t)
         predicted = diffusion.denoise(z_t, np.full(len(z0), t, dtype=np.int64))
-        total += diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
-    return np.asarray(total / len(timesteps), dtype=np.float32)
+        level = diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
+        total += forward(level)
+    return np.asarray(back(total / len(timesteps)), dtype=np.float32)
+
+
+def smooth_kl(kl: FloatArray, foreground: BoolArray, sigma: tuple[float, float, float]) -> FloatArray:
+    """Gaussian over neighbouring foreground latents of the stack, (N, h, w).
+
+    The noise of neighbouring slices is drawn independently and a lesion spans several of them:
+    what they agree on stands out.
+
+    Parameters
+    ----------
+    sigma : tuple of float
+        Standard deviation in slices, rows and columns of latents.
+    """
+    if not any(sigma):
+        return kl
+    inside = foreground.astype(np.float32)
+    weight = ndimage.gaussian_filter(inside, sigma)
+    total = ndimage.gaussian_filter(kl * inside, sigma)
+    return np.asarray(np.where(foreground, total / np.maximum(weight, SMALLEST_WEIGHT), kl), dtype=np.float32)
 
 
 def latent_foreground(foreground: BoolArray, downsampling: int) -> BoolArray:
@@ -135,6 +173,49 @@ def residual(reference: FloatArray, counterpart: FloatArray, mask: BoolArray) ->
     """
     _, height, width = reference.shape
     return np.asarray(np.abs(reference - counterpart) * upsample(mask, (height, width)), dtype=np.float32)
+
+
+def weigh(
+    residual: FloatArray, imagined: FloatArray, relative_kl: FloatArray, contrast_floor: float, *, by_kl: bool
+) -> FloatArray:
+    """What a difference is worth where it was found, (N, H, W).
+
+    In the folds of the cortex no model knows each edge, and a difference as large as the local
+    contrast says little; in even white matter it says much. And where the model was surprised
+    before it imagined anything, a difference counts more.
+
+    Parameters
+    ----------
+    residual, imagined : (N, H, W) ndarray
+        `imagined` is the decoded counterpart, whose local standard deviation divides the residual.
+    relative_kl : (N, h, w) ndarray
+        KL map as a multiple of its threshold.
+    contrast_floor : float
+        Added to the local standard deviation; 0 leaves the residual undivided.
+    by_kl : bool
+        Whether the up-sampled relative KL multiplies the residual.
+    """
+    if contrast_floor:
+        residual = residual / (contrast_floor + local_contrast(imagined))
+    if by_kl:
+        residual = residual * upsample(relative_kl, (residual.shape[1], residual.shape[2]))
+    return residual
+
+
+def local_contrast(image: FloatArray) -> FloatArray:
+    """Standard deviation within the slice around each pixel, (N, H, W)."""
+    window = (1, CONTRAST_WINDOW, CONTRAST_WINDOW)
+    mean = ndimage.uniform_filter(image, window)
+    variance = ndimage.uniform_filter(image**2, window) - mean**2
+    return np.asarray(np.sqrt(np.maximum(variance, 0)), dtype=np.float32)
+
+
+def erode(foreground: BoolArray, pixels: int) -> BoolArray:
+    """Foreground without its outermost pixels, slice by slice: there, partial volume looks like a difference."""
+    if not pixels:
+        return foreground
+    inner: BoolArray = ndimage.binary_erosion(foreground, structure=IN_PLANE, iterations=pixels)
+    return inner
 
 
 def upsample(latents: npt.NDArray[np.generic], shape: tuple[int, int]) -> FloatArray:

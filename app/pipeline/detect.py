@@ -61,7 +61,7 @@ class Detection:
     counterpart : (N, H, W) ndarray
         The healthy counterpart; equal to x where nothing was changed.
     anomaly : (N, H, W) ndarray
-        Residual; NaN where nothing was analysed: a zero there would read as healthy.
+        Residual, weighed as the manifest says; NaN where nothing was analysed: a zero there would read as healthy.
     scores : Scores
         Image-wise scores.
     """
@@ -106,7 +106,8 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     latents = anomaly.latent_foreground(foreground, manifest.latent.downsampling)
 
     z0 = models.encode(x)
-    kl = anomaly.kl_map(z0, known, diffusion, manifest.kl.timesteps)
+    kl = anomaly.kl_map(z0, known, diffusion, manifest.kl.timesteps, manifest.kl.mean)
+    kl = anomaly.smooth_kl(kl, latents, manifest.kl_sigma)
     error = _reconstruction_error(x[:, 0], foreground, z0, models)
     scores = _scores(kl, latents, error, manifest.gate)
     check_gate(scores, manifest.gate)
@@ -118,11 +119,17 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
         zc = anomaly.inpaint(z0[found], mask[found], known[found], diffusion, manifest.reverse.timesteps)
         imagined = models.decode(zc)[:, 0]
         reference = x[found, 0] if manifest.residual.reference == "image" else models.decode(z0[found])[:, 0]
-        residual[found] = anomaly.residual(reference, imagined, mask[found])
+        plain = anomaly.residual(reference, imagined, mask[found])
+        surprise = kl[found] / np.float32(manifest.kl.threshold)
+        weighting = manifest.residual
+        residual[found] = anomaly.weigh(
+            plain, imagined, surprise, weighting.contrast_floor, by_kl=weighting.weighted_by_kl
+        )
         share = anomaly.upsample(mask[found], x.shape[2:]) * foreground[found]  # nothing is painted beside the head
         counterpart[found] += share * (imagined - reference)
 
-    residual = smooth(residual, foreground, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
+    judged = anomaly.erode(foreground, manifest.residual.erosion)
+    residual = smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
     count = len(slices.x)
     return Detection(
         slices=slices,
@@ -130,7 +137,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
         kl=_spread(np.where(latents, kl, np.nan), known, count, np.nan),
         latent_mask=_spread(mask, known, count, False),
         counterpart=_spread(np.clip(counterpart, 0, 1), known, count, np.nan),
-        anomaly=_spread(np.where(foreground, residual, np.nan), known, count, np.nan),
+        anomaly=_spread(np.where(judged, residual, np.nan), known, count, np.nan),
         scores=scores,
     )
 

@@ -36,7 +36,7 @@ class Result:
     mask : (X, Y, Z) ndarray of uint8
         1 where the scan differs from its counterpart.
     anomaly : (X, Y, Z) ndarray of float32
-        Residual as a share of the intensity range; NaN where nothing was analysed.
+        Residual, weighed as the manifest says (its threshold gives the scale); NaN where nothing was analysed.
     counterpart : (X, Y, Z) ndarray of float32
         The scan in its own units, with what differs replaced by what the model imagines there.
     affine : (4, 4) ndarray
@@ -57,7 +57,8 @@ def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Resul
     placement = detection.slices.placement
     anomaly = placement.to_volume(detection.anomaly)
     change = placement.to_volume(detection.counterpart - detection.slices.x[:, 0])
-    change = np.nan_to_num(change) * np.float32(placement.scale)
+    # Interpolation reaches half a pixel beyond the head: only what was analysed is changed.
+    change = np.where(np.isfinite(anomaly), change, np.float32(0)) * np.float32(placement.scale)
     # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
     seen = np.clip(volume.array, placement.background, placement.background + placement.scale)
     counterpart = np.where(change == 0, volume.array, seen + change)

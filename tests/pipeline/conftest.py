@@ -1,0 +1,27 @@
+"""Settings of the property tests, and what several files start from."""
+
+import pytest
+from hypothesis import settings
+
+from app.manifest import Manifest
+from app.pipeline.models import Models
+from app.pipeline.schedule import Schedule
+from tests.support.bundle import tiny_manifest
+from tests.support.oracle import gaussian_models
+
+# The same examples on every run, however busy the machine.
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)
+settings.load_profile("steady")
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Manifest:
+    """Decisions of the tiny bundle."""
+    return tiny_manifest()
+
+
+@pytest.fixture(scope="session")
+def models(manifest: Manifest) -> Models:
+    """Its exact models."""
+    s = manifest.schedule
+    return gaussian_models(Schedule.linear(s.steps, s.beta_start, s.beta_end))

@@ -1,0 +1,252 @@
+"""The whole method on a synthetic head, with models that know its tissue exactly."""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from nibabel import affines
+
+from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
+from app.manifest import Manifest, Range
+from app.pipeline.detect import GATE_SLICES, Detection, detect
+from app.pipeline.models import Models
+from app.volume import Volume
+from tests.support.phantom import brain, grid, with_lesion
+
+LESION_MM = (25.0, 10.0, 20.0)
+RADIUS_MM = 15.0
+
+
+class Counter:
+    """Models that count the slices they evaluate."""
+
+    def __init__(self, models: Models) -> None:
+        self.calls = {"encode": 0, "denoise": 0, "decode": 0}
+        self.models = Models(*(partial(self._call, name, getattr(models, name)) for name in self.calls))
+
+    def _call(self, name: str, network: Any, *arrays: np.ndarray) -> np.ndarray:
+        self.calls[name] += len(arrays[0])
+        result: np.ndarray = network(*arrays)
+        return result
+
+
+def changed(manifest: Manifest, part: str, **values: object) -> Manifest:
+    return manifest.model_copy(update={part: getattr(manifest, part).model_copy(update=values)})
+
+
+@pytest.fixture(scope="module")
+def healthy() -> Volume:
+    return brain()
+
+
+@pytest.fixture(scope="module")
+def sick(healthy: Volume) -> Volume:
+    return with_lesion(healthy, LESION_MM, RADIUS_MM, 1.5)
+
+
+@pytest.fixture(scope="module")
+def found(sick: Volume, models: Models, manifest: Manifest) -> Detection:
+    return detect(sick, models, manifest)
+
+
+def everything(d: Detection) -> bytes:
+    arrays = (d.kl, d.latent_mask, d.counterpart, d.anomaly, d.scores.slices)
+    return b"".join(a.tobytes() for a in arrays) + repr((d.scores.scan, d.scores.fraction_out)).encode()
+
+
+# ---- a healthy scan ----------------------------------------------------------------------------
+
+
+def test_a_healthy_scan_differs_nowhere(healthy: Volume, models: Models, manifest: Manifest) -> None:
+    counter = Counter(models)
+    d = detect(healthy, counter.models, manifest)
+    assert not d.latent_mask.any()
+    inside = d.slices.foreground & d.analysed[:, None, None]
+    np.testing.assert_array_equal(d.anomaly[inside], 0)
+    np.testing.assert_array_equal(d.counterpart[d.analysed], d.slices.x[d.analysed, 0])
+    # The short cut: no reverse process, and no decoding but the gate's.
+    k = int(d.analysed.sum())
+    assert counter.calls == {"encode": k, "denoise": 3 * k, "decode": GATE_SLICES}
+
+
+def test_what_was_not_analysed_is_unknown_and_not_healthy(healthy: Volume, models: Models, manifest: Manifest) -> None:
+    d = detect(healthy, models, manifest)
+    area = d.slices.foreground.sum(axis=(1, 2)) * 0.09  # cm2 of a pixel of 3 mm
+    np.testing.assert_array_equal(d.analysed, area >= 25)
+    assert (~d.analysed).sum() == 4  # two at each end of the head
+    np.testing.assert_array_equal(np.isnan(d.anomaly), ~(d.slices.foreground & d.analysed[:, None, None]))
+    assert np.isnan(d.counterpart[~d.analysed]).all()
+    assert np.isnan(d.kl[~d.analysed]).all()
+    assert np.isfinite(d.kl[d.analysed]).any(axis=(1, 2)).all()
+
+
+def test_scores_are_those_of_the_kl_map(healthy: Volume, models: Models, manifest: Manifest) -> None:
+    d = detect(healthy, models, changed(manifest, "gate", latent=Range(low=1e-4, high=2e-3)))
+    inside = d.kl[np.isfinite(d.kl)]
+    assert d.scores.scan == pytest.approx(inside.mean(dtype=np.float64), rel=1e-5)
+    assert d.scores.fraction_out == pytest.approx(((inside < 1e-4) | (inside > 2e-3)).mean())
+    assert 0.1 < d.scores.fraction_out < 0.9
+    # One score an analysed slice, in their order.
+    np.testing.assert_allclose(d.scores.slices, np.nanmean(d.kl[d.analysed], axis=(1, 2)), rtol=1e-5)
+    x, foreground = d.slices.x[d.analysed], d.slices.foreground[d.analysed]
+    error = np.abs(models.decode(models.encode(x)) - x)[:, 0][foreground].mean()
+    assert d.scores.reconstruction == pytest.approx(error, rel=0.1)  # of eight slices, not of all
+
+
+# ---- a lesion ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1.5, 0.5])
+def test_a_lesion_is_found_at_its_place(healthy: Volume, models: Models, manifest: Manifest, factor: float) -> None:
+    d = detect(with_lesion(healthy, LESION_MM, RADIUS_MM, factor), models, manifest)
+    above = np.argwhere(d.anomaly > manifest.residual.threshold)
+    points = affines.apply_affine(d.slices.placement.affine, above)
+    # A latent is 12 mm wide: the middle of what it marks is good to a fraction of that.
+    assert points.mean(axis=0) == pytest.approx(LESION_MM, abs=3.0)
+    assert np.linalg.norm(points - LESION_MM, axis=1).max() < RADIUS_MM + 12
+    ml = len(above) * 27 / 1000
+    assert ml == pytest.approx(4 / 3 * np.pi * RADIUS_MM**3 / 1000, rel=0.35)
+    # The prior's tissue takes its place.
+    middle = tuple(np.round(affines.apply_affine(np.linalg.inv(d.slices.placement.affine), LESION_MM)).astype(int))
+    assert d.counterpart[middle] == pytest.approx(0.70, abs=0.1)
+    assert abs(d.slices.x[:, 0][middle] - 0.70) > 0.25
+
+
+def test_slices_without_a_lesion_are_untouched(found: Detection) -> None:
+    hit = found.latent_mask.any(axis=(1, 2))
+    z = affines.apply_affine(found.slices.placement.affine, [[i, 0, 0] for i in np.flatnonzero(hit)])[:, 2]
+    assert z.min() > LESION_MM[2] - RADIUS_MM - 3
+    assert z.max() < LESION_MM[2] + RADIUS_MM + 3
+    quiet = found.analysed & ~hit
+    np.testing.assert_array_equal(found.counterpart[quiet], found.slices.x[quiet, 0])
+    assert np.nanmax(found.anomaly[quiet]) == 0.0
+
+
+def test_only_masked_slices_are_reversed(sick: Volume, models: Models, manifest: Manifest) -> None:
+    counter = Counter(models)
+    d = detect(sick, counter.models, manifest)
+    k, hit = int(d.analysed.sum()), int(d.latent_mask.any(axis=(1, 2)).sum())
+    assert 0 < hit < k
+    per_slice, reversed_too = manifest.evaluations_per_slice
+    assert counter.calls["denoise"] == k * per_slice + hit * (reversed_too - per_slice)
+    assert counter.calls["encode"] == k
+    # The gate's, the counterparts, and (for this manifest's residual) the reconstructions.
+    assert counter.calls["decode"] == GATE_SLICES + 2 * hit
+
+
+def test_the_counterpart_changes_only_what_was_judged(models: Models, manifest: Manifest) -> None:
+    """Near the surface the up-sampled mask reaches out of the head: nothing may be painted there."""
+    at_surface = with_lesion(brain(), (50.0, 0.0, 0.0), RADIUS_MM, 1.5)
+    for reference in ("image", "reconstruction"):
+        d = detect(at_surface, models, changed(manifest, "residual", reference=reference))
+        assert d.latent_mask.any()
+        outside = ~d.slices.foreground & d.analysed[:, None, None]
+        np.testing.assert_array_equal(d.counterpart[outside], d.slices.x[:, 0][outside])
+
+
+def test_residual_against_the_image_or_the_reconstruction(sick: Volume, models: Models, manifest: Manifest) -> None:
+    z_decoded = {}
+    for reference in ("image", "reconstruction"):
+        d = detect(sick, models, changed(manifest, "residual", reference=reference))
+        z_decoded[reference] = d
+    image, reconstruction = z_decoded["image"], z_decoded["reconstruction"]
+    np.testing.assert_array_equal(image.latent_mask, reconstruction.latent_mask)
+    hit = image.latent_mask.any(axis=(1, 2))
+    own_error = np.abs(models.decode(models.encode(image.slices.x[hit])) - image.slices.x[hit])[:, 0]
+    difference = np.abs(image.anomaly[hit] - reconstruction.anomaly[hit])
+    assert (np.nan_to_num(difference) <= own_error + 1e-6).all()  # | |x - c| - |D - c| | <= |x - D|
+    assert np.nanmax(difference) > 0.02
+
+
+def test_smoothing_keeps_the_amount_and_lowers_the_peak(sick: Volume, models: Models, manifest: Manifest) -> None:
+    plain = detect(sick, models, manifest).anomaly
+    smooth = detect(sick, models, changed(manifest, "residual", smoothing_mm=3.0)).anomaly
+    assert np.nanmax(smooth) < np.nanmax(plain)
+    assert np.nansum(smooth) == pytest.approx(np.nansum(plain), rel=0.05)
+    np.testing.assert_array_equal(np.isnan(smooth), np.isnan(plain))
+
+
+# ---- the gate ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["low", "high"])
+@pytest.mark.parametrize(("field", "name"), [("score", "mean KL"), ("reconstruction", "reconstruction error")])
+def test_the_gate_refuses_on_both_sides(
+    healthy: Volume, models: Models, manifest: Manifest, field: str, name: str, side: str
+) -> None:
+    scores = detect(healthy, models, manifest).scores
+    value = scores.scan if field == "score" else scores.reconstruction
+    holds = Range(low=value * 0.99, high=value * 1.01)
+    detect(healthy, models, changed(manifest, "gate", **{field: holds}))
+    beyond = Range(low=value * 1.01, high=1.0) if side == "low" else Range(low=0.0, high=value * 0.99)
+    with pytest.raises(OutOfDistribution) as caught:
+        detect(healthy, models, changed(manifest, "gate", **{field: beyond}))
+    assert f"its {name} is {value:.3g}" in caught.value.found
+
+
+def test_the_gate_counts_latents_so_that_a_tumour_passes(
+    healthy: Volume, sick: Volume, models: Models, manifest: Manifest
+) -> None:
+    worst = np.nanmax(detect(healthy, models, manifest).kl)
+    gated = changed(manifest, "gate", latent=Range(low=0.0, high=float(worst)), max_fraction_out=0.1)
+    assert 0 < detect(sick, models, gated).scores.fraction_out < 0.1
+    huge = with_lesion(healthy, (0.0, 0.0, 0.0), 55.0, 0.45)
+    with pytest.raises(OutOfDistribution, match="outside the healthy range, at most 10% are accepted"):
+        detect(huge, models, gated)
+
+
+def test_a_model_gone_wrong_is_refused_and_never_read_as_healthy(
+    healthy: Volume, models: Models, manifest: Manifest
+) -> None:
+    def nan(z_t: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return np.asarray(z_t * np.nan * t[0], dtype=np.float32)
+
+    with pytest.raises(OutOfDistribution, match="mean KL is nan"):
+        detect(healthy, Models(models.encode, nan, models.decode), manifest)
+
+
+def test_a_scan_without_a_large_enough_slice_is_refused(models: Models, manifest: Manifest) -> None:
+    shape = (52, 64, 48)
+    array = np.zeros(shape, dtype=np.float32)
+    array[4:-4, 30:32, 18:28] = 700  # two crossed walls: of a head's extent, without its area
+    array[25:27, 4:-4, 18:28] = 700
+    with pytest.raises(WrongFieldOfView, match=r"shows \d+ cm2") as caught:
+        detect(Volume(array, grid(shape)), models, manifest)
+    assert "at least 25 cm2 of a skull-stripped brain" in caught.value.expected
+
+
+# ---- the same bytes ----------------------------------------------------------------------------
+
+
+def test_rerunning_and_batching_give_the_same_bytes(
+    sick: Volume, models: Models, manifest: Manifest, found: Detection
+) -> None:
+    expected = everything(found)
+    assert everything(detect(sick, models, manifest)) == expected
+    for size in (1, 7, 16):
+        assert everything(detect(sick, models.in_batches(size, lambda _: None), manifest)) == expected
+
+
+def test_the_seed_is_the_manifests_unless_the_caller_has_one(
+    sick: Volume, models: Models, manifest: Manifest, found: Detection
+) -> None:
+    assert everything(detect(sick, models, manifest, seed=manifest.seed)) == everything(found)
+    other = detect(sick, models, manifest, seed=0)
+    assert everything(other) != everything(found)
+    assert other.scores.scan == pytest.approx(found.scores.scan, rel=0.1)
+
+
+def test_cancelling_stops_between_evaluations(sick: Volume, models: Models, manifest: Manifest) -> None:
+    counter = Counter(models)
+    seen = []
+
+    def tick(slices: int) -> None:
+        seen.append(slices)
+        if len(seen) == 5:
+            raise Cancelled("Asked to stop.", expected="-", advice="-")
+
+    with pytest.raises(Cancelled):
+        detect(sick, counter.models.in_batches(8, tick), manifest)
+    assert sum(counter.calls.values()) == sum(seen)
+    assert counter.calls["decode"] == 0

@@ -1,0 +1,85 @@
+"""Slices -> volume: everything comes back to the place that it came from."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as run
+from hypothesis import strategies as st
+from nibabel import affines
+
+from app.pipeline.prepare import to_slices
+from app.volume import Volume
+from tests.support.grids import CORNER_MM, GRIDS, PREPARATION, centroid_mm, prepared, reference, tilted
+from tests.support.phantom import ball, brain, grid, with_lesion
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("at", [(25.0, 30.0, 12.0), (-31.0, -22.0, -17.0)])
+def test_a_blob_comes_back_to_its_place(name: str, at: tuple[float, float, float]) -> None:
+    volume, slices = prepared(name)
+    placement = slices.placement
+    indices = np.moveaxis(np.indices(placement.shape), 0, -1)
+    distance = np.linalg.norm(affines.apply_affine(placement.affine, indices) - np.array(at), axis=-1)
+    back = placement.to_volume(np.exp(-((distance / 9) ** 2)).astype(np.float32))
+    assert back.shape == volume.shape
+    offset = affines.apply_affine(np.linalg.inv(volume.affine), centroid_mm(np.nan_to_num(back), volume.affine))
+    assert offset == pytest.approx(affines.apply_affine(np.linalg.inv(volume.affine), np.array(at)), abs=0.3)
+    # Half-maximum has the volume of a ball: no axis was stretched.
+    radius = 9 * np.sqrt(np.log(2))
+    assert (back > 0.5).sum() * volume.voxel_ml == pytest.approx(4 / 3 * np.pi * radius**3 / 1000, rel=0.15)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_lesion_of_the_scan_is_seen_at_its_place(name: str) -> None:
+    """The other direction: from the scan's millimetres to the stack's."""
+    at = (28.0, -25.0, 14.0)
+    volume, plain = prepared(name)
+    sick = to_slices(with_lesion(volume, at, 12, 0.5), PREPARATION)
+    change = np.where(plain.x[:, 0] - sick.x[:, 0] > 0.1, 1.0, 0.0)
+    assert centroid_mm(change, plain.placement.affine) == pytest.approx(at, abs=0.9)  # 0.3 pixel
+
+
+def test_beyond_the_slices_nothing_is_known() -> None:
+    volume, slices = reference()
+    placement = slices.placement
+    back = placement.to_volume(np.ones(placement.shape, dtype=np.float32))
+    inside = affines.apply_affine(
+        np.linalg.inv(placement.affine) @ volume.affine, np.moveaxis(np.indices(volume.shape), 0, -1)
+    )
+    reached = ((inside >= -0.5) & (inside <= np.array(placement.shape) - 0.5)).all(axis=-1)
+    np.testing.assert_array_equal(np.isfinite(back), reached)
+    assert 0.3 < reached.mean() < 1
+    np.testing.assert_allclose(back[reached], 1.0, atol=1e-6)
+
+
+def test_unknown_pixels_stay_unknown_and_do_not_spill() -> None:
+    volume, slices = reference()
+    stack = np.full(slices.placement.shape, 5.0, dtype=np.float32)
+    stack[:10] = np.nan
+    back = slices.placement.to_volume(stack)
+    z = affines.apply_affine(slices.placement.affine, [10, 0, 0])[2]
+    z_of = affines.apply_affine(volume.affine, np.column_stack([[26] * 48, [32] * 48, range(48)]))[:, 2]
+    line = back[26, 32]
+    assert np.isnan(line[z_of < z - 1.5]).all()
+    known = (z_of >= z - 1.5) & (z_of <= -CORNER_MM[2] + 1.5)
+    np.testing.assert_allclose(line[known], 5.0, atol=1e-5)  # a mean of the known, not of known and 0
+
+
+@given(st.tuples(*[st.floats(-180, 180)] * 3), st.tuples(*[st.floats(2.5, 5.0)] * 3))
+@run(max_examples=8)
+def test_any_tilt_and_spacing_brings_a_ball_back(
+    degrees: tuple[float, ...], spacing: tuple[float, float, float]
+) -> None:
+    """A ball drawn on the stack where the scan's truth says, compared on the scan's own grid."""
+    at = (20.0, -25.0, 10.0)
+    x, y, z = (int(200 / s) for s in spacing)
+    shape = (x, y, z)
+    volume = brain(shape, tilted(grid(shape, spacing), *degrees))
+    placement = to_slices(volume, PREPARATION).placement
+    stack = np.arange(np.prod(placement.shape), dtype=np.float32).reshape(placement.shape)
+    on_stack = ball(Volume(stack, placement.affine), at, 20.0)
+    back = placement.to_volume(on_stack.astype(np.float32)) > 0.5
+    truth = ball(volume, at, 20)
+    assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > 0.93
+    voxel = affines.apply_affine(np.linalg.inv(volume.affine), centroid_mm(back.astype(float), volume.affine))
+    assert voxel == pytest.approx(affines.apply_affine(np.linalg.inv(volume.affine), np.array(at)), abs=0.3)

@@ -1,0 +1,241 @@
+"""A bundle serves only when it is what training wrote, where it was asked to run."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from app.errors import DamagedBundle, ProviderUnavailable, UnknownModel, WrongModality
+from app.manifest import Manifest
+from app.pipeline.detect import detect
+from app.pipeline.schedule import Schedule
+from app.runtime.bundle import Bundle, choose, find_bundles, load_bundle, read_manifest, shipped_models
+from app.runtime.session import open_session
+from app.volume import Source
+from tests.support.bundle import tiny_manifest
+from tests.support.oracle import gaussian_models
+from tests.support.phantom import brain, with_lesion
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_models: Path) -> Bundle:
+    return load_bundle(tiny_models / "tiny-0.0.1", threads=1)
+
+
+@pytest.fixture
+def copy(tiny_models: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may spoil."""
+    return Path(shutil.copytree(tiny_models / "tiny-0.0.1", tmp_path / "tiny-0.0.1"))
+
+
+def rewrite_manifest(folder: Path) -> None:
+    """Give the manifest the hashes of the files that lie there now."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    for file in data["files"].values():
+        file["sha256"] = hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest()
+    path.write_text(json.dumps(data))
+
+
+# ---- a sound bundle ----------------------------------------------------------------------------
+
+
+def test_the_graphs_are_the_exact_models(bundle: Bundle) -> None:
+    """The ONNX of the tests against numpy: an oracle that is itself checked."""
+    s = bundle.manifest.schedule
+    oracle = gaussian_models(Schedule.linear(s.steps, s.beta_start, s.beta_end))
+    rng = np.random.default_rng(5)
+    x = rng.random((3, 1, 64, 56), dtype=np.float32)
+    z = rng.standard_normal((3, *bundle.manifest.latent_shape), dtype=np.float32)
+    t = np.array([1, 500, 999])
+    np.testing.assert_allclose(bundle.models.encode(x), oracle.encode(x), atol=2e-5)
+    np.testing.assert_allclose(bundle.models.denoise(z, t), oracle.denoise(z, t), atol=2e-6)
+    np.testing.assert_allclose(bundle.models.decode(z), oracle.decode(z), atol=2e-6)
+
+
+def test_a_slice_is_told_the_same_in_any_batch(bundle: Bundle) -> None:
+    rng = np.random.default_rng(6)
+    z = rng.standard_normal((5, *bundle.manifest.latent_shape), dtype=np.float32)
+    t = np.array([100, 200, 300, 400, 500])
+    together = bundle.models.denoise(z, t)
+    apart = np.concatenate([bundle.models.denoise(z[i : i + 1], t[i : i + 1]) for i in range(5)])
+    np.testing.assert_allclose(together, apart, atol=1e-6)
+
+
+def test_a_scan_is_told_the_same_in_any_batch(bundle: Bundle) -> None:
+    scan = with_lesion(brain(), (25.0, 10.0, 20.0))
+    expected = detect(scan, bundle.models, bundle.manifest)
+    assert expected.latent_mask.any()
+    for size in (1, 5):
+        other = detect(scan, bundle.models.in_batches(size, lambda _: None), bundle.manifest)
+        np.testing.assert_array_equal(other.latent_mask, expected.latent_mask)
+        np.testing.assert_allclose(other.anomaly, expected.anomaly, atol=1e-5)
+
+
+def test_a_bundle_knows_what_it_is(bundle: Bundle) -> None:
+    assert bundle.manifest.id == "tiny-0.0.1"
+    assert bundle.provider == "cpu"
+    assert bundle.sha256 == hashlib.sha256((bundle.folder / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_bundles_are_found_by_their_manifest(copy: Path) -> None:
+    (copy.parent / "notes").mkdir()
+    (copy.parent / "README.md").write_text("no bundle")
+    shutil.copytree(copy, copy.parent / "another-1.0.0")
+    assert [p.name for p in find_bundles(copy.parent)] == ["another-1.0.0", "tiny-0.0.1"]
+    assert find_bundles(copy.parent / "nowhere") == []
+
+
+def test_the_shipped_models_are_beside_the_code() -> None:
+    assert shipped_models().name in {"models", "_models"}
+
+
+# ---- a damaged one -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "denoiser.onnx", "decoder.onnx", "golden.npz"])
+def test_one_changed_byte_is_seen(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[-1] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(DamagedBundle, match=f"{name} is not the file of the manifest"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "denoiser.onnx", "decoder.onnx", "golden.npz"])
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(DamagedBundle, match=f"{name} is missing"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda path: path.unlink(), "cannot be read"),
+        (lambda path: path.write_text("{"), "1 invalid field"),
+        (lambda path: path.write_text(path.read_text().replace('"seed"', '"sead"')), "invalid fields"),
+    ],
+    ids=["missing", "cut off", "another field"],
+)
+def test_a_manifest_that_cannot_be_obeyed_is_refused(copy: Path, spoil: object, told: str) -> None:
+    assert callable(spoil)
+    spoil(copy / "manifest.json")
+    with pytest.raises(DamagedBundle, match=told):
+        read_manifest(copy)
+
+
+def test_a_file_that_is_no_graph_is_refused(copy: Path) -> None:
+    (copy / "decoder.onnx").write_bytes(b"not a graph")
+    rewrite_manifest(copy)
+    with pytest.raises(DamagedBundle, match=r"decoder\.onnx could not be loaded"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["z0", "epsilon", "decoded"])
+def test_a_graph_that_computes_something_else_is_refused(copy: Path, name: str) -> None:
+    """Hashes agree, numbers do not: another provider or version of onnxruntime gone wrong."""
+    with np.load(copy / "golden.npz") as golden:
+        arrays = dict(golden)
+    arrays[name] = arrays[name] + np.float32(0.01)
+    np.savez(copy / "golden.npz", allow_pickle=False, **arrays)
+    rewrite_manifest(copy)
+    with pytest.raises(DamagedBundle, match="golden pair"):
+        load_bundle(copy)
+
+
+def test_a_graph_that_gives_nan_is_refused(copy: Path) -> None:
+    with np.load(copy / "golden.npz") as golden:
+        arrays = dict(golden)
+    arrays["x"] = arrays["x"] * np.float32(np.nan)
+    np.savez(copy / "golden.npz", allow_pickle=False, **arrays)
+    rewrite_manifest(copy)
+    with pytest.raises(DamagedBundle, match="golden pair"):
+        load_bundle(copy)
+
+
+# ---- the provider ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime was built with CUDA"
+)
+def test_cuda_that_is_absent_is_refused(tiny_models: Path) -> None:
+    with pytest.raises(ProviderUnavailable, match="`cuda` was asked for and is not available"):
+        load_bundle(tiny_models / "tiny-0.0.1", "cuda")
+
+
+def test_a_session_that_fell_back_is_refused(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with CUDA lists it even where its libraries are missing, and then runs on the CPU."""
+
+    class FellBack:
+        def __init__(self, *_: object, providers: Sequence[str]) -> None:
+            assert list(providers) == ["CUDAExecutionProvider"]
+
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
+    with pytest.raises(ProviderUnavailable, match="fell back to CPUExecutionProvider"):
+        open_session(tiny_models / "tiny-0.0.1" / "encoder.onnx", "cuda")
+
+
+# ---- the choice --------------------------------------------------------------------------------
+
+
+def named(name: str, version: str = "1.0.0", modality: str = "MR") -> Manifest:
+    return tiny_manifest().model_copy(update={"name": name, "version": version, "modality": modality})
+
+
+MR, CT, UNKNOWN = (Source("dicom", "MR"), Source("dicom", "CT"), Source("nifti"))
+HEAD = [named("t1", "1.9.0"), named("t1", "1.10.0"), named("ct", modality="CT")]
+
+
+@pytest.mark.parametrize(
+    ("source", "model", "expected"),
+    [
+        (MR, None, "t1-1.10.0"),
+        (CT, None, "ct-1.0.0"),
+        (UNKNOWN, "t1", "t1-1.10.0"),
+        (UNKNOWN, "t1-1.9.0", "t1-1.9.0"),
+        (MR, "t1-1.9.0", "t1-1.9.0"),
+        (UNKNOWN, "ct", "ct-1.0.0"),
+    ],
+)
+def test_the_bundle_for_a_scan(source: Source, model: str | None, expected: str) -> None:
+    assert choose(HEAD, source, model).id == expected
+
+
+def test_a_release_is_newer_than_its_candidates() -> None:
+    versions = [named("t1", v) for v in ("1.0.0", "1.0.0-rc1", "0.9.9")]
+    assert choose(versions, MR, None).version == "1.0.0"
+
+
+def test_one_bundle_alone_is_taken_for_a_scan_that_says_nothing() -> None:
+    assert choose([named("t1")], UNKNOWN, None).id == "t1-1.0.0"
+
+
+def test_a_scan_that_says_nothing_is_not_guessed_at() -> None:
+    with pytest.raises(UnknownModel, match="2 models fit") as caught:
+        choose(HEAD, UNKNOWN, None)
+    assert "ct-1.0.0, t1-1.9.0, t1-1.10.0" in caught.value.expected
+
+
+def test_an_unknown_model_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(UnknownModel, match="'flair'") as caught:
+        choose(HEAD, MR, "flair")
+    assert "t1-1.10.0" in caught.value.expected
+    with pytest.raises(UnknownModel, match="none is installed"):
+        choose([], MR, None)
+
+
+def test_a_model_of_another_modality_is_refused() -> None:
+    with pytest.raises(WrongModality, match="The scan's modality is CT"):
+        choose(HEAD, CT, "t1")

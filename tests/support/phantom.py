@@ -1,0 +1,104 @@
+"""A synthetic skull-stripped head: one continuous object, sampled on whatever grid is asked for.
+
+Because it is a function of millimetres, two grids show the same head, and a test can say what a
+resampled image should hold.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from nibabel import affines
+
+from app.volume import Affine, FloatArray, Volume
+
+Points = npt.NDArray[np.float64]
+
+# Half the size of the head along right-left, anterior-posterior, inferior-superior: 132 x 166 x 118 mm.
+HALF_AXES_MM = np.array([66.0, 83.0, 59.0])
+EDGE_MM = 1.0
+SCAN_UNITS = 800.0
+# Shares of the brightest tissue: grey ribbon, white matter, ventricles.
+GREY, WHITE, FLUID = 0.93, 1.00, 0.88
+# Wave vectors (per mm) and phases of a fixed texture, about two centimetres across.
+WAVES = np.array([[0.31, 0.05, 0.11], [-0.07, 0.27, 0.16], [0.13, -0.19, 0.29], [0.22, 0.24, -0.06]])
+PHASES = np.array([0.3, 1.9, 4.1, 5.5])
+TEXTURE = 0.02
+
+
+def grid(shape: tuple[int, int, int] = (52, 64, 48), spacing: float | tuple[float, float, float] = 3.0) -> Affine:
+    """Make an affine along RAS+ whose grid is centred on the origin, (4, 4)."""
+    affine = np.diag([*np.broadcast_to(np.asarray(spacing, dtype=np.float64), 3), 1.0])
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
+
+
+def brain(
+    shape: tuple[int, int, int] = (52, 64, 48),
+    affine: Affine | None = None,
+    *,
+    centre_mm: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    scale: float = 1.0,
+    texture: float = TEXTURE,
+) -> Volume:
+    """Sample a head on a grid: 0 outside, grey ribbon, white matter, two ventricles, fixed texture.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Voxels along each axis.
+    affine : (4, 4) ndarray, optional
+        Voxels to RAS+ mm, oblique or not; 3 mm along RAS+, centred, by default.
+    centre_mm : tuple of float
+        Where the head lies.
+    scale : float
+        Size, 1 for an adult's.
+    texture : float
+        Amplitude as a share of white matter; 0 for a head that is smooth and symmetric.
+    """
+    affine = grid(shape) if affine is None else affine
+    points = (positions(shape, affine) - np.array(centre_mm)) / scale
+    return Volume((SCAN_UNITS * _tissue(points, EDGE_MM / scale, texture)).astype(np.float32), affine)
+
+
+def with_lesion(
+    volume: Volume, centre_mm: tuple[float, float, float], radius_mm: float = 15.0, factor: float = 1.5
+) -> Volume:
+    """Copy a scan, every value in a soft-edged ball `factor` times as high."""
+    distance = np.linalg.norm(positions(volume.shape, volume.affine) - np.array(centre_mm), axis=-1)
+    share = _inside(distance - radius_mm, EDGE_MM)
+    return Volume((volume.array * (1 + (factor - 1) * share)).astype(np.float32), volume.affine)
+
+
+def ball(volume: Volume, centre_mm: tuple[float, float, float], radius_mm: float) -> npt.NDArray[np.bool_]:
+    """Mark the voxels whose centre lies in the ball: the truth for `with_lesion`."""
+    distance = np.linalg.norm(positions(volume.shape, volume.affine) - np.array(centre_mm), axis=-1)
+    return np.asarray(distance <= radius_mm)
+
+
+def positions(shape: tuple[int, int, int], affine: Affine) -> Points:
+    """RAS+ millimetres of every voxel, (X, Y, Z, 3)."""
+    indices = np.moveaxis(np.indices(shape, dtype=np.float64), 0, -1)
+    return np.asarray(affines.apply_affine(affine, indices), dtype=np.float64)
+
+
+def _tissue(points: Points, edge: float, texture: float) -> FloatArray:
+    """Share of the brightest tissue at RAS+ millimetres from the centre of the head."""
+    whole = _ellipsoid(points, np.zeros(3), HALF_AXES_MM, edge)
+    white = _ellipsoid(points, np.zeros(3), HALF_AXES_MM - 10, edge)
+    left, right = (_ellipsoid(points, np.array([x, 4.0, 6.0]), np.array([7.0, 20.0, 9.0]), edge) for x in (-12, 12))
+    value = GREY + (WHITE - GREY) * white + (FLUID - WHITE) * (left + right)
+    value = value + texture * np.sin(points @ WAVES.T + PHASES).sum(axis=-1) / 2
+    return np.asarray(value * whole, dtype=np.float32)
+
+
+def _ellipsoid(points: Points, centre: Points, half_axes: Points, edge: float) -> Points:
+    """1 inside, 0 outside; near the surface the first-order distance to it decides."""
+    relative = (points - centre) / half_axes
+    radius = np.linalg.norm(relative, axis=-1)
+    gradient = np.linalg.norm(relative / half_axes, axis=-1)
+    distance = radius * (radius - 1) / np.maximum(gradient, 1e-9)
+    return _inside(distance, edge)
+
+
+def _inside(distance: Points, edge: float) -> Points:
+    """1 well inside, 0 well outside, a ramp of 2 `edge` between: background stays exactly 0."""
+    return np.asarray(np.clip(0.5 - distance / (2 * edge), 0, 1))

@@ -1,0 +1,277 @@
+"""A file in, files out: the chain that the command line and the worker call."""
+
+import gzip
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.spatial.transform import Rotation
+
+from app.analyse import RESULT_FILES, Progress, Request, analyse
+from app.errors import Cancelled, NotAnImageFormat, UnknownModel, WrongFieldOfView, WrongModality
+from app.export.report import Report
+from app.manifest import Manifest
+from app.runtime.bundle import Bundle, load_bundle
+from app.volume import Volume
+from tests.support.dicom import SECRET, Series, write_series, zipped
+from tests.support.phantom import ball, brain, grid, with_lesion
+
+PLAIN = Request()
+LESION_MM = (25.0, 10.0, 20.0)
+RADIUS_MM = 15.0
+TURN = np.eye(4)
+TURN[:3, :3] = Rotation.from_euler("xyz", (6, -9, 14), degrees=True).as_matrix()
+# Oblique, along left and posterior, and rounded as NIfTI keeps it.
+SHAPE = (58, 70, 52)
+AFFINE = (TURN @ grid(SHAPE) @ np.array([[-1, 0, 0, 57], [0, -1, 0, 69], [0, 0, 1, 0], [0, 0, 0, 1]])).astype("f4")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_models: Path) -> Bundle:
+    return load_bundle(tiny_models / "tiny-0.0.1", threads=1)
+
+
+@pytest.fixture(scope="module")
+def volume() -> Volume:
+    return with_lesion(brain(SHAPE, AFFINE.astype(np.float64)), LESION_MM, RADIUS_MM)
+
+
+@pytest.fixture(scope="module")
+def scan(volume: Volume, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("scan") / "scan.nii.gz", volume)
+
+
+@pytest.fixture(scope="module")
+def done(scan: Path, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("out")
+    return out, run(scan, out, bundle)
+
+
+def save(path: Path, volume: Volume) -> Path:
+    image = nib.Nifti1Image(np.round(volume.array).astype(np.int16), volume.affine)
+    image.set_sform(volume.affine, code=1)
+    image.set_qform(volume.affine, code=1)
+    image.to_filename(path)
+    return path
+
+
+def quiet(stage: str, fraction: float) -> None:
+    assert stage in {"read", "infer", "export"}
+    assert 0 <= fraction <= 1
+
+
+def run(path: Path, out: Path, bundle: Bundle, request: Request = PLAIN, progress: Progress = quiet) -> Report:
+    def load(manifest: Manifest) -> Bundle:
+        assert manifest == bundle.manifest
+        return bundle
+
+    return analyse(path, out, load, [bundle.manifest], request, progress)
+
+
+def load(out: Path, name: str) -> tuple[nib.Nifti1Image, np.ndarray]:
+    image = nib.load(out / f"{name}.nii.gz")
+    assert isinstance(image, nib.Nifti1Image)
+    return image, np.asarray(image.dataobj)
+
+
+# ---- what is written ---------------------------------------------------------------------------
+
+
+def test_exactly_the_named_files_are_written(done: tuple[Path, Report]) -> None:
+    assert sorted(p.name for p in done[0].iterdir()) == sorted(RESULT_FILES)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mask", np.uint8), ("anomaly", np.float32), ("counterpart", np.float32)])
+def test_results_lie_on_the_scans_own_grid(
+    scan: Path, done: tuple[Path, Report], name: str, kind: type[np.generic]
+) -> None:
+    image, array = load(done[0], name)
+    given = nib.load(scan)
+    assert isinstance(given, nib.Nifti1Image)
+    assert image.shape == SHAPE
+    assert array.dtype == kind
+    sform, code = image.get_sform(coded=True)
+    np.testing.assert_array_equal(sform, given.get_sform())
+    assert code == 1
+    qform, qcode = image.get_qform(coded=True)
+    np.testing.assert_allclose(qform, sform, atol=1e-3)
+    assert qcode == 1
+    assert image.header.get_xyzt_units()[0] == "mm"
+    assert tuple(image.header["scl_slope"].ravel()) in {(1.0,), (np.nan,)} or np.isnan(image.header["scl_slope"])
+
+
+def test_the_lesion_is_in_the_mask_at_its_place(volume: Volume, done: tuple[Path, Report]) -> None:
+    """From the written file alone: its voxels, and its own affine."""
+    image, mask = load(done[0], "mask")
+    assert np.unique(mask).tolist() == [0, 1]
+    truth = ball(volume, LESION_MM, RADIUS_MM)
+    # A latent is 12 mm wide, the lesion 30: this is what such a coarse model can do.
+    assert 2 * (truth & (mask == 1)).sum() / (truth.sum() + mask.sum()) > 0.65
+    centroid = nib.affines.apply_affine(image.affine, np.argwhere(mask)).mean(axis=0)
+    assert centroid == pytest.approx(LESION_MM, abs=3.0)
+
+
+def test_maps_agree_with_the_mask_and_the_scan(scan: Path, done: tuple[Path, Report]) -> None:
+    (_, mask), (_, anomaly), (_, counterpart) = (load(done[0], name) for name in ("mask", "anomaly", "counterpart"))
+    given = np.asarray(nib.load(scan).dataobj, dtype=np.float32)  # type: ignore[attr-defined]
+    report = done[1]
+    assert (anomaly[mask == 1] > report.threshold).all()
+    assert np.isnan(anomaly[given == 0]).mean() > 0.95
+    quiet_voxels = np.isnan(anomaly) | (anomaly == 0)
+    np.testing.assert_array_equal(counterpart[(given == 0) & np.isnan(anomaly)], 0)
+    assert (counterpart == given)[quiet_voxels].mean() > 0.98
+    assert np.abs(counterpart - given)[mask == 1].mean() > 100  # of about 800
+
+
+def test_the_report_is_what_was_returned_and_adds_up(done: tuple[Path, Report]) -> None:
+    out, report = done
+    assert Report.model_validate_json((out / "report.json").read_text()) == report
+    _, mask = load(out, "mask")
+    _, anomaly = load(out, "anomaly")
+    assert report.lesion_volume_ml == pytest.approx(mask.sum() * 0.027, abs=0.001)
+    assert sum(f.volume_ml for f in report.findings) == pytest.approx(report.lesion_volume_ml, abs=0.002)
+    assert report.findings[0].centroid_mm == pytest.approx(LESION_MM, abs=3.0)
+    assert report.findings[0].peak_score == pytest.approx(np.nanmax(anomaly[mask == 1]), abs=1e-4)
+    assert report.analysed.volume_ml == pytest.approx(np.isfinite(anomaly).sum() * 0.027, abs=0.1)
+    assert report.input.shape == SHAPE
+    assert report.input.spacing_mm == pytest.approx((3, 3, 3), abs=1e-4)
+    assert report.scores.fraction_out == 0
+    analysed = report.analysed.slices - len(report.analysed.slices_not_analysed)
+    assert report.work.network_evaluations == 3 * analysed + 5 * report.work.slices_reversed
+    assert 0 < report.work.slices_reversed < analysed
+    assert sum(s is None for s in report.scores.slices) == len(report.analysed.slices_not_analysed)
+    by_slice = [s for s in report.scores.slices if s is not None]
+    assert min(by_slice) < report.scores.scan < max(by_slice)
+    assert set(report.work.seconds) >= {"read", "infer", "export"}
+
+
+def test_the_report_says_where_it_comes_from(bundle: Bundle, done: tuple[Path, Report]) -> None:
+    document = json.loads((done[0] / "report.json").read_text())
+    assert document["research_use_only"] is True
+    assert "Not a medical device" in document["notice"]
+    assert document["model"] == {
+        "id": "tiny-0.0.1",
+        "sha256": bundle.sha256,
+        "provider": "cpu",
+        "seed": bundle.manifest.seed,
+        "licence": "Apache-2.0",
+    }
+
+
+def test_the_preview_is_a_picture(done: tuple[Path, Report]) -> None:
+    with Image.open(done[0] / "preview.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    assert pixels.std() > 10
+    assert (pixels.max(axis=2) - pixels.min(axis=2)).max() > 60  # the finding is coloured
+
+
+# ---- the same bytes ----------------------------------------------------------------------------
+
+
+def test_the_same_scan_gives_the_same_bytes(
+    scan: Path, bundle: Bundle, done: tuple[Path, Report], tmp_path: Path
+) -> None:
+    renamed = tmp_path / "without an ending"
+    renamed.write_bytes(gzip.decompress(scan.read_bytes()))
+    out = tmp_path / "out"
+    out.mkdir()
+    report = run(renamed, out, bundle)
+    for name in RESULT_FILES:
+        if name != "report.json":
+            assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name
+    before, after = (r.model_dump(exclude={"work": {"seconds"}}) for r in (done[1], report))
+    assert before == after
+
+
+def test_another_seed_is_other_noise_and_is_told(
+    scan: Path, bundle: Bundle, done: tuple[Path, Report], tmp_path: Path
+) -> None:
+    report = run(scan, tmp_path, bundle, Request(seed=12))
+    assert report.model.seed == 12
+    assert (tmp_path / "anomaly.nii.gz").read_bytes() != (done[0] / "anomaly.nii.gz").read_bytes()
+    assert report.lesion_volume_ml == pytest.approx(done[1].lesion_volume_ml, rel=0.35)
+
+
+@pytest.mark.parametrize("plane", ["axial", "sagittal"])
+def test_a_dicom_series_gives_the_mask_of_its_nifti(
+    volume: Volume, bundle: Bundle, done: tuple[Path, Report], tmp_path: Path, plane: str
+) -> None:
+    files = write_series(tmp_path / "series", volume, Series(plane=plane))  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    out.mkdir()
+    run(zipped(tmp_path / "series.zip", files), out, bundle)
+    (first, mask), (second, other) = load(done[0], "mask"), load(out, "mask")
+    here, there = (
+        {tuple(p) for p in np.round(nib.affines.apply_affine(i.affine, np.argwhere(m)) * 2).astype(int)}
+        for i, m in ((first, mask), (second, other))
+    )
+    assert 2 * len(here & there) / (len(here) + len(there)) > 0.98
+    for file in out.iterdir():
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        assert SECRET.encode() not in content, file.name
+
+
+# ---- healthy, refused, stopped -----------------------------------------------------------------
+
+
+def test_a_healthy_scan_has_an_empty_mask(bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    report = run(save(tmp_path / "healthy.nii.gz", brain()), out, bundle)
+    assert report.findings == ()
+    assert report.lesion_volume_ml == 0
+    assert report.work.slices_reversed < 3  # rounded to integers, an edge may pass the threshold of the KL map
+    assert not load(out, "mask")[1].any()
+    assert sorted(p.name for p in out.iterdir()) == sorted(RESULT_FILES)
+
+
+def test_progress_goes_through_the_stages_and_only_forward(scan: Path, bundle: Bundle, tmp_path: Path) -> None:
+    told: list[tuple[str, float]] = []
+    run(scan, tmp_path, bundle, progress=lambda stage, fraction: told.append((stage, fraction)))
+    stages = [stage for stage, _ in told]
+    assert list(dict.fromkeys(stages)) == ["read", "infer", "export"]
+    for stage in ("read", "infer", "export"):
+        fractions = [f for s, f in told if s == stage]
+        assert fractions == sorted(fractions)
+        assert fractions[-1] == 1.0
+    assert stages.count("infer") > 6
+
+
+@pytest.mark.parametrize("at", ["read", "infer", "export"])
+def test_cancelling_leaves_no_file_that_looks_finished(scan: Path, bundle: Bundle, tmp_path: Path, at: str) -> None:
+    def stop(stage: str, _: float) -> None:
+        if stage == at:
+            raise Cancelled("Asked to stop.", expected="-", advice="-")
+
+    with pytest.raises(Cancelled):
+        run(scan, tmp_path, bundle, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_analysed_leaves_nothing(bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    text = tmp_path / "scan.nii.gz"
+    text.write_text("This is not a scan, whatever it is called.")
+    with pytest.raises(NotAnImageFormat):
+        run(text, out, bundle)
+    child = save(tmp_path / "small.nii.gz", brain(scale=0.6))
+    with pytest.raises(WrongFieldOfView):
+        run(child, out, bundle)
+    assert list(out.iterdir()) == []
+
+
+def test_a_model_that_is_not_there_is_refused(scan: Path, bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match="'flair'"):
+        run(scan, tmp_path, bundle, Request(model="flair"))
+
+
+def test_a_ct_is_no_t1(volume: Volume, bundle: Bundle, tmp_path: Path) -> None:
+    write_series(tmp_path / "ct", volume, Series(modality="CT"))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(WrongModality):
+        run(tmp_path / "ct", out, bundle, Request(model="tiny"))

@@ -1,0 +1,73 @@
+"""The contract between training and serving: what is read is what was written, or it is refused."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from app.manifest import Manifest, Range
+from tests.support.bundle import tiny_manifest
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def reread(change: Change) -> Manifest:
+    """The tiny manifest's JSON, changed, read again."""
+    data = json.loads(tiny_manifest().model_dump_json())
+    change(data)
+    return Manifest.model_validate_json(json.dumps(data))
+
+
+def test_what_is_written_is_what_is_read() -> None:
+    manifest = tiny_manifest()
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+    assert reread(lambda _: None) == manifest
+
+
+def test_derived_numbers() -> None:
+    manifest = tiny_manifest()
+    assert manifest.id == "tiny-0.0.1"
+    assert manifest.latent_shape == (3, 16, 14)
+    assert manifest.evaluations_per_slice == (3, 8)
+
+
+def test_a_range_holds_its_ends() -> None:
+    healthy = Range(low=1.0, high=2.0)
+    assert [healthy.holds(v) for v in (0.999, 1.0, 1.5, 2.0, 2.001)] == [False, True, True, True, False]
+    assert not healthy.holds(float("nan"))
+
+
+def test_nothing_can_be_changed_after_reading() -> None:
+    manifest = tiny_manifest()
+    with pytest.raises(ValidationError, match="frozen"):
+        manifest.kl.threshold = 1.0  # type: ignore[misc]
+
+
+REFUSED: dict[str, Change] = {
+    "an unknown field": lambda m: m.update(colour="red"),
+    "an unknown field of a part": lambda m: m["kl"].update(colour="red"),
+    "another format": lambda m: m.update(format_version=2),
+    "a missing part": lambda m: m.pop("gate"),
+    "a name with a slash": lambda m: m.update(name="../tiny"),
+    "a name in capitals": lambda m: m.update(name="Tiny"),
+    "another modality": lambda m: m.update(modality="PET"),
+    "a time step of 0": lambda m: m["kl"].update(timesteps=[0, 500]),
+    "a time step of T": lambda m: m["kl"].update(timesteps=[500, 1000]),
+    "a reverse time step of 0": lambda m: m["reverse"].update(timesteps=[500, 0]),
+    "no noise level": lambda m: m["kl"].update(timesteps=[]),
+    "no reverse step": lambda m: m["reverse"].update(timesteps=[]),
+    "reverse steps that ascend": lambda m: m["reverse"].update(timesteps=[100, 500]),
+    "a reverse step twice": lambda m: m["reverse"].update(timesteps=[500, 500, 100]),
+    "a shape that latents do not divide": lambda m: m["preparation"].update(shape=[63, 56]),
+    "a range upside down": lambda m: m["gate"].update(score={"low": 2.0, "high": 1.0}),
+    # Nothing is ever above it: every scan would read as healthy.
+    "a threshold that is no number": lambda m: m["kl"].update(threshold=float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_manifest_that_contradicts_itself_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError):
+        reread(REFUSED[name])
