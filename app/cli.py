@@ -1,0 +1,153 @@
+"""The command line. Each command imports what it needs when it runs, so that --help is quick."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from app import __version__
+from app.errors import CannotAnalyse, CounterpartError, UnreadableScan, UploadError
+
+INPUT_ERRORS = (UploadError, UnreadableScan, CannotAnalyse)
+STATUS_OTHER, STATUS_INPUT = 1, 2
+
+app = typer.Typer(
+    name="counterpart",
+    help="A brain scan in, a mask of what differs from its imagined healthy counterpart out. Research use only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # it prints local variables, and those can hold patient data
+)
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """Tell an error as `code: sentence` on standard error, and leave with its exit status.
+
+    Raises
+    ------
+    typer.Exit
+        With 2 where the scan cannot be analysed, with 1 for anything else that is known.
+    """
+    try:
+        yield
+    except CounterpartError as error:
+        typer.echo(f"{error.code}: {error}", err=True)
+        raise typer.Exit(STATUS_INPUT if isinstance(error, INPUT_ERRORS) else STATUS_OTHER) from error
+    except OSError as error:
+        typer.echo(f"{error.strerror or type(error).__name__}: {error.filename or 'no file named'}", err=True)
+        raise typer.Exit(STATUS_OTHER) from error
+
+
+def _tell_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"counterpart {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=lambda v: _tell_version(wanted=v), is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
+
+
+@app.command()
+def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other way
+    scan: Annotated[Path, typer.Argument(help="NIfTI file, zip, DICOM file or folder.", exists=True)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", file_okay=False)],
+    *,
+    model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else chosen by modality.")] = None,
+    series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where there are several.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise; else the bundle's.")] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="Known lesion mask; else truth.nii.gz beside the scan.", exists=True, dir_okay=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Write mask, anomaly map, counterpart, report and preview of one scan."""
+    from app.analyse import Request
+    from app.cli_detect import beside, run, tell, tell_dice
+    from app.settings import read_settings
+
+    with errors_told():
+        report = run(scan, out, Request(model=model, series=series, seed=seed), read_settings())
+        if as_json:
+            typer.echo(report.model_dump_json(indent=1))
+        else:
+            tell(report, out, Console())
+        known = truth or beside(scan)
+        if known:
+            tell_dice(out, known, Console(stderr=as_json))
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; else COUNTERPART_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; else COUNTERPART_PORT.")] = None,
+) -> None:
+    """Start the HTTP service and its worker."""
+    from app import main as service
+    from app.settings import read_settings
+
+    with errors_told():
+        service.serve(read_settings(host=host, port=port))
+
+
+@app.command()
+def sample(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.", file_okay=False)],
+    seed: Annotated[int, typer.Option(help="Of the noise and of the lesion's place.", min=0)] = 0,
+) -> None:
+    """Make a scan to try things with: a template brain with a lesion of known shape."""
+    with errors_told():
+        from app.sample import make_sample
+
+        made = make_sample(out, seed)
+    typer.echo(f"{made.scan}: a template brain with a lesion of {made.lesion_ml:.1f} ml ({made.truth.name}).")
+    typer.echo(f"Now: counterpart detect {made.scan} -o {out / 'result'}")
+
+
+@app.command()
+def models() -> None:
+    """List the model bundles that scans can be sent to."""
+    from app.runtime.bundle import find_bundles, read_manifest, shipped_models
+    from app.settings import read_settings
+
+    with errors_told():
+        folder = read_settings().models or shipped_models()
+        manifests = [read_manifest(bundle) for bundle in find_bundles(folder)]
+    if not manifests:
+        typer.echo(f"No model in {folder}.", err=True)
+        raise typer.Exit(STATUS_OTHER)
+    for manifest in manifests:
+        typer.echo(f"{manifest.id}: {manifest.title}")
+        typer.echo(f"  {manifest.modality}, {manifest.sequence}; {manifest.preparation.subject}")
+        typer.echo(f"  {manifest.intended_use}")
+        typer.echo(f"  {manifest.licence.licence}; trained on {manifest.licence.data}")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this installation, and say how to mend what is wrong."""
+    from app.doctor import examine, tell
+    from app.settings import read_settings
+
+    with errors_told():
+        settings = read_settings()
+        checks = examine(settings)
+    tell(checks, settings, Console())
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(STATUS_OTHER)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

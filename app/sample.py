@@ -1,0 +1,161 @@
+"""A scan for newcomers: a template brain with a lesion of known shape, made at run time.
+
+No real scan ships with Counterpart. The template comes from nilearn's own package data, so that
+nothing is downloaded, and the truth about the lesion is known voxel by voxel.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel import affines
+from scipy import ndimage
+
+from app.errors import MissingExtra
+from app.export.nifti import write_nifti
+from app.volume import Affine, FloatArray
+
+TEMPLATE = Path("datasets", "data", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
+MNI_SPACE = 4  # NIfTI's code of it
+
+# The template is an average of 152 heads, brought to a space larger than a head: 1.89 litres of
+# brain, where the healthy scans of ds002748 span 1.1 to 1.55. This puts it at 1.47 litres.
+SCALE = 0.92
+# Tissue contrast in the template is flatter than in a scan. With this exponent its percentiles 2,
+# 10, 25, 50, 75 and 90, as shares of the 98th, are within 0.06 of those of ds002748.
+GAMMA = 2.1
+# Standard deviation of the scanner's noise on each quadrature channel, share of the 98th
+# percentile: with it, the deviation of what a 1 mm Gaussian removes is 5.7 % of the robust range,
+# as in ds002748 (5.3 to 6.0 %).
+NOISE_SD = 0.02
+
+# An ellipsoid of about 6 ml in the centrum semiovale, at least nine tenths white matter.
+CENTRE_MM = (23.0, 0.0, 33.0)
+SEMI_AXES_MM = (9.0, 16.0, 10.0)
+JITTER_MM = 1.5
+EDGE_MM = 1.0
+CONTRAST = -0.35  # darkens, as most lesions of white matter do on T1; share of the robust range
+ROBUST = (2, 98)
+
+MARGIN_VOXELS = 4
+GREY_LEVELS = 1000  # of the 98th percentile; int16 as scanners write
+
+NOTE = """A synthetic scan for trying Counterpart. It is nobody's head.
+
+scan.nii.gz   MNI152 T1 template as shipped with nilearn, scaled by {scale}, intensities to the power
+              of {gamma}, Rician noise with a standard deviation of {noise:.0%} of the 98th percentile (seed {seed}),
+              and a lesion: an ellipsoid in the white matter, its edge smoothed over about 1 mm, its
+              intensity moved by {contrast:+.2f} of the brain's robust range (2nd to 98th percentile).
+truth.nii.gz  1 where that change exceeds half of its size: {volume:.2f} ml.
+
+Template: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
+Institute, McGill University. Permission to use, copy, modify, and distribute this software and its
+documentation for any purpose and without fee is hereby granted, provided that the above copyright
+notice appear in all copies.
+"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What was written.
+
+    Attributes
+    ----------
+    scan, truth : Path
+        The scan and its lesion, on one grid.
+    lesion_ml : float
+        Volume of the lesion.
+    """
+
+    scan: Path
+    truth: Path
+    lesion_ml: float
+
+
+def make_sample(out: Path, seed: int = 0) -> Sample:
+    """Write a template brain with a lesion of known shape; the same seed gives the same bytes.
+
+    Parameters
+    ----------
+    out : Path
+        Folder for scan.nii.gz, truth.nii.gz and README.txt; made where it does not exist.
+    seed : int
+        Of the noise, and of the lesion's side and place.
+
+    Raises
+    ------
+    MissingExtra
+        nilearn, which carries the template, is not installed.
+    """
+    rng = np.random.default_rng(seed)
+    brain, affine = _template()
+    soft = _lesion(brain.shape, affine, rng) * (brain > 0)
+    low, high = np.percentile(brain[brain > 0], ROBUST)
+    changed = np.maximum(brain + CONTRAST * (high - low) * soft, 0)
+    noisy = np.where(brain > 0, _rician(changed, rng), 0)
+    truth = (soft > 0.5).astype(np.uint8)
+
+    out.mkdir(parents=True, exist_ok=True)
+    sample = Sample(
+        scan=out / "scan.nii.gz",
+        truth=out / "truth.nii.gz",
+        lesion_ml=float(truth.sum() * abs(np.linalg.det(affine[:3, :3])) / 1000),
+    )
+    grey = np.round(noisy * GREY_LEVELS).astype(np.int16)
+    write_nifti(sample.scan, grey, affine, MNI_SPACE, "counterpart: synthetic sample, nobody's head")
+    write_nifti(sample.truth, truth, affine, MNI_SPACE, "counterpart: lesion of the synthetic sample")
+    note = NOTE.format(scale=SCALE, gamma=GAMMA, noise=NOISE_SD, seed=seed, contrast=CONTRAST, volume=sample.lesion_ml)
+    (out / "README.txt").write_text(note, encoding="utf-8")
+    return sample
+
+
+def _template() -> tuple[FloatArray, Affine]:
+    """The skull-stripped template with a scan's size and contrast; its 98th percentile is 1."""
+    package = find_spec("nilearn")  # found, not imported: that takes scikit-learn and two seconds
+    if package is None or not package.submodule_search_locations:
+        raise MissingExtra(
+            "nilearn, which carries the template brain, is not installed.",
+            expected="the extra `sample`.",
+            advice="pip install 'counterpart[sample]'.",
+        )
+    image = nib.load(Path(package.submodule_search_locations[0]) / TEMPLATE)
+    assert isinstance(image, nib.Nifti1Image)
+    whole = np.asarray(image.dataobj, dtype=np.float32)
+    corner, box = _crop(whole > 0)
+    array = whole[box]
+    bright = np.percentile(array[array > 0], ROBUST[1])
+    assert image.affine is not None
+    affine = np.diag([SCALE, SCALE, SCALE, 1.0]) @ image.affine
+    affine[:3, 3] = affines.apply_affine(affine, corner)
+    return np.asarray((array / bright) ** GAMMA, dtype=np.float32), affine
+
+
+def _crop(inside: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], tuple[slice, ...]]:
+    """First voxel and slices of the box around what is inside, with a margin of air."""
+    where = np.argwhere(inside)
+    low = np.maximum(where.min(axis=0) - MARGIN_VOXELS, 0)
+    high = np.minimum(where.max(axis=0) + 1 + MARGIN_VOXELS, inside.shape)
+    return low, tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def _lesion(shape: tuple[int, ...], affine: Affine, rng: np.random.Generator) -> FloatArray:
+    """An ellipsoid with a soft edge on a grid, (X, Y, Z) in [0, 1]."""
+    side = np.array([rng.choice((-1.0, 1.0)), 1.0, 1.0])
+    centre = side * CENTRE_MM + rng.uniform(-JITTER_MM, JITTER_MM, 3)
+    steps, origin = np.diag(affine)[:3], affine[:3, 3]  # the template's axes are those of the space
+    along = [o + d * i for o, d, i in zip(origin, steps, np.ogrid[tuple(slice(n) for n in shape)], strict=True)]
+    sharp = sum(((a - c) / r) ** 2 for a, c, r in zip(along, centre, SEMI_AXES_MM, strict=True)) <= 1
+    spacing = affines.voxel_sizes(affine)
+    soft: FloatArray = ndimage.gaussian_filter(np.asarray(sharp, dtype=np.float32), EDGE_MM / 2 / spacing)
+    return soft
+
+
+def _rician(signal: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Magnitude of a complex signal with Gaussian noise on both channels, as a scanner forms it."""
+    real = signal + NOISE_SD * rng.standard_normal(signal.shape, dtype=np.float32)
+    imaginary = NOISE_SD * rng.standard_normal(signal.shape, dtype=np.float32)
+    magnitude: FloatArray = np.hypot(real, imaginary)
+    return magnitude
