@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
-    """A frozen part of a manifest; an unknown field is an error, not a surprise."""
+    """A frozen part of a manifest; an unknown field, or a number that is none, is an error, not a surprise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Preparation(Part):
@@ -56,6 +56,12 @@ class Range(Part):
     def holds(self, value: float) -> bool:
         """Whether a value lies inside, ends included."""
         return self.low <= value <= self.high
+
+    @model_validator(mode="after")
+    def _upright(self) -> "Range":
+        if self.low > self.high:
+            raise ValueError("a range must not be upside down")
+        return self
 
 
 class KlMap(Part):
@@ -201,7 +207,7 @@ class Manifest(Part):
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
         levels = (*self.kl.timesteps, *self.reverse.timesteps)
-        if not levels or not all(0 < t < self.schedule.steps for t in levels):
+        if not self.kl.timesteps or not self.reverse.timesteps or not all(0 < t < self.schedule.steps for t in levels):
             raise ValueError("every time step must lie between 1 and T - 1")
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")

@@ -13,10 +13,9 @@ from app.errors import ConstantVoxels, InvalidGeometry, InvalidVoxels, NotAVolum
 FloatArray = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
 
-# An axis shorter than this, or two axes this close to parallel, cannot come from a scanner: the
-# smallest voxels in use are some tens of micrometres.
+# No scanner makes smaller voxels than some tens of micrometres, or axes within a degree of each other.
 SMALLEST_VOXEL_MM = 0.01
-SMALLEST_CELL_MM3 = SMALLEST_VOXEL_MM**3
+SMALLEST_INDEPENDENCE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,9 @@ class Volume:
     affine: Affine
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "array", np.asarray(self.array, dtype=np.float32))
+        # A number beyond float32 becomes infinite, and is counted with the other invalid ones.
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "array", np.asarray(self.array, dtype=np.float32))
         object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
         _check_array(self.array)
         _check_affine(self.affine)
@@ -130,9 +131,13 @@ def _check_array(array: FloatArray) -> None:
 
 
 def _check_affine(affine: Affine) -> None:
-    whole = affine.shape == (4, 4) and bool(np.isfinite(affine).all())
-    if whole and abs(np.linalg.det(affine[:3, :3])) > SMALLEST_CELL_MM3:
-        return
+    if affine.shape == (4, 4) and np.isfinite(affine).all() and (affine[3] == (0, 0, 0, 1)).all():
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        if sizes.min() > SMALLEST_VOXEL_MM:
+            # 1 for axes at right angles, 0 for parallel ones, whatever the size of the voxels.
+            independence = abs(np.linalg.det(affine[:3, :3] / sizes))
+            if independence > SMALLEST_INDEPENDENCE:
+                return
     raise InvalidGeometry(
         "The matrix from voxels to millimetres is not finite or not invertible.",
         expected="three independent axes of more than "

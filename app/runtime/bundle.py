@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from packaging.version import Version
 from pydantic import ValidationError
 
 from app.errors import DamagedBundle, UnknownModel, WrongModality
@@ -133,9 +134,8 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0) -> B
     return Bundle(folder, manifest, digest, models, provider)
 
 
-def _newest_last(manifest: Manifest) -> tuple[str, list[tuple[int, str]]]:
-    parts = manifest.version.replace("-", ".").split(".")
-    return manifest.name, [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
+def _newest_last(manifest: Manifest) -> tuple[str, Version]:
+    return manifest.name, Version(manifest.version)
 
 
 def _check_hash(folder: Path, file: File) -> None:
