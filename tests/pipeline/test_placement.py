@@ -65,6 +65,16 @@ def test_unknown_pixels_stay_unknown_and_do_not_spill() -> None:
     np.testing.assert_allclose(line[known], 5.0, atol=1e-5)  # a mean of the known, not of known and 0
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_value_beside_the_unknown_is_not_faded(name: str) -> None:
+    """A voxel between a known and an unknown pixel is a mean of the known alone, not of known and 0."""
+    _, slices = prepared(name)
+    stack = np.full(slices.placement.shape, 5.0, dtype=np.float32)
+    stack[:20] = np.nan
+    back = slices.placement.to_volume(stack)
+    np.testing.assert_allclose(back[np.isfinite(back)], 5.0, atol=1e-4)
+
+
 @given(st.tuples(*[st.floats(-180, 180)] * 3), st.tuples(*[st.floats(2.5, 5.0)] * 3))
 @run(max_examples=8)
 def test_any_tilt_and_spacing_brings_a_ball_back(
