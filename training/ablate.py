@@ -139,19 +139,42 @@ def measure(name: str, config: Config, imagined: Imagined, contrasts: npt.NDArra
         np.where(anomaly.erode(scan.foreground, d.erosion), anomaly_map(scan, m, c, threshold, config), 0)
         for scan, (m, c) in zip(data.scans, counterparts, strict=True)
     ]
+    covered, empty = _masks(data, [m for m, _ in counterparts])
+    return _row(name, config, data, maps, contrasts, (covered, empty))
+
+
+def intensity_row(config: Config, data: Examination, contrasts: npt.NDArray[np.float64]) -> str:
+    """A threshold on the intensity of the slices, without any model: the opponent to beat on bright lesions."""
+    maps = [np.where(anomaly.erode(s.foreground, config.detection.erosion), s.x, 0) for s in data.scans]
+    return _row("no model: intensity threshold", config, data, maps, contrasts, (1.0, 0.0))
+
+
+def _masks(data: Examination, masks: list[BoolArray]) -> tuple[float, float]:
+    """Share of the lesions under the latent masks, and of healthy slices without a mask."""
+    healthy, sick = masks[: len(data.healthy)], masks[len(data.healthy) :]
+    covered = [
+        float(anomaly.upsample(m, (s.x.shape[1], s.x.shape[2]))[t].mean())
+        for m, s, t in zip(sick, data.sick, data.truths, strict=True)
+    ]
+    changed = np.concatenate([m.any(axis=(1, 2)) for m in healthy])
+    return float(np.mean(covered)), float(1 - changed.mean())
+
+
+def _row(
+    name: str,
+    config: Config,
+    data: Examination,
+    maps: list[FloatArray],
+    contrasts: npt.NDArray[np.float64],
+    masks: tuple[float, float],
+) -> str:
+    d = config.detection
     healthy, sick = maps[: len(data.healthy)], maps[len(data.healthy) :]
     pooled = np.concatenate([m[s.foreground] for m, s in zip(healthy, data.healthy, strict=True)])
     cut = float(np.quantile(pooled, 1 - d.false_positive_rate))
     shipped = np.array([dice(m > cut, t) for m, t in zip(sick, data.truths, strict=True)])
     best = np.array([best_dice(m, t) for m, t in zip(sick, data.truths, strict=True)])
-    covered = np.mean(
-        [
-            anomaly.upsample(m, (s.x.shape[1], s.x.shape[2]))[t].mean()
-            for (m, _), s, t in zip(counterparts[len(data.healthy) :], data.sick, data.truths, strict=True)
-        ]
-    )
-    changed = np.concatenate([m.any(axis=(1, 2)) for m, _ in counterparts[: len(data.healthy)]])
-    numbers = [covered, 1 - changed.mean()]
+    numbers = [*masks]
     numbers += [f(v[contrasts == c]) for v, f in ((shipped, np.mean), (best, np.mean)) for c in CONTRASTS]
     return f"| {name} | " + " | ".join(f"{n:.2f}" for n in numbers) + " |"
 
@@ -164,6 +187,7 @@ def main(path: Path) -> None:
     contrasts = np.array([case.contrast for case in cases])
     own = Imagined(examine_all("configuration", config, models, cases), models)
     lines = [measure(name, with_detection(config, changed), own, contrasts) for name, changed in tqdm(ROWS.items())]
+    lines.append(intensity_row(config, own.data, contrasts))
     as_paper = with_detection(config, PAPER)
     paper = Imagined(examine_all("paper", as_paper, models, cases), models)
     lines.append(measure("the paper's KL map and plain rules", as_paper, paper, contrasts))

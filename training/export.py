@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from scipy import ndimage
@@ -71,6 +72,18 @@ def write_graph(name: str, network: nn.Module, example: tuple[torch.Tensor, ...]
         dynamic_shapes=tuple({0: batch} for _ in example),
         verbose=False,
     )
+    strip_debug(path)
+
+
+def strip_debug(path: Path) -> None:
+    """Remove what the exporter notes for debugging: stack traces, with the paths of the machine they come from."""
+    model = onnx.load(path)
+    parts = [model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]
+    parts += [node for function in model.functions for node in function.node]
+    for part in parts:
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(model, path)
 
 
 def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:

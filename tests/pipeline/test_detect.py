@@ -9,8 +9,11 @@ from nibabel import affines
 
 from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
 from app.manifest import Manifest, Range
+from app.pipeline import anomaly
 from app.pipeline.detect import GATE_SLICES, Detection, detect
 from app.pipeline.models import Models
+from app.pipeline.noise import KeyedNoise
+from app.pipeline.schedule import Schedule
 from app.volume import Volume
 from tests.support.phantom import brain, grid, with_lesion
 
@@ -165,6 +168,25 @@ def test_smoothing_keeps_the_amount_and_lowers_the_peak(sick: Volume, models: Mo
     assert np.nanmax(smooth) < np.nanmax(plain)
     assert np.nansum(smooth) == pytest.approx(np.nansum(plain), rel=0.05)
     np.testing.assert_array_equal(np.isnan(smooth), np.isnan(plain))
+
+
+def test_the_noise_of_a_slice_is_keyed_by_its_place_in_the_stack(
+    models: Models, manifest: Manifest, found: Detection
+) -> None:
+    """Neither by its place among the analysed slices, nor among those that are reversed."""
+    hit = np.flatnonzero(found.latent_mask.any(axis=(1, 2)))
+    schedule = Schedule.linear(1000, 0.0015, 0.0195)
+    noise = KeyedNoise(manifest.seed, manifest.latent_shape)
+    diffusion = anomaly.Diffusion(schedule, models.denoise, noise)
+    z0 = models.encode(found.slices.x[hit])
+    mask = found.latent_mask[hit]
+    imagined = models.decode(anomaly.inpaint(z0, mask, hit, diffusion, manifest.reverse.timesteps))[:, 0]
+    expected = anomaly.residual(models.decode(z0)[:, 0], imagined, mask)
+    inside = found.slices.foreground[hit]
+    np.testing.assert_array_equal(found.anomaly[hit][inside], expected[inside])
+    kl = anomaly.kl_map(z0, hit, diffusion, manifest.kl.timesteps)
+    known = np.isfinite(found.kl[hit])
+    np.testing.assert_array_equal(found.kl[hit][known], kl[known])
 
 
 # ---- the gate ----------------------------------------------------------------------------------
