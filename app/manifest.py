@@ -121,8 +121,8 @@ class Calibration(Part):
 class File(Part):
     """A file of the bundle and what its bytes must be."""
 
-    name: str
-    sha256: str
+    name: str = Field(pattern=r"^[a-z][a-z0-9_.-]*$", description="Beside the manifest, and nowhere else.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Files(Part):
@@ -163,7 +163,7 @@ class Manifest(Part):
 
     format_version: Literal[1] = 1
     name: str = Field(pattern=r"^[a-z][a-z0-9_-]*$")
-    version: str
+    version: str = Field(pattern=r"^\d+(\.\d+)*(-?(a|b|rc)\d+)?$")
     title: str
     intended_use: str
     modality: Literal["MR", "CT"]

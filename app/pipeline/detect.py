@@ -30,8 +30,8 @@ class Scores:
     ----------
     scan : float
         Mean KL over the foreground latents of the analysed slices, nats.
-    slices : (N,) ndarray
-        The same for each slice; NaN where it was not analysed.
+    slices : (K,) ndarray
+        The same for each analysed slice; NaN where it has no foreground latent.
     reconstruction : float
         Mean |x - D(z0)| over the foreground of some slices.
     fraction_out : float
