@@ -245,6 +245,28 @@ class NotFinished(CounterpartError):
     title = "No result yet"
 
 
+class NoSuchResult(CounterpartError):
+    """A result that this scan does not have and never will, while it has others."""
+
+    code = "no_such_result"
+    title = "This scan has no such result"
+
+
+class NotFromDicom(NoSuchResult):
+    code = "not_from_dicom"
+    title = "Only a scan that came as DICOM has DICOM results"
+
+
+class NoLesion(NoSuchResult):
+    code = "no_lesion"
+    title = "Nothing was found, so there is nothing to segment"
+
+
+class UnsuitableSource(NoSuchResult):
+    code = "unsuitable_source"
+    title = "A series that DICOM results cannot refer to"
+
+
 class AlreadyFinished(CounterpartError):
     code = "already_finished"
     title = "Already finished"

@@ -85,6 +85,9 @@ class Report(Part):
     threshold: float = Field(description="A voxel of the anomaly map above it is in the mask.")
     lesion_volume_ml: float
     findings: tuple[Finding, ...]
+    absent: dict[str, dict[str, str]] = Field(
+        default={}, description="Results that this scan does not have, by file name: the problem that says why."
+    )
     work: Work
 
 

@@ -1,0 +1,185 @@
+"""The findings as a structured report by TID 1500, Measurement Report (PS3.16)."""
+
+from collections.abc import Iterator
+
+from highdicom.coding_schemes import CodingSchemeIdentificationItem
+from highdicom.sr import (
+    AlgorithmIdentification,
+    CodeContentItem,
+    CodedConcept,
+    ComprehensiveSR,
+    ContainerContentItem,
+    ContentSequence,
+    DeviceObserverIdentifyingAttributes,
+    FindingSite,
+    Measurement,
+    MeasurementReport,
+    MeasurementsAndQualitativeEvaluations,
+    ObservationContext,
+    ObserverContext,
+    ReferencedSegment,
+    RelationshipTypeValues,
+    SourceSeriesForSegmentation,
+    TextContentItem,
+    TrackingIdentifier,
+    VolumetricROIMeasurementsAndQualitativeEvaluations,
+)
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+
+from app.export.dicom.identity import (
+    CATEGORY,
+    CODING_SCHEME,
+    CODING_SCHEME_NAME,
+    MANUFACTURER,
+    SITE,
+    TYPE,
+    common,
+    derived_uid,
+    device_uid,
+    parameters,
+    private_code,
+    tracking,
+)
+from app.export.dicom.source import SourceSeries
+from app.export.report import Finding, Report
+
+SERIES_NUMBER = 9002
+SERIES_DESCRIPTION = "Counterpart: report (research use only)"
+
+MILLILITRE = CodedConcept("mL", "UCUM", "milliliter")
+MILLIMETRE = CodedConcept.from_code(codes.UCUM.Millimeter)
+ONE = CodedConcept.from_code(codes.UCUM.NoUnits)
+
+# PS3.16 TID 1500, row 12.
+QUALITATIVE_EVALUATIONS = CodedConcept("C0034375", "UMLS", "Qualitative Evaluations")
+
+ANOMALY_SCORE = private_code("anomaly-score", "Anomaly score")
+ANOMALY_THRESHOLD = private_code("anomaly-threshold", "Anomaly score above which a voxel belongs to a lesion")
+ANALYSED_VOLUME = private_code("analysed-volume", "Volume that was analysed")
+LOWEST_ANALYSED = private_code("analysed-lowest", "Lowest analysed position, patient z")
+HIGHEST_ANALYSED = private_code("analysed-highest", "Highest analysed position, patient z")
+LESION_COUNT = private_code("lesion-count", "Number of lesions")
+DIFFERENCE = private_code("difference", "Difference from the imagined healthy counterpart")
+
+
+def build_structured_report(source: SourceSeries, segmentation: Dataset | None, report: Report) -> ComprehensiveSR:
+    """Make the report, without UIDs of its own yet.
+
+    Parameters
+    ----------
+    source : SourceSeries
+        Listed as evidence.
+    segmentation : Dataset or None
+        Under its own UIDs; one segment a finding, numbered alike. None: nothing was found.
+    report : Report
+        The numbers.
+    """
+    lesions = [] if segmentation is None else [_lesion(source, segmentation, report, f) for f in report.findings]
+    content = MeasurementReport(
+        observation_context=ObservationContext(observer_device_context=_observer(report)),
+        procedure_reported=codes.SCT.ImagingProcedure,
+        imaging_measurements=[_analysis(source, report), *lesions],
+        title=codes.DCM.ImagingMeasurementReport,
+    )
+    content[0].ContentSequence.append(_evaluations(report))
+    return ComprehensiveSR(
+        evidence=[*source.images, *([] if segmentation is None else [segmentation])],
+        content=content[0],
+        series_number=SERIES_NUMBER,
+        is_complete=True,
+        series_description=SERIES_DESCRIPTION,
+        coding_schemes=[
+            CodingSchemeIdentificationItem(
+                CODING_SCHEME, name=CODING_SCHEME_NAME, responsible_organization=MANUFACTURER
+            )
+        ],
+        **common(source, report),
+    )
+
+
+def _observer(report: Report) -> ObserverContext:
+    return ObserverContext(
+        observer_type=codes.DCM.Device,
+        observer_identifying_attributes=DeviceObserverIdentifyingAttributes(
+            uid=device_uid(report),
+            name=MANUFACTURER,
+            manufacturer_name=MANUFACTURER,
+            model_name=report.model.id,
+            serial_number=report.model.sha256,
+        ),
+    )
+
+
+def _algorithm(report: Report) -> AlgorithmIdentification:
+    """TID 4019."""
+    return AlgorithmIdentification(
+        name=MANUFACTURER,
+        version=report.code_version,
+        parameters=[
+            ",".join(f"{name}={value}" for name, value in parameters(report).items())
+        ],  # as highdicom joins them
+        family=codes.DCM.ArtificialIntelligence,
+        manufacturer=MANUFACTURER,
+    )
+
+
+def _analysis(source: SourceSeries, report: Report) -> MeasurementsAndQualitativeEvaluations:
+    """TID 1501: what was analysed, and what came out as a whole."""
+    low, high = report.analysed.z_mm
+    uid = derived_uid("analysis", source.uid, report.model.sha256, str(report.model.seed), report.code_version)
+    return MeasurementsAndQualitativeEvaluations(
+        tracking_identifier=TrackingIdentifier(uid=uid, identifier="Analysis"),
+        finding_sites=[FindingSite(SITE)],
+        algorithm_id=_algorithm(report),
+        measurements=[
+            Measurement(ANALYSED_VOLUME, report.analysed.volume_ml, MILLILITRE),
+            Measurement(LOWEST_ANALYSED, low, MILLIMETRE),
+            Measurement(HIGHEST_ANALYSED, high, MILLIMETRE),
+            Measurement(ANOMALY_THRESHOLD, round(report.threshold, 6), ONE),
+            Measurement(LESION_COUNT, len(report.findings), ONE),
+            Measurement(codes.SCT.Volume, report.lesion_volume_ml, MILLILITRE, derivation=codes.SCT.Total),
+        ],
+    )
+
+
+def _lesion(
+    source: SourceSeries, segmentation: Dataset, report: Report, finding: Finding
+) -> VolumetricROIMeasurementsAndQualitativeEvaluations:
+    """TID 1411: one lesion by its segment."""
+    name, uid = tracking(report, source.uid, finding.label)
+    # Not `from_segmentation`, which fails on a single segment (highdicom 0.28.2).
+    segment = ReferencedSegment(
+        segmentation.SOPClassUID,
+        segmentation.SOPInstanceUID,
+        finding.label,
+        source_series=SourceSeriesForSegmentation(source.uid),
+    )
+    return VolumetricROIMeasurementsAndQualitativeEvaluations(
+        tracking_identifier=TrackingIdentifier(uid=uid, identifier=name),
+        referenced_segment=segment,
+        finding_category=CATEGORY,
+        finding_type=TYPE,
+        finding_sites=[FindingSite(SITE)],
+        algorithm_id=_algorithm(report),
+        measurements=[
+            Measurement(codes.SCT.Volume, finding.volume_ml, MILLILITRE),
+            Measurement(ANOMALY_SCORE, finding.peak_score, ONE, derivation=codes.SCT.Maximum),
+            Measurement(ANOMALY_SCORE, finding.mean_score, ONE, derivation=codes.SCT.Mean),
+        ],
+    )
+
+
+def _evaluations(report: Report) -> ContainerContentItem:
+    """TID 1500, rows 12 to 14: the answer in a word, and what a reader must know of it."""
+    container = ContainerContentItem(QUALITATIVE_EVALUATIONS, relationship_type=RelationshipTypeValues.CONTAINS)
+    answer = codes.SCT.Present if report.findings else codes.SCT.Absent
+    container.ContentSequence = ContentSequence(
+        [CodeContentItem(DIFFERENCE, answer, RelationshipTypeValues.CONTAINS), *_comments(report)]
+    )
+    return container
+
+
+def _comments(report: Report) -> Iterator[TextContentItem]:
+    for text in (report.notice, *report.input.notes):
+        yield TextContentItem(codes.DCM.Comment, text, RelationshipTypeValues.CONTAINS)

@@ -1,0 +1,153 @@
+"""Structured reports: what they state, and that they say the same as report.json."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pydicom
+import pytest
+from pydicom.dataset import Dataset
+
+from app.export.report import RESEARCH_USE_ONLY
+from tests.export.conftest import Written, scan_of, write
+from tests.support.dicom import Series
+from tests.support.judges import tool
+
+COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("healthy")
+    return write(folder / "out", scan_of(folder, Series(modality="CT", plane="coronal")), ())
+
+
+def items(dataset: Dataset, name: str) -> list[Dataset]:
+    """Content items of one concept, at any depth."""
+    return [item for item in _walk(dataset) if item.ConceptNameCodeSequence[0].CodeMeaning == name]
+
+
+def _walk(dataset: Dataset) -> Iterator[Dataset]:
+    for item in dataset.get("ContentSequence", ()):
+        if "ConceptNameCodeSequence" in item:
+            yield item
+        yield from _walk(item)
+
+
+def number(item: Dataset) -> tuple[float, str]:
+    value = item.MeasuredValueSequence[0]
+    return float(value.NumericValue), value.MeasurementUnitsCodeSequence[0].CodeValue
+
+
+def coded(item: Dataset) -> tuple[str, str]:
+    code = item.ConceptCodeSequence[0]
+    return code.CodeValue, code.CodingSchemeDesignator
+
+
+def test_it_is_a_measurement_report_of_the_study(written: Written) -> None:
+    made, source = pydicom.dcmread(written.structured_report), pydicom.dcmread(written.scan.source.instances[0])
+    assert (made.SOPClassUID, made.Modality) == (COMPREHENSIVE_SR, "SR")
+    template = made.ContentTemplateSequence[0]
+    assert (template.MappingResource, template.TemplateIdentifier) == ("DCMR", "1500")
+    assert made.StudyInstanceUID == source.StudyInstanceUID
+    assert (made.CompletionFlag, made.VerificationFlag, made.PreliminaryFlag) == (
+        "COMPLETE",
+        "UNVERIFIED",
+        "PRELIMINARY",
+    )
+    evidence = {
+        reference.ReferencedSOPInstanceUID
+        for study in made.CurrentRequestedProcedureEvidenceSequence
+        for series in study.ReferencedSeriesSequence
+        for reference in series.ReferencedSOPSequence
+    }
+    sources = {pydicom.dcmread(path).SOPInstanceUID for path in written.scan.source.instances}
+    assert evidence == sources | {pydicom.dcmread(written.segmentation).SOPInstanceUID}
+
+
+def test_each_lesion_has_its_numbers_and_its_segment(written: Written) -> None:
+    made, segmentation = pydicom.dcmread(written.structured_report), pydicom.dcmread(written.segmentation)
+    _, *groups = items(made, "Measurement Group")
+    assert len(groups) == len(written.report.findings) == 2
+    for finding, group, segment in zip(written.report.findings, groups, segmentation.SegmentSequence, strict=True):
+        assert number(items(group, "Volume")[0]) == (finding.volume_ml, "mL")
+        peak, mean = items(group, "Anomaly score")
+        assert (number(peak), coded(peak.ContentSequence[0])) == ((finding.peak_score, "1"), ("56851009", "SCT"))
+        assert (number(mean), coded(mean.ContentSequence[0])) == ((finding.mean_score, "1"), ("373098007", "SCT"))
+        assert coded(items(group, "Finding category")[0]) == ("49755003", "SCT")
+        assert coded(items(group, "Finding")[0]) == ("52988006", "SCT")
+        assert coded(items(group, "Finding Site")[0]) == ("12738006", "SCT")
+        reference = items(group, "Referenced Segment")[0].ReferencedSOPSequence[0]
+        assert reference.ReferencedSOPInstanceUID == segmentation.SOPInstanceUID
+        assert reference.ReferencedSegmentNumber == finding.label == segment.SegmentNumber
+        assert segment.TrackingUID == items(group, "Tracking Unique Identifier")[0].UID
+        assert items(group, "Tracking Identifier")[0].TextValue == segment.TrackingID == f"Lesion {finding.label}"
+
+
+@pytest.mark.parametrize("name", ["written", "healthy"])
+def test_it_says_what_was_analysed_by_what(name: str, request: pytest.FixtureRequest) -> None:
+    case: Written = request.getfixturevalue(name)
+    report, made = case.report, pydicom.dcmread(case.structured_report)
+    group = items(made, "Measurement Group")[0]
+    assert number(items(group, "Volume that was analysed")[0]) == (1234.5, "mL")
+    assert number(items(group, "Lowest analysed position, patient z")[0]) == (-51.5, "mm")
+    assert number(items(group, "Highest analysed position, patient z")[0]) == (62.0, "mm")
+    assert number(items(group, "Number of lesions")[0])[0] == len(report.findings)
+    assert number(items(group, "Volume")[0]) == (report.lesion_volume_ml, "mL")
+    texts = {n: items(group, n)[0].TextValue for n in ("Algorithm Name", "Algorithm Version", "Algorithm Parameters")}
+    assert texts == {
+        "Algorithm Name": "Counterpart",
+        "Algorithm Version": report.code_version,
+        "Algorithm Parameters": f"bundle=tiny-0.0.1,bundle_sha256={'5a' * 32},seed=7,threshold=0.4",
+    }
+    assert coded(items(group, "Algorithm Family")[0]) == ("123110", "DCM")  # Artificial Intelligence
+    assert items(made, "Device Observer Serial Number")[0].TextValue == "5a" * 32
+    assert [i.TextValue for i in items(made, "Comment")] == [RESEARCH_USE_ONLY, "Left out: 3 localizers."]
+    assert made.ContentQualification == "RESEARCH"
+    assert "research use only" in made.SeriesDescription
+
+
+def test_nothing_found_is_a_report_and_no_segmentation(healthy: Written, written: Written) -> None:
+    assert not healthy.segmentation.exists()
+    (reason,) = healthy.absent.values()
+    assert (list(healthy.absent), reason.code) == (["segmentation.dcm"], "no_lesion")
+    question = "Difference from the imagined healthy counterpart"
+    answers = [coded(items(pydicom.dcmread(c.structured_report), question)[0]) for c in (healthy, written)]
+    assert answers == [("272519000", "SCT"), ("52101004", "SCT")]  # Absent, Present
+    made = pydicom.dcmread(healthy.structured_report)
+    assert len(items(made, "Measurement Group")) == 1
+    assert not items(made, "Referenced Segment")
+    series = made.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+    assert len(series) == 1
+    assert len(series[0].ReferencedSOPSequence) == len(healthy.scan.source.instances)
+
+
+def test_private_codes_are_declared(written: Written) -> None:
+    made = pydicom.dcmread(written.structured_report)
+    used = {c.CodingSchemeDesignator for i in _walk(made) for c in i.ConceptNameCodeSequence}
+    assert used <= {"DCM", "SCT", "UCUM", "UMLS", "99COUNTERPART"}
+    (scheme,) = made.CodingSchemeIdentificationSequence
+    assert (scheme.CodingSchemeDesignator, scheme.CodingSchemeResponsibleOrganization) == (
+        "99COUNTERPART",
+        "Counterpart",
+    )
+
+
+def test_another_toolkit_reads_the_numbers(written: Written, tmp_path: Path) -> None:
+    """dcmqi's reader of TID 1500, on DCMTK."""
+    tid1500reader = tool("tid1500reader")
+    tid1500reader("--inputDICOM", written.structured_report, "--outputMetadata", tmp_path / "sr.json")
+    _, *groups = json.loads((tmp_path / "sr.json").read_text())["Measurements"]
+    segmentation = pydicom.dcmread(written.segmentation)
+    for finding, group in zip(written.report.findings, groups, strict=True):
+        assert group["segmentationSOPInstanceUID"] == segmentation.SOPInstanceUID
+        assert group["ReferencedSegment"] == finding.label
+        read = {
+            (m["quantity"]["CodeMeaning"], m.get("derivationModifier", {}).get("CodeMeaning")): float(m["value"])
+            for m in group["measurementItems"]
+        }
+        assert read == {
+            ("Volume", None): finding.volume_ml,
+            ("Anomaly score", "Maximum"): finding.peak_score,
+            ("Anomaly score", "Mean"): finding.mean_score,
+        }
