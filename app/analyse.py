@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from app.errors import CounterpartError, NotFromDicom
 from app.export.nifti import write_nifti
 from app.export.pictures import write_preview
 from app.export.report import RESEARCH_USE_ONLY, ModelUsed, Report, build_report
 from app.ingest import read
+from app.ingest.quiet import quiet
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect
 from app.pipeline.findings import Result, to_result
@@ -25,6 +27,8 @@ Progress = Callable[[str, float], None]
 BATCH = 16
 
 RESULT_FILES = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png")
+# Beside them for a scan that came as DICOM; where one is absent, `Report.absent` says why.
+DICOM_FILES = ("segmentation.dcm", "report.dcm")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def analyse(
     path : Path
         A NIfTI file, a zip, or a folder of DICOM files.
     out : Path
-        Existing folder for `RESULT_FILES`; each appears whole or not at all.
+        Existing folder for `RESULT_FILES` and `DICOM_FILES`; each appears whole or not at all.
     bundles : callable
         The loaded bundle of a manifest.
     manifests : sequence of Manifest
@@ -78,27 +82,31 @@ def analyse(
     """
     seconds: dict[str, float] = {}
     # Inside the results' folder: whoever removes that reaches an unpacked scan which a kill left behind.
-    with TemporaryDirectory(prefix=".unpacked-", dir=out) as scratch, _timed("read", seconds):
-        progress("read", 0.0)
-        scan = read(path, scratch=Path(scratch), series=request.series)
-        manifest = choose(manifests, scan.source, request.model)
-        progress("read", 1.0)
-    with _timed("load", seconds):
-        bundle = bundles(manifest)
-    with _timed("infer", seconds):
-        detection, result = infer(scan, bundle, request.seed, progress)
-    with _timed("export", seconds):
-        progress("export", 0.0)
-        _write_images(out, scan, result)
-        write_preview(out / "preview.png", detection, manifest, RESEARCH_USE_ONLY)
-    used = ModelUsed(
-        id=manifest.id,
-        sha256=bundle.sha256,
-        provider=bundle.provider,
-        seed=manifest.seed if request.seed is None else request.seed,
-        licence=manifest.licence.licence,
-    )
-    report = build_report(scan, detection, result, used, manifest, seconds)
+    # It lives until the export, which reads the source's headers again.
+    with TemporaryDirectory(prefix=".unpacked-", dir=out) as scratch:
+        with _timed("read", seconds):
+            progress("read", 0.0)
+            scan = read(path, scratch=Path(scratch), series=request.series)
+            manifest = choose(manifests, scan.source, request.model)
+            progress("read", 1.0)
+        with _timed("load", seconds):
+            bundle = bundles(manifest)
+        with _timed("infer", seconds):
+            detection, result = infer(scan, bundle, request.seed, progress)
+        with _timed("export", seconds):
+            progress("export", 0.0)
+            _write_images(out, scan, result)
+            write_preview(out / "preview.png", detection, manifest, RESEARCH_USE_ONLY)
+        used = ModelUsed(
+            id=manifest.id,
+            sha256=bundle.sha256,
+            provider=bundle.provider,
+            seed=manifest.seed if request.seed is None else request.seed,
+            licence=manifest.licence.licence,
+        )
+        report = build_report(scan, detection, result, used, manifest, seconds)
+        absent = _write_dicom(out, scan, result, report)
+    report = report.model_copy(update={"absent": {name: reason.problem for name, reason in absent.items()}})
     part = out / "report.json.part"
     part.write_text(report.model_dump_json(indent=1) + "\n")
     part.replace(out / "report.json")
@@ -138,6 +146,22 @@ def _write_images(out: Path, scan: Scan, result: Result) -> None:
         ("counterpart", result.counterpart, "imagined healthy counterpart"),
     ):
         write_nifti(out / f"{name}.nii.gz", array, result.affine, code, f"counterpart: {what}; research use only")
+
+
+def _write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[str, CounterpartError]:
+    """The DICOM objects; why those of `DICOM_FILES` that are absent are."""
+    if scan.source.format != "dicom":
+        reason = NotFromDicom(
+            "The scan came as NIfTI: there is no patient, study or series that DICOM results could belong to.",
+            expected="a DICOM series.",
+            advice="Take mask.nii.gz and report.json, or send the DICOM series itself.",
+        )
+        return dict.fromkeys(DICOM_FILES, reason)
+    # A second of imports that a NIfTI file does not need.
+    from app.export.dicom import write_dicom  # noqa: PLC0415
+
+    with quiet():
+        return write_dicom(out, scan, result, report)
 
 
 @contextmanager

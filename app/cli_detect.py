@@ -78,6 +78,9 @@ def tell(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
+    if report.input.format == "dicom":
+        for name, reason in report.absent.items():
+            console.print(f"No {name}: {reason['found']}", soft_wrap=True, highlight=False)
     console.print(f"Results in {out}", soft_wrap=True, highlight=False)
     console.print(report.notice)
 

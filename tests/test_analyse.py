@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from app.analyse import RESULT_FILES, Progress, Request, analyse
+from app.analyse import DICOM_FILES, RESULT_FILES, Progress, Request, analyse
 from app.errors import Cancelled, NotAnImageFormat, UnknownModel, WrongFieldOfView, WrongModality
 from app.export.report import Report
 from app.manifest import Manifest
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
-from tests.support.dicom import SECRET, Series, write_series, zipped
+from tests.support.dicom import RAS_TO_LPS, SECRET, Series, write_series, zipped
 from tests.support.phantom import ball, brain, grid, with_lesion
+from tests.support.segmentation import segment_points
 
 PLAIN = Request()
 LESION_MM = (25.0, 10.0, 20.0)
@@ -209,9 +210,47 @@ def test_a_dicom_series_gives_the_mask_of_its_nifti(
         for i, m in ((first, mask), (second, other))
     )
     assert 2 * len(here & there) / (len(here) + len(there)) > 0.98
-    for file in out.iterdir():
+    for name in RESULT_FILES:  # those of `DICOM_FILES` belong to the patient, and say so
+        file = out / name
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         assert SECRET.encode() not in content, file.name
+
+
+@pytest.mark.parametrize("plane", ["axial", "coronal"])
+def test_a_dicom_series_has_dicom_results_at_the_place_of_the_mask(
+    volume: Volume, bundle: Bundle, tmp_path: Path, plane: str
+) -> None:
+    files = write_series(tmp_path / "series", volume, Series(plane=plane))  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    out.mkdir()
+    report = run(zipped(tmp_path / "series.zip", files), out, bundle)
+    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, *DICOM_FILES))
+    assert report.absent == {}
+    image, mask = load(out, "mask")
+    found = segment_points(out / "segmentation.dcm")
+    assert sorted(found) == [f.label for f in report.findings]
+    points = nib.affines.apply_affine(RAS_TO_LPS @ image.affine, np.argwhere(mask))
+    assert sum(len(p) for p in found.values()) == len(points)
+    np.testing.assert_allclose(np.concatenate(list(found.values())).mean(axis=0), points.mean(axis=0), atol=1e-3)
+    for finding in report.findings:
+        centroid = nib.affines.apply_affine(RAS_TO_LPS, found[finding.label].mean(axis=0))
+        assert centroid == pytest.approx(finding.centroid_mm, abs=0.01)
+        assert len(found[finding.label]) * 0.027 == pytest.approx(finding.volume_ml, abs=0.001)
+
+
+def test_a_healthy_dicom_series_has_a_report_and_no_segmentation(bundle: Bundle, tmp_path: Path) -> None:
+    write_series(tmp_path / "series", brain())
+    out = tmp_path / "out"
+    out.mkdir()
+    report = run(tmp_path / "series", out, bundle)
+    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, "report.dcm"))
+    assert {name: problem["code"] for name, problem in report.absent.items()} == {"segmentation.dcm": "no_lesion"}
+    assert Report.model_validate_json((out / "report.json").read_text()).absent == report.absent
+
+
+def test_a_nifti_scan_says_why_it_has_no_dicom_results(done: tuple[Path, Report]) -> None:
+    absent = done[1].absent
+    assert {name: problem["code"] for name, problem in absent.items()} == dict.fromkeys(DICOM_FILES, "not_from_dicom")
 
 
 # ---- healthy, refused, stopped -----------------------------------------------------------------

@@ -16,6 +16,7 @@ from app.analyse import RESULT_FILES
 from app.cli import app
 from app.cli_detect import dice
 from app.export.nifti import write_nifti
+from tests.support.dicom import SECRET, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
 
 LESION_MM = (28.0, -12.0, 8.0)
@@ -66,6 +67,19 @@ def test_detect_writes_every_result_and_tells_the_dice(run: Run, scan: Path, tmp
     assert expected > 0.5
     assert f"Dice with truth.nii.gz: {expected:.3f}" in result.stdout
     assert "Research use only" in result.stdout
+
+
+def test_a_dicom_folder_has_dicom_results(run: Run, tmp_path: Path) -> None:
+    write_series(tmp_path / "lesion", with_lesion(brain(), LESION_MM, RADIUS_MM))
+    write_series(tmp_path / "healthy", brain())
+    outcomes = {name: run("detect", tmp_path / name, "-o", tmp_path / f"{name}-out") for name in ("lesion", "healthy")}
+    for name, result in outcomes.items():
+        assert result.exit_code == 0, result.output
+        written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(RESULT_FILES)
+        assert written == ({"segmentation.dcm", "report.dcm"} if name == "lesion" else {"report.dcm"})
+    assert "No segmentation.dcm: No voxel differs" in outcomes["healthy"].stdout
+    assert "No " not in outcomes["lesion"].stdout
+    assert SECRET not in "".join(result.output for result in outcomes.values())
 
 
 def test_the_json_report_stands_alone_on_standard_output(run: Run, scan: Path, tmp_path: Path) -> None:
