@@ -22,6 +22,7 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.UnknownModel: 400,
     errors.Unauthorised: 401,
     errors.NotFound: 404,
+    errors.NoSuchResult: 404,
     errors.NotFinished: 409,
     errors.AlreadyFinished: 409,
     errors.IdempotencyKeyReused: 409,
@@ -52,6 +53,11 @@ def job_problem(problem: Mapping[str, str]) -> Problem:
     """
     status = STATUS_OF_CODE.get(problem["code"], 500)
     return _problem(problem, status if status >= 500 else 422)
+
+
+def absent_problem(problem: Mapping[str, str]) -> Problem:
+    """Why a scan that succeeded does not have one of the results."""
+    return _problem(problem, STATUS_OF_CODE.get(problem["code"], 404))
 
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 
-from app.analyse import RESULT_FILES
+from app.analyse import DICOM_FILES, RESULT_FILES
 from app.analyse import Request as Wanted
 from app.api import views
-from app.api.problems import MEDIA_TYPE, job_problem, problem_response
+from app.api.problems import MEDIA_TYPE, absent_problem, job_problem, problem_response
 from app.api.receive import receive
 from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
@@ -29,10 +29,23 @@ MOST_WAIT_SECONDS = 300
 # Between two looks at a job that is waited for.
 LOOK_SECONDS = 0.15
 RETRY_SECONDS = "2"
-MEDIA_TYPES = {"gz": "application/gzip", "json": "application/json", "png": "image/png"}
+MEDIA_TYPES = {
+    "gz": "application/gzip",
+    "json": "application/json",
+    "png": "image/png",
+    "dcm": "application/dicom",  # RFC 3240
+}
 
 JobId = Annotated[str, Path(description="The job's id.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
-ResultName = Literal["mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png"]
+ResultName = Literal[
+    "mask.nii.gz",
+    "anomaly.nii.gz",
+    "counterpart.nii.gz",
+    "report.json",
+    "preview.png",
+    "segmentation.dcm",
+    "report.dcm",
+]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -156,7 +169,10 @@ def erase_scan(service: Of, job: JobId) -> None:
 def get_result(
     service: Of, job: JobId, name: ResultName, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
-    """Fetch a result on the scan's own grid. HEAD, ETag and Range work; 409 until it is there."""
+    """Fetch a result on the scan's own grid. HEAD, ETag and Range work; 409 until it is there.
+
+    The DICOM results belong to a scan that came as DICOM; where there is none, 404 says why.
+    """
     found = service.jobs.get(job)
     if found.state == "failed":
         assert found.problem is not None
@@ -169,10 +185,12 @@ def get_result(
     if if_none_match and headers["ETag"] in re.split(r"\s*,\s*(?:W/)?", if_none_match.removeprefix("W/")):
         return Response(status_code=304, headers=headers)
     path = service.store.result(found.id, name)
+    if path is None and (reason := views.why_absent(service, found, name)):
+        return problem_response(absent_problem(reason))
     if path is None:
         raise InternalError(
             f"{name} of a finished job is missing.",
-            expected=", ".join(RESULT_FILES) + ".",
+            expected=", ".join((*RESULT_FILES, *DICOM_FILES)) + ".",
             advice="Check the store; DELETE the job and send the scan again.",
         )
     return FileResponse(path, headers=headers, media_type=MEDIA_TYPES[name.rpartition(".")[2]], filename=name)

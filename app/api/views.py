@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 
-from app.analyse import RESULT_FILES
+from app.analyse import DICOM_FILES, RESULT_FILES
 from app.api.problems import job_problem
 from app.api.schemas import Scan, Summary
 from app.api.service import Service
 from app.export.report import Report
 from app.jobs.job import Job
+
+# Names of `DICOM_FILES` among the links, where "report" is report.json.
+DICOM_LINKS = ("segmentation", "structured_report")
 
 
 def path_of(job: str) -> str:
@@ -18,14 +21,12 @@ def path_of(job: str) -> str:
 def summaries(service: Service, jobs: Sequence[Job]) -> tuple[Summary, ...]:
     """Jobs in a list."""
     places = service.jobs.places() if any(job.state == "queued" for job in jobs) else {}
-    return tuple(_summary(job, places) for job in jobs)
+    return tuple(_summary(service, job, places) for job in jobs)
 
 
 def scan(service: Service, job: Job) -> Scan:
     """A job with its findings, which are read from its published report."""
-    report = None
-    if job.state == "succeeded" and (path := service.store.result(job.id, "report.json")):
-        report = Report.model_validate_json(path.read_bytes())
+    report = _report(service, job) if job.state == "succeeded" else None
     summary = summaries(service, [job])[0]
     return Scan(
         **dict(summary),
@@ -36,12 +37,26 @@ def scan(service: Service, job: Job) -> Scan:
     )
 
 
-def _summary(job: Job, places: dict[str, int]) -> Summary:
+def why_absent(service: Service, job: Job, name: str) -> dict[str, str] | None:
+    """The problem that a job's report names for a result that it does not have."""
+    report = _report(service, job)
+    return report.absent.get(name) if report else None
+
+
+def _report(service: Service, job: Job) -> Report | None:
+    path = service.store.result(job.id, "report.json")
+    return Report.model_validate_json(path.read_bytes()) if path else None
+
+
+def _summary(service: Service, job: Job, places: dict[str, int]) -> Summary:
     links = {"self": path_of(job.id)}
     if job.state in {"queued", "running"}:
         links["cancel"] = f"{path_of(job.id)}/cancel"
     if job.state == "succeeded":
         links |= {name.partition(".")[0]: f"{path_of(job.id)}/{name}" for name in RESULT_FILES}
+        # Only those there are: a NIfTI scan has none.
+        there = zip(DICOM_LINKS, DICOM_FILES, strict=True)
+        links |= {link: f"{path_of(job.id)}/{name}" for link, name in there if service.store.result(job.id, name)}
     return Summary(
         id=job.id,
         state=job.state,
