@@ -8,9 +8,6 @@ from dbos import PortableWorkflowError, WorkflowStatus
 from app import errors
 from app.jobs.job import Job, State
 
-# A job that ends its process this many times more than once is parked as failed.
-MAX_RECOVERIES = 3
-
 # DBOS's names for ours. PENDING is a workflow that a process has claimed.
 STATES: dict[str, State] = {
     "DELAYED": "queued",
@@ -18,7 +15,7 @@ STATES: dict[str, State] = {
     "PENDING": "running",
     "SUCCESS": "succeeded",
     "ERROR": "failed",
-    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",  # only where an older version gave up
     "CANCELLED": "cancelled",
 }
 # A failed, cancelled or erased job never answers for the same content again.
@@ -47,12 +44,6 @@ def to_job(status: WorkflowStatus) -> Job:
 def _problem(status: WorkflowStatus) -> dict[str, str]:
     if isinstance(status.error, PortableWorkflowError) and isinstance(status.error.data, dict):
         return cast("dict[str, str]", status.error.data)
-    if status.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED":
-        return errors.WorkerLost(
-            f"The process that analysed this scan died {MAX_RECOVERIES + 1} times.",
-            expected="an analysis that ends in a result or a reason.",
-            advice="The machine may be short of memory. Report the job's id; other scans are not affected.",
-        ).problem
     return errors.InternalError(
         "The job ended without a result.",
         expected="an analysis that ends in a result or a reason.",

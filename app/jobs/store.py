@@ -8,6 +8,7 @@
     jobs/<job>/results/             published by one rename
     trash/<random>/                 being erased
     process-<n>.lock                held by a living process
+    machine                         its name among the machines that share a database
 
 File names of the caller are never used: they can hold a patient's name. The content's hash is the
 job's identity (`Incoming.digest`), not the file's address, so that erasing a job erases its scan
@@ -17,6 +18,7 @@ without counting who else refers to it.
 import fcntl
 import hashlib
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -156,8 +158,13 @@ class Store:
         if results.exists():
             shutil.rmtree(source, ignore_errors=True)
             return
-        _sync(*source.iterdir(), source)
-        source.rename(results)
+        try:
+            _sync(*source.iterdir(), source)
+            source.rename(results)
+        except OSError:
+            # A worker that was taken for dead, and was not, may have published between the two looks.
+            if not results.exists():
+                raise
         _sync(self._job(job))
 
     def result(self, job: str, name: str) -> Path | None:
@@ -175,7 +182,8 @@ class Store:
         shutil.rmtree(grave, ignore_errors=True)
 
     def take_slot(self) -> "Slot":
-        """A name for this process that no other living one has; a dead one's is free again."""
+        """A name for this process that no other living one has, on any machine; a dead one's is free again."""
+        machine = self._machine()
         for number in range(MOST_PROCESSES):
             descriptor = os.open(self.root / f"process-{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -183,7 +191,7 @@ class Store:
             except BlockingIOError:
                 os.close(descriptor)
             else:
-                return Slot(f"process-{number}", descriptor)
+                return Slot(f"{machine}-{number}", descriptor)
         raise RuntimeError(f"{MOST_PROCESSES} processes share one store")
 
     def sweep(self) -> None:
@@ -194,6 +202,15 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
         for path in (self.root / "trash").iterdir():
             shutil.rmtree(path, ignore_errors=True)
+
+    def _machine(self) -> str:
+        """A name of this folder's machine, made at the first start."""
+        try:
+            with (self.root / "machine").open("x") as file:
+                file.write(secrets.token_hex(4))
+        except FileExistsError:
+            pass
+        return (self.root / "machine").read_text() or "machine"
 
     def _job(self, job: str) -> Path:
         return self.root / "jobs" / job

@@ -1,8 +1,10 @@
 """Durable jobs on DBOS: with `records`, the only module that knows it.
 
 A job is a workflow of two steps, `analyse` and `publish`, each recorded when it is done. A process
-that dies leaves its job pending; the next one that takes its slot runs it again from the last
-recorded step. Only ids and parameters go into the database, as JSON.
+that dies leaves its job pending; whoever notices puts it back into the queue (`app.jobs.keeper`), and
+the next worker goes on after the last recorded step. Every claim of a job has a token of its own, so
+that a worker which was only slow, not dead, can record nothing any more. Only ids and parameters go
+into the database, as JSON.
 """
 
 import hashlib
@@ -14,14 +16,16 @@ from datetime import timedelta
 from typing import Any, cast
 
 import structlog
-from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions, PortableWorkflowError
+from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions, PortableWorkflowError
 
 from app import errors
 from app.analyse import Request
 from app.jobs.engine import Engine
 from app.jobs.job import ENDED, Cursor, Job, State
+from app.jobs.keeper import Keeper
 from app.jobs.metrics import Metrics
-from app.jobs.records import ANSWERING, MAX_RECOVERIES, STATES, exactly, to_job
+from app.jobs.records import ANSWERING, STATES, exactly, to_job
+from app.jobs.roster import Roster
 from app.jobs.runner import Runner
 from app.jobs.store import Incoming, Slot, Store
 
@@ -57,44 +61,70 @@ class Jobs:
         self._queue_limit = queue_limit
         self._engine = engine
         self._runner = Runner(engine, store, self, metrics)
+        self._roster = Roster(database_url)
+        self._keeper = Keeper(self._roster, self)
         self._slot: Slot | None = None
+        self._name = ""
 
     # ---- life cycle ----
 
-    def start(self) -> None:
-        """Open the database, take over what a dead process of this slot left, work the queue."""
+    def start(self, *, worker: bool = True) -> None:
+        """Open the database, look after the workers, and be one.
+
+        Parameters
+        ----------
+        worker : bool
+            Work the queue, one scan at a time; without, only take scans and answer for them.
+        """
         self._store.sweep()
         self._slot = self._store.take_slot()
+        self._name = f"{self._slot.name}-{secrets.token_hex(4)}"
         _quieten()
         DBOS(
             config=DBOSConfig(
                 name="counterpart",
                 system_database_url=self._database_url,
                 application_version=STEPS_VERSION,
-                executor_id=self._slot.name,
+                executor_id=self._name,
                 serializer=DBOSPortableJSONSerializer(),
                 log_level="WARNING",
             )
         )
 
-        @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=MAX_RECOVERIES)
+        # How often a job may be begun is decided in `_analyse`, which knows a death from a restart.
+        @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def analyse_scan(job: str, request: dict[str, Any]) -> dict[str, Any]:
-            outcome = DBOS.run_step({"name": "analyse"}, self._runner.analyse, job, Request(**request))
+            outcome = DBOS.run_step({"name": "analyse"}, self._analyse, job, Request(**request))
             if "problem" in outcome:
                 raise _failure(cast("dict[str, str]", outcome["problem"]), self._metrics)
             DBOS.run_step({"name": "publish"}, self._store.publish, job, str(outcome["work"]))
             self._metrics.outcomes.labels("succeeded").inc()
             return {"model": outcome["model"]}
 
+        if not worker:
+            DBOS.listen_queues([])
         DBOS.launch()
+        self._roster.create()
+        # Whoever had this slot before is dead for certain: the system gave its lock to us.
+        self._keeper.start(self._name if worker else None, dead=f"{self._slot.name}-")
         DBOS.register_queue(
             QUEUE, worker_concurrency=1, polling_interval_sec=POLLING_SECONDS, on_conflict="always_update"
         )
 
     def stop(self, drain_seconds: float) -> None:
-        """Let the running job end for a while, then leave it to the next start."""
+        """Let the running job end for a while, then hand it to another worker or to the next start."""
         self._runner.stop(drain_seconds)
+        self._keeper.stop()
         DBOS.destroy()
+        # After the queue's own thread has ended, or it would take the job again.
+        client = DBOSClient(system_database_url=self._database_url, serializer=DBOSPortableJSONSerializer())
+        try:
+            for status in client.list_workflows(name=WORKFLOW, status="PENDING", executor_id=self._name):
+                client.resume_workflow(status.workflow_id, queue_name=QUEUE)
+        finally:
+            client.destroy()
+        self._roster.leave(self._name)
+        self._roster.close()
         if self._slot is not None:
             self._slot.free()
             self._slot = None
@@ -230,6 +260,7 @@ class Jobs:
         DBOS.delete_workflow(job)
         # A worker that would publish just now finds its folder gone, and cannot bring it back.
         self._store.erase(job)
+        self._roster.forget(job)
         log.info("erased", job=job)
 
     def metrics(self) -> bytes:
@@ -238,17 +269,48 @@ class Jobs:
         self._metrics.running.set(len(self._list(status="PENDING", load_output=False)))
         return self._metrics.text()
 
+    # ---- Custody, for the keeper ----
+
+    def holders(self) -> set[str]:
+        """Names of the workers that hold a job."""
+        pending = DBOS.list_workflows(name=WORKFLOW, status="PENDING", load_input=False, load_output=False)
+        return {status.executor_id for status in pending if status.executor_id}
+
+    def take_back(self, worker: str) -> list[str]:
+        """Put the jobs of a dead worker back into the queue; two who do it at once do it once."""
+        pending = DBOS.list_workflows(
+            name=WORKFLOW, status="PENDING", executor_id=worker, load_input=False, load_output=False
+        )
+        jobs = [status.workflow_id for status in pending]
+        self._roster.lost(worker, jobs)
+        # Unlike `resume_workflow`, it leaves alone what another worker has claimed meanwhile.
+        DBOS._recover_pending_workflows([worker])
+        return jobs
+
     # ---- Ledger, for the runner ----
 
     def wanted(self, job: str) -> bool:
-        """False once the job was cancelled or erased."""
-        return bool(self._list(workflow_ids=[job], status="PENDING", load_output=False))
+        """False once the job was cancelled, erased, or given to another worker."""
+        return bool(self._list(workflow_ids=[job], status="PENDING", executor_id=self._name, load_output=False))
 
     def note(self, job: str, stage: str, progress: float) -> None:
         """Keep how far a job is."""
         DBOS.update_workflow_attributes(job, {"stage": stage, "progress": progress}, merge=True)
 
     # ---- inside ----
+
+    def _analyse(self, job: str, request: Request) -> dict[str, object]:
+        lost = self._roster.blamed(job)
+        if not lost:
+            return self._runner.analyse(job, request)
+        self._roster.forget(job)
+        log.error("failed", job=job, code=errors.WorkerLost.code)
+        problem = errors.WorkerLost(
+            f"{lost} workers died while they analysed this scan.",
+            expected="an analysis that ends in a result or a reason.",
+            advice="The machine may be short of memory. Report the job's id; other scans are not affected.",
+        ).problem
+        return {"problem": problem}
 
     def _content(self, digest: str, request: Request) -> str:
         """Hash of all that decides the answer: bytes, parameters, and the models it may be made with."""

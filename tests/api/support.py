@@ -60,13 +60,13 @@ class FakeEngine:
             raise getattr(errors, orders["fail"])("Found.", expected="expected.", advice="Advice.")
         if "crash" in orders:
             raise ValueError(orders["crash"])
-        if "die" in orders:
-            os._exit(9)
         seconds = 60.0 if self.slow else orders.get("seconds", 0)
         steps = max(1, int(seconds / 0.05))
         for step in range(steps):
             progress("infer", step / steps)
             time.sleep(0.05 if seconds else 0)
+        if "die" in orders:
+            os._exit(9)
         report = _report(request)
         for name in RESULT_FILES:
             (out / name).write_bytes(name.encode() * 10)

@@ -57,6 +57,22 @@ def test_a_service_that_is_killed_starts_again_and_tells_nobody_of_its_patients(
     assert "ValueError" in {record.get("exception") for record in records}
 
 
+def test_a_scan_that_kills_its_worker_twice_is_parked_and_the_queue_goes_on(tmp_path: Path) -> None:
+    store, log = tmp_path / "store", tmp_path / "log"
+    with served(store, log) as first:
+        killer = first.http.post(URL, content=scan(die=True, seconds=0.5)).json()["id"]
+        waiting = first.http.post(URL, content=scan(name="behind the killer")).json()["id"]
+        first.process.wait(60)
+    with served(store, log) as second:
+        second.process.wait(60)
+    with served(store, log) as third:
+        until(third.http, killer, "failed")
+        problem = third.http.get(f"{URL}/{killer}").json()["problem"]
+        assert (problem["code"], problem["status"]) == ("worker_lost", 500)
+        assert "2 workers" in problem["found"]
+        until(third.http, waiting, "succeeded")
+
+
 def _ends_when_it_is_told_to(service: Served) -> None:
     job = service.http.post(URL, content=scan(seconds=60)).json()["id"]
     until(service.http, job, "running")
