@@ -92,13 +92,28 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; else COUNTERPART_HOST.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; else COUNTERPART_PORT.")] = None,
+    *,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="Leave the analysis to `counterpart worker`.")] = False,
 ) -> None:
     """Start the HTTP service and its worker."""
     from app import main as service
     from app.settings import read_settings
 
     with errors_told():
-        service.serve(read_settings(host=host, port=port))
+        service.serve(read_settings(host=host, port=port), worker=not no_worker)
+
+
+@app.command()
+def worker(
+    host: Annotated[str | None, typer.Option(help="Where to tell health and metrics; else COUNTERPART_HOST.")] = None,
+    port: Annotated[int, typer.Option(help="Port for them; 0 takes a free one.", min=0, max=65535)] = 0,
+) -> None:
+    """Analyse the scans that `counterpart serve --no-worker` takes, one at a time. It owns its GPU."""
+    from app import main as service
+    from app.settings import read_settings
+
+    with errors_told():
+        service.work(read_settings(host=host, port=port))
 
 
 @app.command()
@@ -151,3 +166,7 @@ def doctor() -> None:
 def main() -> None:
     """Entry point of the console script."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Literal
 
 from rich.console import Console
@@ -67,7 +67,7 @@ class Check:
 def examine(settings: Settings) -> list[Check]:
     """Run every check, the real inference included; each is independent of the others' outcome."""
     installed = (check_python(), check_runtime(settings), *check_provider(settings), *check_decoders())
-    return [*installed, *check_bundles(settings), check_store(settings)]
+    return [*installed, *check_bundles(settings), check_store(settings), *check_shared(settings)]
 
 
 def check_python() -> Check:
@@ -137,7 +137,7 @@ def check_bundles(settings: Settings) -> Iterator[Check]:
 
 def check_store(settings: Settings) -> Check:
     """That the store can be written to, and has room."""
-    store = Path(settings.store)
+    store = settings.folder
     existing = next(p for p in (store, *store.parents) if p.exists())
     try:
         with TemporaryFile(dir=existing):  # the folder itself is made by the service, not by a check
@@ -149,6 +149,33 @@ def check_store(settings: Settings) -> Check:
     status: Status = "ok" if free >= COMFORTABLE_GB else "warn" if free >= ONE_SCAN_GB else "fail"
     mend = "" if status == "ok" else f"Free some space, or set {PREFIX}STORE to a folder on another disk."
     return Check("store", status, f"{store}: writable, {free:.1f} GB free", mend)
+
+
+def check_shared(settings: Settings) -> Iterator[Check]:
+    """The bucket and the database, where they are not in the local folder."""
+    if settings.bucket:
+        from app.jobs.bucket import BucketStore
+
+        with TemporaryDirectory() as scratch:
+            try:
+                BucketStore(settings.bucket, Path(scratch)).check()
+            except CounterpartError as error:
+                yield Check("bucket", "fail", error.found, error.advice)
+            else:
+                yield Check("bucket", "ok", settings.bucket)
+    if settings.database:
+        from app.jobs.roster import Roster
+
+        roster = Roster(settings.database_url)
+        try:
+            roster.create()
+        except Exception as error:  # noqa: BLE001  # whatever the driver raises, with the password in its text
+            mend = f"Check {PREFIX}DATABASE, and that the server lets this user in and create tables."
+            yield Check("database", "fail", f"it does not answer ({type(error).__name__})", mend)
+        else:
+            yield Check("database", "ok", settings.shown("database"))
+        finally:
+            roster.close()
 
 
 def tell(checks: list[Check], settings: Settings, console: Console) -> None:

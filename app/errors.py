@@ -287,6 +287,11 @@ class NotReady(CounterpartError):
     title = "Not ready"
 
 
+class StoreUnavailable(CounterpartError):
+    code = "store_unavailable"
+    title = "The store of scans and results does not answer"
+
+
 class WorkerLost(CounterpartError):
     """The process that analysed the scan died, again and again."""
 

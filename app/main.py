@@ -3,7 +3,7 @@
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
+from functools import partial
 
 import structlog
 import uvicorn
@@ -15,6 +15,7 @@ from app import __version__
 from app.api import logs, problems, scans, system
 from app.api.service import Readiness, Service
 from app.export.report import RESEARCH_USE_ONLY
+from app.jobs.bucket import BucketStore
 from app.jobs.engine import BundleEngine, Engine
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
@@ -29,7 +30,7 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
+def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = True, worker: bool = True) -> FastAPI:
     """Wire the service.
 
     Parameters
@@ -37,6 +38,10 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     settings : Settings
     engine : Engine, optional
         In place of the bundles that the settings name.
+    api : bool
+        Take scans and answer for them; without, only tell of health and metrics.
+    worker : bool
+        Analyse scans.
 
     Raises
     ------
@@ -47,15 +52,16 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
     metrics = Metrics()
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
-    store = Store(Path(settings.store))
+    store = BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
     jobs = Jobs(engine, store, settings.database_url, metrics, settings.queue_limit)
-    service = Service(settings, engine, store, jobs, Readiness())
+    service = Service(settings, engine, store, jobs, Readiness(loading=worker))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(jobs.start)
-        # Beside the server, which answers /livez meanwhile.
-        threading.Thread(target=service.readiness.load, args=(engine,), name="warm-up", daemon=True).start()
+        await run_in_threadpool(partial(jobs.start, worker=worker))
+        if worker:
+            # Beside the server, which answers /livez meanwhile.
+            threading.Thread(target=service.readiness.load, args=(engine,), name="warm-up", daemon=True).start()
         yield
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
 
@@ -64,15 +70,16 @@ def create_app(settings: Settings, engine: Engine | None = None) -> FastAPI:
         title="Counterpart", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
     )
     app.state.service = service
-    app.include_router(scans.router)
-    app.include_router(system.models)
+    if api:
+        app.include_router(scans.router)
+        app.include_router(system.models)
     app.include_router(system.health)
     app.add_middleware(logs.AccessLog)
     problems.install(app)
     return app
 
 
-def serve(settings: Settings, engine: Engine | None = None) -> None:
+def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = True) -> None:
     """Serve until a signal says to stop; parameters as for `create_app`.
 
     Raises
@@ -84,7 +91,34 @@ def serve(settings: Settings, engine: Engine | None = None) -> None:
     """
     settings.check_exposure()
     logs.configure()
-    app = create_app(settings, engine)
+    _run(create_app(settings, engine, worker=worker), settings)
+
+
+def work(settings: Settings, engine: Engine | None = None) -> None:
+    """Analyse scans that other processes take, until a signal says to stop.
+
+    Parameters
+    ----------
+    settings : Settings
+        Health and metrics are told on its host and port.
+    engine : Engine, optional
+        In place of the bundles that the settings name.
+
+    Raises
+    ------
+    UnsafeExposure
+        The host is not loopback and there is no token.
+    DamagedBundle, ProviderUnavailable
+        A model cannot be used: better no worker than one that fails every scan.
+    """
+    settings.check_exposure()
+    logs.configure()
+    engine = engine or BundleEngine(settings.models, settings.provider, settings.threads)
+    engine.warm_up()
+    _run(create_app(settings, engine, api=False), settings)
+
+
+def _run(app: FastAPI, settings: Settings) -> None:
     log.info("starting", host=settings.host, port=settings.port, provider=settings.provider)
     # Uvicorn's own access log prints query strings.
     uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False)

@@ -40,8 +40,14 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     token: SecretStr | None = Field(None, description="Bearer token that every call under /v1 must carry.")
     models: Path | None = Field(None, description="Folder of model bundles; by default the shipped ones.")
-    store: str = Field(default_factory=default_store, description="Folder of uploads, results and the database.")
-    database: str | None = Field(None, description="SQLAlchemy URL of the jobs; by default SQLite in the store.")
+    store: str = Field(
+        default_factory=default_store, description="Folder of uploads and results, or s3://bucket/prefix."
+    )
+    scratch: Path = Field(
+        default_factory=lambda: Path(default_store()),
+        description="Folder for what is under way, where the store is a bucket.",
+    )
+    database: str | None = Field(None, description="URL of the jobs, as postgresql://...; by default SQLite.")
     provider: Literal["cpu", "cuda"] = Field("cpu", description="Where networks run; there is no fall-back.")
     threads: int = Field(0, ge=0, description="Threads of one network evaluation; 0 takes every core.")
     max_upload_mb: int = Field(2048, ge=1, description="Largest upload, in MiB.")
@@ -63,15 +69,34 @@ class Settings(BaseSettings):
 
     @field_validator("store")
     @classmethod
-    def _is_a_folder(cls, store: str) -> str:
+    def _is_a_folder_or_a_bucket(cls, store: str) -> str:
+        if store.startswith("s3://") and store != "s3://":
+            return store.rstrip("/")
         if "://" in store:
-            raise ValueError("only a folder can hold the store")
+            raise ValueError("only a folder or s3://bucket/prefix can hold the store")
         return str(Path(store).expanduser().absolute())
+
+    @field_validator("database")
+    @classmethod
+    def _is_of_a_known_kind(cls, database: str | None) -> str | None:
+        if database is not None and not re.match(r"(sqlite|postgresql|postgres)(\+\w+)?://", database):
+            raise ValueError("only sqlite:///path and postgresql://user:password@host/name are known")
+        return None if database is None else re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", database)
+
+    @property
+    def bucket(self) -> str | None:
+        """URL of the store, where it is a bucket."""
+        return self.store if self.store.startswith("s3://") else None
+
+    @property
+    def folder(self) -> Path:
+        """The local folder: the store itself, or what is under way on its way to a bucket."""
+        return self.scratch.expanduser().absolute() if self.bucket else Path(self.store)
 
     @property
     def database_url(self) -> str:
         """Where jobs are kept."""
-        return self.database or f"sqlite:///{Path(self.store) / 'jobs.sqlite'}"
+        return self.database or f"sqlite:///{self.folder / 'jobs.sqlite'}"
 
     def origin(self, name: str) -> Origin:
         """Where the value of a setting came from."""

@@ -41,7 +41,14 @@ def test_it_is_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("PORT", "many"), ("PROVIDER", "tpu"), ("STORE", "s3://bucket"), ("QUEUE_LIMIT", "0")]
+    ("name", "value"),
+    [
+        ("PORT", "many"),
+        ("PROVIDER", "tpu"),
+        ("STORE", "gs://bucket"),
+        ("DATABASE", "mysql://host/db"),
+        ("QUEUE_LIMIT", "0"),
+    ],
 )
 def test_a_wrong_value_names_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(f"COUNTERPART_{name}", value)

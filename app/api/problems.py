@@ -33,6 +33,7 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.CannotAnalyse: 422,
     errors.QueueFull: 429,
     errors.NotReady: 503,
+    errors.StoreUnavailable: 503,
     errors.BundleError: 503,
     errors.ProviderUnavailable: 503,
 }

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
+from starlette.background import BackgroundTask
 
 from app.analyse import DICOM_FILES, RESULT_FILES
 from app.analyse import Request as Wanted
@@ -184,16 +185,22 @@ def get_result(
     headers = {"ETag": f'"{found.id}"', "Cache-Control": "private, no-cache"}
     if if_none_match and headers["ETag"] in re.split(r"\s*,\s*(?:W/)?", if_none_match.removeprefix("W/")):
         return Response(status_code=304, headers=headers)
-    path = service.store.result(found.id, name)
-    if path is None and (reason := views.why_absent(service, found, name)):
+    fetched = service.store.fetch(found.id, name)
+    if fetched is None and (reason := views.why_absent(service, found, name)):
         return problem_response(absent_problem(reason))
-    if path is None:
+    if fetched is None:
         raise InternalError(
             f"{name} of a finished job is missing.",
             expected=", ".join((*RESULT_FILES, *DICOM_FILES)) + ".",
             advice="Check the store; DELETE the job and send the scan again.",
         )
-    return FileResponse(path, headers=headers, media_type=MEDIA_TYPES[name.rpartition(".")[2]], filename=name)
+    return FileResponse(
+        fetched.path,
+        headers=headers,
+        media_type=MEDIA_TYPES[name.rpartition(".")[2]],
+        filename=name,
+        background=BackgroundTask(fetched.let_go),
+    )
 
 
 def _wait_seconds(prefer: str | None) -> int:

@@ -99,4 +99,5 @@ class Health(Schema):
 
 class Readiness(Health):
     provider: str = Field(description="Where networks run.")
-    models: tuple[str, ...] = Field(description="Each made a real inference.")
+    models: tuple[str, ...] = Field(description="Each made a real inference, where this process has a worker.")
+    workers: int = Field(ge=0, description="Living workers, of this process and all others.")

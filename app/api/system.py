@@ -41,21 +41,23 @@ async def live() -> Health:
 
 @health.get("/readyz", responses=problems(503))
 def ready(service: Of) -> Ready:
-    """Tell whether every model made a real inference on the provider asked for, and the jobs can be read."""
+    """Tell whether every model of this process made a real inference, and store and database answer."""
     service.readiness.check()
     if service.readiness.loading:
         raise NotReady(
             "The models are being loaded.", expected="a few seconds of patience.", advice="Ask again (see Retry-After)."
         )
+    service.store.check()
     try:
-        service.jobs.places()
+        workers = service.jobs.workers()
     except Exception as error:  # noqa: BLE001  # whatever the driver raises
         raise NotReady(
             f"The database of the jobs does not answer ({where(error)['exception']}).",
             expected="a database that can be read.",
             advice="Check COUNTERPART_DATABASE, and the disk of COUNTERPART_STORE.",
         ) from None
-    return Ready(status="ready", provider=service.engine.provider, models=tuple(m.id for m in service.engine.manifests))
+    models = tuple(m.id for m in service.engine.manifests)
+    return Ready(status="ready", provider=service.engine.provider, models=models, workers=workers)
 
 
 @health.get("/metrics", dependencies=[Depends(authorise)], response_class=Response)

@@ -44,8 +44,8 @@ def why_absent(service: Service, job: Job, name: str) -> dict[str, str] | None:
 
 
 def _report(service: Service, job: Job) -> Report | None:
-    path = service.store.result(job.id, "report.json")
-    return Report.model_validate_json(path.read_bytes()) if path else None
+    content = service.store.read(job.id, "report.json")
+    return Report.model_validate_json(content) if content else None
 
 
 def _summary(service: Service, job: Job, places: dict[str, int]) -> Summary:
@@ -56,7 +56,7 @@ def _summary(service: Service, job: Job, places: dict[str, int]) -> Summary:
         links |= {name.partition(".")[0]: f"{path_of(job.id)}/{name}" for name in RESULT_FILES}
         # Only those there are: a NIfTI scan has none.
         there = zip(DICOM_LINKS, DICOM_FILES, strict=True)
-        links |= {link: f"{path_of(job.id)}/{name}" for link, name in there if service.store.result(job.id, name)}
+        links |= {link: f"{path_of(job.id)}/{name}" for link, name in there if service.store.read(job.id, name)}
     return Summary(
         id=job.id,
         state=job.state,

@@ -99,16 +99,19 @@ class Runner:
         try:
             work = self._store.work(job)
             report = self._engine.analyse(self._store.scan(job), work, request, self._reporter(job))
+            staged = self._store.stage(job, work)
         except Cancelled:
             raise Interrupted from None
         except Exception as error:  # noqa: BLE001  # whatever happens, the queue goes on
             if not self._ledger.wanted(job):
                 raise Interrupted from None
             return {"problem": self._failed(job, error, time.perf_counter() - start)}
+        finally:
+            self._store.let_go(job)
         for stage, seconds in report.work.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
         log.info("analysed", job=job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
-        return {"work": work.name, "model": report.model.id}
+        return {"work": staged, "model": report.model.id}
 
     def _failed(self, job: str, error: Exception, seconds: float) -> dict[str, str]:
         if isinstance(error, CounterpartError):

@@ -26,8 +26,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 from uuid import uuid4
+
+from app.errors import StoreUnavailable
 
 # What a format is can be told from this many leading bytes (DICOM's magic ends at 132, NIfTI's at 348).
 HEAD_BYTES = 1024
@@ -103,6 +106,19 @@ class Slot:
         os.close(self.descriptor)
 
 
+@dataclass(frozen=True)
+class Fetched:
+    """A result to be read, and the temporary folder that it lies in, where it lies in one."""
+
+    path: Path
+    folder: Path | None = None
+
+    def let_go(self) -> None:
+        """Remove the temporary copy."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class Store:
     """Scans and results in a local folder.
 
@@ -139,9 +155,7 @@ class Store:
 
     def scan(self, job: str) -> Path:
         """What `app.ingest.read` takes: the only file, or the folder of several."""
-        folder = self._job(job) / "scan"
-        only = folder / "000000"
-        return folder if (folder / "000001").exists() else only
+        return self._only(self._job(job) / "scan")
 
     def work(self, job: str) -> Path:
         """A new folder for results; what an attempt before this one left is removed."""
@@ -150,6 +164,11 @@ class Store:
         folder = self._job(job) / f"work-{uuid4().hex}"
         folder.mkdir()
         return folder
+
+    def stage(self, job: str, work: Path) -> str:
+        """Put an attempt's results where any worker can publish them; returns what `publish` takes."""
+        assert work.parent == self._job(job)
+        return work.name
 
     def publish(self, job: str, work: str) -> None:
         """Make the folder `work` the results of a job, all at once; doing it again changes nothing."""
@@ -167,10 +186,40 @@ class Store:
                 raise
         _sync(self._job(job))
 
-    def result(self, job: str, name: str) -> Path | None:
+    def fetch(self, job: str, name: str) -> Fetched | None:
         """A published file; None where there is none."""
         path = self._job(job) / "results" / name
-        return path if path.is_file() else None
+        return Fetched(path) if path.is_file() else None
+
+    def read(self, job: str, name: str) -> bytes | None:
+        """Content of a published file; None where there is none."""
+        fetched = self.fetch(job, name)
+        if fetched is None:
+            return None
+        try:
+            return fetched.path.read_bytes()
+        finally:
+            fetched.let_go()
+
+    def let_go(self, job: str) -> None:
+        """Remove what an attempt alone needed."""
+
+    def check(self) -> None:
+        """See that the store can be written to.
+
+        Raises
+        ------
+        StoreUnavailable
+        """
+        try:
+            with TemporaryFile(dir=self.root / "incoming"):
+                pass
+        except OSError as error:
+            raise StoreUnavailable(
+                f"The store cannot be written to ({type(error).__name__}).",
+                expected="a folder with room that this user may write to.",
+                advice="Check COUNTERPART_STORE and its disk.",
+            ) from None
 
     def erase(self, job: str) -> None:
         """Remove every trace of a job. The rename makes it vanish at once, even from under a writer."""
@@ -202,6 +251,9 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
         for path in (self.root / "trash").iterdir():
             shutil.rmtree(path, ignore_errors=True)
+
+    def _only(self, folder: Path) -> Path:
+        return folder if (folder / "000001").exists() else folder / "000000"
 
     def _machine(self) -> str:
         """A name of this folder's machine, made at the first start."""

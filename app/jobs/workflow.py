@@ -76,8 +76,8 @@ class Jobs:
         worker : bool
             Work the queue, one scan at a time; without, only take scans and answer for them.
         """
-        self._store.sweep()
         self._slot = self._store.take_slot()
+        self._store.sweep()
         self._name = f"{self._slot.name}-{secrets.token_hex(4)}"
         _quieten()
         DBOS(
@@ -230,6 +230,10 @@ class Jobs:
         """Place in the queue of every waiting job, 1 for the next."""
         waiting = self._list(status=["ENQUEUED", "DELAYED"], load_output=False)
         return {job.id: place for place, job in enumerate(waiting, start=1)}
+
+    def workers(self) -> int:
+        """How many workers live, here and elsewhere."""
+        return len(self._roster.beats())
 
     def cancel(self, job: str) -> None:
         """Stop a job. Again is no error.

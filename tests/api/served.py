@@ -1,23 +1,25 @@
 """The service in a process of its own, on a free port of loopback; by default with `FakeEngine`."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
 
-from app.main import serve
+from app.main import serve, work
 from app.settings import read_settings
+from scripts.servers import free_port
 from tests.api.support import FakeEngine
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAKE = (sys.executable, "-m", "tests.api.served")
+API = (*FAKE, "--no-worker")
+WORKER = (*FAKE, "--no-api")
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,27 @@ class Served:
 
 
 @contextmanager
-def served(store: Path, log: Path, command: Sequence[str] = FAKE, **settings: str) -> Iterator[Served]:
-    """Start the service, wait until it is ready, and see to it that it ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ = os.environ | {"COUNTERPART_STORE": str(store), "COUNTERPART_PORT": str(port)}
+def served(
+    folder: Path, log: Path, command: Sequence[str] = FAKE, environ: Mapping[str, str] | None = None, **settings: str
+) -> Iterator[Served]:
+    """Start the service, wait until it is ready, and see to it that it ends.
+
+    Parameters
+    ----------
+    folder : Path
+        Its store, unless `settings` names another; its scratch in any case.
+    log : Path
+        Takes its output.
+    command : sequence of str
+        What to start.
+    environ : mapping, optional
+        For its environment.
+    **settings : str
+        COUNTERPART_... in lower case.
+    """
+    port = free_port()
+    local = {"STORE": str(folder), "SCRATCH": str(folder), "PORT": str(port)}
+    environ = os.environ | dict(environ or {}) | {f"COUNTERPART_{name}": value for name, value in local.items()}
     environ |= {f"COUNTERPART_{name.upper()}": value for name, value in settings.items()}
     with log.open("ab") as output:
         process = subprocess.Popen(command, cwd=CHECKOUT, env=environ, stdout=output, stderr=output)
@@ -61,4 +78,7 @@ def _wait_until_ready(http: httpx2.Client, process: subprocess.Popen[bytes], log
 
 
 if __name__ == "__main__":
-    serve(read_settings(), FakeEngine())
+    if "--no-api" in sys.argv:
+        work(read_settings(), FakeEngine())
+    else:
+        serve(read_settings(), FakeEngine(), worker="--no-worker" not in sys.argv)

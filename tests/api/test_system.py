@@ -23,7 +23,12 @@ def test_models_are_listed_and_shown(client: TestClient) -> None:
 
 def test_health(client: TestClient) -> None:
     assert client.get("/livez").json() == {"status": "live"}
-    assert client.get("/readyz").json() == {"status": "ready", "provider": "cpu", "models": ["tiny-0.0.1"]}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "provider": "cpu",
+        "models": ["tiny-0.0.1"],
+        "workers": 1,
+    }
 
 
 def test_metrics_count_outcomes_and_name_nobody(client: TestClient) -> None:
@@ -109,5 +114,5 @@ def test_a_fault_of_the_service_is_a_problem_without_its_text(
     assert answer.json()["code"] == "internal_error"
     assert "Zweistein" not in answer.text
 
-    monkeypatch.setattr(service.jobs, "places", fail)
+    monkeypatch.setattr(service.jobs, "workers", fail)
     assert quiet.get("/readyz").json()["code"] == "not_ready"

@@ -1,0 +1,144 @@
+"""PostgreSQL and a bucket: the same jobs, on any number of machines."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.errors import StoreUnavailable
+from app.jobs.bucket import BucketStore
+from app.jobs.roster import DEATHS, Roster
+from scripts.servers import BUCKET, find_postgres, postgres, s3
+from tests.api.served import API, WORKER, served
+from tests.api.support import scan
+from tests.jobs.test_store import JOB, fill
+
+URL = "/v1/scans"
+WAIT = {"Prefer": "wait=120"}
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    if find_postgres() is None:
+        pytest.skip("no PostgreSQL server: apt-get install postgresql")
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    with s3() as environ:
+        yield environ
+
+
+@pytest.fixture
+def bucket(server: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> BucketStore:
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    store = BucketStore(f"s3://{BUCKET}/{tmp_path.name}", tmp_path / "scratch")
+    store.take_slot()
+    return store
+
+
+def names(store: BucketStore) -> list[str]:
+    return sorted(store._names(""))
+
+
+def attempt(store: BucketStore, content: bytes) -> str:
+    work = store.work(JOB)
+    (work / "mask").write_bytes(content)
+    return store.stage(JOB, work)
+
+
+def test_a_bucket_keeps_scans_and_publishes_once(bucket: BucketStore, tmp_path: Path) -> None:
+    fill(bucket, JOB, b"a", b"b")
+    other = BucketStore(f"s3://{BUCKET}/{tmp_path.name}", tmp_path / "another machine")
+    other.take_slot()
+    assert [path.read_bytes() for path in sorted(other.scan(JOB).iterdir())] == [b"a", b"b"]
+    first, second = attempt(bucket, b"1"), attempt(other, b"2")
+    assert bucket.read(JOB, "mask") is None
+    bucket.publish(JOB, first)
+    bucket.publish(JOB, first)
+    other.publish(JOB, second)
+    assert bucket.read(JOB, "mask") == other.read(JOB, "mask") == b"1"
+    assert bucket.read(JOB, "none") is None
+    assert len(names(bucket)) == 4  # two files, one result, and what names it
+    other.let_go(JOB)
+    assert not list((tmp_path / "another machine").rglob(f"*{JOB}*"))
+
+
+def test_erasing_beats_a_writer(bucket: BucketStore) -> None:
+    fill(bucket, JOB, b"one file")
+    assert bucket.scan(JOB).read_bytes() == b"one file"
+    work = bucket.work(JOB)
+    (work / "mask").write_bytes(b"late")
+    bucket.erase(JOB)
+    assert not list(bucket.root.rglob(f"*{JOB}*"))
+    work.mkdir(parents=True)
+    (work / "mask").write_bytes(b"late")
+    with pytest.raises(FileNotFoundError):
+        bucket.stage(JOB, work)
+    with pytest.raises(FileNotFoundError):
+        bucket.publish(JOB, work.name)
+    assert names(bucket) == []
+
+
+def test_a_bucket_that_is_not_there_is_named(bucket: BucketStore, tmp_path: Path) -> None:
+    bucket.check()
+    with pytest.raises(StoreUnavailable):
+        BucketStore("s3://no-such-bucket", tmp_path).check()
+
+
+def test_the_roster_on_postgresql(database: str) -> None:
+    one, two = Roster(database), Roster(database)
+    one.create()
+    two.create()
+    one.beat("w")
+    assert two.beats() == {"w": 0}
+    for worker in ("w", "v"):
+        one.lost(worker, [JOB])
+        two.lost(worker, [JOB])
+    assert two.blamed(JOB) == DEATHS
+    one.forget(JOB)
+    two.leave("w")
+    for roster in (one, two):
+        roster.close()
+
+
+def test_a_worker_that_dies_is_replaced_by_another_machine(
+    database: str, server: dict[str, str], tmp_path: Path
+) -> None:
+    shared = {"database": database, "store": f"s3://{BUCKET}/cluster", "drain_seconds": "0"}
+
+    def machine(name: str, role: tuple[str, ...]):  # type: ignore[no-untyped-def]
+        return served(tmp_path / name, tmp_path / f"{name}.log", role, environ=server, **shared)
+
+    with machine("api-1", API) as api, machine("api-2", API) as other:
+        job = api.http.post(URL, content=scan(seconds=1.5)).json()["id"]
+        assert other.http.get(f"{URL}/{job}").json()["state"] == "queued"
+        assert other.http.post(URL, content=scan(seconds=1.5)).json()["id"] == job
+        with machine("worker-1", WORKER) as first:
+            _until(other.http, job, "running")
+            first.process.kill()
+            first.process.wait()
+        with machine("worker-2", WORKER) as second:
+            assert second.http.get("/v1/scans").status_code == 404
+            _until(api.http, job, "succeeded")
+            assert other.http.get(f"{URL}/{job}/mask.nii.gz").content == b"mask.nii.gz" * 10
+            assert other.http.get(f"{URL}/{job}").json()["lesion_volume_ml"] == 2.5
+            assert 'outcome="succeeded"} 1.0' in second.http.get("/metrics").text
+            assert other.http.delete(f"{URL}/{job}").status_code == 204
+            assert api.http.get(f"{URL}/{job}").status_code == 404
+    # What the killed process had on its desk goes when its machine starts again.
+    BucketStore(shared["store"], tmp_path / "worker-1").take_slot()
+    assert not list(tmp_path.rglob(f"*{job}*"))
+
+
+def _until(http, job: str, state: str) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if http.get(f"{URL}/{job}").json()["state"] == state:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"never {state}")
