@@ -65,7 +65,7 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     *,
     model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else chosen by modality.")] = None,
     series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where there are several.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise; else the bundle's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise; else the bundle's.", min=0)] = None,
     truth: Annotated[
         Path | None,
         typer.Option(help="Known lesion mask; else truth.nii.gz beside the scan.", exists=True, dir_okay=False),

@@ -228,6 +228,16 @@ class BadRequest(CounterpartError):
     title = "Malformed request"
 
 
+class BadRange(BadRequest):
+    code = "bad_range"
+    title = "Malformed Range"
+
+
+class UnsatisfiableRange(CounterpartError):
+    code = "unsatisfiable_range"
+    title = "Range outside the file"
+
+
 class Unauthorised(CounterpartError):
     code = "unauthorised"
     title = "A token is needed"
@@ -280,6 +290,11 @@ class IdempotencyKeyReused(CounterpartError):
 class QueueFull(CounterpartError):
     code = "queue_full"
     title = "The queue is full"
+
+
+class StoreFull(CounterpartError):
+    code = "store_full"
+    title = "Too little disk is left"
 
 
 class NotReady(CounterpartError):

@@ -12,12 +12,13 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi_offline import FastAPIOffline
 
 from app import __version__
-from app.api import logs, problems, scans, system
+from app.api import events, logs, problems, scans, system
 from app.api.service import Readiness, Service
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
 from app.jobs.engine import BundleEngine, Engine
 from app.jobs.metrics import Metrics
+from app.jobs.retention import Limits
 from app.jobs.store import Store
 from app.jobs.workflow import Jobs
 from app.settings import Settings
@@ -53,7 +54,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
     store = BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
-    jobs = Jobs(engine, store, settings.database_url, metrics, settings.queue_limit)
+    limits = Limits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
+    jobs = Jobs(engine, store, settings.database_url, metrics, limits)
     service = Service(settings, engine, store, jobs, Readiness(loading=worker))
 
     @asynccontextmanager
@@ -71,6 +73,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     )
     app.state.service = service
     if api:
+        # Before the results, whose path would take `events` for a name.
+        app.include_router(events.router)
         app.include_router(scans.router)
         app.include_router(system.models)
     app.include_router(system.health)

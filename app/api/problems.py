@@ -31,14 +31,16 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.NotAnImageFormat: 415,
     errors.UnreadableScan: 422,
     errors.CannotAnalyse: 422,
+    errors.UnsatisfiableRange: 416,
     errors.QueueFull: 429,
     errors.NotReady: 503,
     errors.StoreUnavailable: 503,
     errors.BundleError: 503,
     errors.ProviderUnavailable: 503,
+    errors.StoreFull: 507,
 }
 # Seconds after which a refused upload may be tried again: about one scan on two cores.
-RETRY_AFTER = {429: "30", 503: "10"}
+RETRY_AFTER = {429: "30", 503: "10", 507: "600"}
 
 
 def status_of(error: type[CounterpartError]) -> int:
@@ -61,6 +63,11 @@ def absent_problem(problem: Mapping[str, str]) -> Problem:
     return _problem(problem, STATUS_OF_CODE.get(problem["code"], 404))
 
 
+def told(error: CounterpartError) -> Problem:
+    """An error as the API tells it."""
+    return _problem(error.problem, status_of(type(error)))
+
+
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer that carries a problem."""
     every = dict(headers or {})
@@ -76,7 +83,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(CounterpartError)
     async def known(_: Request, error: CounterpartError) -> JSONResponse:
-        return problem_response(_problem(error.problem, status_of(type(error))))
+        return problem_response(told(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -1,5 +1,6 @@
 """An upload from the wire to the disk: block by block, hashed on the way, never whole in memory."""
 
+import errno
 from collections.abc import AsyncIterator
 from typing import Protocol
 
@@ -8,7 +9,7 @@ from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, UploadTooLarge
+from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
 from app.ingest import HEAD_BYTES, sniff
 from app.jobs.store import Incoming
 
@@ -40,15 +41,31 @@ async def receive(request: Request, incoming: Incoming, max_mb: int, max_files: 
         By its first bytes, no file can be an image.
     BadRequest
         A form that is not one.
+    StoreFull
+        The disk filled up meanwhile.
     """
     limit = max_mb * MIB
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    if declared(request) > limit:
         raise _too_large(max_mb)
     reader = _reader(request.headers.get("content-type", ""), incoming, max_files)
-    async for block in _blocks(request.stream(), limit, max_mb):
-        await run_in_threadpool(reader.write, block)
-    await run_in_threadpool(reader.finish)
+    try:
+        async for block in _blocks(request.stream(), limit, max_mb):
+            await run_in_threadpool(reader.write, block)
+        await run_in_threadpool(reader.finish)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise StoreFull(
+            "The disk filled up while the scan was received.",
+            expected="room for the scan and its results.",
+            advice="Send it again later; the operator frees some disk.",
+        ) from None
+
+
+def declared(request: Request) -> int:
+    """Bytes that the request says it has; 0 where it does not say."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() else 0
 
 
 async def _blocks(stream: AsyncIterator[bytes], limit: int, max_mb: int) -> AsyncIterator[bytes]:

@@ -11,17 +11,17 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
-from starlette.background import BackgroundTask
 
 from app.analyse import DICOM_FILES, RESULT_FILES
 from app.analyse import Request as Wanted
 from app.api import views
 from app.api.problems import MEDIA_TYPE, absent_problem, job_problem, problem_response
-from app.api.receive import receive
+from app.api.receive import declared, receive
+from app.api.results import MEDIA_TYPES, ResultFile
 from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
 from app.errors import BadRequest, InternalError, NotFinished, UnknownModel
-from app.jobs.job import ENDED, Cursor, Job, State
+from app.jobs.job import ENDED, Cursor, Job, Priority, State
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
 
@@ -30,12 +30,6 @@ MOST_WAIT_SECONDS = 300
 # Between two looks at a job that is waited for.
 LOOK_SECONDS = 0.15
 RETRY_SECONDS = "2"
-MEDIA_TYPES = {
-    "gz": "application/gzip",
-    "json": "application/json",
-    "png": "image/png",
-    "dcm": "application/dicom",  # RFC 3240
-}
 
 JobId = Annotated[str, Path(description="The job's id.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
 ResultName = Literal[
@@ -96,7 +90,7 @@ def _wanted(
     openapi_extra=UPLOAD,
     responses={
         200: {"model": Scan, "description": "With Prefer: wait, the finished job"},
-        **problems(400, 401, 409, 413, 415, 422, 429, 503),
+        **problems(400, 401, 409, 413, 415, 422, 429, 500, 503, 507),
     },
 )
 async def send_scan(
@@ -104,14 +98,15 @@ async def send_scan(
     service: Of,
     wanted: Annotated[Wanted, Depends(_wanted)],
     prefer: Annotated[str | None, Header(description="`wait=60` waits for the result.", examples=["wait=60"])] = None,
+    priority: Annotated[Priority, Query(description="stat goes before all that is routine.")] = "routine",
     idempotency_key: Annotated[str | None, Header(max_length=255, description="Names the job.")] = None,
 ) -> Response:
     """Send a scan. The same bytes, model and parameters, or the same Idempotency-Key, give the same job."""
     service.readiness.check()
-    await run_in_threadpool(service.jobs.check_room)
+    await run_in_threadpool(service.jobs.check_room, declared(request))
     with service.store.receive() as incoming:
         await receive(request, incoming, service.settings.max_upload_mb, service.settings.max_files)
-        id_ = await run_in_threadpool(service.jobs.submit, incoming, wanted, idempotency_key)
+        id_ = await run_in_threadpool(service.jobs.submit, incoming, wanted, idempotency_key, priority)
     seconds = _wait_seconds(prefer)
     job = await _wait(request, service, id_, seconds)
     headers = {"Location": views.path_of(job.id)}
@@ -164,7 +159,9 @@ def erase_scan(service: Of, job: JobId) -> None:
     response_class=FileResponse,
     responses={
         200: {"content": dict.fromkeys(MEDIA_TYPES.values(), BINARY), "description": "The file"},
-        **problems(401, 404, 409, 422),
+        206: {"content": dict.fromkeys(MEDIA_TYPES.values(), BINARY), "description": "The Range of it"},
+        304: {"description": "It is what If-None-Match names"},
+        **problems(400, 401, 404, 409, 416, 422, 500, 503),
     },
 )
 def get_result(
@@ -194,13 +191,7 @@ def get_result(
             expected=", ".join((*RESULT_FILES, *DICOM_FILES)) + ".",
             advice="Check the store; DELETE the job and send the scan again.",
         )
-    return FileResponse(
-        fetched.path,
-        headers=headers,
-        media_type=MEDIA_TYPES[name.rpartition(".")[2]],
-        filename=name,
-        background=BackgroundTask(fetched.let_go),
-    )
+    return ResultFile(fetched, name, headers)
 
 
 def _wait_seconds(prefer: str | None) -> int:

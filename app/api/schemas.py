@@ -5,7 +5,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.export.report import Finding
-from app.jobs.job import State
+from app.jobs.job import Priority, State
 from app.manifest import Manifest
 
 
@@ -42,6 +42,16 @@ class Problem(Schema):
     advice: str = Field(description="What to do now.")
 
 
+class Event(Schema):
+    """What a server-sent event says of a job."""
+
+    state: State
+    stage: str | None
+    percent: float = Field(ge=0, le=100)
+    place: int | None = Field(description="Place in the queue, 1 for the next; null unless queued.")
+    seconds_left: float | None = Field(description="By the pace so far; null where that cannot be told.")
+
+
 class Summary(Schema):
     """A job in a list."""
 
@@ -50,6 +60,7 @@ class Summary(Schema):
     stage: str | None = Field(description="read, infer or export while it runs.")
     progress: float = Field(ge=0, le=1, description="Share of the whole job that is done.")
     place: int | None = Field(description="Place in the queue, 1 for the next; null unless queued.")
+    priority: Priority = Field(description="stat goes before all that is routine.")
     model: str | None = Field(description="Id of the model that was used; before the end, what was asked for.")
     created: datetime
     started: datetime | None

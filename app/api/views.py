@@ -49,7 +49,7 @@ def _report(service: Service, job: Job) -> Report | None:
 
 
 def _summary(service: Service, job: Job, places: dict[str, int]) -> Summary:
-    links = {"self": path_of(job.id)}
+    links = {"self": path_of(job.id), "events": f"{path_of(job.id)}/events"}
     if job.state in {"queued", "running"}:
         links["cancel"] = f"{path_of(job.id)}/cancel"
     if job.state == "succeeded":
@@ -63,6 +63,7 @@ def _summary(service: Service, job: Job, places: dict[str, int]) -> Summary:
         stage=job.stage,
         progress=job.progress,
         place=places.get(job.id),
+        priority=job.priority,
         model=job.model,
         created=job.created,
         started=job.started,

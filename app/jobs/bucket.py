@@ -12,6 +12,7 @@ AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP, or the machine's own r
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -114,6 +115,15 @@ class BucketStore(Store):
             self._delete(f"jobs/{job}/scan/")
             self._delete(f"jobs/{job}/")
         super().erase(job)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each job in the bucket."""
+        found: Counter[str] = Counter()
+        with _told():
+            for page in obstore.list(self._bucket, "jobs/"):
+                for entry in page:
+                    found[entry["path"].split("/")[1]] += entry["size"]
+        return found
 
     def let_go(self, job: str) -> None:
         """Remove the local copy when an attempt has ended."""

@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Literal
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Priority = Literal["routine", "stat"]
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
 
@@ -29,6 +30,8 @@ class Job:
         Why it failed: `CounterpartError.problem`.
     content : str
         Hash of bytes, model and parameters.
+    priority : {"routine", "stat"}
+        Which queue it stands in: stat goes first.
     """
 
     id: str
@@ -41,6 +44,7 @@ class Job:
     ended: datetime | None
     problem: dict[str, str] | None
     content: str
+    priority: Priority = "routine"
 
 
 @dataclass(frozen=True)

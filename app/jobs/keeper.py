@@ -9,6 +9,9 @@ import structlog
 from app.jobs.roster import BEAT_SECONDS, Roster, Watch
 from app.jobs.runner import where
 
+# Between two looks at what is kept; the first comes at once.
+RETAIN_SECONDS = 600.0
+
 log = structlog.get_logger("counterpart.jobs")
 
 
@@ -20,6 +23,9 @@ class Custody(Protocol):
 
     def take_back(self, worker: str) -> list[str]:
         """Put the jobs of a dead worker back into the queue, and return them."""
+
+    def retain(self) -> None:
+        """Erase what is kept too long."""
 
 
 class Keeper:
@@ -63,11 +69,15 @@ class Keeper:
             self._thread.join()
 
     def _run(self, worker: str | None) -> None:
+        retained = -RETAIN_SECONDS
         while not self._ended.wait(BEAT_SECONDS):
             try:
                 if worker:
                     self._roster.beat(worker)
                 self._look()
+                if time.monotonic() - retained > RETAIN_SECONDS:
+                    retained = time.monotonic()
+                    self._custody.retain()
             except Exception as error:  # noqa: BLE001  # a database that is away comes back
                 log.warning("keeper", **where(error))
 

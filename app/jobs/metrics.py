@@ -25,6 +25,10 @@ class Metrics:
             registry=self.registry,
         )
         self.queued = Gauge("counterpart_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
+        self.oldest = Gauge(
+            "counterpart_queue_age_seconds", "Age of the job that waits longest.", registry=self.registry
+        )
+        self.workers = Gauge("counterpart_workers", "Living workers, here and elsewhere.", registry=self.registry)
         self.running = Gauge("counterpart_jobs_running", "Jobs that are being analysed.", registry=self.registry)
         self.info = Gauge(
             "counterpart_model", "1 for each installed model.", ["model", "provider"], registry=self.registry

@@ -6,7 +6,7 @@ from typing import cast
 from dbos import PortableWorkflowError, WorkflowStatus
 
 from app import errors
-from app.jobs.job import Job, State
+from app.jobs.job import Job, Priority, State
 
 # DBOS's names for ours. PENDING is a workflow that a process has claimed.
 STATES: dict[str, State] = {
@@ -18,6 +18,9 @@ STATES: dict[str, State] = {
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",  # only where an older version gave up
     "CANCELLED": "cancelled",
 }
+# DBOS takes the smallest first, and jobs of one in the order they came. The odd numbers behind these are
+# for jobs that lost a worker: `Roster.demote`.
+PRIORITIES: dict[Priority, int] = {"stat": 2, "routine": 10}
 # A failed, cancelled or erased job never answers for the same content again.
 ANSWERING = [name for name, state in STATES.items() if state not in ("failed", "cancelled")]
 
@@ -38,6 +41,7 @@ def to_job(status: WorkflowStatus) -> Job:
         ended=_time(status.completed_at),
         problem=_problem(status) if state == "failed" else None,
         content=kept.get("content", ""),
+        priority="stat" if (status.priority or 0) in {2, 3} else "routine",
     )
 
 

@@ -54,6 +54,9 @@ class Roster:
         else:
             # Writers wait for each other, as DBOS's do.
             self._engine = sa.create_engine(url, connect_args={"timeout": 30})
+        schema = "dbos" if self._engine.dialect.name == "postgresql" else None
+        columns = (sa.column("workflow_uuid", sa.Text), sa.column("priority", sa.Integer))
+        self._status = sa.table("workflow_status", *columns, schema=schema)  # DBOS's own
 
     def create(self) -> None:
         """Make the tables where they are missing; two processes may do so at once."""
@@ -97,6 +100,17 @@ class Roster:
                 continue
         with self._engine.begin() as connection:
             connection.execute(deaths.delete().where(deaths.c.at < now - MEMORY_SECONDS))
+
+    def demote(self, jobs: Iterable[str]) -> None:
+        """Let jobs that lost a worker stand behind all others of their class: they may do it again.
+
+        DBOS has no call for it once a job was enqueued.
+        """
+        priority = self._status.c.priority
+        with self._engine.begin() as connection:
+            for job in jobs:
+                suspect = self._status.update().where(self._status.c.workflow_uuid == job)
+                connection.execute(suspect.values(priority=sa.case((priority % 2 == 0, priority + 1), else_=priority)))
 
     def blamed(self, job: str) -> int:
         """How many workers a job has killed, where it is to blame; else 0."""

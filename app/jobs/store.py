@@ -201,6 +201,13 @@ class Store:
         finally:
             fetched.let_go()
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each job in the store."""
+        return {
+            folder.name: sum(path.lstat().st_size for path in folder.rglob("*"))
+            for folder in (self.root / "jobs").iterdir()
+        }
+
     def let_go(self, job: str) -> None:
         """Remove what an attempt alone needed."""
 

@@ -12,19 +12,29 @@ import logging
 import re
 import secrets
 from collections.abc import Sequence
-from datetime import timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import structlog
-from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, EnqueueOptions, PortableWorkflowError
+from dbos import (
+    DBOS,
+    DBOSClient,
+    DBOSConfig,
+    DBOSPortableJSONSerializer,
+    EnqueueOptions,
+    PortableWorkflowError,
+    WorkflowStatus,
+)
 
 from app import errors
 from app.analyse import Request
 from app.jobs.engine import Engine
-from app.jobs.job import ENDED, Cursor, Job, State
+from app.jobs.job import ENDED, Cursor, Job, Priority, State
 from app.jobs.keeper import Keeper
 from app.jobs.metrics import Metrics
-from app.jobs.records import ANSWERING, STATES, exactly, to_job
+from app.jobs.records import ANSWERING, PRIORITIES, STATES, exactly, to_job
+from app.jobs.retention import Limits, surplus
 from app.jobs.roster import Roster
 from app.jobs.runner import Runner
 from app.jobs.store import Incoming, Slot, Store
@@ -37,6 +47,7 @@ QUEUE = "scans"
 # drain first. Code that keeps the steps keeps the number, so that an upgrade resumes them.
 STEPS_VERSION = "1"
 POLLING_SECONDS = 0.1
+WAITING = [name for name, state in STATES.items() if state == "queued"]
 JOB_ID = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 
 
@@ -50,15 +61,14 @@ class Jobs:
     database_url : str
         SQLAlchemy's.
     metrics : Metrics
-    queue_limit : int
-        Waiting jobs above which no other is taken.
+    limits : Limits
     """
 
-    def __init__(self, engine: Engine, store: Store, database_url: str, metrics: Metrics, queue_limit: int) -> None:
+    def __init__(self, engine: Engine, store: Store, database_url: str, metrics: Metrics, limits: Limits) -> None:
         self._store = store
         self._database_url = database_url
         self._metrics = metrics
-        self._queue_limit = queue_limit
+        self._limits = limits
         self._engine = engine
         self._runner = Runner(engine, store, self, metrics)
         self._roster = Roster(database_url)
@@ -131,23 +141,31 @@ class Jobs:
 
     # ---- what the API asks for ----
 
-    def check_room(self) -> None:
-        """Refuse a scan that would wait too long.
+    def check_room(self, size: int) -> None:
+        """Refuse a scan that would wait too long, or fill the disk.
+
+        Parameters
+        ----------
+        size : int
+            Bytes of the upload, as far as they are known.
 
         Raises
         ------
+        StoreFull
+            Too little disk would be left.
         QueueFull
             As many as the limit are waiting.
         """
+        self._limits.check_disk(self._store, size)
         waiting = len(self.places())
-        if waiting >= self._queue_limit:
+        if waiting >= self._limits.queue:
             raise errors.QueueFull(
                 f"{waiting} scans are waiting.",
-                expected=f"fewer than {self._queue_limit}.",
+                expected=f"fewer than {self._limits.queue}.",
                 advice="Send it again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
             )
 
-    def submit(self, incoming: Incoming, request: Request, key: str | None) -> str:
+    def submit(self, incoming: Incoming, request: Request, key: str | None, priority: Priority = "routine") -> str:
         """Make a job of an upload, or find the one that there is.
 
         Parameters
@@ -158,6 +176,8 @@ class Jobs:
             Model and parameters.
         key : str or None
             The caller's Idempotency-Key: it names the job instead of the content.
+        priority : {"routine", "stat"}
+            Of a new job; one that there is keeps its own.
 
         Returns
         -------
@@ -183,6 +203,7 @@ class Jobs:
             workflow_id=job,
             deduplication_id=identity,
             duplication_policy="return-existing",
+            priority=PRIORITIES[priority],
             attributes={"content": content, "model": request.model, "stage": None, "progress": 0.0},
         )
         parameters = {"model": request.model, "series": request.series, "seed": request.seed}
@@ -228,8 +249,8 @@ class Jobs:
 
     def places(self) -> dict[str, int]:
         """Place in the queue of every waiting job, 1 for the next."""
-        waiting = self._list(status=["ENQUEUED", "DELAYED"], load_output=False)
-        return {job.id: place for place, job in enumerate(waiting, start=1)}
+        waiting = sorted(self._statuses(status=WAITING, load_output=False), key=lambda status: status.priority or 0)
+        return {status.workflow_id: place for place, status in enumerate(waiting, start=1)}
 
     def workers(self) -> int:
         """How many workers live, here and elsewhere."""
@@ -269,7 +290,11 @@ class Jobs:
 
     def metrics(self) -> bytes:
         """Prometheus text, with the depth of the queue as it is now."""
-        self._metrics.queued.set(len(self.places()))
+        waiting = self._list(status=WAITING, load_output=False)
+        self._metrics.queued.set(len(waiting))
+        ages = [(datetime.now(UTC) - job.created).total_seconds() for job in waiting]
+        self._metrics.oldest.set(max([0.0, *ages]))
+        self._metrics.workers.set(self.workers())
         self._metrics.running.set(len(self._list(status="PENDING", load_output=False)))
         return self._metrics.text()
 
@@ -277,19 +302,27 @@ class Jobs:
 
     def holders(self) -> set[str]:
         """Names of the workers that hold a job."""
-        pending = DBOS.list_workflows(name=WORKFLOW, status="PENDING", load_input=False, load_output=False)
+        pending = self._statuses(status="PENDING", load_output=False)
         return {status.executor_id for status in pending if status.executor_id}
 
     def take_back(self, worker: str) -> list[str]:
         """Put the jobs of a dead worker back into the queue; two who do it at once do it once."""
-        pending = DBOS.list_workflows(
-            name=WORKFLOW, status="PENDING", executor_id=worker, load_input=False, load_output=False
-        )
-        jobs = [status.workflow_id for status in pending]
+        jobs = [
+            status.workflow_id for status in self._statuses(status="PENDING", executor_id=worker, load_output=False)
+        ]
         self._roster.lost(worker, jobs)
+        self._roster.demote(jobs)
         # Unlike `resume_workflow`, it leaves alone what another worker has claimed meanwhile.
         DBOS._recover_pending_workflows([worker])
         return jobs
+
+    def retain(self) -> None:
+        """Erase what is kept too long or takes too much."""
+        ended = self._list(status=[name for name, state in STATES.items() if state in ENDED], load_output=False)
+        sizes = self._store.sizes() if self._limits.keep_gb else {}
+        for job in surplus(ended, sizes, self._limits):
+            with suppress(errors.NotFound):  # another process does the same
+                self.erase(job)
 
     # ---- Ledger, for the runner ----
 
@@ -339,7 +372,10 @@ class Jobs:
             )
 
     def _list(self, **what: Any) -> list[Job]:
-        return [to_job(status) for status in DBOS.list_workflows(name=WORKFLOW, load_input=False, **what)]
+        return [to_job(status) for status in self._statuses(**what)]
+
+    def _statuses(self, **what: Any) -> list[WorkflowStatus]:
+        return DBOS.list_workflows(name=WORKFLOW, load_input=False, **what)
 
 
 def _failure(problem: dict[str, str], metrics: Metrics) -> PortableWorkflowError:

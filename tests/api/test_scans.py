@@ -1,3 +1,6 @@
+import errno
+import json
+import shutil
 import threading
 import time
 from typing import Any
@@ -44,7 +47,7 @@ def test_a_scan_is_taken_and_finished(client: TestClient) -> None:
     assert done["findings"][0]["centroid_mm"] == [1.0, -2.0, 3.0]
     assert done["lesion_volume_ml"] == 2.5
     assert done["timings"] == {"read": 0.1, "infer": 2.0}
-    assert set(done["links"]) == {"self", *(name.partition(".")[0] for name in RESULT_FILES)}
+    assert set(done["links"]) == {"self", "events", *(name.partition(".")[0] for name in RESULT_FILES)}
     for link in done["links"].values():
         assert client.get(link).status_code == 200
 
@@ -293,3 +296,93 @@ def test_the_wrong_method_is_405(client: TestClient) -> None:
     assert answer.status_code == 405
     assert answer.headers["allow"] == "GET"
     assert answer.json()["code"] == "method_not_allowed"
+
+
+def told(client: TestClient, job: str) -> list[tuple[str, dict[str, Any]]]:
+    """Every event of a job, to the end of the stream."""
+    with client.stream("GET", f"{URL}/{job}/events") as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        text = "".join(answer.iter_text())
+    fields = [dict(line.split(": ", 1) for line in part.splitlines()) for part in text.split("\n\n") if part]
+    return [(field["event"], json.loads(field["data"])) for field in fields if "event" in field]
+
+
+def test_events_tell_what_happens_until_the_end(client: TestClient) -> None:
+    blocker = send(client, wait=False, seconds=2, name="ahead of the followed").json()["id"]
+    until(client, blocker, "running")
+    job = send(client, wait=False, seconds=3, name="followed").json()["id"]
+    events = told(client, job)
+    assert events[0] == (
+        "progress",
+        {"state": "queued", "stage": None, "percent": 0.0, "place": 1, "seconds_left": None},
+    )
+    running = [event for name, event in events if event["state"] == "running"]
+    assert running[-1]["stage"] in {"infer", "export"}  # reading is over before anyone looks
+    left = [event["seconds_left"] for event in running if event["seconds_left"] is not None]
+    assert left
+    assert all(0 < seconds < PATIENCE for seconds in left)
+    assert [event["percent"] for event in running] == sorted(event["percent"] for event in running)
+    assert events[-1] == (
+        "end",
+        {"state": "succeeded", "stage": None, "percent": 100.0, "place": None, "seconds_left": None},
+    )
+    assert [name for name, _ in events].count("end") == 1
+    assert told(client, job) == events[-1:]
+    assert client.get(f"{URL}/none/events").status_code == 404
+
+
+def test_events_end_when_the_job_is_erased(client: TestClient) -> None:
+    job = send(client, wait=False, seconds=60, name="followed and erased").json()["id"]
+    until(client, job, "running")
+    threading.Timer(1, lambda: client.delete(f"{URL}/{job}")).start()
+    assert told(client, job)[-1] == ("end", {"state": "erased"})
+
+
+def test_stat_goes_before_what_is_routine(client: TestClient, engine: FakeEngine) -> None:
+    blocker = send(client, wait=False, seconds=60, name="before the urgent").json()["id"]
+    until(client, blocker, "running")
+    routine = send(client, wait=False, name="routine").json()
+    stat = client.post(f"{URL}?priority=stat", content=scan(name="stat")).json()
+    assert (routine["priority"], stat["priority"]) == ("routine", "stat")
+    assert [client.get(f"{URL}/{job['id']}").json()["place"] for job in (stat, routine)] == [1, 2]
+    analysed = len(engine.seen)
+    client.delete(f"{URL}/{blocker}")
+    until(client, routine["id"], "succeeded")
+    assert [path.parts[-3] for path, _ in engine.seen[analysed:]] == [stat["id"], routine["id"]]
+    assert client.post(f"{URL}?priority=now", content=scan()).json()["code"] == "bad_request"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status", "code"),
+    [
+        ("bytes=110-", 416, "unsatisfiable_range"),
+        ("bytes=9-5", 400, "bad_range"),
+        ("lines=1-2", 400, "bad_range"),
+        ("nonsense", 400, "bad_range"),
+    ],
+)
+def test_a_bad_range_is_a_problem(client: TestClient, wanted: str, status: int, code: str) -> None:
+    job = send(client, name="ranges").json()["id"]
+    answer = client.get(f"{URL}/{job}/mask.nii.gz", headers={"Range": wanted})
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == code
+    assert answer.headers.get("content-range") == ("bytes */110" if status == 416 else None)
+
+
+def test_too_little_disk_is_507(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage("/")._replace(free=10**9)
+    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: full)
+    answer = send(client, wait=False, name="one too many")
+    assert answer.status_code == 507
+    assert answer.json()["code"] == "store_full"
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_a_disk_that_fills_up_meanwhile_is_507(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("app.jobs.store.Incoming.write", write)
+    assert send(client, wait=False, name="half").json()["code"] == "store_full"

@@ -9,6 +9,7 @@ from app.analyse import Request
 from app.errors import NotFound, QueueFull
 from app.jobs.job import Cursor, State
 from app.jobs.metrics import Metrics
+from app.jobs.retention import Limits
 from app.jobs.roster import DEATHS_AT_MOST
 from app.jobs.store import Store
 from app.jobs.workflow import Jobs
@@ -17,7 +18,7 @@ from tests.api.support import FakeEngine, scan
 
 @contextmanager
 def started(folder: Path, engine: FakeEngine, limit: int = 100) -> Iterator[Jobs]:
-    jobs = Jobs(engine, Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), limit)
+    jobs = Jobs(engine, Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), Limits(queue=limit))
     jobs.start()
     try:
         yield jobs
@@ -66,7 +67,7 @@ def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) 
         sent = [submit(jobs, tmp_path, name=i) for i in range(30)]
         assert [jobs.places()[job] for job in sent] == list(range(1, 31))
         with pytest.raises(QueueFull):
-            jobs.check_room()
+            jobs.check_room(0)
 
         seen: list[str] = []
         after = None
@@ -81,3 +82,34 @@ def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) 
         assert order == [blocker, *sent]
         with pytest.raises(NotFound):
             jobs.get(blocker)
+
+
+def test_a_scan_that_lost_its_worker_goes_behind_the_others(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    with started(tmp_path, engine) as jobs:
+        blocker = submit(jobs, tmp_path, seconds=60)
+        until(jobs, blocker, "running")
+        suspect, other = submit(jobs, tmp_path, name="suspect"), submit(jobs, tmp_path, name="other")
+        jobs._roster.demote([suspect])
+        jobs._roster.demote([suspect])
+        assert jobs.places() == {other: 1, suspect: 2}
+        assert jobs.get(suspect).priority == "routine"
+        jobs.erase(blocker)
+        until(jobs, suspect, "succeeded")
+        assert [path.parts[-3] for path, _ in engine.seen] == [blocker, other, suspect]
+
+
+def test_what_a_dead_worker_held_is_taken_back_once(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    with started(tmp_path, engine) as jobs:
+        job = submit(jobs, tmp_path, seconds=60)
+        until(jobs, job, "running")
+        (holder,) = jobs.holders()
+        assert jobs.take_back("somebody else") == []
+        assert jobs.wanted(job)
+        assert jobs.take_back(holder) == [job]
+        # This worker is not dead, only taken for it: it lets go, and, there being no other, begins again.
+        while len(engine.seen) < 2:
+            time.sleep(0.05)
+        assert jobs.holders() == {holder}
+        assert jobs._roster.blamed(job) == 0
