@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import obstore
+from obstore.store import S3Store
+
 START_SECONDS = 60
 BUCKET = "scans"
 
@@ -88,6 +91,19 @@ def s3() -> Iterator[dict[str, str]]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def list_bucket(environ: dict[str, str], prefix: str) -> list[str]:
+    """Names of the objects in the bucket."""
+    store = S3Store(
+        BUCKET,
+        endpoint=environ["AWS_ENDPOINT_URL"],
+        region=environ["AWS_REGION"],
+        access_key_id=environ["AWS_ACCESS_KEY_ID"],
+        secret_access_key=environ["AWS_SECRET_ACCESS_KEY"],
+        client_options={"allow_http": True},
+    )
+    return [entry["path"] for page in obstore.list(store, prefix) for entry in page]
 
 
 def _make_bucket(port: int) -> None:

@@ -1,0 +1,26 @@
+"""The proofs of scripts/, in their short form; docs/operations.md has the long ones."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.prove_cluster import prove as prove_cluster
+from scripts.prove_kill import prove as prove_kill
+from scripts.servers import find_postgres, postgres
+
+needs_postgres = pytest.mark.skipif(find_postgres() is None, reason="no PostgreSQL server: apt-get install postgresql")
+
+
+def test_no_scan_is_lost_to_kill_9(tmp_path: Path) -> None:
+    assert prove_kill(tmp_path, kills=2, database=None, seed=1)
+
+
+@needs_postgres
+def test_no_scan_is_lost_to_kill_9_on_postgresql(tmp_path: Path) -> None:
+    with postgres() as database:
+        assert prove_kill(tmp_path, kills=2, database=database, seed=2)
+
+
+@needs_postgres
+def test_a_cluster_loses_none_and_publishes_none_twice(tmp_path: Path) -> None:
+    assert prove_cluster(tmp_path, count=10, kills=1)
