@@ -25,6 +25,9 @@ from app.settings import Settings
 
 log = structlog.get_logger("counterpart.service")
 
+# Seconds that open requests have at shutdown: who follows events or waits for a result would hold it up for ever.
+GRACE_SECONDS = 5
+
 DESCRIPTION = (
     "A brain scan in, a mask of what differs from its imagined healthy counterpart out. "
     f"**{RESEARCH_USE_ONLY}** Every error is `application/problem+json` with a stable `code`."
@@ -124,5 +127,12 @@ def work(settings: Settings, engine: Engine | None = None) -> None:
 
 def _run(app: FastAPI, settings: Settings) -> None:
     log.info("starting", host=settings.host, port=settings.port, provider=settings.provider)
-    # Uvicorn's own access log prints query strings.
-    uvicorn.run(app, host=settings.host, port=settings.port, log_config=None, access_log=False, server_header=False)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,  # uvicorn's own prints query strings
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
+from app.api.scans import JobId, problems
 from app.api.schemas import Event
 from app.api.service import Of, Service, authorise
 from app.errors import NotFound
@@ -61,9 +62,12 @@ async def stream(request: Request, service: Service, job: Job) -> AsyncIterator[
 @router.get(
     "/{job}/events",
     response_class=StreamingResponse,
-    responses={200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": {}}}},
+    responses={
+        200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": {}}},
+        **problems(401, 404),
+    },
 )
-async def follow_scan(request: Request, service: Of, job: str) -> StreamingResponse:
+async def follow_scan(request: Request, service: Of, job: JobId) -> StreamingResponse:
     """Follow a scan: state, stage, percent, place in the queue, seconds left, each as soon as it changes."""
     found = await run_in_threadpool(service.jobs.get, job)
     # A proxy that collects answers would hold the events back.

@@ -1,4 +1,4 @@
-"""Durable jobs on DBOS: with `records`, the only module that knows it.
+"""Durable jobs on DBOS: with `listing` and `records`, the only module that knows it.
 
 A job is a workflow of two steps, `analyse` and `publish`, each recorded when it is done. A process
 that dies leaves its job pending; whoever notices puts it back into the queue (`app.jobs.keeper`), and
@@ -9,11 +9,9 @@ into the database, as JSON.
 
 import hashlib
 import logging
-import re
 import secrets
-from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import structlog
@@ -24,16 +22,16 @@ from dbos import (
     DBOSPortableJSONSerializer,
     EnqueueOptions,
     PortableWorkflowError,
-    WorkflowStatus,
 )
 
 from app import errors
 from app.analyse import Request
 from app.jobs.engine import Engine
-from app.jobs.job import ENDED, Cursor, Job, Priority, State
+from app.jobs.job import ENDED, Job, Priority
 from app.jobs.keeper import Keeper
+from app.jobs.listing import WAITING, WORKFLOW, Listing
 from app.jobs.metrics import Metrics
-from app.jobs.records import ANSWERING, PRIORITIES, STATES, exactly, to_job
+from app.jobs.records import ANSWERING, PRIORITIES, STATES
 from app.jobs.retention import Limits, surplus
 from app.jobs.roster import Roster
 from app.jobs.runner import Runner
@@ -41,17 +39,14 @@ from app.jobs.store import Incoming, Slot, Store
 
 log = structlog.get_logger("counterpart.jobs")
 
-WORKFLOW = "analyse_scan"
 QUEUE = "scans"
 # Which steps there are, and what they record. A change of it strands the jobs that are under way:
 # drain first. Code that keeps the steps keeps the number, so that an upgrade resumes them.
 STEPS_VERSION = "1"
 POLLING_SECONDS = 0.1
-WAITING = [name for name, state in STATES.items() if state == "queued"]
-JOB_ID = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
 
 
-class Jobs:
+class Jobs(Listing):
     """Everything that may be done with jobs; every method blocks, and none may run on an event loop.
 
     Parameters
@@ -213,45 +208,6 @@ class Jobs:
             self._check_content(self.get(winner), content)
         return winner
 
-    def get(self, job: str) -> Job:
-        """A job.
-
-        Raises
-        ------
-        NotFound
-            There is none of this id.
-        """
-        found = self._list(workflow_ids=[job]) if JOB_ID.fullmatch(job) else []
-        if not found:
-            raise errors.NotFound(
-                "There is no job of this id.",
-                expected="an id that POST /v1/scans answered, of a job that was not erased.",
-                advice="List the jobs with GET /v1/scans, or send the scan again.",
-            )
-        return found[0]
-
-    def page(self, states: Sequence[State], limit: int, after: Cursor | None) -> Sequence[Job]:
-        """Jobs, newest first; the same place in the list whatever came since."""
-        names = [name for name, state in STATES.items() if state in states] or None
-        before = exactly(after.created - timedelta(milliseconds=1)) if after else None
-        older = self._list(status=names, end_time=before, limit=limit, sort_desc=True)
-        # SQLite's clock ticks in whole seconds, and jobs of one tick are in no order: the first and
-        # the last tick are read whole, and sorted here.
-        ticks = {after.created} if after else set()
-        ticks |= {older[-1].created} if older else set()
-        whole = [
-            self._list(status=names, start_time=exactly(tick), end_time=exactly(tick), sort_desc=True) for tick in ticks
-        ]
-        found = {job.id: job for part in (older, *whole) for job in part}
-        newest_first = sorted(found.values(), key=lambda job: (job.created, job.id), reverse=True)
-        last = (after.created, after.id) if after else None
-        return [job for job in newest_first if last is None or (job.created, job.id) < last][:limit]
-
-    def places(self) -> dict[str, int]:
-        """Place in the queue of every waiting job, 1 for the next."""
-        waiting = sorted(self._statuses(status=WAITING, load_output=False), key=lambda status: status.priority or 0)
-        return {status.workflow_id: place for place, status in enumerate(waiting, start=1)}
-
     def workers(self) -> int:
         """How many workers live, here and elsewhere."""
         return len(self._roster.beats())
@@ -370,12 +326,6 @@ class Jobs:
                 expected="one key for one scan with its parameters.",
                 advice="Send a new key, or none: the same content gives the same job anyway.",
             )
-
-    def _list(self, **what: Any) -> list[Job]:
-        return [to_job(status) for status in self._statuses(**what)]
-
-    def _statuses(self, **what: Any) -> list[WorkflowStatus]:
-        return DBOS.list_workflows(name=WORKFLOW, load_input=False, **what)
 
 
 def _failure(problem: dict[str, str], metrics: Metrics) -> PortableWorkflowError:
