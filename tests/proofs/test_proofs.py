@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from scripts.prove_cluster import prove as prove_cluster
+from scripts.prove_contract import prove as prove_contract
 from scripts.prove_kill import prove as prove_kill
 from scripts.servers import find_postgres, postgres
 
@@ -24,3 +25,7 @@ def test_no_scan_is_lost_to_kill_9_on_postgresql(tmp_path: Path) -> None:
 @needs_postgres
 def test_a_cluster_loses_none_and_publishes_none_twice(tmp_path: Path) -> None:
     assert prove_cluster(tmp_path, count=10, kills=1)
+
+
+def test_the_answers_are_those_of_the_document(tmp_path: Path) -> None:
+    assert prove_contract(tmp_path, examples=2, seed=0)
