@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-from app.analyse import DICOM_FILES, RESULT_FILES
 from app.api.problems import job_problem
 from app.api.schemas import Scan, Summary
 from app.api.service import Service
 from app.export.report import Report
 from app.jobs.job import Job
 
-# Names of `DICOM_FILES` among the links, where "report" is report.json.
-DICOM_LINKS = ("segmentation", "structured_report")
+# A link is called as its file is, without the ending; "report" is report.json.
+OTHER_LINKS = {"report.dcm": "structured_report"}
 
 
 def path_of(job: str) -> str:
@@ -21,7 +20,7 @@ def path_of(job: str) -> str:
 def summaries(service: Service, jobs: Sequence[Job]) -> tuple[Summary, ...]:
     """Jobs in a list."""
     places = service.jobs.places() if any(job.state == "queued" for job in jobs) else {}
-    return tuple(_summary(service, job, places) for job in jobs)
+    return tuple(_summary(job, places) for job in jobs)
 
 
 def scan(service: Service, job: Job) -> Scan:
@@ -48,15 +47,14 @@ def _report(service: Service, job: Job) -> Report | None:
     return Report.model_validate_json(content) if content else None
 
 
-def _summary(service: Service, job: Job, places: dict[str, int]) -> Summary:
+def _summary(job: Job, places: dict[str, int]) -> Summary:
     links = {"self": path_of(job.id), "events": f"{path_of(job.id)}/events"}
     if job.state in {"queued", "running"}:
         links["cancel"] = f"{path_of(job.id)}/cancel"
     if job.state == "succeeded":
-        links |= {name.partition(".")[0]: f"{path_of(job.id)}/{name}" for name in RESULT_FILES}
-        # Only those there are: a NIfTI scan has none.
-        there = zip(DICOM_LINKS, DICOM_FILES, strict=True)
-        links |= {link: f"{path_of(job.id)}/{name}" for link, name in there if service.store.read(job.id, name)}
+        # Only those there are: a NIfTI scan has no DICOM results.
+        names = {OTHER_LINKS.get(name, name.partition(".")[0]): name for name in job.results}
+        links |= {link: f"{path_of(job.id)}/{name}" for link, name in names.items()}
     return Summary(
         id=job.id,
         state=job.state,

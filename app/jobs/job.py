@@ -32,6 +32,8 @@ class Job:
         Hash of bytes, model and parameters.
     priority : {"routine", "stat"}
         Which queue it stands in: stat goes first.
+    results : tuple of str
+        Names of the files that it has; none until it succeeded.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Job:
     problem: dict[str, str] | None
     content: str
     priority: Priority = "routine"
+    results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

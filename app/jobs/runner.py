@@ -9,7 +9,7 @@ from typing import Protocol
 
 import structlog
 
-from app.analyse import Request
+from app.analyse import DICOM_FILES, RESULT_FILES, Request
 from app.errors import Cancelled, CounterpartError, InternalError
 from app.jobs.engine import Engine
 from app.jobs.metrics import Metrics
@@ -69,7 +69,8 @@ class Runner:
         Returns
         -------
         dict
-            `work`, the folder's name, and `model`; or `problem`, `CounterpartError.problem`.
+            `work`, the folder's name, `model`, and `results`, the files' names; or `problem`,
+            `CounterpartError.problem`.
 
         Raises
         ------
@@ -111,7 +112,8 @@ class Runner:
         for stage, seconds in report.work.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
         log.info("analysed", job=job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
-        return {"work": staged, "model": report.model.id}
+        results = [name for name in (*RESULT_FILES, *DICOM_FILES) if name not in report.absent]
+        return {"work": staged, "model": report.model.id, "results": results}
 
     def _failed(self, job: str, error: Exception, seconds: float) -> dict[str, str]:
         if isinstance(error, CounterpartError):

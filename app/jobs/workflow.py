@@ -104,7 +104,7 @@ class Jobs(Listing):
                 raise _failure(cast("dict[str, str]", outcome["problem"]), self._metrics)
             DBOS.run_step({"name": "publish"}, self._store.publish, job, str(outcome["work"]))
             self._metrics.outcomes.labels("succeeded").inc()
-            return {"model": outcome["model"]}
+            return {"model": outcome["model"], "results": outcome.get("results")}
 
         if not worker:
             DBOS.listen_queues([])

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from app import errors
-from app.analyse import RESULT_FILES, Progress, Request
+from app.analyse import DICOM_FILES, RESULT_FILES, Progress, Request
 from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
 from app.manifest import Manifest, Range
 from tests.support.bundle import tiny_manifest
 
 NIFTI1_BYTES = 348
+NOT_FROM_DICOM = errors.NotFromDicom("Found.", expected="expected.", advice="Advice.")
 SECRET = "Zweistein-4711"  # noqa: S105  # a name
 
 
@@ -97,5 +98,6 @@ def _report(request: Request) -> Report:
         threshold=0.2,
         lesion_volume_ml=2.5,
         findings=(finding,),
+        absent=dict.fromkeys(DICOM_FILES, NOT_FROM_DICOM.problem),
         work=Work(seconds={"read": 0.1, "infer": 2.0}, slices_reversed=1, network_evaluations=10),
     )

@@ -69,6 +69,8 @@ def test_what_a_scan_does_not_have_is_told(client: TestClient, tmp_path: Path) -
     content = (tmp_path / "head.nii").read_bytes()
     nifti = client.post("/v1/scans", content=content, headers={"Prefer": "wait=120"}).json()
     assert not nifti["links"].keys() & {"segmentation", "structured_report"}
+    listed = {job["id"]: job["links"] for job in client.get("/v1/scans").json()["scans"]}
+    assert all(listed[job["id"]] == job["links"] for job in (healthy, nifti))
     for job, name, code in (
         (healthy, "segmentation.dcm", "no_lesion"),
         (nifti, "segmentation.dcm", "not_from_dicom"),

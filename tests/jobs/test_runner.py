@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from app.analyse import Request
+from app.analyse import RESULT_FILES, Request
 from app.jobs.metrics import Metrics
 from app.jobs.runner import Interrupted, Runner, where
 from app.jobs.store import Store
@@ -40,6 +40,7 @@ def test_progress_runs_over_the_whole_job(tmp_path: Path) -> None:
     outcome = runner(tmp_path, ledger).analyse(JOB, Request())
     assert ledger.notes == [("read", 0.05), ("infer", 0.05), ("export", 1.0)]
     assert outcome["model"] == "tiny-0.0.1"
+    assert outcome["results"] == [*RESULT_FILES]
     assert (tmp_path / "jobs" / JOB / str(outcome["work"]) / "mask.nii.gz").is_file()
 
 
