@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     max_files: int = Field(20_000, ge=1, description="Most files in one upload.")
     queue_limit: int = Field(100, ge=1, description="Waiting scans above which new ones are answered 429.")
     min_free_gb: float = Field(2.0, ge=0, description="Free disk, in GB, below which new scans are answered 507.")
-    keep_days: float = Field(30.0, ge=0, description="Age at which jobs that ended are erased; 0 keeps them.")
+    keep_days: float = Field(0.0, ge=0, description="Age at which jobs that ended are erased; 0 keeps them.")
     keep_gb: float = Field(
         0.0, ge=0, description="Disk of scans and results above which the oldest are erased; 0 sets no limit."
     )

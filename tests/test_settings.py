@@ -19,6 +19,11 @@ def test_the_defaults_keep_to_the_machine_and_out_of_the_checkout(
     settings.check_exposure()
 
 
+def test_nothing_is_erased_unless_the_operator_says_so() -> None:
+    settings = read_settings()
+    assert (settings.keep_days, settings.keep_gb) == (0, 0)
+
+
 def test_arguments_go_before_the_environment_and_that_before_the_file(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
