@@ -1,34 +1,18 @@
 """DICOM files -> one series -> a scan. Positions by highdicom, pixels by pydicom."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from app.errors import (
-    InvalidGeometry,
-    NoImageInArchive,
-    NotAVolume,
-    SeveralSeries,
-    TooManyVoxels,
-    UnknownSeries,
-    WrongModality,
-)
-from app.ingest.headers import Header, Plane, read_header
+from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, WrongModality
+from app.ingest.headers import Header, read_header
 from app.ingest.limits import Limits
 from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
+from app.ingest.series import Stack, choose
 from app.ingest.stack import arrange
 from app.volume import Scan, Source, Volume
-
-# Beside a stack of at least this many slices, a shorter one is a scout, a key image or a leftover.
-SHORTEST_STACK = 10
-# Direction cosines of one stack agree within this; 0.06 degrees.
-SAME_DIRECTION = 1e-3
-# A list of series that a person can read.
-MOST_LISTED = 10
 
 _MODALITIES = ("MR", "CT")
 # Other modalities whose names may be repeated in a message: anything else could be any text.
@@ -61,12 +45,12 @@ def read(paths: Sequence[Path], series: str | None, limits: Limits) -> Scan:
     """
     with quiet():
         headers, left_out = _sift([read_header(path, limits) for path in paths])
-        chosen, dropped = _choose(headers, series)
-        stack, scouts = _one_stack(chosen)
-        order, affine, spacing_notes = arrange([plane for _, _, plane in stack])
-        head = stack[0][0]
-        _check_size(len(stack) * head.rows * head.columns, limits)
-        frames = [Frame(stack[i][0].path, stack[i][1]) for i in order]
+        stack, dropped = choose(headers, series)
+        _refuse_mosaics(stack)
+        order, affine, spacing_notes = arrange([plane for _, _, plane in stack.frames])
+        head = stack.head
+        _check_size(len(stack.frames) * head.rows * head.columns, limits)
+        frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     source = Source(
         format="dicom",
@@ -74,7 +58,7 @@ def read(paths: Sequence[Path], series: str | None, limits: Limits) -> Scan:
         description=head.description,
         instances=tuple(dict.fromkeys(frame.path for frame in frames)),
         series_uid=head.series,
-        notes=(*left_out, *dropped, *scouts, *spacing_notes, *pixel_notes),
+        notes=(*left_out, *dropped, *_notes(stack), *spacing_notes, *pixel_notes),
     )
     return Scan(Volume(array, affine), source)
 
@@ -94,6 +78,7 @@ def _sift(headers: Sequence[Header]) -> tuple[list[Header], list[str]]:
         ("images of other modalities", lambda h: h.modality in _MODALITIES, _wrong_modality),
         ("colour images", lambda h: h.is_grey, _colour),
         ("localizers", lambda h: not h.is_localizer, _only_localizers),
+        ("Siemens mosaics without their private header", lambda h: not h.is_mosaic or h.tiles > 0, _blind_mosaics),
         ("screenshots or images without a position", lambda h: h.is_placed, _no_position),
     ):
         passed = [header for header in rest if test(header)]
@@ -124,6 +109,15 @@ def _colour(headers: Sequence[Header]) -> NotAVolume:
     )
 
 
+def _blind_mosaics(headers: Sequence[Header]) -> NotAVolume:
+    return NotAVolume(
+        f"The {len(headers)} images are Siemens mosaics, many slices side by side, and Siemens' private header that "
+        "tells where each lies is missing.",
+        expected="the element (0029,1010) of the block SIEMENS CSA HEADER, or one slice an image.",
+        advice="Export the series without removing private elements, or as single slices.",
+    )
+
+
 def _only_localizers(headers: Sequence[Header]) -> NotAVolume:
     return NotAVolume(
         f"The {len(headers)} images are localizers.",
@@ -140,91 +134,23 @@ def _no_position(headers: Sequence[Header]) -> InvalidGeometry:
     )
 
 
-def _choose(headers: Sequence[Header], series: str | None) -> tuple[list[Header], list[str]]:
-    """The slices of one series."""
-    groups: dict[str, list[Header]] = defaultdict(list)
-    for header in headers:
-        groups[header.series].append(header)
-    if series is not None:
-        if series not in groups:
-            raise UnknownSeries(
-                "No MR or CT slices have the SeriesInstanceUID that was asked for.",
-                expected=_listed(groups),
-                advice="Name one of these, or none where there is only one.",
-            )
-        return groups[series], []
-    long, notes = _long_ones(groups, "series")
-    if len(long) > 1:
-        raise SeveralSeries(
-            f"There are {len(long)} series of MR or CT slices.",
-            expected="one, or the SeriesInstanceUID of the one to take.",
-            advice=f"Name it (`--series UID`, `?series=UID`): {_listed(long)}",
-        )
-    return next(iter(long.values())), notes
-
-
-def _listed(groups: dict[str, list[Header]]) -> str:
-    ordered = sorted(groups.items(), key=lambda item: -_slices(item[1]))
-    listed = [f"{uid or 'without UID'} ({_slices(of)} {of[0].modality} slices)" for uid, of in ordered[:MOST_LISTED]]
-    more = f" and {len(ordered) - MOST_LISTED} more" if len(ordered) > MOST_LISTED else ""
-    return "; ".join(listed) + more + "."
-
-
-def _slices(headers: Iterable[Header]) -> int:
-    return sum(len(header.planes) for header in headers)
-
-
-def _long_ones(groups: dict[str, list[Header]], what: str) -> tuple[dict[str, list[Header]], list[str]]:
-    """Without the short ones, where a long one is among them."""
-    long = {key: of for key, of in groups.items() if _slices(of) >= SHORTEST_STACK}
-    if not long or len(long) == len(groups):
-        return groups, []
-    left = len(groups) - len(long)
-    return long, [f"Left out: {left} {what} of fewer than {SHORTEST_STACK} slices."]
-
-
-Placed = tuple[Header, int, Plane]
-
-
-def _one_stack(headers: Sequence[Header]) -> tuple[list[Placed], list[str]]:
-    """Frames of one size and orientation."""
-    if any(header.is_mosaic for header in headers):
+def _refuse_mosaics(stack: Stack) -> None:
+    """One mosaic is a volume, several are as many of them."""
+    count = len({header.path for header, _, _ in stack.frames})
+    if stack.head.tiles and count > 1:
         raise NotAVolume(
-            "The images are Siemens mosaics: each shows all slices of one moment of a time series side by side.",
-            expected="one slice an image.",
-            advice="Send the structural series of the examination.",
+            f"The series holds {count} Siemens mosaics, each a whole volume of {len(stack.head.planes)} slices: a time "
+            "series.",
+            expected="one mosaic, or one slice an image.",
+            advice="Send the structural series of the examination, or one mosaic alone.",
         )
-    stacks: list[list[Placed]] = []
-    for header in headers:
-        for index, plane in enumerate(header.planes):
-            assert plane is not None, "_sift lets only placed frames through"
-            home = next((stack for stack in stacks if _belongs(header, plane, stack[0])), None)
-            if home is None:
-                stacks.append([(header, index, plane)])
-            else:
-                home.append((header, index, plane))
-    long = [stack for stack in stacks if len(stack) >= SHORTEST_STACK] or stacks
-    if len(long) > 1:
-        sizes = sorted((len(stack) for stack in long), reverse=True)[:MOST_LISTED]
-        raise NotAVolume(
-            f"The series holds {len(long)} stacks of slices that differ in orientation or size, "
-            f"of {', '.join(map(str, sizes))} slices.",
-            expected="slices of one orientation and size.",
-            advice="Send one of the stacks alone.",
-        )
-    left = sum(len(stack) for stack in stacks) - len(long[0])
-    notes = [f"Left out: {left} slices of the series in another orientation or size."] if left else []
-    return long[0], notes
 
 
-def _belongs(header: Header, plane: Plane, other: Placed) -> bool:
-    first, _, reference = other
-    return (
-        (header.rows, header.columns) == (first.rows, first.columns)
-        and header.frame_of_reference == first.frame_of_reference
-        and np.allclose(plane.orientation, reference.orientation, rtol=0, atol=SAME_DIRECTION)
-        and np.allclose(plane.spacing, reference.spacing, rtol=SAME_DIRECTION, atol=0)
-    )
+def _notes(stack: Stack) -> Iterator[str]:
+    if stack.is_derived:
+        yield "The images are derived from others (ImageType DERIVED), not as they were acquired."
+    if stack.head.tiles:
+        yield f"A Siemens mosaic: one image with {len(stack.frames)} slices side by side."
 
 
 def _check_size(voxels: int, limits: Limits) -> None:

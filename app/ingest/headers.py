@@ -13,6 +13,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from app.errors import TruncatedFile, UnsafeArchive
 from app.ingest.archive import CHUNK_BYTES
 from app.ingest.limits import Limits
+from app.ingest.mosaic import TAGS as MOSAIC_TAGS
+from app.ingest.mosaic import tiles_of
+from app.ingest.plane import Kind, Plane
 
 # Read these and nothing else: the header of a hospital's file can be larger than its image.
 _KEYWORDS = (
@@ -30,6 +33,9 @@ _KEYWORDS = (
     "ImageOrientationPatient",
     "PixelSpacing",
     "SliceThickness",
+    "ComplexImageComponent",
+    "EchoTime",
+    "DiffusionBValue",
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
@@ -46,32 +52,15 @@ _DESCRIPTIVE = (
     "ContrastBolusAgent",
     "BodyPartExamined",
 )
-_TAGS: list[BaseTag] = [Tag(keyword) for keyword in (*_KEYWORDS, *_DESCRIPTIVE)]
+_TAGS: list[BaseTag] = [Tag(keyword) for keyword in (*_KEYWORDS, *_DESCRIPTIVE)] + MOSAIC_TAGS
 _LOCALIZERS = {"LOCALIZER", "SCOUT"}
 _SCREENSHOTS = {"SCREEN SAVE", "SCREENSHOT"}
+_COMPONENTS = {
+    **dict.fromkeys(("P", "PHASE", "PHASE MAP"), "phase"),
+    **dict.fromkeys(("R", "REAL"), "real"),
+    **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
+}
 META_GROUP = 0x0002
-
-
-@dataclass(frozen=True)
-class Plane:
-    """One frame in space (PS3.3 C.7.6.2), LPS millimetres.
-
-    Attributes
-    ----------
-    position : tuple of float
-        Centre of the first pixel, (3,).
-    orientation : tuple of float
-        Direction of increasing column, then of increasing row, (6,).
-    spacing : tuple of float
-        Between rows, between columns.
-    thickness : float or None
-        Of the slice, where it is stated.
-    """
-
-    position: tuple[float, ...]
-    orientation: tuple[float, ...]
-    spacing: tuple[float, ...]
-    thickness: float | None
 
 
 @dataclass(frozen=True)
@@ -80,8 +69,12 @@ class Header:
 
     Attributes
     ----------
+    rows, columns : int
+        Of a frame; of one tile where the image is a Siemens mosaic.
     planes : tuple of Plane or None
-        One a frame; None for a frame without a place in space.
+        One a frame, or one a tile; None for a frame without a place in space.
+    tiles : int
+        Siemens mosaic: how many tiles are side by side; 0 for every other image.
     """
 
     path: Path
@@ -96,6 +89,7 @@ class Header:
     samples: int
     description: str
     planes: tuple[Plane | None, ...]
+    tiles: int = 0
 
     @property
     def is_image(self) -> bool:
@@ -104,6 +98,10 @@ class Header:
     @property
     def is_localizer(self) -> bool:
         return not _LOCALIZERS.isdisjoint(self.image_type)
+
+    @property
+    def is_derived(self) -> bool:
+        return self.image_type[:1] == ("DERIVED",)
 
     @property
     def is_mosaic(self) -> bool:
@@ -181,24 +179,34 @@ def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydi
 
 
 def _header(path: Path, dataset: pydicom.Dataset) -> Header:
-    count = int(dataset.get("NumberOfFrames") or 1)
-    # Each frame of an enhanced image has its own group; without one, no frame has a place.
-    groups = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
-    placed = count in (1, groups)
+    image_type = tuple(map(str.upper, _texts(dataset, "ImageType")))
+    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    planes, tiles = _planes(dataset), 0
+    if "MOSAIC" in image_type:
+        planes, tiles = tiles_of(dataset) or ((None,), 0)
+        rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
     return Header(
         path=path,
         instance=_text(dataset, "SOPInstanceUID"),
         series=_text(dataset, "SeriesInstanceUID"),
         frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
         modality=_text(dataset, "Modality"),
-        image_type=tuple(str(v).strip().upper() for v in _values(dataset, "ImageType")),
-        rows=int(dataset.get("Rows") or 0),
-        columns=int(dataset.get("Columns") or 0),
+        image_type=image_type,
+        rows=rows,
+        columns=columns,
         photometric=_text(dataset, "PhotometricInterpretation"),
         samples=int(dataset.get("SamplesPerPixel") or 1),
         description=_describe(dataset),
-        planes=tuple(_plane(dataset, frame) for frame in range(count)) if placed else (None,),
+        planes=planes,
+        tiles=tiles,
     )
+
+
+def _planes(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
+    count = int(dataset.get("NumberOfFrames") or 1)
+    # Each frame of an enhanced image has its own group; without one, no frame has a place.
+    groups = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
+    return tuple(_plane(dataset, frame) for frame in range(count)) if count in (1, groups) else (None,)
 
 
 def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
@@ -209,7 +217,18 @@ def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
     thickness = measures.get("SliceThickness")
-    return Plane(position, orientation, spacing, float(thickness) if thickness else None)
+    return Plane(position, orientation, spacing, float(thickness) if thickness else None, _kind(dataset, frame))
+
+
+def _kind(dataset: pydicom.Dataset, frame: int) -> Kind:
+    echo = functional_group(dataset, frame, "MREchoSequence")
+    b_value = _numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
+    echo_ms = _numbers(echo, "EffectiveEchoTime") or _numbers(echo, "EchoTime")
+    frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
+    # Classic images have it as third or later value of the image type (Siemens, Philips).
+    said = [_text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, _texts(dataset, "ImageType")[2:])]
+    component = next((_COMPONENTS[word] for word in said if word in _COMPONENTS), "")
+    return Kind(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
 
 
 def _describe(dataset: pydicom.Dataset) -> str:
@@ -219,6 +238,10 @@ def _describe(dataset: pydicom.Dataset) -> str:
 
 def _text(dataset: pydicom.Dataset, keyword: str) -> str:
     return " ".join(str(v) for v in _values(dataset, keyword)).strip()
+
+
+def _texts(dataset: pydicom.Dataset, keyword: str) -> list[str]:
+    return [str(v).strip() for v in _values(dataset, keyword)]
 
 
 def _numbers(dataset: pydicom.Dataset, keyword: str) -> tuple[float, ...]:

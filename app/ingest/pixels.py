@@ -13,6 +13,7 @@ from pydicom.uid import UID
 
 from app.errors import CounterpartError, NoImageInArchive, TruncatedFile, UnsupportedPixels
 from app.ingest.headers import functional_group
+from app.ingest.mosaic import split
 from app.volume import FloatArray
 
 StoredPixels = npt.NDArray[np.generic]
@@ -20,10 +21,11 @@ StoredPixels = npt.NDArray[np.generic]
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame of a file, counted from 0."""
+    """One frame of a file, or one tile of a mosaic, counted from 0."""
 
     path: Path
     index: int
+    tiles: int = 0
 
 
 def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[FloatArray, tuple[str, ...]]:
@@ -57,7 +59,8 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
             opened = (frame.path, *_open(frame.path, k + 1, len(frames)))
         _, dataset, stored = opened
         try:
-            stack[k], padding = _values(dataset, stored[frame.index], frame.index)
+            tiles = split(stored[0], frame.tiles) if frame.tiles else stored
+            stack[k], padding = _values(dataset, tiles[frame.index], frame.index)
         except Exception:  # noqa: BLE001 - a broken rescale or look-up table raises anything
             raise _damaged(k + 1, len(frames)) from None
         stack[k][padding] = np.nan

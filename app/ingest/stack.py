@@ -8,7 +8,7 @@ from highdicom.spatial import convert_affine_to_convention, create_affine_matrix
 from nibabel import aff2axcodes
 
 from app.errors import InvalidGeometry, IrregularSlices, NotAVolume
-from app.ingest.headers import Plane
+from app.ingest.plane import Plane
 from app.volume import Affine
 
 IntArray = npt.NDArray[np.int64]
@@ -126,10 +126,27 @@ def _affine(plane: Plane, position: Distances, spacing: float) -> Affine:
     return np.asarray(convert_affine_to_convention(lps, "LPS", "RAS"), dtype=np.float64)
 
 
+def images_a_place(planes: Sequence[Plane]) -> IntArray:
+    """How many frames of one orientation lie at each place along their normal, from its start."""
+    orientation = planes[0].orientation
+    normal = np.cross(orientation[:3], orientation[3:])
+    return _counts(np.sort(np.array([plane.position for plane in planes]) @ normal))
+
+
+def plane_name(plane: Plane) -> str:
+    """The anatomical plane that a frame lies nearest to."""
+    normal = np.abs(np.cross(plane.orientation[:3], plane.orientation[3:]))
+    return ("sagittal", "coronal", "axial")[int(normal.argmax())] if np.isfinite(normal).all() else ""
+
+
+def _counts(distances: Distances) -> IntArray:
+    group = np.concatenate([[0], np.cumsum(np.diff(distances) > UNEVEN_MM)]).astype(np.int64)
+    return np.asarray(np.bincount(group))
+
+
 def _check_repeats(distances: Distances) -> None:
     """Several frames at one place are a time series, several echoes, or an export sent twice."""
-    group = np.concatenate([[0], np.cumsum(np.diff(distances) > UNEVEN_MM)])
-    counts = np.bincount(group)
+    counts = _counts(distances)
     if counts.max() == 1:
         return
     if counts.min() == counts.max():

@@ -9,10 +9,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app.errors import CounterpartError
+from app.errors import CounterpartError, NotAVolume
 from app.ingest import nifti, read
 from app.ingest.limits import STANDARD
-from app.ingest.quiet import quiet
 from tests.ingest.conftest import Read
 
 DATA = Path(os.environ.get("COUNTERPART_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -92,20 +91,24 @@ def test_series_that_are_refused_with_the_place(
     assert all(message in refused.value.found for message in messages)
 
 
-def test_nine_encodings_of_one_image_have_the_same_pixels(archives: Path) -> None:
-    from app.ingest.pixels import Frame, read_frames
-
-    files = [archives / "siemens" / "transfer_syntax" / f"{i}.dcm" for i in range(1, 10)]
-    with quiet():
-        frames = [read_frames([Frame(file, 0)], 384, 384)[0] for file in files]
-    assert frames[0].sum(dtype=np.float64) == 38036663
-    for frame in frames[1:]:
-        np.testing.assert_array_equal(frame, frames[0])
+NINE = range(1, 10)
 
 
-@pytest.mark.parametrize("number", range(1, 10))
-def test_a_mosaic_is_refused_in_every_encoding(archives: Path, tmp_path: Path, number: int) -> None:
-    assert outcome(archives / "siemens" / "transfer_syntax" / f"{number}.dcm", tmp_path) == "not_a_volume"
+def test_nine_encodings_of_one_mosaic_are_one_volume(archives: Path, read_scan: Read) -> None:
+    first, *others = (read_scan(archives / "siemens" / "transfer_syntax" / f"{i}.dcm") for i in NINE)
+    assert first.volume.shape == (64, 64, 35)
+    assert first.volume.array.sum(dtype=np.float64) == 38036663  # of the whole picture: its 36th tile is empty
+    np.testing.assert_allclose(first.volume.spacing, [3.25, 3.25, 3.6], atol=1e-6)
+    assert first.source.notes == ("A Siemens mosaic: one image with 35 slices side by side.",)
+    for other in others:
+        np.testing.assert_array_equal(other.volume.array, first.volume.array)
+        # Each encoder wrote the decimal strings of the place anew.
+        np.testing.assert_allclose(other.volume.affine, first.volume.affine, atol=1e-9)
+
+
+def test_several_mosaics_are_a_time_series(archives: Path, read_scan: Read) -> None:
+    with pytest.raises(NotAVolume, match="9 Siemens mosaics, each a whole volume of 35 slices: a time series"):
+        read_scan(archives / "siemens" / "transfer_syntax")
 
 
 def test_enhanced_multi_frame(archives: Path, read_scan: Read) -> None:
