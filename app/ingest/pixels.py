@@ -12,9 +12,12 @@ from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID
 
 from app.errors import CounterpartError, NoImageInArchive, TruncatedFile, UnsupportedPixels
+from app.ingest import jpeg12
 from app.ingest.headers import functional_group
 from app.ingest.mosaic import split
 from app.volume import FloatArray
+
+jpeg12.register()
 
 StoredPixels = npt.NDArray[np.generic]
 

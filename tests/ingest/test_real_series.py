@@ -12,6 +12,8 @@ import pytest
 from app.errors import CounterpartError, NotAVolume
 from app.ingest import nifti, read
 from app.ingest.limits import STANDARD
+from app.ingest.pixels import Frame, read_frames
+from app.ingest.quiet import quiet
 from tests.ingest.conftest import Read
 
 DATA = Path(os.environ.get("COUNTERPART_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -92,6 +94,8 @@ def test_series_that_are_refused_with_the_place(
 
 
 NINE = range(1, 10)
+# Sum, largest and one value of the pixels that dcmtk's dcmdjpeg gives.
+DCMDJPEG = (3767007, 264, 14)
 
 
 def test_nine_encodings_of_one_mosaic_are_one_volume(archives: Path, read_scan: Read) -> None:
@@ -134,6 +138,14 @@ def test_one_slice_in_eight_encodings(archives: Path, read_scan: Read) -> None:
     assert first.volume.array.mean(dtype=np.float64) == pytest.approx(518.8806, abs=1e-3)
     for other in others:
         np.testing.assert_array_equal(other.volume.array, first.volume.array)
+
+
+@pytest.mark.parametrize("name", ["JPEG-lossy", "JPGExtended"])
+def test_twelve_bit_jpeg_as_dcmtk_decodes_it(archives: Path, name: str) -> None:
+    with quiet():
+        path = archives / "pydicom" / "pydicom" / f"{name}.dcm"
+        array, _ = read_frames([Frame(path, 0)], 1024, 256)
+    assert (array.sum(dtype=np.float64), array.max(), array[128, 512, 0]) == DCMDJPEG
 
 
 @pytest.mark.parametrize(
