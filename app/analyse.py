@@ -17,7 +17,7 @@ from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect
 from app.pipeline.findings import Result, to_result
 from app.runtime.bundle import Bundle, choose
-from app.volume import Scan
+from app.volume import Geometry, Scan
 
 # Stage ("read", "infer", "export") and how much of it is done, 0 to 1. It may raise
 # `app.errors.Cancelled`: it is called between network evaluations.
@@ -43,11 +43,14 @@ class Request:
         SeriesInstanceUID where several were sent.
     seed : int or None
         Of the keyed noise; None takes the manifest's.
+    geometry : {"refuse", "resample"}
+        What to do with a DICOM series whose slices are missing, tilted or unevenly spaced.
     """
 
     model: str | None = None
     series: str | None = None
     seed: int | None = None
+    geometry: Geometry = "refuse"
 
 
 def analyse(
@@ -86,7 +89,7 @@ def analyse(
     with TemporaryDirectory(prefix=".unpacked-", dir=out) as scratch:
         with _timed("read", seconds):
             progress("read", 0.0)
-            scan = read(path, scratch=Path(scratch), series=request.series)
+            scan = read(path, scratch=Path(scratch), series=request.series, geometry=request.geometry)
             manifest = choose(manifests, scan.source, request.model)
             progress("read", 1.0)
         with _timed("load", seconds):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -64,7 +64,12 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", file_okay=False)],
     *,
     model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else chosen by modality.")] = None,
-    series: Annotated[str | None, typer.Option(help="SeriesInstanceUID, where there are several.")] = None,
+    series: Annotated[
+        str | None, typer.Option(help="SeriesInstanceUID, where there are several; UID/2 for its second stack.")
+    ] = None,
+    geometry: Annotated[
+        Literal["refuse", "resample"], typer.Option(help="Missing, tilted or unevenly spaced slices.")
+    ] = "refuse",
     seed: Annotated[int | None, typer.Option(help="Of the noise; else the bundle's.", min=0)] = None,
     truth: Annotated[
         Path | None,
@@ -78,7 +83,7 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     from app.settings import read_settings
 
     with errors_told():
-        report = run(scan, out, Request(model=model, series=series, seed=seed), read_settings())
+        report = run(scan, out, Request(model, series, seed, geometry), read_settings())
         if as_json:
             typer.echo(report.model_dump_json(indent=1))
         else:

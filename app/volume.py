@@ -12,6 +12,8 @@ from app.errors import ConstantVoxels, InvalidGeometry, InvalidVoxels, NotAVolum
 
 FloatArray = npt.NDArray[np.float32]
 Affine = npt.NDArray[np.float64]
+# What to do with slices that are missing, tilted or unevenly spaced.
+Geometry = Literal["refuse", "resample"]
 
 # No scanner makes smaller voxels than some tens of micrometres, or axes within a degree of each other.
 SMALLEST_VOXEL_MM = 0.01
@@ -84,9 +86,12 @@ class Source:
     sform_code : int
         NIfTI's code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     instances : tuple of Path
-        DICOM: files of the slices, in the order of the volume's last axis.
+        DICOM: files of the slices, in the order of the volume's last axis; one file for an enhanced image or a
+        mosaic; where `resampled`, of the slices as they were acquired.
     series_uid : str
         DICOM: SeriesInstanceUID; empty for NIfTI.
+    resampled : bool
+        The volume's grid is not that of the instances: the caller had irregular slices resampled.
     notes : tuple of str
         What reading decided or left out, in sentences without patient data; they go into the report.
     """
@@ -97,6 +102,7 @@ class Source:
     sform_code: int = 1
     instances: tuple[Path, ...] = ()
     series_uid: str = ""
+    resampled: bool = False
     notes: tuple[str, ...] = ()
 
 

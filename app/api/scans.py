@@ -22,6 +22,7 @@ from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
 from app.errors import BadRequest, InternalError, NotFinished, UnknownModel
 from app.jobs.job import ENDED, Cursor, Job, Priority, State
+from app.volume import Geometry
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
 
@@ -69,8 +70,13 @@ UPLOAD = {
 def _wanted(
     service: Of,
     model: Annotated[str | None, Query(max_length=100, description="A bundle's name or id.", examples=["t1"])] = None,
-    series: Annotated[str | None, Query(max_length=64, description="SeriesInstanceUID, of several.")] = None,
+    series: Annotated[
+        str | None, Query(max_length=70, description="SeriesInstanceUID, of several; UID/2 for its second stack.")
+    ] = None,
     seed: Annotated[int | None, Query(ge=0, lt=2**63, description="Of the keyed noise.")] = None,
+    geometry: Annotated[
+        Geometry, Query(description="What to do with slices that are missing, tilted or unevenly spaced.")
+    ] = "refuse",
 ) -> Wanted:
     """What the query asks for; a model that there is not is refused before the upload."""
     manifests = service.engine.manifests
@@ -80,7 +86,7 @@ def _wanted(
             expected="one of " + (", ".join(m.id for m in manifests) or "no model: none is installed") + ".",
             advice="GET /v1/models lists them; leave ?model= out to let the scan's modality choose.",
         )
-    return Wanted(model=model, series=series, seed=seed)
+    return Wanted(model=model, series=series, seed=seed, geometry=geometry)
 
 
 @router.post(

@@ -1,18 +1,34 @@
 """Bytes -> a scan: the only place that knows file formats on the way in."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import CounterpartError, EmptyUpload, NoImageInArchive, SeveralSeries, UnsafeArchive
 from app.ingest import archive, nifti
 from app.ingest.limits import STANDARD, Limits
 from app.ingest.sniff import ACCEPTED, HEAD_BYTES, Format, sniff
-from app.volume import Scan
+from app.volume import Geometry, Scan
 
 __all__ = ["HEAD_BYTES", "STANDARD", "Format", "Limits", "read", "sniff"]
 
 
-def read(path: Path, *, scratch: Path, series: str | None = None, limits: Limits = STANDARD) -> Scan:
+@dataclass(frozen=True)
+class _Wanted:
+    series: str | None
+    geometry: Geometry
+    limits: Limits
+    scratch: Path
+
+
+def read(
+    path: Path,
+    *,
+    scratch: Path,
+    series: str | None = None,
+    geometry: Geometry = "refuse",
+    limits: Limits = STANDARD,
+) -> Scan:
     """Read one scan, whatever its file's name.
 
     Parameters
@@ -24,7 +40,9 @@ def read(path: Path, *, scratch: Path, series: str | None = None, limits: Limits
         The caller's folder, made if it is missing, for what an archive holds; the instances of the
         scan's source stay there.
     series : str, optional
-        SeriesInstanceUID to take where there are several.
+        SeriesInstanceUID to take where there are several; with "/2", the second stack of that series.
+    geometry : {"refuse", "resample"}, optional
+        What to do with slices that are missing, tilted or unevenly spaced: a NIfTI file says nothing of them.
     limits : Limits, optional
         What the upload may cost.
 
@@ -34,35 +52,38 @@ def read(path: Path, *, scratch: Path, series: str | None = None, limits: Limits
         One leaf of `UploadError` or `UnreadableScan`, or `WrongModality`, for everything that an
         upload can do wrong.
     """
-    if path.is_dir():
-        return _read_folder(path, scratch, series, limits)
+    wanted = _Wanted(series, geometry, limits, scratch)
+    return _read_folder(path, wanted) if path.is_dir() else _read_file(path, wanted)
+
+
+def _read_file(path: Path, wanted: _Wanted) -> Scan:
     kind = sniff(_head(path))
     if kind == "zip":
-        return _read_files(archive.unpack(path, scratch, limits), scratch, series, limits)
+        return _read_files(archive.unpack(path, wanted.scratch, wanted.limits), wanted)
     if kind == "dicom":
-        return _read_dicom([path], series, limits)
-    return nifti.read(path, scratch, limits)
+        return _read_dicom([path], wanted)
+    return nifti.read(path, wanted.scratch, wanted.limits)
 
 
-def _read_folder(folder: Path, scratch: Path, series: str | None, limits: Limits) -> Scan:
+def _read_folder(folder: Path, wanted: _Wanted) -> Scan:
     files = []
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             files.append(path)
-        if len(files) > limits.max_files:
+        if len(files) > wanted.limits.max_files:
             raise UnsafeArchive(
-                f"The folder holds more than {limits.max_files} files.",
+                f"The folder holds more than {wanted.limits.max_files} files.",
                 expected="one series.",
                 advice="Send the folder of the series alone.",
             )
     if not files:
         raise EmptyUpload("The folder holds no files.", expected=ACCEPTED, advice="Check the folder.")
     if len(files) == 1:
-        return read(files[0], scratch=scratch, series=series, limits=limits)
-    return _read_files(sorted(files), scratch, series, limits)
+        return _read_file(files[0], wanted)
+    return _read_files(sorted(files), wanted)
 
 
-def _read_files(files: Iterable[Path], scratch: Path, series: str | None, limits: Limits) -> Scan:
+def _read_files(files: Iterable[Path], wanted: _Wanted) -> Scan:
     """One scan among many files, sorted by what they are."""
     volumes, instances = [], []
     for path in files:
@@ -83,14 +104,16 @@ def _read_files(files: Iterable[Path], scratch: Path, series: str | None, limits
             expected="one NIfTI file, or the DICOM files of one series.",
             advice="Send one scan at a time.",
         )
-    return nifti.read(volumes[0], scratch, limits) if volumes else _read_dicom(instances, series, limits)
+    if volumes:
+        return nifti.read(volumes[0], wanted.scratch, wanted.limits)
+    return _read_dicom(instances, wanted)
 
 
-def _read_dicom(files: list[Path], series: str | None, limits: Limits) -> Scan:
+def _read_dicom(files: list[Path], wanted: _Wanted) -> Scan:
     # Two seconds of imports that a NIfTI file does not need.
     from app.ingest import dicom  # noqa: PLC0415
 
-    return dicom.read(files, series, limits)
+    return dicom.read(files, wanted.series, wanted.geometry, wanted.limits)
 
 
 def _kind(path: Path) -> Format | None:

@@ -1,5 +1,6 @@
 """DICOM files -> one series -> a scan. Positions by highdicom, pixels by pydicom."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from app.ingest.headers import Header, read_header
 from app.ingest.limits import Limits
 from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
+from app.ingest.resample import resample, target
 from app.ingest.series import Stack, choose
 from app.ingest.stack import arrange
-from app.volume import Scan, Source, Volume
+from app.volume import Geometry, Scan, Source, Volume
 
 _MODALITIES = ("MR", "CT")
 # Other modalities whose names may be repeated in a message: anything else could be any text.
@@ -21,7 +23,7 @@ _KNOWN_MODALITIES = ("PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC",
 _EXPECTED = "one MR or CT series of grey slices with a place in space."
 
 
-def read(paths: Sequence[Path], series: str | None, limits: Limits) -> Scan:
+def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: Limits) -> Scan:
     """Read the one series among some DICOM files.
 
     Parameters
@@ -31,6 +33,8 @@ def read(paths: Sequence[Path], series: str | None, limits: Limits) -> Scan:
         counted in the notes.
     series : str or None
         SeriesInstanceUID to take, where there are several.
+    geometry : {"refuse", "resample"}
+        What to do with slices that are missing, tilted or unevenly spaced.
 
     Raises
     ------
@@ -47,18 +51,28 @@ def read(paths: Sequence[Path], series: str | None, limits: Limits) -> Scan:
         headers, left_out = _sift([read_header(path, limits) for path in paths])
         stack, dropped = choose(headers, series)
         _refuse_mosaics(stack)
-        order, affine, spacing_notes = arrange([plane for _, _, plane in stack.frames])
-        head = stack.head
+        arranged = arrange(stack.planes)
+        if geometry == "refuse":
+            arranged.check_regular()
+        head, onto = stack.head, None
+        if arranged.faults:
+            onto = target([stack.planes[i] for i in arranged.order], head.columns, head.rows)
+            _check_size(math.prod(onto.shape), limits)
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
-        frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in order]
+        frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arranged.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
+    affine, notes = arranged.affine, [*left_out, *dropped, *_notes(stack), *arranged.notes, *pixel_notes]
+    if onto:
+        notes += [*arranged.faults, onto.note]
+        array, affine = resample(array, onto), onto.affine
     source = Source(
         format="dicom",
         modality=_modality(head),
         description=head.description,
         instances=tuple(dict.fromkeys(frame.path for frame in frames)),
         series_uid=head.series,
-        notes=(*left_out, *dropped, *_notes(stack), *spacing_notes, *pixel_notes),
+        resampled=onto is not None,
+        notes=tuple(notes),
     )
     return Scan(Volume(array, affine), source)
 

@@ -1,6 +1,7 @@
 """Frames with a place in space -> one regular stack, or the reason why they are none."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +33,49 @@ _ENDS = {
     "A": "from back to front",
     "P": "from front to back",
 }
-_ADVICE = "Send the whole series as it was acquired; a tilted gantry needs a reconstruction without tilt."
+_ADVICE = (
+    "Send the whole series as it was acquired, a tilted one reconstructed without tilt; or choose to have it "
+    "resampled: `--geometry resample`, `?geometry=resample`."
+)
 
 
-def arrange(planes: Sequence[Plane]) -> tuple[IntArray, Affine, tuple[str, ...]]:
+@dataclass(frozen=True, eq=False)
+class Arrangement:
+    """A stack in its order.
+
+    Attributes
+    ----------
+    order : (N,) ndarray of int
+        Indices of the frames along the stack's normal.
+    affine : (4, 4) ndarray
+        Indices (column, row, slice) to RAS+ mm, if the stack is regular.
+    notes : tuple of str
+        What a reader of the results should know of the spacing.
+    faults : tuple of str
+        Why the stack is not regular, with place and size; empty if it is.
+    """
+
+    order: IntArray
+    affine: Affine
+    notes: tuple[str, ...]
+    faults: tuple[str, ...]
+
+    def check_regular(self) -> None:
+        """Refuse a stack with faults.
+
+        Raises
+        ------
+        IrregularSlices
+        """
+        if self.faults:
+            raise IrregularSlices(
+                " ".join(self.faults),
+                expected="slices at equal distances along one straight line, at a right angle to it.",
+                advice=_ADVICE,
+            )
+
+
+def arrange(planes: Sequence[Plane]) -> Arrangement:
     """Order the frames of a stack and place it.
 
     Parameters
@@ -43,19 +83,10 @@ def arrange(planes: Sequence[Plane]) -> tuple[IntArray, Affine, tuple[str, ...]]
     planes : sequence of Plane
         Frames of one orientation, in any order.
 
-    Returns
-    -------
-    order : (N,) ndarray of int
-        Indices of `planes` along the stack's normal.
-    affine : (4, 4) ndarray
-        Indices (column, row, slice) to RAS+ mm.
-    notes : tuple of str
-        What a reader of the results should know of the spacing.
-
     Raises
     ------
     NotAVolume, IrregularSlices
-        Several frames at each position; missing, repeated, shifted or unevenly spaced slices, with where and how much.
+        Several frames at each position, or at some.
     InvalidGeometry
         Directions, positions or spacings that cannot be.
     """
@@ -70,20 +101,12 @@ def arrange(planes: Sequence[Plane]) -> tuple[IntArray, Affine, tuple[str, ...]]
         raise _impossible("An image position is not a finite number.")
 
     spacing, notes = _spacing(distances, first)
-    affine = _affine(first, positions[0], spacing)
+    affine = affine_of(planes[int(order[0])], spacing)
+    faults: list[str] = []
     if len(planes) > 1:
         _check_repeats(distances)
-        _check_regular([*_sideways(positions, normal), *_uneven(distances, affine)])
-    return order, affine, notes
-
-
-def _check_regular(faults: list[str]) -> None:
-    if faults:
-        raise IrregularSlices(
-            " ".join(faults),
-            expected="slices at equal distances along one straight line, at a right angle to it.",
-            advice=_ADVICE,
-        )
+        faults = [*_sideways(positions, normal), *_uneven(distances, affine)]
+    return Arrangement(order, affine, notes, tuple(faults))
 
 
 def _check_plane(plane: Plane) -> None:
@@ -116,9 +139,10 @@ def _spacing(distances: Distances, plane: Plane) -> tuple[float, tuple[str, ...]
     return spacing, ()
 
 
-def _affine(plane: Plane, position: Distances, spacing: float) -> Affine:
+def affine_of(plane: Plane, spacing: float) -> Affine:
+    """Indices (column, row, slice) of a regular stack to RAS+ mm, by its first plane."""
     lps = create_affine_matrix_from_attributes(
-        image_position=position.tolist(),
+        image_position=plane.position,
         image_orientation=plane.orientation,
         pixel_spacing=plane.spacing,
         spacing_between_slices=spacing,

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import secrets
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -201,7 +202,7 @@ class Jobs(Listing):
             priority=PRIORITIES[priority],
             attributes={"content": content, "model": request.model, "stage": None, "progress": 0.0},
         )
-        parameters = {"model": request.model, "series": request.series, "seed": request.seed}
+        parameters = asdict(request)
         winner = DBOS.enqueue_workflow_with_options(options, job, parameters).workflow_id
         if winner != job:  # the same scan was sent twice at the same moment
             self._store.erase(job)
@@ -308,7 +309,7 @@ class Jobs(Listing):
     def _content(self, digest: str, request: Request) -> str:
         """Hash of all that decides the answer: bytes, parameters, and the models it may be made with."""
         models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
-        return _sha256("content", digest, *models, repr(request.series), repr(request.seed))
+        return _sha256("content", digest, *models, repr(request.series), repr(request.seed), request.geometry)
 
     def _answering(self, identity: str, content: str) -> str | None:
         found = self._list(

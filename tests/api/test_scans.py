@@ -269,7 +269,13 @@ def test_the_list_pages_and_filters(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("query", "code"), [("seed=-1", "bad_request"), ("seed=x", "bad_request"), ("model=none", "unknown_model")]
+    ("query", "code"),
+    [
+        ("seed=-1", "bad_request"),
+        ("seed=x", "bad_request"),
+        ("geometry=guess", "bad_request"),
+        ("model=none", "unknown_model"),
+    ],
 )
 def test_bad_parameters_are_refused_before_the_upload(client: TestClient, query: str, code: str) -> None:
     answer = client.post(f"{URL}?{query}", content=scan())
@@ -279,9 +285,12 @@ def test_bad_parameters_are_refused_before_the_upload(client: TestClient, query:
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-0.0.1"])
 def test_a_model_may_be_named(client: TestClient, engine: FakeEngine, model: str) -> None:
-    answer = client.post(f"{URL}?model={model}&series=1.2.3", content=scan(model=model), headers=WAIT)
+    answer = client.post(
+        f"{URL}?model={model}&series=1.2.3/2&geometry=resample", content=scan(model=model), headers=WAIT
+    )
     assert answer.status_code == 200
-    assert (engine.seen[-1][1].model, engine.seen[-1][1].series) == (model, "1.2.3")
+    wanted = engine.seen[-1][1]
+    assert (wanted.model, wanted.series, wanted.geometry) == (model, "1.2.3/2", "resample")
 
 
 @pytest.mark.parametrize("path", ["/v1/scans/../../etc", "/v1/scans/x", f"/v1/scans/{'0' * 16}-{'0' * 16}", "/nothing"])

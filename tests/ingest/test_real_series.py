@@ -8,6 +8,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom import dcmread
+from scipy import ndimage
 
 from app.errors import CounterpartError, NotAVolume
 from app.ingest import nifti, read
@@ -91,6 +93,25 @@ def test_series_that_are_refused_with_the_place(
         read_scan(archives / folder)
     assert refused.value.code == ("not_a_volume" if "notavolume" in folder else "irregular_slices")
     assert all(message in refused.value.found for message in messages)
+
+
+def test_the_tilted_head_ct_resampled_by_choice(archives: Path, read_scan: Read) -> None:
+    scan = read_scan(archives / "ge" / "GE_HiSpeed_CT_head", geometry="resample")
+    # 48.2 mm to the side are 99 pixels; 147.5 mm of head at the lower slices' 4 mm.
+    assert scan.volume.shape == (512, 611, 37)
+    np.testing.assert_allclose(scan.volume.spacing, [0.488281, 0.488281, 4.0], atol=2e-3)
+    notes = " ".join(scan.source.notes)
+    assert "18.5 degrees" in notes
+    assert "up to 7.0 mm apart, onto 37 slices at a right angle and 4.00 mm apart" in notes
+    # A slice whose place is one of the new ones: the same picture, moved by less than a pixel.
+    slice_ = dcmread(scan.source.instances[8])
+    corner = np.array(slice_.ImagePositionPatient, dtype=float) * [-1, -1, 1]
+    x, y, z = (np.linalg.inv(scan.volume.affine) @ [*corner, 1])[:3]
+    acquired = slice_.pixel_array.T * float(slice_.RescaleSlope) + float(slice_.RescaleIntercept)
+    acquired = np.maximum(acquired, scan.volume.array.min())  # padding became background
+    there = ndimage.shift(acquired, (x - round(x), y - round(y)), order=1)[1:-1, 1:-1]
+    here = scan.volume.array[round(x) + 1 : round(x) + 511, round(y) + 1 : round(y) + 511, round(z)]
+    np.testing.assert_allclose(here, there, atol=0.02)
 
 
 NINE = range(1, 10)
