@@ -77,10 +77,10 @@ class Source:
 
     Attributes
     ----------
-    format : {"nifti", "dicom"}
+    format : {"nifti", "mgh", "dicom"}
         What was sent.
     modality : {"MR", "CT"} or None
-        None where the format does not say (NIfTI).
+        None where the format does not say (NIfTI, MGH).
     description : str
         Sequence tags and series description in one line, for the choice of a bundle; may be empty.
     sform_code : int
@@ -96,7 +96,7 @@ class Source:
         What reading decided or left out, in sentences without patient data; they go into the report.
     """
 
-    format: Literal["nifti", "dicom"]
+    format: Literal["nifti", "mgh", "dicom"]
     modality: Literal["MR", "CT"] | None = None
     description: str = ""
     sform_code: int = 1

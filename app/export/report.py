@@ -25,7 +25,7 @@ class ModelUsed(Part):
 
 
 class Input(Part):
-    format: Literal["nifti", "dicom"]
+    format: Literal["nifti", "mgh", "dicom"]
     modality: str | None
     shape: tuple[int, int, int]
     spacing_mm: Point

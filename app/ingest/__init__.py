@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.errors import CounterpartError, EmptyUpload, NoImageInArchive, SeveralSeries, UnsafeArchive
-from app.ingest import archive, nifti
+from app.ingest import archive, single
 from app.ingest.limits import STANDARD, Limits
 from app.ingest.sniff import ACCEPTED, HEAD_BYTES, Format, sniff
 from app.volume import Geometry, Scan
@@ -34,7 +34,7 @@ def read(
     Parameters
     ----------
     path : Path
-        A NIfTI file (gzipped or not), a zip of a DICOM series or of one NIfTI file, one DICOM
+        A NIfTI or MGH file (gzipped or not), a zip of a DICOM series or of one such file, one DICOM
         file, or a folder of DICOM files.
     scratch : Path
         The caller's folder, made if it is missing, for what an archive holds; the instances of the
@@ -62,7 +62,7 @@ def _read_file(path: Path, wanted: _Wanted) -> Scan:
         return _read_files(archive.unpack(path, wanted.scratch, wanted.limits), wanted)
     if kind == "dicom":
         return _read_dicom([path], wanted)
-    return nifti.read(path, wanted.scratch, wanted.limits)
+    return single.read(path, wanted.scratch, wanted.limits)
 
 
 def _read_folder(folder: Path, wanted: _Wanted) -> Scan:
@@ -90,22 +90,22 @@ def _read_files(files: Iterable[Path], wanted: _Wanted) -> Scan:
         kind = _kind(path)
         if kind == "dicom":
             instances.append(path)
-        elif kind == "nifti" or (kind == "gzip" and nifti.is_gzipped_nifti(path)):
+        elif kind in {"nifti", "mgh"} or (kind == "gzip" and single.is_gzipped_volume(path)):
             volumes.append(path)
     if not volumes and not instances:
         raise NoImageInArchive(
-            "No file in it is a DICOM or NIfTI image.",
+            "No file in it is a DICOM, NIfTI or MGH image.",
             expected=ACCEPTED,
             advice="Pack the images themselves: an archive inside an archive is not opened.",
         )
     if len(volumes) > 1 or (volumes and instances):
         raise SeveralSeries(
-            f"It holds {len(volumes)} NIfTI and {len(instances)} DICOM files.",
-            expected="one NIfTI file, or the DICOM files of one series.",
+            f"It holds {len(volumes)} NIfTI or MGH and {len(instances)} DICOM files.",
+            expected="one NIfTI or MGH file, or the DICOM files of one series.",
             advice="Send one scan at a time.",
         )
     if volumes:
-        return nifti.read(volumes[0], wanted.scratch, wanted.limits)
+        return single.read(volumes[0], wanted.scratch, wanted.limits)
     return _read_dicom(instances, wanted)
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from app.errors import EmptyUpload, NotAnImageFormat
 
-Format = Literal["nifti", "gzip", "zip", "dicom"]
+Format = Literal["nifti", "mgh", "gzip", "zip", "dicom"]
 
 # A NIfTI-2 header without its extension flag; every other signature lies inside it.
 HEAD_BYTES = 540
@@ -23,7 +23,10 @@ _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _DICOM_FIRST_GROUPS = (0x0002, 0x0008)
 _DICOM_FIRST_ELEMENTS = 0x0020
 
-ACCEPTED = "a NIfTI file (.nii, .nii.gz), a DICOM file, or a zip of a DICOM series."
+# MGH has no magic: a version of 1, four lengths, and one of its types of numbers, all big endian.
+_MGH_VERSION, _MGH_BYTES, _MGH_TYPES = 1, 24, (0, 1, 3, 4, 10)
+
+ACCEPTED = "a NIfTI (.nii, .nii.gz) or FreeSurfer (.mgh, .mgz) file, a DICOM file, or a zip of a DICOM series."
 
 
 def sniff(head: bytes) -> Format:
@@ -49,6 +52,8 @@ def sniff(head: bytes) -> Format:
         return "zip"
     if _is_nifti(head):
         return "nifti"
+    if _is_mgh(head):
+        return "mgh"
     if head[_DICOM_MAGIC_AT:].startswith(_DICOM_MAGIC) or _is_bare_dicom(head):
         return "dicom"
     raise NotAnImageFormat(
@@ -69,6 +74,13 @@ def _is_nifti(head: bytes) -> bool:
         _refuse_pair(head[4:8])
         return _NIFTI2_MAGIC.startswith(head[4:12])
     return False
+
+
+def _is_mgh(head: bytes) -> bool:
+    if len(head) < _MGH_BYTES:
+        return False
+    version, *lengths, kind = struct.unpack(">6i", head[:_MGH_BYTES])
+    return version == _MGH_VERSION and min(lengths) > 0 and kind in _MGH_TYPES
 
 
 def _refuse_pair(magic: bytes) -> None:

@@ -103,7 +103,7 @@ def test_no_image_in_it(tmp_path: Path, read_scan: Read, files: dict[str, bytes]
 
 
 def test_two_scans(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
-    with pytest.raises(SeveralSeries, match="2 NIfTI and 0 DICOM"):
+    with pytest.raises(SeveralSeries, match="2 NIfTI or MGH and 0 DICOM"):
         read_scan(make_zip(tmp_path / "a.zip", {"a.nii": nifti, "b.nii": nifti}))
 
 

@@ -23,7 +23,7 @@ from app.errors import (
     TooManyVoxels,
     TruncatedFile,
 )
-from app.ingest import Limits, nifti
+from app.ingest import Limits, single
 from app.volume import Volume
 from tests.ingest.conftest import Read, centroid_mm, placed
 
@@ -86,7 +86,7 @@ def test_any_affine_comes_back(
     image = kind(array, None)
     image.set_sform(affine, code=1)
     (folder / "scan").write_bytes(image.to_bytes())
-    scan = nifti.read(folder / "scan", folder, Limits())
+    scan = single.read(folder / "scan", folder, Limits())
     np.testing.assert_array_equal(scan.volume.array, array)
     np.testing.assert_allclose(scan.volume.affine, affine, rtol=1e-6, atol=1e-5)
 

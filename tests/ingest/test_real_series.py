@@ -12,7 +12,7 @@ from pydicom import dcmread
 from scipy import ndimage
 
 from app.errors import CounterpartError, NotAVolume
-from app.ingest import nifti, read
+from app.ingest import read, single
 from app.ingest.limits import STANDARD
 from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
@@ -196,7 +196,7 @@ def test_every_file_alone_is_read_or_refused(archives: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["CT_pitch", "M2208_T2w", "MNI152_T1_2mm", "shear", "clinical_stroke_T2"])
 def test_nifti_as_nibabel_reads_it(tmp_path: Path, name: str) -> None:
     path = DATA / "nifti_misc" / f"{name}.nii.gz"
-    scan, image = nifti.read(path, tmp_path, STANDARD), nib.load(path)
+    scan, image = single.read(path, tmp_path, STANDARD), nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
     np.testing.assert_array_equal(scan.volume.array, image.get_fdata(dtype=np.float32))
     np.testing.assert_array_equal(scan.volume.affine, image.affine)
