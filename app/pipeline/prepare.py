@@ -179,6 +179,9 @@ def _background(array: FloatArray) -> float:
 def _foreground(signal: FloatArray) -> BoolArray:
     """The largest connected thing above the background, holes filled, (X, Y, Z)."""
     bright = np.percentile(signal, 99)
+    if bright <= 0 and (brighter := signal[signal > 0]).size:
+        # A head smaller than one percent of the field of view: the brightest of what is there.
+        bright = np.percentile(brighter, 99)
     if bright <= 0:
         raise ConstantVoxels(
             "Nothing in the image is brighter than its border.",

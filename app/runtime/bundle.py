@@ -87,13 +87,19 @@ def choose(manifests: Sequence[Manifest], source: Source, model: str | None) -> 
     UnknownModel
         The name is none of the bundles', or none was named and there is no single candidate.
     WrongModality
-        The scan says that it is of another modality than the model.
+        The scan says that it is of another modality than the model, or than all of them.
     """
     by_version = sorted(manifests, key=_newest_last)
     if model:
         fits = [m for m in by_version if model in (m.name, m.id)]
     else:
         fits = [m for m in by_version if source.modality in (None, m.modality)]
+    if by_version and not model and not fits:
+        raise WrongModality(
+            f"The scan's modality is {source.modality}, and no model knows it.",
+            expected="a scan for one of " + ", ".join(f"{m.id} ({m.modality})" for m in by_version) + ".",
+            advice="Send another series, or install a model for this one.",
+        )
     if len({m.name for m in fits}) != 1:
         raise UnknownModel(
             f"No model is called {model!r}." if model else f"{len({m.name for m in fits})} models fit the scan.",

@@ -189,6 +189,21 @@ def test_a_trunk_is_refused_for_its_height() -> None:
         to_slices(Volume(array, grid(shape)), PREPARATION)
 
 
+def test_a_head_in_a_field_of_view_a_hundred_times_as_large() -> None:
+    volume, slices = reference()
+    small = np.zeros((270, 270, 270), dtype=np.float32)
+    corner = np.array([100, 90, 120])
+    x, y, z = (slice(int(a), int(a) + n) for a, n in zip(corner, volume.shape, strict=True))
+    small[x, y, z] = volume.array
+    assert np.mean(small > 0) < 0.01
+    affine = volume.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ corner
+    found = to_slices(Volume(small, affine), PREPARATION)
+    np.testing.assert_array_equal(found.foreground, slices.foreground)
+    # The intensity's percentile is over the foreground alone; only float32 sums of the smoothing differ.
+    np.testing.assert_allclose(found.x, slices.x, atol=1e-5)
+
+
 def test_a_black_thing_on_white_is_refused() -> None:
     volume, _ = reference()
     with pytest.raises(ConstantVoxels, match="brighter than its border"):

@@ -236,6 +236,12 @@ def test_an_unknown_model_is_answered_with_the_known_ones() -> None:
         choose([], MR, None)
 
 
+def test_a_scan_of_a_modality_that_no_model_knows() -> None:
+    with pytest.raises(WrongModality, match="modality is CT, and no model knows it") as caught:
+        choose([named("t1")], CT, None)
+    assert "t1-1.0.0 (MR)" in caught.value.expected
+
+
 def test_a_model_of_another_modality_is_refused() -> None:
     with pytest.raises(WrongModality, match="The scan's modality is CT"):
         choose(HEAD, CT, "t1")
