@@ -1,5 +1,6 @@
 """What several files of ingestion start from."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,16 @@ def read_scan(tmp_path: Path) -> Read:
         return read(path, scratch=tmp_path / "scratch", **options)  # type: ignore[arg-type]
 
     return call
+
+
+@pytest.fixture(scope="session")
+def archives(real_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The DICOM archives of the real scans, unpacked; without them, what needs them is skipped."""
+    folder = tmp_path_factory.mktemp("archives")
+    for path in sorted((real_scans / "dicom").glob("*.tar.xz")):
+        with tarfile.open(path) as archive:
+            archive.extractall(folder / path.name.removesuffix(".tar.xz").split("_")[0], filter="data")
+    return folder
 
 
 @pytest.fixture(scope="session")

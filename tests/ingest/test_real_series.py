@@ -1,7 +1,5 @@
 """Real series of several vendors, where the data folder is at hand."""
 
-import os
-import tarfile
 from functools import cache
 from pathlib import Path
 
@@ -18,20 +16,7 @@ from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
 from tests.ingest.conftest import Read
 
-DATA = Path(os.environ.get("COUNTERPART_DATA", Path(__file__).parents[3] / "shared" / "data"))
-pytestmark = [
-    pytest.mark.data,
-    pytest.mark.skipif(not (DATA / "dicom").is_dir(), reason="COUNTERPART_DATA holds no DICOM archives"),
-]
-
-
-@pytest.fixture(scope="session")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("archives")
-    for path in sorted((DATA / "dicom").glob("*.tar.xz")):
-        with tarfile.open(path) as archive:
-            archive.extractall(folder / path.name.removesuffix(".tar.xz").split("_")[0], filter="data")
-    return folder
+pytestmark = pytest.mark.data
 
 
 @cache
@@ -194,8 +179,8 @@ def test_every_file_alone_is_read_or_refused(archives: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["CT_pitch", "M2208_T2w", "MNI152_T1_2mm", "shear", "clinical_stroke_T2"])
-def test_nifti_as_nibabel_reads_it(tmp_path: Path, name: str) -> None:
-    path = DATA / "nifti_misc" / f"{name}.nii.gz"
+def test_nifti_as_nibabel_reads_it(real_scans: Path, tmp_path: Path, name: str) -> None:
+    path = real_scans / "nifti_misc" / f"{name}.nii.gz"
     scan, image = single.read(path, tmp_path, STANDARD), nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
     np.testing.assert_array_equal(scan.volume.array, image.get_fdata(dtype=np.float32))
