@@ -96,10 +96,19 @@ def _reader(content_type: str, incoming: Incoming, max_files: int) -> Reader:
                 advice="Let the HTTP library write the header.",
             )
         return FormReader(boundary, incoming, max_files)
+    if kind == b"multipart/related":
+        boundary = options.get(b"boundary")
+        if not boundary:
+            raise BadRequest(
+                "The message has no boundary.",
+                expected='Content-Type: multipart/related; type="application/dicom"; boundary=...',
+                advice="Let the DICOMweb client write the header.",
+            )
+        return RelatedReader(boundary, incoming, max_files)
     if kind.startswith(b"multipart/"):
         raise NotAnImageFormat(
             "The body is of a multipart type that is not read.",
-            expected="multipart/form-data, or the scan as the body.",
+            expected='multipart/form-data, multipart/related; type="application/dicom", or the scan as the body.',
             advice="curl -F file=@scan.nii.gz, or curl --data-binary @scan.nii.gz.",
         )
     return BodyReader(incoming)
@@ -191,13 +200,7 @@ class FormReader:
         value.clear()
 
     def _begin_file(self) -> None:
-        _, options = parse_options_header(self._disposition)
-        if b"filename" not in options:
-            raise BadRequest(
-                "The form has a field that is no file.",
-                expected="files only.",
-                advice="Parameters go into the query: POST /v1/scans?model=...",
-            )
+        self._check_part()
         if len(self._incoming.heads) >= self._max_files:
             raise UploadTooLarge(
                 f"The form has more than {self._max_files} files.",
@@ -206,8 +209,24 @@ class FormReader:
             )
         self._incoming.begin()
 
+    def _check_part(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"filename" not in options:
+            raise BadRequest(
+                "The form has a field that is no file.",
+                expected="files only.",
+                advice="Parameters go into the query: POST /v1/scans?model=...",
+            )
+
     def _end(self) -> None:
         self._ended = True
+
+
+class RelatedReader(FormReader):
+    """multipart/related: a file a part, without a name, as a DICOMweb client stores them (PS3.18 10.5)."""
+
+    def _check_part(self) -> None:
+        """Every part is a file."""
 
 
 def _empty() -> EmptyUpload:
@@ -229,6 +248,6 @@ def _too_large(max_mb: int) -> UploadTooLarge:
 def _malformed() -> BadRequest:
     return BadRequest(
         "The form is malformed, or ends before its last boundary.",
-        expected="multipart/form-data (RFC 7578).",
+        expected="multipart/form-data (RFC 7578) or multipart/related (RFC 2387).",
         advice="Let the HTTP library build the form, and send it whole.",
     )

@@ -61,8 +61,13 @@ FORM = {
 UPLOAD = {
     "requestBody": {
         "required": True,
-        "description": "A NIfTI file (.nii, .nii.gz), a zip of a DICOM series, or a form with one or many files.",
-        "content": {"application/octet-stream": BINARY, "application/gzip": BINARY, "multipart/form-data": FORM},
+        "description": "A NIfTI or MGH file, a zip of a DICOM series, or many files in a form or as DICOMweb does.",
+        "content": {
+            "application/octet-stream": BINARY,
+            "application/gzip": BINARY,
+            "multipart/form-data": FORM,
+            "multipart/related": BINARY,
+        },
     }
 }
 

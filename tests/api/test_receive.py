@@ -90,6 +90,42 @@ def test_a_malformed_form_is_400(client: TestClient, kind: str, body: bytes) -> 
     assert leftovers(client) == []
 
 
+def related(*parts: bytes, boundary: str = "x") -> bytes:
+    head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+    return b"".join(head + part + b"\r\n" for part in parts) + f"--{boundary}--\r\n".encode()
+
+
+RELATED = 'multipart/related; type="application/dicom"; boundary=x'
+
+
+def test_a_dicomweb_message_is_its_parts(client: TestClient, engine: FakeEngine) -> None:
+    body = related(scan(related=1), scan(related=2) + b"\r\n--xy\r\n")
+    answer = client.post(URL, content=body, headers={"Content-Type": RELATED, **WAIT})
+    assert answer.status_code == 200
+    folder, _ = engine.seen[-1]
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == [
+        scan(related=1),
+        scan(related=2) + b"\r\n--xy\r\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "status", "code"),
+    [
+        ("multipart/related", related(scan()), 400, "bad_request"),
+        (RELATED, related(scan())[:-6], 400, "bad_request"),
+        (RELATED, b"--x--\r\n", 400, "empty_upload"),
+        (RELATED, related(b"hello" * 200), 415, "not_an_image_format"),
+        (RELATED, related(*[scan(i=i) for i in range(4)]), 413, "upload_too_large"),
+    ],
+    ids=["boundary missing", "cut off", "nothing", "no image", "too many"],
+)
+def test_a_dicomweb_message_that_is_refused(client: TestClient, kind: str, body: bytes, status: int, code: str) -> None:
+    answer = client.post(URL, content=body, headers={"Content-Type": kind})
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert leftovers(client) == []
+
+
 def test_another_multipart_type_is_415(client: TestClient) -> None:
     answer = client.post(URL, content=b"--x--\r\n", headers={"Content-Type": "multipart/mixed; boundary=x"})
     assert answer.status_code == 415
