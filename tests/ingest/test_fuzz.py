@@ -1,0 +1,19 @@
+"""Mutants of real files; `scripts/fuzz_ingest.py` makes more of them."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.fuzz_ingest import fuzz, seeds
+
+COUNT, SEED = 300, 20261123
+
+
+@pytest.mark.data
+def test_every_mutant_is_read_or_refused(real_scans: Path, tmp_path: Path) -> None:
+    outcome = fuzz(seeds(real_scans, tmp_path), COUNT, SEED)
+    assert outcome.findings == []
+    assert outcome.codes.total() == COUNT
+    # They reach the decoders and not only the sniffing of the first bytes.
+    assert outcome.codes["read"] > COUNT / 10
+    assert len(outcome.codes) >= 6
