@@ -1,5 +1,6 @@
 """A zip -> numbered files in the caller's scratch folder. Names in it are never used."""
 
+import errno
 import stat
 import struct
 import tempfile
@@ -56,13 +57,22 @@ def unpack(path: Path, scratch: Path, limits: Limits) -> list[Path]:
                 return _inflate(archive, scratch, limits)
     except UnreadableScan:
         raise
+    except OSError as failure:
+        if failure.errno != errno.EINVAL:
+            raise  # the disk's fault, not the archive's
+        # An entry that would begin before the archive's first byte.
+        raise _damaged() from None
     except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError):
         # The library's text can hold names, which can hold a patient's.
-        raise TruncatedFile(
-            "The zip archive is damaged or incomplete.",
-            expected=_EXPECTED,
-            advice="Zip the series again, and check that the whole archive arrived.",
-        ) from None
+        raise _damaged() from None
+
+
+def _damaged() -> TruncatedFile:
+    return TruncatedFile(
+        "The zip archive is damaged or incomplete.",
+        expected=_EXPECTED,
+        advice="Zip the series again, and check that the whole archive arrived.",
+    )
 
 
 def _check_directory(file: IO[bytes], limits: Limits) -> None:

@@ -115,6 +115,18 @@ def test_cut_short(tmp_path: Path, read_scan: Read, nifti: bytes, keep: int) -> 
         read_scan(path)
 
 
+def test_an_entry_that_begins_before_the_archive(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+    """Found by fuzzing: the directory is said to lie further on than it does."""
+    path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
+    content = bytearray(path.read_bytes())
+    end = content.rfind(b"PK\x05\x06")
+    at = struct.unpack_from("<L", content, end + 16)[0]
+    struct.pack_into("<L", content, end + 16, at + 1000)
+    path.write_bytes(content)
+    with pytest.raises(TruncatedFile):
+        read_scan(path)
+
+
 def test_damaged_inside(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
     path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
     content = bytearray(path.read_bytes())
