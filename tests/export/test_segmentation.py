@@ -18,8 +18,11 @@ from app.ingest import read
 from app.ingest.quiet import quiet
 from app.volume import Scan
 from tests.export.conftest import BALLS, SHAPE, SPACING, Change, Written, oblique, scan_of, write
-from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, datasets
+from tests.ingest.test_stack import shift, tilt
+from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, datasets, save
+from tests.support.enhanced import enhanced as with_echoes
 from tests.support.judges import tool
+from tests.support.mosaic import mosaic
 from tests.support.phantom import brain
 from tests.support.results import resampled
 from tests.support.segmentation import segment_points
@@ -135,6 +138,53 @@ def test_a_resampled_scan_is_segmented_on_its_own_grid(tmp_path: Path, mirrored:
     made = pydicom.dcmread(written.segmentation)
     assert not any(frame.get("DerivationImageSequence") for frame in made.PerFrameFunctionalGroupsSequence)
     assert len(made.SourceImageSequence) == SHAPE[2]
+
+
+@pytest.mark.parametrize(
+    "fault", [tilt, lambda s: s.pop(9), lambda s: shift(s, 12, (0, 0, 2.3))], ids=["tilt", "gap", "uneven"]
+)
+def test_irregular_slices_that_were_resampled_are_segmented_in_place(tmp_path: Path, fault: Change) -> None:
+    slices = datasets(brain(SHAPE, oblique(*TURNS["oblique"])), Series())
+    fault(slices)
+    save(tmp_path / "series", slices)
+    scan = read(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample")
+    assert scan.source.resampled
+    written = write(tmp_path / "out", scan)
+    assert written.absent == {}
+    check_place(written)
+
+
+def test_slices_that_were_resampled_are_not_those_that_lie_beside_them(tmp_path: Path) -> None:
+    """A fifth of a millimetre off its place: too much for the reader, near enough to be taken for the source's."""
+    slices = datasets(brain(SHAPE, oblique(0, 0, 0)), Series())
+    shift(slices, 16, (0, 0, 0.2))
+    save(tmp_path / "series", slices)
+    written = write(tmp_path / "out", read(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample"))
+    check_place(written)
+    made = pydicom.dcmread(written.segmentation)
+    assert not any(frame.get("DerivationImageSequence") for frame in made.PerFrameFunctionalGroupsSequence)
+
+
+@pytest.mark.parametrize("downwards", [False, True])
+def test_a_mosaic_is_segmented_where_its_tiles_lie(tmp_path: Path, *, downwards: bool) -> None:
+    (path,) = save(tmp_path, [mosaic(brain(SHAPE, oblique(*TURNS["oblique"])), Series(), downwards=downwards)])
+    written = write(tmp_path / "out", read(path, scratch=tmp_path / "scratch"))
+    assert written.absent == {}
+    check_place(written)
+    made, source = pydicom.dcmread(written.segmentation), pydicom.dcmread(path)
+    assert (made.Columns, made.Rows) == SHAPE[:2]
+    assert (source.Columns, source.Rows) != SHAPE[:2]
+    assert [item.ReferencedSOPInstanceUID for item in made.SourceImageSequence] == [source.SOPInstanceUID]
+    assert not any(frame.get("DerivationImageSequence") for frame in made.PerFrameFunctionalGroupsSequence)
+
+
+def test_the_second_echo_of_an_enhanced_image_is_segmented_in_place(tmp_path: Path) -> None:
+    volume, echoes = brain(SHAPE, oblique(*TURNS["oblique"])), (10.0, 80.0)
+    (path,) = save(tmp_path, [with_echoes(volume, Series(), echoes)])
+    series = f"{pydicom.dcmread(path).SeriesInstanceUID}/2"
+    written = write(tmp_path / "out", read(path, scratch=tmp_path / "scratch", series=series))
+    assert written.absent == {}
+    check_place(written)
 
 
 # ---- what it refers to -------------------------------------------------------------------------

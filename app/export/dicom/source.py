@@ -78,7 +78,7 @@ class SourceSeries:
         One a slice, in the order of the scan's last axis; or the one multi-frame image.
     positions : tuple of sequence, or None
         ImagePositionPatient of each slice of the scan, as the source states it. None: the scan's
-        grid is not that of the source (it was resampled).
+        slices are not images or frames of the source (they were resampled, or are tiles of a mosaic).
     lps : (4, 4) ndarray
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
@@ -120,7 +120,8 @@ def read_source(scan: Scan) -> SourceSeries:
     _check(headers)
     lps = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
-    chosen = _match(frames, headers[0], lps, scan.volume.shape)
+    # A resampled slice may lie beside one of the source, as near as two of one place; it is another.
+    chosen = [] if scan.source.resampled else _match(frames, headers[0], lps, scan.volume.shape)
     images = _images(headers, frames, chosen, lps)
     return SourceSeries(
         images=tuple(images),
