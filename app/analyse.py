@@ -66,7 +66,7 @@ def analyse(
     Parameters
     ----------
     path : Path
-        A NIfTI file, a zip, or a folder of DICOM files.
+        A NIfTI or MGH file, a zip, or a folder of DICOM files.
     out : Path
         Existing folder for `RESULT_FILES` and `DICOM_FILES`; each appears whole or not at all.
     bundles : callable
@@ -74,7 +74,7 @@ def analyse(
     manifests : sequence of Manifest
         Those to choose from.
     request : Request
-        Model, series, seed.
+        Model, series, seed, geometry.
     progress : callable
         Told of each stage.
 
@@ -155,7 +155,7 @@ def _write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[
     """The DICOM objects; why those of `DICOM_FILES` that are absent are."""
     if scan.source.format != "dicom":
         reason = NotFromDicom(
-            "The scan came as NIfTI: there is no patient, study or series that DICOM results could belong to.",
+            "The scan did not come as DICOM: there is no patient, study or series that DICOM results could belong to.",
             expected="a DICOM series.",
             advice="Take mask.nii.gz and report.json, or send the DICOM series itself.",
         )

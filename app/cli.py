@@ -60,7 +60,7 @@ def options(
 
 @app.command()
 def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other way
-    scan: Annotated[Path, typer.Argument(help="NIfTI file, zip, DICOM file or folder.", exists=True)],
+    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", exists=True)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", file_okay=False)],
     *,
     model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else chosen by modality.")] = None,

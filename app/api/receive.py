@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
-from app.ingest import HEAD_BYTES, sniff
+from app.ingest import ACCEPTED, HEAD_BYTES, sniff
 from app.jobs.store import Incoming
 
 # Bytes handed to a thread at once: a hop costs as much as hashing some kilobytes.
@@ -232,7 +232,7 @@ class RelatedReader(FormReader):
 def _empty() -> EmptyUpload:
     return EmptyUpload(
         "The request holds no scan.",
-        expected="a NIfTI file, a DICOM file, or a zip of a DICOM series.",
+        expected=ACCEPTED,
         advice="Send the file as the body (curl --data-binary @scan.nii.gz) or in a form (curl -F file=@scan.nii.gz).",
     )
 

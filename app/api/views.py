@@ -52,7 +52,7 @@ def _summary(job: Job, places: dict[str, int]) -> Summary:
     if job.state in {"queued", "running"}:
         links["cancel"] = f"{path_of(job.id)}/cancel"
     if job.state == "succeeded":
-        # Only those there are: a NIfTI scan has no DICOM results.
+        # Only those there are: a scan that is no DICOM has no DICOM results.
         names = {OTHER_LINKS.get(name, name.partition(".")[0]): name for name in job.results}
         links |= {link: f"{path_of(job.id)}/{name}" for link, name in names.items()}
     return Summary(

@@ -10,7 +10,7 @@ from app.ingest.limits import STANDARD, Limits
 from app.ingest.sniff import ACCEPTED, HEAD_BYTES, Format, sniff
 from app.volume import Geometry, Scan
 
-__all__ = ["HEAD_BYTES", "STANDARD", "Format", "Limits", "read", "sniff"]
+__all__ = ["ACCEPTED", "HEAD_BYTES", "STANDARD", "Format", "Limits", "read", "sniff"]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ _END, _END_BYTES, _COMMENT_BYTES = b"PK\x05\x06", 22, 0xFFFF
 # One entry of the directory is 46 bytes and a name: more on average is no archive of images.
 _ENTRY_BYTES = 1024
 
-_EXPECTED = "a plain zip (stored or deflated, no password) of one DICOM series or one NIfTI file."
+_EXPECTED = "a plain zip (stored or deflated, no password) of one DICOM series or one NIfTI or MGH file."
 
 
 def unpack(path: Path, scratch: Path, limits: Limits) -> list[Path]:
