@@ -84,21 +84,18 @@ def test_what_a_scan_does_not_have_is_told(client: TestClient, tmp_path: Path) -
         assert client.head(f"/v1/scans/{job['id']}/{name}").status_code == 404
 
 
-def test_a_scan_becomes_its_mask(tmp_path: Path, tiny_models: Path) -> None:
+def test_a_scan_becomes_its_mask(client: TestClient, tmp_path: Path) -> None:
     head = brain()
-    sent = tmp_path / "head.nii.gz"
+    sent, fetched = tmp_path / "head.nii.gz", tmp_path / "mask.nii.gz"
     nib.save(nib.Nifti1Image(head.array, head.affine), sent)
-    settings = Settings(store=str(tmp_path / "store"), models=tiny_models, threads=1, drain_seconds=0)
-    with TestClient(create_app(settings)) as client:
-        answer = client.post("/v1/scans", content=sent.read_bytes(), headers={"Prefer": "wait=60"})
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["model"] == "tiny-0.0.1"
-        links = answer.json()["links"]
-        fetched = tmp_path / "mask.nii.gz"
-        fetched.write_bytes(client.get(links["mask"]).content)
-        report = client.get(links["report"]).json()
-        assert client.get(links["preview"]).content.startswith(b"\x89PNG")
-        assert client.get("/readyz").json()["models"] == ["tiny-0.0.1"]
+    answer = client.post("/v1/scans", content=sent.read_bytes(), headers={"Prefer": "wait=60"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["model"] == "tiny-0.0.1"
+    links = answer.json()["links"]
+    fetched.write_bytes(client.get(links["mask"]).content)
+    report = client.get(links["report"]).json()
+    assert client.get(links["preview"]).content.startswith(b"\x89PNG")
+    assert client.get("/readyz").json()["models"] == ["tiny-0.0.1"]
     mask = nib.load(fetched)
     assert isinstance(mask, SpatialImage)
     assert mask.shape == head.shape
