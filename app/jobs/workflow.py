@@ -237,8 +237,8 @@ class Jobs(Listing):
 
     def erase(self, job: str) -> None:
         """Remove a job and every trace of it, whatever its state."""
-        if self.get(job).state not in ENDED:
-            DBOS.cancel_workflow(job)
+        self.get(job)
+        # At once, so that nobody who follows it takes it for cancelled.
         DBOS.delete_workflow(job)
         # A worker that would publish just now finds its folder gone, and cannot bring it back.
         self._store.erase(job)
