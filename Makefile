@@ -1,6 +1,6 @@
 # `make run` and `make test` do all the set-up on a machine with Python 3.11 and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format types imports unit train doctor install install-dev clean
+.PHONY: help run test lint format types imports unit proofs train doctor install install-dev clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= $(or $(COUNTERPART_PORT),8000)
@@ -44,6 +44,9 @@ imports: $(DEV)/.installed ## The import rules of docs/architecture.md.
 
 unit: $(DEV)/.installed ## Tests alone; ARGS goes to pytest.
 	$(BIN)/python -m pytest $(ARGS)
+
+proofs: $(DEV)/.installed ## Kill -9, a cluster, the contract, in their short form: some minutes.
+	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs/test_shared.py
 
 format: $(DEV)/.installed ## Rewrite the code as `make lint` wants it.
 	$(BIN)/ruff check --fix .

@@ -106,6 +106,7 @@ def test_the_roster_on_postgresql(database: str) -> None:
         roster.close()
 
 
+@pytest.mark.proof
 def test_a_worker_that_dies_is_replaced_by_another_machine(
     database: str, server: dict[str, str], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from scripts.prove_contract import prove as prove_contract
 from scripts.prove_kill import prove as prove_kill
 from scripts.servers import find_postgres, postgres
 
+pytestmark = pytest.mark.proof
 needs_postgres = pytest.mark.skipif(find_postgres() is None, reason="no PostgreSQL server: apt-get install postgresql")
 
 
