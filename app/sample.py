@@ -12,10 +12,10 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel import affines
-from scipy import ndimage
 
 from app.errors import MissingExtra
 from app.export.nifti import write_nifti
+from app.pipeline.lesion import insert_lesion
 from app.volume import Affine, FloatArray
 
 TEMPLATE = Path("datasets", "data", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
@@ -27,6 +27,7 @@ SCALE = 0.92
 # Tissue contrast in the template is flatter than in a scan. With this exponent its percentiles 2,
 # 10, 25, 50, 75 and 90, as shares of the 98th, are within 0.06 of those of ds002748.
 GAMMA = 2.1
+BRIGHT = 98  # percentile
 # Standard deviation of the scanner's noise on each quadrature channel, share of the 98th
 # percentile: with it, the deviation of what a 1 mm Gaussian removes is 5.7 % of the robust range,
 # as in ds002748 (5.3 to 6.0 %).
@@ -36,9 +37,7 @@ NOISE_SD = 0.02
 CENTRE_MM = (23.0, 0.0, 33.0)
 SEMI_AXES_MM = (9.0, 16.0, 10.0)
 JITTER_MM = 1.5
-EDGE_MM = 1.0
-CONTRAST = -0.35  # darkens, as most lesions of white matter do on T1; share of the robust range
-ROBUST = (2, 98)
+CONTRAST = 0.35  # brightens: the shipped `t1` hardly sees dark lesions; share of the robust range
 
 MARGIN_VOXELS = 4
 GREY_LEVELS = 1000  # of the 98th percentile; int16 as scanners write
@@ -92,11 +91,11 @@ def make_sample(out: Path, seed: int = 0) -> Sample:
     """
     rng = np.random.default_rng(seed)
     brain, affine = _template()
-    soft = _lesion(brain.shape, affine, rng) * (brain > 0)
-    low, high = np.percentile(brain[brain > 0], ROBUST)
-    changed = np.maximum(brain + CONTRAST * (high - low) * soft, 0)
+    changed, lesion = insert_lesion(
+        brain, brain > 0, _ellipsoid(brain.shape, affine, rng), affines.voxel_sizes(affine), CONTRAST
+    )
     noisy = np.where(brain > 0, _rician(changed, rng), 0)
-    truth = (soft > 0.5).astype(np.uint8)
+    truth = lesion.astype(np.uint8)
 
     out.mkdir(parents=True, exist_ok=True)
     sample = Sample(
@@ -126,7 +125,7 @@ def _template() -> tuple[FloatArray, Affine]:
     whole = np.asarray(image.dataobj, dtype=np.float32)
     corner, box = _crop(whole > 0)
     array = whole[box]
-    bright = np.percentile(array[array > 0], ROBUST[1])
+    bright = np.percentile(array[array > 0], BRIGHT)
     assert image.affine is not None
     affine = np.diag([SCALE, SCALE, SCALE, 1.0]) @ image.affine
     affine[:3, 3] = affines.apply_affine(affine, corner)
@@ -141,16 +140,14 @@ def _crop(inside: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], tuple[s
     return low, tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
 
-def _lesion(shape: tuple[int, ...], affine: Affine, rng: np.random.Generator) -> FloatArray:
-    """An ellipsoid with a soft edge on a grid, (X, Y, Z) in [0, 1]."""
+def _ellipsoid(shape: tuple[int, ...], affine: Affine, rng: np.random.Generator) -> FloatArray:
+    """1 inside of an ellipsoid on a grid, (X, Y, Z)."""
     side = np.array([rng.choice((-1.0, 1.0)), 1.0, 1.0])
     centre = side * CENTRE_MM + rng.uniform(-JITTER_MM, JITTER_MM, 3)
     steps, origin = np.diag(affine)[:3], affine[:3, 3]  # the template's axes are those of the space
     along = [o + d * i for o, d, i in zip(origin, steps, np.ogrid[tuple(slice(n) for n in shape)], strict=True)]
     sharp = sum(((a - c) / r) ** 2 for a, c, r in zip(along, centre, SEMI_AXES_MM, strict=True)) <= 1
-    spacing = affines.voxel_sizes(affine)
-    soft: FloatArray = ndimage.gaussian_filter(np.asarray(sharp, dtype=np.float32), EDGE_MM / 2 / spacing)
-    return soft
+    return np.asarray(sharp, dtype=np.float32)
 
 
 def _rician(signal: FloatArray, rng: np.random.Generator) -> FloatArray:

@@ -38,7 +38,7 @@ def test_the_truth_is_the_ellipsoid(made: sample.Sample) -> None:
     assert np.abs([abs(centroid[0]), *centroid[1:]] - np.array(CENTRE_MM)).max() <= sample.JITTER_MM + 0.1
 
 
-def test_the_lesion_is_darker_by_what_is_promised(made: sample.Sample) -> None:
+def test_the_lesion_is_brighter_by_what_is_promised(made: sample.Sample) -> None:
     scan, _ = load(made.scan)
     truth, _ = load(made.truth)
     brain = scan > 0

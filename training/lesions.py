@@ -1,4 +1,4 @@
-"""Synthetic lesions of real shapes in healthy scans: one function, one seed."""
+"""Synthetic lesions of real shapes in healthy scans."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
+from app.pipeline import lesion
 from app.pipeline.prepare import foreground_of
 from app.volume import FloatArray, Volume
 from training.config import data_root
@@ -15,8 +16,6 @@ from training.config import data_root
 # Bounds of the skull-stripped brains in the space of the gold masks (mean of patients 07 and 19),
 # RAS+ millimetres. A scan's own bounds are mapped on them axis by axis.
 SHAPE_BRAIN_MM = ((-64.0, -97.5, -54.0), (64.5, 57.0, 67.5))
-EDGE_MM = 1.0
-ROBUST = (2, 98)
 # A shape is moved by up to this much before it is inserted: another place for each seed.
 JITTER_MM = 4.0
 
@@ -67,18 +66,15 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
     """
     rng = np.random.default_rng([seed, 7])
     brain = foreground_of(volume)
-    soft = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
-    soft *= brain
-    low, high = np.percentile(volume.array[brain], ROBUST)
-    change = contrast * (high - low) * soft
-    changed = np.where(brain, np.maximum(volume.array + change, 0), volume.array).astype(np.float32)
-    return Lesioned(Volume(changed, volume.affine), soft > 0.5)
+    placed = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
+    changed, truth = lesion.insert_lesion(volume.array, brain, placed, volume.spacing, contrast)
+    return Lesioned(Volume(changed, volume.affine), truth)
 
 
 def _shape_on_scan(
     volume: Volume, brain: npt.NDArray[np.bool_], shape: Volume, shift_mm: npt.NDArray[np.float64]
 ) -> FloatArray:
-    """The shape on the scan's grid, its edge smoothed, (X, Y, Z) in [0, 1]."""
+    """The shape on the scan's grid, (X, Y, Z) in [0, 1]."""
     points = affines.apply_affine(volume.affine, np.argwhere(brain & ~ndimage.binary_erosion(brain)))
     low, high = points.min(axis=0), points.max(axis=0)
     shape_low, shape_high = (np.array(side) for side in SHAPE_BRAIN_MM)
@@ -87,8 +83,7 @@ def _shape_on_scan(
     to_space[:3, :3] = np.diag(scale)
     to_space[:3, 3] = shape_low - scale * (low + shift_mm)
     to_shape = np.linalg.inv(shape.affine) @ to_space @ volume.affine
-    sharp = ndimage.affine_transform(
+    placed: FloatArray = ndimage.affine_transform(
         shape.array, to_shape[:3, :3], to_shape[:3, 3], output_shape=volume.shape, order=1, output=np.float32
     )
-    soft: FloatArray = ndimage.gaussian_filter(sharp, EDGE_MM / 2 / volume.spacing)
-    return soft
+    return placed
