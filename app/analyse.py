@@ -14,7 +14,7 @@ from app.export.report import RESEARCH_USE_ONLY, ModelUsed, Report, build_report
 from app.ingest import read
 from app.ingest.quiet import quiet
 from app.manifest import Manifest
-from app.pipeline.detect import Detection, detect
+from app.pipeline.detect import Detection, detect, network_evaluations
 from app.pipeline.findings import Result, to_result
 from app.runtime.bundle import Bundle, choose
 from app.volume import Geometry, Scan
@@ -129,9 +129,9 @@ def infer(scan: Scan, bundle: Bundle, seed: int | None, progress: Progress) -> t
         # counts on every one, and jumps ahead at the end.
         progress("infer", min(done / expected, 1.0))
 
-    _, reversed_too = bundle.manifest.evaluations_per_slice
     depth_mm = abs(scan.volume.affine[:3, :3]) @ scan.volume.shape
-    expected = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]) * reversed_too)
+    most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
+    expected = network_evaluations(bundle.manifest, most, most)
     progress("infer", 0.0)
     models = bundle.models.in_batches(BATCH, tick)
     detection = detect(scan.volume, models, bundle.manifest, seed)

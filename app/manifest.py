@@ -25,6 +25,12 @@ class Preparation(Part):
     intensity_level: float = Field(description="... to this slice value; the background is mapped to 0.")
     min_foreground_cm2: float = Field(description="A slice with less foreground is not analysed.")
 
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one pixel of a slice."""
+        dz, dy, dx = self.spacing_mm
+        return dz * dy * dx / 1000
+
 
 def latent_sigma(smoothing_mm: float, preparation: Preparation, downsampling: int) -> tuple[float, float, float]:
     """Millimetres as slices, rows and columns of latents."""
@@ -96,15 +102,17 @@ class Residual(Part):
     weighted_by_kl: bool = Field(default=False, description="Multiplied by the up-sampled KL over its threshold.")
     erosion: int = Field(default=0, description="Pixels at the foreground's edge that are not judged.")
     smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map; 0 for none.")
-    threshold: float = Field(description="A voxel above it is in the mask.")
-    healthy_false_positive_rate: float = Field(description="Share of healthy validation voxels above the threshold.")
+    threshold: float = Field(description="A finding rises above it somewhere ...")
+    extent_threshold: float = Field(description="... and reaches as far as the anomaly map stays above this.")
+    healthy_false_positive_ml: float = Field(description="Median volume of what is found in healthy validation scans.")
     min_lesion_ml: float = Field(description="Smaller connected findings are dropped.")
 
 
 class Gate(Part):
     """Which scans are the kind of image that the model knows."""
 
-    score: Range = Field(description="Mean KL of the foreground latents of a scan.")
+    timesteps: tuple[int, ...] = Field(description="Noise levels at which the typical KL of a scan is taken.")
+    typical: tuple[Range, ...] = Field(description="At each of them: median KL over foreground latents of a scan.")
     reconstruction: Range = Field(description="Mean |x - D(z0)| over the foreground of a scan.")
     latent: Range = Field(description="KL of a single healthy latent.")
     max_fraction_out: float = Field(description="Share of foreground latents outside `latent` that is still accepted.")
@@ -198,19 +206,15 @@ class Manifest(Part):
         """Smoothing of the KL map in slices, rows and columns of latents."""
         return latent_sigma(self.kl.smoothing_mm, self.preparation, self.latent.downsampling)
 
-    @property
-    def evaluations_per_slice(self) -> tuple[int, int]:
-        """Network evaluations of a slice with an empty mask, and of one that is reversed."""
-        kl = len(self.kl.timesteps)
-        return kl, kl + len(self.reverse.timesteps)
-
     @model_validator(mode="after")
     def _consistent(self) -> "Manifest":
-        levels = (*self.kl.timesteps, *self.reverse.timesteps)
+        levels = (*self.kl.timesteps, *self.reverse.timesteps, *self.gate.timesteps)
         if not self.kl.timesteps or not self.reverse.timesteps or not all(0 < t < self.schedule.steps for t in levels):
             raise ValueError("every time step must lie between 1 and T - 1")
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")
+        if len(self.gate.timesteps) != len(self.gate.typical):
+            raise ValueError("the gate needs one range for each of its time steps")
         if any(side % self.latent.downsampling for side in self.preparation.shape):
             raise ValueError("the slice shape must be a multiple of the down-sampling")
         return self

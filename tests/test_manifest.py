@@ -30,7 +30,7 @@ def test_derived_numbers() -> None:
     manifest = tiny_manifest()
     assert manifest.id == "tiny-0.0.1"
     assert manifest.latent_shape == (3, 16, 14)
-    assert manifest.evaluations_per_slice == (3, 8)
+    assert manifest.preparation.voxel_ml == 0.027
 
 
 def test_a_range_holds_its_ends() -> None:
@@ -61,7 +61,8 @@ REFUSED: dict[str, Change] = {
     "reverse steps that ascend": lambda m: m["reverse"].update(timesteps=[100, 500]),
     "a reverse step twice": lambda m: m["reverse"].update(timesteps=[500, 500, 100]),
     "a shape that latents do not divide": lambda m: m["preparation"].update(shape=[63, 56]),
-    "a range upside down": lambda m: m["gate"].update(score={"low": 2.0, "high": 1.0}),
+    "a range upside down": lambda m: m["gate"].update(reconstruction={"low": 2.0, "high": 1.0}),
+    "a gate without a range for each level": lambda m: m["gate"].update(timesteps=[400, 500]),
     # Nothing is ever above it: every scan would read as healthy.
     "a threshold that is no number": lambda m: m["kl"].update(threshold=float("nan")),
 }

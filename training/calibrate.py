@@ -6,17 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 from tqdm import tqdm
 
 from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
 from app.pipeline import anomaly
-from app.pipeline.detect import gate_slices
+from app.pipeline.detect import gate_slices, reconstruction_error, typical_kl
+from app.pipeline.findings import label_findings
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
 from training.config import Config
 from training.data import load_volume, subject_path
-from training.examine import Examined, anomaly_map, examine, graph_models, imagine, make_schedule
+from training.examine import Examined, examine, graph_models, imagine, judged_map, make_diffusion, make_schedule
 from training.splits import load_split
 
 # Candidates for the smallest connected component that stays in a latent mask.
@@ -24,6 +26,8 @@ COMPONENTS = range(1, 40)
 # A healthy latent lies between these percentiles; the gate counts those outside.
 LATENT_PERCENTILES = (0.1, 99.9)
 REPORTED_PERCENTILES = (0.5, 99.5)
+# Halvings of the range of a threshold: finer than the digits that are kept.
+BISECTIONS = 20
 
 
 def kl_threshold(scans: list[Examined], percentile: float) -> float:
@@ -55,52 +59,90 @@ def span(low: float, high: float) -> Range:
     return Range(low=significant(low), high=significant(high))
 
 
-def around(values: npt.NDArray[np.float64], deviations: float) -> Range:
-    """Mean and so many standard deviations on either side, of the logarithm: scores are skewed."""
-    logs = np.log(values)
-    spread = deviations * logs.std(ddof=1)
-    return span(np.exp(logs.mean() - spread), np.exp(logs.mean() + spread))
+def next_healthy(values: npt.NDArray[np.float64], refused: float) -> Range:
+    """The range that holds the next healthy scan but for a share of `refused`, from a few of them.
+
+    Prediction interval by Student's t, on logarithms: scores are positive and skewed.
+    """
+    logs, n = np.log(values), len(values)
+    reach = stats.t.ppf(1 - refused / 2, n - 1) * logs.std(ddof=1) * np.sqrt(1 + 1 / n)
+    return span(np.exp(logs.mean() - reach), np.exp(logs.mean() + reach))
 
 
-def calibrate_gate(scans: list[Examined], config: Config) -> Gate:
-    """What healthy scans span, with the configuration's margin on both sides."""
+def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gate:
+    """What the next healthy scan spans: all its scores together refuse as many as the configuration says."""
+    d = config.detection
     low, high = np.percentile(np.concatenate([s.kl[s.latents] for s in scans]), LATENT_PERCENTILES)
+    diffusion = make_diffusion(models, config)
+    scores = np.array([_gate_scores(s, diffusion, d.gate_timesteps) for s in scans])  # (scans, levels + 1)
+    *typical, reconstruction = (next_healthy(v, d.gate_refused / scores.shape[1]) for v in scores.T)
     return Gate(
-        score=around(np.array([s.kl[s.latents].mean() for s in scans]), config.detection.gate_deviations),
-        reconstruction=around(np.array([_gate_error(s) for s in scans]), config.detection.gate_deviations),
+        timesteps=d.gate_timesteps,
+        typical=tuple(typical),
+        reconstruction=reconstruction,
         latent=span(low, high),
-        max_fraction_out=config.detection.gate_fraction_out,
+        max_fraction_out=d.gate_fraction_out,
     )
 
 
-def _gate_error(scan: Examined) -> float:
+def _gate_scores(scan: Examined, diffusion: anomaly.Diffusion, timesteps: tuple[int, ...]) -> list[float]:
     some = gate_slices(len(scan.x))
-    error: FloatArray = np.abs(scan.reconstruction[some] - scan.x[some])[scan.foreground[some]]
-    return float(error.mean())
+    typical = typical_kl(scan.z0[some], scan.known[some], scan.latents[some], diffusion, timesteps)
+    return [*typical, reconstruction_error(scan.x[some], scan.foreground[some], scan.reconstruction[some])]
+
+
+def residual_threshold(maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float) -> float:
+    """The lowest threshold at which the median healthy scan shows no more than so much, in millilitres.
+
+    Parameters
+    ----------
+    maps : list of (K, H, W) ndarray
+        Anomaly maps of healthy scans; NaN where nothing was judged.
+    settings : Residual
+        The smallest finding, and the share of the threshold that findings reach down to.
+    """
+    share = settings.extent_threshold / settings.threshold
+
+    def found_ml(threshold: float) -> float:
+        at = settings.model_copy(update={"threshold": threshold, "extent_threshold": share * threshold})
+        return float(np.median([(label_findings(m, at, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
+
+    low, high = 0.0, float(np.nanmax(np.concatenate([m.ravel() for m in maps])))
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if found_ml(middle) > false_positive_ml else (low, middle)
+    return high
 
 
 def calibrate_residual(
     scans: list[Examined], masks: list[BoolArray], models: Models, config: Config, kl_at: float
 ) -> Residual:
-    """The residual threshold that leaves the stated share of healthy foreground pixels above it."""
-    d = config.detection
-    values = []
+    """The residual thresholds at which healthy scans show as little as the configuration says."""
+    maps = []
     for scan, mask in tqdm(list(zip(scans, masks, strict=True)), desc="residuals", unit="scan"):
-        counterpart = imagine(scan, mask, models, config)
-        score = anomaly_map(scan, mask, counterpart, kl_at, config)
-        values.append(score[anomaly.erode(scan.foreground, d.erosion)])
-    threshold = float(np.quantile(np.concatenate(values), 1 - d.false_positive_rate))
-    return Residual(
+        maps.append(judged_map(scan, mask, imagine(scan, mask, models, config), kl_at, config))
+    return residual_settings(maps, config)
+
+
+def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
+    """The settings of the residual, with thresholds from the anomaly maps of healthy scans."""
+    d = config.detection
+    settings = Residual(
         reference=d.reference,
         contrast_floor=d.contrast_floor,
         weighted_by_kl=d.weighted_by_kl,
         erosion=d.erosion,
         smoothing_mm=d.smoothing_mm,
-        # A healthy set without any residual says nothing of how small a difference matters.
-        threshold=round(max(threshold, d.least_threshold), 5),
-        healthy_false_positive_rate=d.false_positive_rate,
+        threshold=1.0,
+        extent_threshold=d.extent_share,
+        healthy_false_positive_ml=d.false_positive_ml,
         min_lesion_ml=d.min_lesion_ml,
     )
+    found = residual_threshold(maps, settings, d.false_positive_ml, config.preparation.voxel_ml)
+    # A healthy set without any residual says nothing of how small a difference matters.
+    threshold = max(significant(found), d.least_threshold)
+    thresholds = {"threshold": threshold, "extent_threshold": significant(d.extent_share * threshold)}
+    return settings.model_copy(update=thresholds)
 
 
 def examined_subjects(config: Config, models: Models, subjects: tuple[str, ...]) -> list[Examined]:
@@ -145,7 +187,7 @@ def calibrate(config: Config) -> None:
         ),
         "reverse": Reverse(timesteps=d.reverse_timesteps),
         "residual": calibrate_residual(scans, masks, models, config, threshold),
-        "gate": calibrate_gate(scans, config),
+        "gate": calibrate_gate(scans, models, config),
         "calibration": Calibration(
             subjects=subjects,
             slice_score=span(low, high),

@@ -41,10 +41,22 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             empty=config.detection.empty_share,
             kl_steps=", ".join(map(str, manifest.kl.timesteps)),
             reverse_steps=", ".join(map(str, manifest.reverse.timesteps)),
-            ab_low=manifest.kl.alpha_bar[0],
-            ab_high=manifest.kl.alpha_bar[1],
-            deviations=config.detection.gate_deviations,
+            kl_mean=f", {manifest.kl.mean} mean" if len(manifest.kl.timesteps) > 1 else "",
+            ab=" down to ".join(map(str, dict.fromkeys(manifest.kl.alpha_bar))),
+            weighing=_weighing(manifest),
+            gate="\n".join(
+                f"| gate, median KL at t = {t} | {r.low} to {r.high} | but for {config.detection.gate_refused:.0%} of "
+                "healthy scans, over all scores (Student's t, logarithms) |"
+                for t, r in zip(manifest.gate.timesteps, manifest.gate.typical, strict=True)
+            ),
             low=manifest.preparation.extent_mm[0],
             high=manifest.preparation.extent_mm[1],
         )
     )
+
+
+def _weighing(manifest: Manifest) -> str:
+    """What the residual is divided and multiplied by, in words."""
+    settings = manifest.residual
+    divided = f", over {settings.contrast_floor:g} plus the local contrast" if settings.contrast_floor else ""
+    return divided + (", weighted by KL" if settings.weighted_by_kl else "")

@@ -51,6 +51,17 @@ class VqvaeConfig(Part):
     learning_rate: float
 
 
+class CoarseNoiseConfig(Part):
+    """Patches of coarse noise that the denoiser learns to take away (`training.coarse`)."""
+
+    share: float = Field(description="Share of the training slices that carry any.")
+    patch_pixels: tuple[float, float] = Field(description="Smallest and largest scale of a patch.")
+    level_pixels: tuple[float, float] = Field(description="Smallest and largest scale of the change of level.")
+    covered: tuple[float, float] = Field(description="Smallest and largest share of a slice under patches.")
+    strength: tuple[float, float] = Field(description="Smallest and largest change, in slice values.")
+    edge_pixels: tuple[float, float] = Field(description="Smallest and largest softness of a patch's edge.")
+
+
 class DenoiserConfig(Part):
     passes: int = Field(description="Augmented passes over the training slices whose latents are kept.")
     channels: tuple[int, ...]
@@ -62,7 +73,8 @@ class DenoiserConfig(Part):
     learning_rate: float
     warmup: int
     ema_decay: float
-    focus_below: int = Field(description="Time steps under it are drawn with `focus_share`; detection uses no other.")
+    error_weight: float = Field(description="Of the likelihood that teaches the network how wrong it will be.")
+    focus_below: int = Field(description="Time steps under it are drawn with `focus_share`: where the KL map looks.")
     focus_share: float
 
 
@@ -85,10 +97,12 @@ class DetectionConfig(Part):
     weighted_by_kl: bool
     erosion: int
     smoothing_mm: float
-    false_positive_rate: float = Field(description="Share of healthy pixels above the residual threshold.")
+    false_positive_ml: float = Field(description="Median volume of findings that healthy scans may show.")
+    extent_share: float = Field(description="How far a finding reaches: share of the threshold.")
     least_threshold: float
     min_lesion_ml: float
-    gate_deviations: float
+    gate_timesteps: tuple[int, ...]
+    gate_refused: float = Field(description="Share of healthy scans that the gate's scores together may refuse.")
     gate_fraction_out: float
 
 
@@ -112,6 +126,7 @@ class Config(Part):
     preparation: Preparation
     schedule: NoiseSchedule
     augmentation: AugmentationConfig
+    coarse_noise: CoarseNoiseConfig
     vqvae: VqvaeConfig
     denoiser: DenoiserConfig
     export: ExportConfig

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from app.errors import CounterpartError
 from app.manifest import Manifest
-from app.pipeline.detect import Detection, detect
+from app.pipeline.detect import Detection, detect, network_evaluations
 from app.pipeline.findings import Result, dice, to_result
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
@@ -69,6 +69,7 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
                 "false_positive_ml": float(result.mask.sum()) * volume.voxel_ml,
                 "findings": len(result.lesions),
                 "score": detection.scores.scan,
+                "typical": detection.scores.typical,
                 "reconstruction": detection.scores.reconstruction,
                 "fraction_out": detection.scores.fraction_out,
                 "seconds": seconds,
@@ -80,9 +81,8 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
 
 def evaluations(detection: Detection, manifest: Manifest) -> Row:
     """What the network was asked."""
-    every = len(manifest.kl.timesteps)
     slices, changed = int(detection.analysed.sum()), int(detection.latent_mask.any(axis=(1, 2)).sum())
-    total = slices * every + changed * len(manifest.reverse.timesteps)
+    total = network_evaluations(manifest, slices, changed)
     return {"slices": slices, "slices_reversed": changed, "network_evaluations": total}
 
 

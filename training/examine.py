@@ -10,7 +10,7 @@ from app.pipeline import anomaly
 from app.pipeline.detect import smooth
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
-from app.pipeline.prepare import BoolArray, Placement, foreground_cm2, to_slices
+from app.pipeline.prepare import BoolArray, Placement, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray, Volume
@@ -75,7 +75,7 @@ def examine(volume: Volume, models: Models, config: Config) -> Examined:
     d = config.detection
     preparation: Preparation = config.preparation
     slices = to_slices(volume, preparation)
-    known = np.flatnonzero(foreground_cm2(slices, preparation) >= preparation.min_foreground_cm2)
+    known = analysed_slices(slices, preparation)
     x, foreground = slices.x[known], slices.foreground[known]
     z0 = models.encode(x)
     latents = anomaly.latent_foreground(foreground, config.downsampling)
@@ -104,14 +104,15 @@ def imagine(scan: Examined, mask: BoolArray, models: Models, config: Config) -> 
     return imagined
 
 
-def anomaly_map(
+def judged_map(
     scan: Examined, mask: BoolArray, imagined: FloatArray, kl_threshold: float, config: Config
 ) -> FloatArray:
-    """Residual, weighed and smoothed as `detect` does, (K, H, W)."""
+    """The anomaly map as `detect` gives it, (K, H, W); NaN where nothing is judged."""
     d = config.detection
     reference = scan.x if d.reference == "image" else scan.reconstruction
     plain = anomaly.residual(reference, imagined, mask)
     surprise = scan.kl / np.float32(kl_threshold)
-    weighed = anomaly.weigh(plain, imagined, surprise, d.contrast_floor, by_kl=d.weighted_by_kl)
+    weighed = anomaly.weigh(plain, imagined, surprise, scan.latents, d.contrast_floor, by_kl=d.weighted_by_kl)
     judged = anomaly.erode(scan.foreground, d.erosion)
-    return smooth(weighed, judged, d.smoothing_mm, config.preparation.spacing_mm)
+    smoothed = smooth(weighed, judged, d.smoothing_mm, config.preparation.spacing_mm)
+    return np.where(judged, smoothed, np.float32(np.nan))

@@ -10,6 +10,7 @@ from monai.networks.nets.vqvae import VQVAE
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from training.coarse import add_coarse_noise
 from training.config import Config
 from training.data import Batches, UInt16Array, cached_slices
 from training.loop import device, load_modules
@@ -47,12 +48,13 @@ def latent_statistics(config: Config, vqvae: VQVAE) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def cached_latents(config: Config, part: str, passes: int) -> npt.NDArray[np.float16]:
-    """z0 of every slice of a part, (N * passes, C, h, w); each pass augments the slices anew.
+    """z0 of every slice of a part, healthy and with coarse noise, (N * passes, 2, C, h, w).
 
-    `passes` = 0 encodes the slices as they are, once.
+    Each pass augments the slices anew; `passes` = 0 takes them as they are, once.
     """
     vqvae, latent, provenance = load_vqvae(config)
-    key = json.dumps([provenance, config.augmentation.model_dump(), part, passes])
+    decides = [provenance, config.augmentation.model_dump(), config.coarse_noise.model_dump(), part, passes]
+    key = json.dumps(decides)
     path = config.run_folder / "cache" / f"latents-{part}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():
         np.save(path, _encode(config, vqvae, latent, cached_slices(config, part), passes))
@@ -67,6 +69,9 @@ def _encode(
     batches = Batches(stack, BATCH, config.seed + 1, config.augmentation if passes else None)
     parts = []
     for step in tqdm(range(max(passes, 1) * (len(stack) // BATCH)), desc="encode", unit="batch"):
-        z = (vqvae.encoder(batches(step).to(device())) - latent["shift"]) / latent["scale"]
-        parts.append(z.cpu().numpy().astype(np.float16))
+        x = batches(step)
+        rng = np.random.default_rng([config.seed, 5, step])
+        coarse = torch.from_numpy(add_coarse_noise(x.numpy(), config.coarse_noise, rng))
+        pair = [(vqvae.encoder(v.to(device())) - latent["shift"]) / latent["scale"] for v in (x, coarse)]
+        parts.append(torch.stack(pair, dim=1).cpu().numpy().astype(np.float16))
     return np.concatenate(parts)

@@ -27,7 +27,7 @@ def device() -> torch.device:
 # What decides a stage's weights: a later section may change without losing an earlier stage.
 SECTIONS = {
     "vqvae": {"seed", "data", "preparation", "augmentation", "vqvae"},
-    "denoiser": {"seed", "data", "preparation", "augmentation", "vqvae", "schedule", "denoiser"},
+    "denoiser": {"seed", "data", "preparation", "augmentation", "vqvae", "coarse_noise", "schedule", "denoiser"},
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from app.pipeline.schedule import Schedule
@@ -22,6 +22,10 @@ VALIDATION_LATENTS = 192
 VALIDATE_EVERY = 500
 # The validation loss is reported by noise level: a mean over all hides where it improves.
 LEVELS = (50, 200, 400, 500, 600, 900)
+# There, also with coarse noise: low enough to see the surroundings clearly.
+HEALING_LEVELS = (100, 250)
+# A squared error of the noise outside e^-10 .. e^4 is none that a trained network expects.
+LOG_EXPECTED = (-10.0, 4.0)
 
 
 def draw_times(config: Config, count: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -44,6 +48,12 @@ def warming_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch
     return average
 
 
+def squared_error(output: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared error of the predicted noise, mean over channels, and the logarithm of the expected one, (N, h, w)."""
+    predicted, log_expected = output[:, :-1], output[:, -1]
+    return (predicted - epsilon).square().mean(1), log_expected.clamp(*LOG_EXPECTED)
+
+
 def train(config: Config) -> None:
     """Train, or go on training, the denoiser of a configuration."""
     torch.manual_seed(config.seed)
@@ -63,38 +73,46 @@ def train(config: Config) -> None:
     run = Run("denoiser", config, data_hash(config, split.train), modules, optimiser, rate)
 
     def noisy(
-        z0: np.ndarray[tuple[int, ...], np.dtype[np.float16]],
-        t: np.ndarray[tuple[int], np.dtype[np.int64]],
-        rng: np.random.Generator,
+        pair: npt.NDArray[np.float16], t: npt.NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        clean = z0.astype(np.float32)
-        epsilon = rng.standard_normal(clean.shape, dtype=np.float32)
-        z_t = torch.from_numpy(schedule.diffuse(clean, epsilon, t)).to(device(), memory_format=torch.channels_last)
-        return z_t, torch.from_numpy(t).to(device()), torch.from_numpy(epsilon).to(device())
+        clean, coarse = pair.astype(np.float32).swapaxes(0, 1)
+        white = rng.standard_normal(clean.shape, dtype=np.float32)
+        z_t = schedule.diffuse(coarse, white, t)
+        # All that separates z_t from the healthy latent is noise: its white part and its coarse one.
+        alpha_bar = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+        epsilon = (z_t - np.sqrt(alpha_bar) * clean) / np.sqrt(1 - alpha_bar)
+        z = torch.from_numpy(z_t).to(device(), memory_format=torch.channels_last)
+        return z, torch.from_numpy(t).to(device()), torch.from_numpy(epsilon.astype(np.float32)).to(device())
 
     def step_fn(step: int) -> dict[str, float]:
         rng = np.random.default_rng([config.seed, 3, step])
         chosen = np.sort(rng.choice(len(z_train), config.denoiser.batch, replace=False))
         z_t, t, epsilon = noisy(z_train[chosen], draw_times(config, len(chosen), rng), rng)
-        loss = F.mse_loss(denoiser(z_t, t), epsilon)
+        error, log_expected = squared_error(denoiser(z_t, t), epsilon)
+        loss = error.mean()
+        surprise = (log_expected + error.detach() / log_expected.exp()).mean()
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + config.denoiser.error_weight * surprise).backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimiser.step()
         rate.step()
         averaged.update_parameters(denoiser)
-        return {"mse": float(loss.detach())}
+        return {"mse": float(loss.detach()), "nll": float(surprise.detach())}
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
         averaged.eval()
         chosen = np.linspace(0, len(z_held_out) - 1, VALIDATION_LATENTS).astype(int)
+        pairs = z_held_out[chosen]
+        healthy = np.stack([pairs[:, 0], pairs[:, 0]], axis=1)
         losses = {}
-        for level in LEVELS:
+        for level, kind, z0 in [(t, "", healthy) for t in LEVELS] + [(t, "_coarse", pairs) for t in HEALING_LEVELS]:
             rng = np.random.default_rng([config.seed, 4, level])
-            z_t, t, epsilon = noisy(z_held_out[chosen], np.full(len(chosen), level), rng)
+            z_t, t, epsilon = noisy(z0, np.full(len(chosen), level), rng)
             predicted = torch.cat([averaged(a, b) for a, b in zip(z_t.split(32), t.split(32), strict=True)])
-            losses[f"val_mse_t{level}"] = float(F.mse_loss(predicted, epsilon))
+            error, log_expected = squared_error(predicted, epsilon)
+            losses[f"val_mse{kind}_t{level}"] = float(error.mean())
+            losses[f"val_relative{kind}_t{level}"] = float((error / log_expected.exp()).mean())
         return losses
 
     run.train(steps, step_fn, validate, VALIDATE_EVERY)

@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from app.manifest import Manifest
 from app.pipeline.detect import Detection
+from app.pipeline.findings import label_findings
+from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
 
 ROWS = 5
@@ -37,7 +39,10 @@ def write_preview(path: Path, detection: Detection, manifest: Manifest, notice: 
     notice : str
         Printed below: "Research use only ...".
     """
-    rows = [_row(detection, index, manifest) for index in _key_slices(detection, manifest)]
+    labels, _ = label_findings(detection.anomaly, manifest.residual, manifest.preparation.voxel_ml)
+    found = labels > 0
+    threshold = manifest.residual.threshold
+    rows = [_row(detection, found, index, threshold) for index in _key_slices(detection, found)]
     height, width = (side * ZOOM for side in manifest.preparation.shape)
     canvas = Image.new(
         "RGB",
@@ -64,11 +69,10 @@ def write_preview(path: Path, detection: Detection, manifest: Manifest, notice: 
     temporary.replace(path)
 
 
-def _key_slices(detection: Detection, manifest: Manifest) -> list[int]:
-    """The slices with most above the threshold; where there are none, slices spread over the scan."""
+def _key_slices(detection: Detection, found: BoolArray) -> list[int]:
+    """The slices with most findings; where there are none, slices spread over the scan."""
     known = np.flatnonzero(detection.analysed)
-    with np.errstate(invalid="ignore"):
-        above = (detection.anomaly > manifest.residual.threshold).sum(axis=(1, 2))
+    above = found.sum(axis=(1, 2))
     # Neighbours show the same lesion: one slice of every few.
     apart = max(1, len(known) // (3 * ROWS))
     chosen: list[int] = []
@@ -82,15 +86,15 @@ def _key_slices(detection: Detection, manifest: Manifest) -> list[int]:
     return sorted(chosen, reverse=True)
 
 
-def _row(detection: Detection, index: int, manifest: Manifest) -> tuple[float, list[npt.NDArray[np.uint8]]]:
+def _row(
+    detection: Detection, found: BoolArray, index: int, threshold: float
+) -> tuple[float, list[npt.NDArray[np.uint8]]]:
     """Height in millimetres and the four pictures of one slice."""
     affine = detection.slices.placement.affine
     x = _upright(detection.slices.x[index, 0])
     counterpart = _upright(detection.counterpart[index])
     anomaly = _upright(detection.anomaly[index])
-    threshold = manifest.residual.threshold
-    with np.errstate(invalid="ignore"):
-        mask = anomaly > threshold
+    mask = found[index, ::-1, ::-1]
     scan = _grey(x)
     overlay = scan.copy()
     overlay[mask] = (0.4 * overlay[mask] + 0.6 * np.array(MASK_COLOUR)).astype(np.uint8)

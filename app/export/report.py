@@ -7,7 +7,7 @@ from pydantic import Field
 
 from app import __version__
 from app.manifest import Manifest, Part, Range
-from app.pipeline.detect import Detection
+from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import Result
 from app.volume import Scan
 
@@ -82,7 +82,8 @@ class Report(Part):
     input: Input
     analysed: Extent
     scores: ScoresReported
-    threshold: float = Field(description="A voxel of the anomaly map above it is in the mask.")
+    threshold: float = Field(description="A finding rises above it somewhere in the anomaly map ...")
+    extent_threshold: float = Field(description="... and reaches as far as the map stays above this.")
     lesion_volume_ml: float
     findings: tuple[Finding, ...]
     absent: dict[str, dict[str, str]] = Field(
@@ -98,7 +99,6 @@ def build_report(
     known = np.flatnonzero(detection.analysed)
     heights = detection.slices.placement.affine[2, 0] * known + detection.slices.placement.affine[2, 3]
     reversed_slices = int(detection.latent_mask.any(axis=(1, 2)).sum())
-    every, _ = manifest.evaluations_per_slice
     return Report(
         code_version=__version__,
         model=model,
@@ -117,6 +117,7 @@ def build_report(
         ),
         scores=_scores(detection, manifest),
         threshold=manifest.residual.threshold,
+        extent_threshold=manifest.residual.extent_threshold,
         lesion_volume_ml=round(float(result.mask.sum()) * scan.volume.voxel_ml, 3),
         findings=tuple(
             Finding(
@@ -133,7 +134,7 @@ def build_report(
         work=Work(
             seconds={stage: round(value, 3) for stage, value in seconds.items()},
             slices_reversed=reversed_slices,
-            network_evaluations=len(known) * every + reversed_slices * len(manifest.reverse.timesteps),
+            network_evaluations=network_evaluations(manifest, len(known), reversed_slices),
         ),
     )
 

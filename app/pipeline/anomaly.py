@@ -74,7 +74,7 @@ def kl_map(
         L_{t-1} = KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)), mean over channels and over S.
     """
     total = np.zeros((len(z0), *z0.shape[2:]), dtype=np.float32)
-    forward, back = (np.log, np.exp) if mean == "geometric" else (np.asarray, np.asarray)
+    forward, back = (_log, np.exp) if mean == "geometric" else (np.asarray, np.asarray)
     for t in timesteps:
         epsilon = diffusion.noise(Purpose.KL, slices, t)
         z_t = diffusion.schedule.diffuse(z0, epsilon, t)
@@ -82,6 +82,11 @@ def kl_map(
         level = diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
         total += forward(level)
     return np.asarray(back(total / len(timesteps)), dtype=np.float32)
+
+
+def _log(level: FloatArray) -> FloatArray:
+    """Logarithm; of an exact prediction too, which no trained network makes."""
+    return np.asarray(np.log(np.maximum(level, np.finfo(np.float32).tiny)), dtype=np.float32)
 
 
 def smooth_kl(kl: FloatArray, foreground: BoolArray, sigma: tuple[float, float, float]) -> FloatArray:
@@ -176,7 +181,13 @@ def residual(reference: FloatArray, counterpart: FloatArray, mask: BoolArray) ->
 
 
 def weigh(
-    residual: FloatArray, imagined: FloatArray, relative_kl: FloatArray, contrast_floor: float, *, by_kl: bool
+    residual: FloatArray,
+    imagined: FloatArray,
+    relative_kl: FloatArray,
+    foreground: BoolArray,
+    contrast_floor: float,
+    *,
+    by_kl: bool,
 ) -> FloatArray:
     """What a difference is worth where it was found, (N, H, W).
 
@@ -190,6 +201,8 @@ def weigh(
         `imagined` is the decoded counterpart, whose local standard deviation divides the residual.
     relative_kl : (N, h, w) ndarray
         KL map as a multiple of its threshold.
+    foreground : (N, h, w) ndarray of bool
+        Latents whose KL says something.
     contrast_floor : float
         Added to the local standard deviation; 0 leaves the residual undivided.
     by_kl : bool
@@ -198,7 +211,11 @@ def weigh(
     if contrast_floor:
         residual = residual / (contrast_floor + local_contrast(imagined))
     if by_kl:
-        residual = residual * upsample(relative_kl, (residual.shape[1], residual.shape[2]))
+        shape = residual.shape[1], residual.shape[2]
+        weight = upsample(foreground, shape)
+        known = upsample(np.where(foreground, relative_kl, np.float32(0)), shape)
+        # What lies beside the head says nothing: at its edge, the foreground latents alone are averaged.
+        residual = residual * np.divide(known, weight, out=np.zeros_like(known), where=weight > SMALLEST_WEIGHT)
     return residual
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from app.errors import OutOfDistribution, WrongFieldOfView
+from app.errors import OutOfDistribution
 from app.manifest import Gate, Manifest
 from app.pipeline import anomaly
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
-from app.pipeline.prepare import BoolArray, Slices, foreground_cm2, to_slices
+from app.pipeline.prepare import BoolArray, Slices, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
 from app.volume import FloatArray, Volume
 
@@ -32,6 +32,9 @@ class Scores:
         Mean KL over the foreground latents of the analysed slices, nats.
     slices : (K,) ndarray
         The same for each analysed slice; NaN where it has no foreground latent.
+    typical : tuple of float
+        Median KL at each of the gate's noise levels, over the foreground latents of some slices: a
+        lesion of any likely size leaves a median where it was.
     reconstruction : float
         Mean |x - D(z0)| over the foreground of some slices.
     fraction_out : float
@@ -40,6 +43,7 @@ class Scores:
 
     scan: float
     slices: FloatArray
+    typical: tuple[float, ...]
     reconstruction: float
     fraction_out: float
 
@@ -101,15 +105,17 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     diffusion = anomaly.Diffusion(schedule, models.denoise, noise)
 
     slices = to_slices(volume, manifest.preparation)
-    known = _analysed(slices, manifest)
+    known = analysed_slices(slices, manifest.preparation)
     x, foreground = slices.x[known], slices.foreground[known]
     latents = anomaly.latent_foreground(foreground, manifest.latent.downsampling)
 
     z0 = models.encode(x)
     kl = anomaly.kl_map(z0, known, diffusion, manifest.kl.timesteps, manifest.kl.mean)
     kl = anomaly.smooth_kl(kl, latents, manifest.kl_sigma)
-    error = _reconstruction_error(x[:, 0], foreground, z0, models)
-    scores = _scores(kl, latents, error, manifest.gate)
+    some = gate_slices(len(x))
+    typical = typical_kl(z0[some], known[some], latents[some], diffusion, manifest.gate.timesteps)
+    error = reconstruction_error(x[some, 0], foreground[some], models.decode(z0[some])[:, 0])
+    scores = _scores(kl, latents, typical, error, manifest.gate)
     check_gate(scores, manifest.gate)
 
     mask = anomaly.latent_mask(kl, latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
@@ -123,7 +129,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
         surprise = kl[found] / np.float32(manifest.kl.threshold)
         weighting = manifest.residual
         residual[found] = anomaly.weigh(
-            plain, imagined, surprise, weighting.contrast_floor, by_kl=weighting.weighted_by_kl
+            plain, imagined, surprise, latents[found], weighting.contrast_floor, by_kl=weighting.weighted_by_kl
         )
         share = anomaly.upsample(mask[found], x.shape[2:]) * foreground[found]  # nothing is painted beside the head
         counterpart[found] += share * (imagined - reference)
@@ -142,38 +148,51 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     )
 
 
-def _analysed(slices: Slices, manifest: Manifest) -> npt.NDArray[np.int64]:
-    """Indices of the slices with enough foreground, (K,)."""
-    area = foreground_cm2(slices, manifest.preparation)
-    known = np.flatnonzero(area >= manifest.preparation.min_foreground_cm2)
-    if known.size == 0:
-        raise WrongFieldOfView(
-            f"The largest of {len(area)} slices shows {area.max():.0f} cm2.",
-            expected=f"slices with at least {manifest.preparation.min_foreground_cm2:.0f} cm2 of "
-            f"{manifest.preparation.subject}.",
-            advice=manifest.preparation.advice,
-        )
-    return known
-
-
-def _reconstruction_error(x: FloatArray, foreground: BoolArray, z0: FloatArray, models: Models) -> float:
-    """Mean |x - D(z0)| over the foreground of a few slices spread over the scan."""
-    some = gate_slices(len(x))
-    error = np.abs(models.decode(z0[some])[:, 0] - x[some])[foreground[some]]
-    return float(error.mean())
-
-
 def gate_slices(count: int) -> npt.NDArray[np.int64]:
     """Which of so many slices the gate decodes."""
     return np.unique(np.linspace(0, count - 1, GATE_SLICES).round().astype(np.int64))
 
 
-def _scores(kl: FloatArray, latents: BoolArray, reconstruction: float, gate: Gate) -> Scores:
+def network_evaluations(manifest: Manifest, analysed: int, changed: int) -> int:
+    """How often the denoiser is evaluated on a slice, over a scan.
+
+    Parameters
+    ----------
+    analysed, changed : int
+        Slices that are judged, and those of them with something in the latent mask.
+    """
+    gate = len(gate_slices(analysed)) * len(manifest.gate.timesteps)
+    return gate + analysed * len(manifest.kl.timesteps) + changed * len(manifest.reverse.timesteps)
+
+
+def typical_kl(
+    z0: FloatArray,
+    slices: npt.NDArray[np.int64],
+    latents: BoolArray,
+    diffusion: anomaly.Diffusion,
+    timesteps: tuple[int, ...],
+) -> tuple[float, ...]:
+    """Median KL over foreground latents at each of some noise levels, in nats.
+
+    Low levels see texture, high ones anatomy and contrast: another sequence differs in one or the other.
+    """
+    return tuple(float(np.median(anomaly.kl_map(z0, slices, diffusion, (t,))[latents])) for t in timesteps)
+
+
+def reconstruction_error(x: FloatArray, foreground: BoolArray, reconstruction: FloatArray) -> float:
+    """Mean |x - D(z0)| over the foreground, each (N, H, W)."""
+    return float(np.abs(reconstruction - x)[foreground].mean())
+
+
+def _scores(
+    kl: FloatArray, latents: BoolArray, typical: tuple[float, ...], reconstruction: float, gate: Gate
+) -> Scores:
     """Image-wise scores of the analysed slices."""
     inside = kl[latents]
     out = (inside < gate.latent.low) | (inside > gate.latent.high)
     by_slice = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, latents, strict=True)]
-    return Scores(anomaly.score(kl, latents), np.array(by_slice, np.float32), reconstruction, float(out.mean()))
+    slices = np.array(by_slice, np.float32)
+    return Scores(anomaly.score(kl, latents), slices, typical, reconstruction, float(out.mean()))
 
 
 def check_gate(scores: Scores, gate: Gate) -> None:
@@ -185,8 +204,9 @@ def check_gate(scores: Scores, gate: Gate) -> None:
         A score is outside the healthy range, on either side.
     """
     reasons = []
+    levels = zip(gate.timesteps, scores.typical, gate.typical, strict=True)
     for name, value, healthy in (
-        ("mean KL", scores.scan, gate.score),
+        *((f"median KL at t = {t}", value, healthy) for t, value, healthy in levels),
         ("reconstruction error", scores.reconstruction, gate.reconstruction),
     ):
         if not healthy.holds(value):
@@ -207,10 +227,7 @@ def check_gate(scores: Scores, gate: Gate) -> None:
 def smooth(
     residual: FloatArray, foreground: BoolArray, smoothing_mm: float, spacing_mm: tuple[float, float, float]
 ) -> FloatArray:
-    """Gaussian over the stack of what lies in the foreground, (N, H, W).
-
-    The slices must be neighbours: between two analysed slices lies nothing but analysed slices.
-    """
+    """Gaussian over the stack of what lies in the foreground, (N, H, W)."""
     if smoothing_mm == 0:
         return residual
     sigma = smoothing_mm / np.array(spacing_mm)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
-from app.manifest import Manifest
+from app.manifest import Manifest, Residual
 from app.pipeline.detect import Detection
 from app.volume import FloatArray, Volume
 
@@ -62,10 +62,10 @@ def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Resul
     # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
     seen = np.clip(volume.array, placement.background, placement.background + placement.scale)
     counterpart = np.where(change == 0, volume.array, seen + change)
-    with np.errstate(invalid="ignore"):
-        above = anomaly > manifest.residual.threshold
-    mask, lesions = _lesions(above, anomaly, volume, manifest.residual.min_lesion_ml)
-    return Result(mask, anomaly, counterpart, volume.affine, lesions)
+    labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
+    boxes = ndimage.find_objects(labels)
+    lesions = tuple(_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
+    return Result((labels > 0).astype(np.uint8), anomaly, counterpart, volume.affine, lesions)
 
 
 def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
@@ -74,38 +74,51 @@ def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
     return 2 * int((found & truth).sum()) / size if size else 1.0
 
 
-def _lesions(
-    above: npt.NDArray[np.bool_], anomaly: FloatArray, volume: Volume, min_ml: float
-) -> tuple[MaskArray, tuple[Lesion, ...]]:
-    """Connected findings of at least `min_ml`, numbered by size."""
-    labels, count = ndimage.label(above, structure=np.ones((3, 3, 3)))
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:] * volume.voxel_ml
-    keep = [i + 1 for i in np.argsort(-sizes, kind="stable") if sizes[i] >= min_ml]
-    mask = np.isin(labels, keep).astype(np.uint8)
-    boxes = ndimage.find_objects(labels)
-    lesions = tuple(
-        _lesion(rank, labels, index, boxes[index - 1], anomaly, volume) for rank, index in enumerate(keep, start=1)
-    )
-    return mask, lesions
+def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> tuple[npt.NDArray[np.int32], int]:
+    """Connected findings, numbered by size, 1 the largest; and how many they are.
+
+    Two thresholds (hysteresis, Canny 1986): the higher one decides whether there is a finding, the
+    lower one how far it reaches, so that a threshold which healthy scans stay under does not cut a
+    lesion down to its peak. Voxels join over corners.
+
+    Parameters
+    ----------
+    anomaly : (X, Y, Z) ndarray
+        The anomaly map on any grid; NaN is never part of a finding.
+    settings : Residual
+        Thresholds, and the smallest finding.
+    voxel_ml : float
+        Volume of a voxel of that grid.
+    """
+    with np.errstate(invalid="ignore"):
+        inside, certain = anomaly > settings.extent_threshold, anomaly > settings.threshold
+    labels, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    found = np.bincount(labels[certain], minlength=count + 1) > 0
+    keep = found & (sizes * voxel_ml >= settings.min_lesion_ml)
+    keep[0] = False
+    by_size = [i for i in np.argsort(-sizes, kind="stable") if keep[i]]
+    rank = np.zeros(count + 1, dtype=np.int32)
+    rank[by_size] = np.arange(1, len(by_size) + 1)
+    return rank[labels], len(by_size)
 
 
 def _lesion(
-    rank: int,
+    label: int,
     labels: npt.NDArray[np.int32],
-    index: int,
     box: tuple[slice, slice, slice],
     anomaly: FloatArray,
     volume: Volume,
 ) -> Lesion:
     start = np.array([s.start for s in box])
-    inside = labels[box] == index
+    inside = labels[box] == label
     voxels = np.argwhere(inside) + start
     points = affines.apply_affine(volume.affine, voxels)
     values = anomaly[box][inside]
     # The slice along the scan's own slice axis (the last one) that shows most of the lesion.
     key_slice = int(np.bincount(voxels[:, 2]).argmax())
     return Lesion(
-        label=rank,
+        label=label,
         volume_ml=float(inside.sum() * volume.voxel_ml),
         peak=float(values.max()),
         mean=float(values.mean(dtype=np.float64)),

@@ -170,6 +170,28 @@ def foreground_cm2(slices: Slices, preparation: Preparation) -> npt.NDArray[np.f
     return area
 
 
+def analysed_slices(slices: Slices, preparation: Preparation) -> npt.NDArray[np.int64]:
+    """Indices of the slices that are judged, (K,): from the first to the last with enough foreground.
+
+    A slice between them that shows less is judged too, so that neighbours in the result are
+    neighbours in the head.
+
+    Raises
+    ------
+    WrongFieldOfView
+        No slice shows enough of what the model knows.
+    """
+    area = foreground_cm2(slices, preparation)
+    enough = np.flatnonzero(area >= preparation.min_foreground_cm2)
+    if enough.size == 0:
+        raise WrongFieldOfView(
+            f"The largest of {len(area)} slices shows {area.max():.0f} cm2.",
+            expected=f"slices with at least {preparation.min_foreground_cm2:.0f} cm2 of {preparation.subject}.",
+            advice=preparation.advice,
+        )
+    return np.arange(enough[0], enough[-1] + 1, dtype=np.int64)
+
+
 def _background(array: FloatArray) -> float:
     """The value of nothing: the median of the volume's faces."""
     faces = [np.take(array, i, axis=axis).ravel() for axis in range(3) for i in (0, -1) if array.shape[axis] > 2]

@@ -96,6 +96,7 @@ def _report(request: Request) -> Report:
             scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
         ),
         threshold=0.2,
+        extent_threshold=0.1,
         lesion_volume_ml=2.5,
         findings=(finding,),
         absent=dict.fromkeys(DICOM_FILES, NOT_FROM_DICOM.problem),

@@ -92,13 +92,16 @@ def test_it_says_what_was_analysed_by_what(name: str, request: pytest.FixtureReq
     assert number(items(group, "Volume that was analysed")[0]) == (1234.5, "mL")
     assert number(items(group, "Lowest analysed position, patient z")[0]) == (-51.5, "mm")
     assert number(items(group, "Highest analysed position, patient z")[0]) == (62.0, "mm")
+    assert number(items(group, "Anomaly score that a lesion rises above")[0])[0] == 0.4
+    assert number(items(group, "Anomaly score that each voxel of a lesion is above")[0])[0] == 0.2
     assert number(items(group, "Number of lesions")[0])[0] == len(report.findings)
     assert number(items(group, "Volume")[0]) == (report.lesion_volume_ml, "mL")
     texts = {n: items(group, n)[0].TextValue for n in ("Algorithm Name", "Algorithm Version", "Algorithm Parameters")}
     assert texts == {
         "Algorithm Name": "Counterpart",
         "Algorithm Version": report.code_version,
-        "Algorithm Parameters": f"bundle=tiny-0.0.1,bundle_sha256={'5a' * 32},seed=7,threshold=0.4",
+        "Algorithm Parameters": f"bundle=tiny-0.0.1,bundle_sha256={'5a' * 32},seed=7,"
+        "threshold=0.4,extent_threshold=0.2",
     }
     assert coded(items(group, "Algorithm Family")[0]) == ("123110", "DCM")  # Artificial Intelligence
     assert items(made, "Device Observer Serial Number")[0].TextValue == "5a" * 32

@@ -10,7 +10,7 @@ from nibabel import affines
 from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
 from app.manifest import Manifest, Range
 from app.pipeline import anomaly
-from app.pipeline.detect import GATE_SLICES, Detection, detect
+from app.pipeline.detect import GATE_SLICES, Detection, detect, network_evaluations
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
@@ -70,7 +70,7 @@ def test_a_healthy_scan_differs_nowhere(healthy: Volume, models: Models, manifes
     np.testing.assert_array_equal(d.counterpart[d.analysed], d.slices.x[d.analysed, 0])
     # The short cut: no reverse process, and no decoding but the gate's.
     k = int(d.analysed.sum())
-    assert counter.calls == {"encode": k, "denoise": 3 * k, "decode": GATE_SLICES}
+    assert counter.calls == {"encode": k, "denoise": 3 * k + GATE_SLICES, "decode": GATE_SLICES}
 
 
 def test_what_was_not_analysed_is_unknown_and_not_healthy(healthy: Volume, models: Models, manifest: Manifest) -> None:
@@ -131,8 +131,7 @@ def test_only_masked_slices_are_reversed(sick: Volume, models: Models, manifest:
     d = detect(sick, counter.models, manifest)
     k, hit = int(d.analysed.sum()), int(d.latent_mask.any(axis=(1, 2)).sum())
     assert 0 < hit < k
-    per_slice, reversed_too = manifest.evaluations_per_slice
-    assert counter.calls["denoise"] == k * per_slice + hit * (reversed_too - per_slice)
+    assert counter.calls["denoise"] == network_evaluations(manifest, k, hit) == 3 * k + 5 * hit + GATE_SLICES
     assert counter.calls["encode"] == k
     # The gate's, the counterparts, and (for this manifest's residual) the reconstructions.
     assert counter.calls["decode"] == GATE_SLICES + 2 * hit
@@ -193,17 +192,19 @@ def test_the_noise_of_a_slice_is_keyed_by_its_place_in_the_stack(
 
 
 @pytest.mark.parametrize("side", ["low", "high"])
-@pytest.mark.parametrize(("field", "name"), [("score", "mean KL"), ("reconstruction", "reconstruction error")])
+@pytest.mark.parametrize(
+    ("field", "name"), [("typical", "median KL at t = 500"), ("reconstruction", "reconstruction error")]
+)
 def test_the_gate_refuses_on_both_sides(
     healthy: Volume, models: Models, manifest: Manifest, field: str, name: str, side: str
 ) -> None:
     scores = detect(healthy, models, manifest).scores
-    value = scores.scan if field == "score" else scores.reconstruction
+    value = scores.typical[0] if field == "typical" else scores.reconstruction
     holds = Range(low=value * 0.99, high=value * 1.01)
-    detect(healthy, models, changed(manifest, "gate", **{field: holds}))
+    detect(healthy, models, changed(manifest, "gate", **{field: (holds,) if field == "typical" else holds}))
     beyond = Range(low=value * 1.01, high=1.0) if side == "low" else Range(low=0.0, high=value * 0.99)
     with pytest.raises(OutOfDistribution) as caught:
-        detect(healthy, models, changed(manifest, "gate", **{field: beyond}))
+        detect(healthy, models, changed(manifest, "gate", **{field: (beyond,) if field == "typical" else beyond}))
     assert f"its {name} is {value:.3g}" in caught.value.found
 
 
@@ -224,7 +225,7 @@ def test_a_model_gone_wrong_is_refused_and_never_read_as_healthy(
     def nan(z_t: np.ndarray, t: np.ndarray) -> np.ndarray:
         return np.asarray(z_t * np.nan * t[0], dtype=np.float32)
 
-    with pytest.raises(OutOfDistribution, match="mean KL is nan"):
+    with pytest.raises(OutOfDistribution, match="median KL at t = 500 is nan"):
         detect(healthy, Models(models.encode, nan, models.decode), manifest)
 
 

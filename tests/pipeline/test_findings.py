@@ -9,10 +9,11 @@ from scipy.spatial.transform import Rotation
 
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, Scores, detect
-from app.pipeline.findings import to_result
+from app.pipeline.findings import label_findings, to_result
 from app.pipeline.models import Models
 from app.pipeline.prepare import to_slices
 from app.volume import Volume
+from tests.support.bundle import tiny_manifest
 from tests.support.phantom import ball, brain, grid, with_lesion
 
 LESION_MM = (25.0, 10.0, 20.0)
@@ -34,7 +35,7 @@ def untouched(volume: Volume, manifest: Manifest) -> Detection:
     n, _, height, width = slices.x.shape
     latents = np.zeros((n, height // 4, width // 4))
     anomaly = np.where(slices.foreground, np.float32(0), np.float32(np.nan))
-    scores = Scores(0.0, np.zeros(n, dtype=np.float32), 0.0, 0.0)
+    scores = Scores(0.0, np.zeros(n, dtype=np.float32), (0.0,), 0.0, 0.0)
     return Detection(
         slices, np.ones(n, dtype=bool), latents.astype(np.float32), latents > 0, slices.x[:, 0], anomaly, scores
     )
@@ -109,6 +110,40 @@ def test_findings_that_touch_at_a_corner_are_one(manifest: Manifest) -> None:
     result = to_result(volume, replace(detection, anomaly=anomaly), manifest)
     assert len(result.lesions) == 1
     assert result.mask.sum() == 2 * 4**3
+
+
+SETTINGS = tiny_manifest().residual.model_copy(
+    update={"threshold": 0.5, "extent_threshold": 0.2, "min_lesion_ml": 0.004}
+)
+
+
+def test_a_finding_reaches_down_to_the_lower_threshold_and_no_further() -> None:
+    anomaly = np.full((5, 5, 12), 0.1, dtype=np.float32)
+    anomaly[2, 2, 1:6] = (0.3, 0.4, 0.6, 0.3, 0.15)
+    anomaly[2, 2, 8:11] = 0.45  # above the lower threshold alone: none
+    labels, count = label_findings(anomaly, SETTINGS, 0.001)
+    assert count == 1
+    assert np.argwhere(labels).tolist() == [[2, 2, 1], [2, 2, 2], [2, 2, 3], [2, 2, 4]]
+
+
+def test_labels_are_ranks_of_size() -> None:
+    anomaly = np.zeros((5, 5, 20), dtype=np.float32)
+    anomaly[0, 0, 0:3] = 0.9  # three voxels of 0.001 ml: too small
+    anomaly[0, 0, 5:9] = 0.9
+    anomaly[4, 4, 5:11] = 0.6
+    labels, count = label_findings(anomaly, SETTINGS, 0.001)
+    assert count == 2
+    assert (labels[4, 4, 5:11] == 1).all()
+    assert (labels[0, 0, 5:9] == 2).all()
+    assert (labels > 0).sum() == 10
+
+
+def test_what_is_unknown_joins_no_findings() -> None:
+    anomaly = np.full((1, 1, 9), 0.9, dtype=np.float32)
+    anomaly[0, 0, 4] = np.nan
+    labels, count = label_findings(anomaly, SETTINGS, 0.001)
+    assert count == 2
+    assert labels[0, 0, 4] == 0
 
 
 def test_nothing_found_is_an_empty_mask_and_the_scan_itself(manifest: Manifest) -> None:

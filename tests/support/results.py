@@ -74,6 +74,7 @@ def report_of(scan: Scan, result: Result) -> Report:
             scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
         ),
         threshold=0.4,
+        extent_threshold=0.2,
         lesion_volume_ml=round(float(result.mask.sum() * scan.volume.voxel_ml), 3),
         findings=tuple(
             Finding(

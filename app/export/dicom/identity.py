@@ -80,12 +80,13 @@ def device_uid(report: Report) -> str:
 
 
 def parameters(report: Report) -> dict[str, str]:
-    """What decided the outcome beside the code: bundle, seed, threshold."""
+    """What decided the outcome beside the code: bundle, seed, thresholds."""
     return {
         "bundle": report.model.id,
         "bundle_sha256": report.model.sha256,
         "seed": str(report.model.seed),
         "threshold": f"{report.threshold:.6g}",
+        "extent_threshold": f"{report.extent_threshold:.6g}",
     }
 
 

@@ -55,7 +55,8 @@ ONE = CodedConcept.from_code(codes.UCUM.NoUnits)
 QUALITATIVE_EVALUATIONS = CodedConcept("C0034375", "UMLS", "Qualitative Evaluations")
 
 ANOMALY_SCORE = private_code("anomaly-score", "Anomaly score")
-ANOMALY_THRESHOLD = private_code("anomaly-threshold", "Anomaly score above which a voxel belongs to a lesion")
+ANOMALY_THRESHOLD = private_code("anomaly-threshold", "Anomaly score that a lesion rises above")
+EXTENT_THRESHOLD = private_code("anomaly-extent-threshold", "Anomaly score that each voxel of a lesion is above")
 ANALYSED_VOLUME = private_code("analysed-volume", "Volume that was analysed")
 LOWEST_ANALYSED = private_code("analysed-lowest", "Lowest analysed position, patient z")
 HIGHEST_ANALYSED = private_code("analysed-highest", "Highest analysed position, patient z")
@@ -137,6 +138,7 @@ def _analysis(source: SourceSeries, report: Report) -> MeasurementsAndQualitativ
             Measurement(LOWEST_ANALYSED, low, MILLIMETRE),
             Measurement(HIGHEST_ANALYSED, high, MILLIMETRE),
             Measurement(ANOMALY_THRESHOLD, round(report.threshold, 6), ONE),
+            Measurement(EXTENT_THRESHOLD, round(report.extent_threshold, 6), ONE),
             Measurement(LESION_COUNT, len(report.findings), ONE),
             Measurement(codes.SCT.Volume, report.lesion_volume_ml, MILLILITRE, derivation=codes.SCT.Total),
         ],
