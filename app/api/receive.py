@@ -1,7 +1,7 @@
 """An upload from the wire to the disk: block by block, hashed on the way, never whole in memory."""
 
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Protocol
 
 from fastapi import Request
@@ -85,26 +85,23 @@ async def _blocks(stream: AsyncIterator[bytes], limit: int, max_mb: int) -> Asyn
         yield bytes(buffer)
 
 
+def _boundary(options: Mapping[bytes, bytes], kind: str) -> bytes:
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise BadRequest(
+            "The message has no boundary between its parts.",
+            expected=f"Content-Type: {kind}; boundary=...",
+            advice="Let the client's HTTP or DICOMweb library write the header.",
+        )
+    return boundary
+
+
 def _reader(content_type: str, incoming: Incoming, max_files: int) -> Reader:
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
-        boundary = options.get(b"boundary")
-        if not boundary:
-            raise BadRequest(
-                "The form has no boundary.",
-                expected="Content-Type: multipart/form-data; boundary=...",
-                advice="Let the HTTP library write the header.",
-            )
-        return FormReader(boundary, incoming, max_files)
+        return FormReader(_boundary(options, "multipart/form-data"), incoming, max_files)
     if kind == b"multipart/related":
-        boundary = options.get(b"boundary")
-        if not boundary:
-            raise BadRequest(
-                "The message has no boundary.",
-                expected='Content-Type: multipart/related; type="application/dicom"; boundary=...',
-                advice="Let the DICOMweb client write the header.",
-            )
-        return RelatedReader(boundary, incoming, max_files)
+        return RelatedReader(_boundary(options, 'multipart/related; type="application/dicom"'), incoming, max_files)
     if kind.startswith(b"multipart/"):
         raise NotAnImageFormat(
             "The body is of a multipart type that is not read.",

@@ -1,7 +1,7 @@
 """What the header of a NIfTI or MGH file announces, checked before it is believed."""
 
 import math
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
@@ -44,6 +44,14 @@ def check_size(count: int, size: int, limits: Limits) -> None:
             expected=f"at most {limits.max_voxels} voxels and {limits.max_inflated_bytes / 1e6:.0f} MB.",
             advice="Crop the scan to the head, or resample it.",
         )
+
+
+def check_present(file: BinaryIO, announced: int) -> None:
+    """Refuse a file that ends before its last voxel; leaves it at its start."""
+    present = file.seek(0, 2)
+    if present < announced:
+        raise truncated(f"The file holds {present} of the {announced} bytes that its header announces.")
+    file.seek(0)
 
 
 def truncated(found: str) -> TruncatedFile:

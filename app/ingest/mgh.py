@@ -9,7 +9,7 @@ from nibabel.affines import from_matvec
 from nibabel.fileholders import FileHolder
 from nibabel.freesurfer.mghformat import MGHError, MGHHeader, MGHImage
 
-from app.ingest.announced import HEADER_FAULTS, check_kind, check_size, truncated, unreadable_header
+from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
 from app.ingest.limits import Limits
 from app.volume import Affine, Scan, Source, Volume
 
@@ -57,10 +57,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     file.seek(0)
     head = file.read(DATA_OFFSET)
     announced = announced_bytes(head, limits)
-    present = file.seek(0, 2)
-    if present < announced:
-        raise truncated(f"The file holds {present} of the {announced} bytes that its header announces.")
-    file.seek(0)
+    check_present(file, announced)
     try:
         image = MGHImage.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)
         array = image.get_fdata(dtype=np.float32, caching="unchanged")

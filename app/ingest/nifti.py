@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
 
-from app.ingest.announced import HEADER_FAULTS, check_kind, check_size, truncated, unreadable_header
+from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
 from app.ingest.limits import Limits
 from app.ingest.sniff import HEAD_BYTES
 from app.volume import Affine, Scan, Source, Volume
@@ -71,10 +71,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     file.seek(0)
     header = _header(file.read(HEAD_BYTES))
     announced = _announced(header, limits)
-    present = file.seek(0, 2)
-    if present < announced:
-        raise truncated(f"The file holds {present} of the {announced} bytes that its header announces.")
-    file.seek(0)
+    check_present(file, announced)
     kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     try:
         image = kind.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)
