@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from app.pipeline.prepare import foreground_cm2, to_slices
+from app.pipeline.prepare import analysed_slices, to_slices
 from app.volume import Volume
 from training.config import AugmentationConfig, Config, data_root
 from training.splits import load_split
@@ -74,7 +74,7 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
             rng = np.random.default_rng([config.seed, i])
             for view in [volume, *(tilted(volume, config, rng) for _ in range(copies))]:
                 slices = to_slices(view, config.preparation)
-                keep = foreground_cm2(slices, config.preparation) >= config.preparation.min_foreground_cm2
+                keep = analysed_slices(slices, config.preparation)
                 parts.append(np.round(slices.x[keep, 0] * UINT16_MAX).astype(np.uint16))
         np.save(path, np.concatenate(parts))
     stack: UInt16Array = np.load(path, mmap_mode="r")
