@@ -112,7 +112,7 @@ class Gate(Part):
     """Which scans are the kind of image that the model knows."""
 
     timesteps: tuple[int, ...] = Field(description="Noise levels at which the typical KL of a scan is taken.")
-    typical: tuple[Range, ...] = Field(description="At each of them: median KL over foreground latents of a scan.")
+    typical: tuple[Range, ...] = Field(description="At each: the median KL of a slice, least over slices.")
     reconstruction: Range = Field(description="Mean |x - D(z0)| over the foreground of a scan.")
     latent: Range = Field(description="KL of a single healthy latent.")
     max_fraction_out: float = Field(description="Share of foreground latents outside `latent` that is still accepted.")
@@ -158,6 +158,7 @@ class Provenance(Part):
     seed: int
     vqvae_steps: int
     denoiser_steps: int
+    warm_start: str = Field(default="", description="Version whose denoiser this one went on from, if any.")
 
 
 class Manifest(Part):

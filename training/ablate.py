@@ -42,8 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "weighted by KL": {"weighted_by_kl": True},
     "one threshold": {"extent_share": 1.0},
     "edge judged too": {"erosion": 0},
-    "not smoothed": {"smoothing_mm": 0.0},
-    "smoothed by 2 mm": {"smoothing_mm": 2.0},
+    "smoothed by 1 mm": {"smoothing_mm": 1.0},
 }
 # METHOD's plain rules after the paper: its noise levels, one threshold, no weighting.
 PAPER: dict[str, Any] = {

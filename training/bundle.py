@@ -55,6 +55,7 @@ def make_manifest(config: Config, folder: Path, provenance: dict[str, dict[str, 
                 seed=config.seed,
                 vqvae_steps=int(provenance["vqvae"]["step"]),
                 denoiser_steps=int(provenance["denoiser"]["step"]),
+                warm_start=config.denoiser.warm_start,
             ),
         }
     )

@@ -34,6 +34,7 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             codes_used=int(curve["val_codes_used"][-1]),
             vq_batch=config.vqvae.batch,
             batch=config.denoiser.batch,
+            after=f" after those of {manifest.name}-{p}" if (p := manifest.provenance.warm_start) else "",
             l1=curve["val_l1_foreground"][-1],
             parity=parity,
             flipped=parity.decoder_flipped,
@@ -45,7 +46,8 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             ab=" down to ".join(map(str, dict.fromkeys(manifest.kl.alpha_bar))),
             weighing=_weighing(manifest),
             gate="\n".join(
-                f"| gate, median KL at t = {t} | {r.low} to {r.high} | but for {config.detection.gate_refused:.0%} of "
+                f"| gate, least median KL of a slice at t = {t} | {r.low} to {r.high} "
+                f"| but for {config.detection.gate_refused:.0%} of "
                 "healthy scans, over all scores (Student's t, logarithms) |"
                 for t, r in zip(manifest.gate.timesteps, manifest.gate.typical, strict=True)
             ),

@@ -56,14 +56,15 @@ class CoarseNoiseConfig(Part):
 
     share: float = Field(description="Share of the training slices that carry any.")
     patch_pixels: tuple[float, float] = Field(description="Smallest and largest scale of a patch.")
-    level_pixels: tuple[float, float] = Field(description="Smallest and largest scale of the change of level.")
-    covered: tuple[float, float] = Field(description="Smallest and largest share of a slice under patches.")
+    covered: tuple[float, float] = Field(description="Smallest and largest share of the head under each of two sets.")
     strength: tuple[float, float] = Field(description="Smallest and largest change, in slice values.")
+    level_pixels: tuple[float, float] = Field(description="Smallest and largest scale on which the strength varies.")
+    level_sd: float = Field(description="Standard deviation of that variation, as a share of the strength.")
     edge_pixels: tuple[float, float] = Field(description="Smallest and largest softness of a patch's edge.")
 
 
 class DenoiserConfig(Part):
-    passes: int = Field(description="Augmented passes over the training slices whose latents are kept.")
+    warm_start: str = Field(description="Version of this bundle whose denoiser this one starts from; empty for none.")
     channels: tuple[int, ...]
     residual_blocks: int
     attention: tuple[bool, ...]
@@ -73,7 +74,7 @@ class DenoiserConfig(Part):
     learning_rate: float
     warmup: int
     ema_decay: float
-    error_weight: float = Field(description="Of the likelihood that teaches the network how wrong it will be.")
+    snr_limit: float = Field(description="Signal-to-noise ratio up to which an error of the noise is weighed.")
     focus_below: int = Field(description="Time steps under it are drawn with `focus_share`: where the KL map looks.")
     focus_share: float
 

@@ -19,7 +19,7 @@ from training.config import Config
 from training.data import UINT16_MAX, cached_slices
 from training.latents import load_vqvae
 from training.loop import load_modules
-from training.networks import Decode, Denoise, Encode, build_denoiser
+from training.networks import Decode, Encode, build_denoiser
 
 OPSET = 18
 PARITY_SLICES = 16
@@ -43,7 +43,7 @@ def trained_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, di
     from_denoiser = load_modules(config, "denoiser", {"averaged": averaged, "denoiser": denoiser})
     networks: dict[str, nn.Module] = {
         "encoder": Encode(vqvae, latent),
-        "denoiser": Denoise(averaged.module if config.export.averaged else denoiser),
+        "denoiser": averaged.module if config.export.averaged else denoiser,
         "decoder": Decode(vqvae, latent),
     }
     for network in networks.values():

@@ -30,7 +30,7 @@ def read_curve(path: Path) -> dict[str, list[float]]:
 
 def draw_curves(config: Config, path: Path) -> None:
     """Training and validation losses of both stages."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     vqvae = read_curve(config.run_folder / "vqvae.csv")
     for key, label in (
         ("l1", "train L1"),
@@ -42,13 +42,17 @@ def draw_curves(config: Config, path: Path) -> None:
     left.set(title=f"VQ-VAE: {used} of {config.vqvae.codes} codes used", xlabel="step", yscale="log")
     left.legend()
     denoiser = read_curve(config.run_folder / "denoiser.csv")
+    names = {
+        "val_mse_coarse_t": "validation, coarse noise, t = ",
+        "val_mse_t": "validation, t = ",
+        "loss": "train, weighed",
+    }
     for key, values in denoiser.items():
         if key != "step":
-            right.plot(
-                denoiser["step"], values, label=key.replace("val_mse_t", "validation, t = ").replace("mse", "train")
-            )
+            start = next(start for start in names if key.startswith(start))
+            right.plot(denoiser["step"], values, label=names[start] + key.removeprefix(start))
     right.set(title="Denoiser: noise error by level", xlabel="step", ylabel="mean squared error", yscale="log")
-    right.legend(fontsize="small")
+    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -1,18 +1,14 @@
-"""The latents that the denoiser learns from, encoded once from augmented slices."""
-
-import hashlib
-import json
+"""The latents that the denoiser learns from."""
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from monai.networks.nets.vqvae import VQVAE
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from app.volume import FloatArray
 from training.coarse import add_coarse_noise
 from training.config import Config
-from training.data import Batches, UInt16Array, cached_slices
+from training.data import Batches, cached_slices
 from training.loop import device, load_modules
 from training.networks import build_vqvae
 
@@ -47,31 +43,11 @@ def latent_statistics(config: Config, vqvae: VQVAE) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def cached_latents(config: Config, part: str, passes: int) -> npt.NDArray[np.float16]:
-    """z0 of every slice of a part, healthy and with coarse noise, (N * passes, 2, C, h, w).
-
-    Each pass augments the slices anew; `passes` = 0 takes them as they are, once.
-    """
-    vqvae, latent, provenance = load_vqvae(config)
-    decides = [provenance, config.augmentation.model_dump(), config.coarse_noise.model_dump(), part, passes]
-    key = json.dumps(decides)
-    path = config.run_folder / "cache" / f"latents-{part}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
-    if not path.exists():
-        np.save(path, _encode(config, vqvae, latent, cached_slices(config, part), passes))
-    latents: npt.NDArray[np.float16] = np.load(path, mmap_mode="r")
-    return latents
-
-
-def _encode(
-    config: Config, vqvae: VQVAE, latent: dict[str, torch.Tensor], stack: UInt16Array, passes: int
-) -> npt.NDArray[np.float16]:
-    # Another stream of the seed than the VQ-VAE's batches: their augmentations differ.
-    batches = Batches(stack, BATCH, config.seed + 1, config.augmentation if passes else None)
-    parts = []
-    for step in tqdm(range(max(passes, 1) * (len(stack) // BATCH)), desc="encode", unit="batch"):
-        x = batches(step)
-        rng = np.random.default_rng([config.seed, 5, step])
-        coarse = torch.from_numpy(add_coarse_noise(x.numpy(), config.coarse_noise, rng))
-        pair = [(vqvae.encoder(v.to(device())) - latent["shift"]) / latent["scale"] for v in (x, coarse)]
-        parts.append(torch.stack(pair, dim=1).cpu().numpy().astype(np.float16))
-    return np.concatenate(parts)
+def encode_pair(
+    vqvae: VQVAE, latent: dict[str, torch.Tensor], x: torch.Tensor, config: Config, rng: np.random.Generator
+) -> tuple[FloatArray, FloatArray]:
+    """z0 of healthy slices (B, 1, H, W), and of the same slices with coarse noise; each (B, C, h, w)."""
+    coarse = torch.from_numpy(add_coarse_noise(x.numpy(), config.coarse_noise, rng))
+    both = torch.cat([x, coarse]).to(device(), memory_format=torch.channels_last)
+    z0 = ((vqvae.encoder(both) - latent["shift"]) / latent["scale"]).cpu().numpy()
+    return z0[: len(x)], z0[len(x) :]

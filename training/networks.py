@@ -32,33 +32,17 @@ def build_vqvae(config: Config) -> VQVAE:
 
 
 def build_denoiser(config: Config) -> DiffusionModelUNet:
-    """U-Net that predicts the noise in z_t and how wrong it expects to be.
-
-    (N, C, h, w) and (N,) -> (N, C + 1, h, w): epsilon, then the logarithm of the squared error that it
-    expects on average over the channels.
-    """
+    """U-Net that predicts the noise in z_t: (N, C, h, w) and t (N,) -> epsilon (N, C, h, w)."""
     c = config.denoiser
     return DiffusionModelUNet(
         spatial_dims=2,
         in_channels=config.vqvae.embedding_dim,
-        out_channels=config.vqvae.embedding_dim + 1,
+        out_channels=config.vqvae.embedding_dim,
         num_res_blocks=c.residual_blocks,
         channels=c.channels,
         attention_levels=c.attention,
         num_head_channels=c.head_channels,
     )
-
-
-class Denoise(nn.Module):
-    """z_t (N, C, h, w) and t (N,) -> the predicted noise (N, C, h, w), without the error that it expects."""
-
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        prediction: torch.Tensor = self.denoiser(z_t, t)
-        return prediction[:, :-1]
 
 
 class Encode(nn.Module):

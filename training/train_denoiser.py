@@ -8,27 +8,27 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch.optim.swa_utils import AveragedModel
 
 from app.pipeline.schedule import Schedule
+from app.volume import FloatArray
 from training.config import Config
-from training.data import data_hash
-from training.latents import cached_latents
+from training.data import UINT16_MAX, Batches, cached_slices, data_hash
+from training.latents import encode_pair, load_vqvae
 from training.loop import Run, device
 from training.networks import build_denoiser
 from training.splits import load_split
 
-VALIDATION_LATENTS = 192
+VALIDATION_SLICES = 192
 VALIDATE_EVERY = 500
 # The validation loss is reported by noise level: a mean over all hides where it improves.
-LEVELS = (50, 200, 400, 500, 600, 900)
+LEVELS = (10, 50, 200, 400, 600, 900)
 # There, also with coarse noise: low enough to see the surroundings clearly.
-HEALING_LEVELS = (100, 250)
-# A squared error of the noise outside e^-10 .. e^4 is none that a trained network expects.
-LOG_EXPECTED = (-10.0, 4.0)
+HEALING_LEVELS = (10, 50)
 
 
-def draw_times(config: Config, count: int, rng: np.random.Generator) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def draw_times(config: Config, count: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
     """Time steps of a batch: mostly the levels that detection uses, the others so that none is unknown."""
     d = config.denoiser
     focused = rng.random(count) < d.focus_share
@@ -48,19 +48,70 @@ def warming_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch
     return average
 
 
-def squared_error(output: torch.Tensor, epsilon: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared error of the predicted noise, mean over channels, and the logarithm of the expected one, (N, h, w)."""
-    predicted, log_expected = output[:, :-1], output[:, -1]
-    return (predicted - epsilon).square().mean(1), log_expected.clamp(*LOG_EXPECTED)
+def diffuse_pair(
+    clean: FloatArray, coarse: FloatArray, t: npt.NDArray[np.int64], schedule: Schedule, rng: np.random.Generator
+) -> tuple[FloatArray, FloatArray]:
+    """z_t from latents with coarse noise, and all that separates it from the healthy ones as noise.
+
+    Parameters
+    ----------
+    clean, coarse : (B, C, h, w) ndarray
+    t : (B,) ndarray
+
+    Returns
+    -------
+    z_t, epsilon : (B, C, h, w) ndarray
+        z_t = sqrt(alpha_bar) clean + sqrt(1 - alpha_bar) epsilon.
+    """
+    white = rng.standard_normal(clean.shape, dtype=np.float32)
+    z_t = schedule.diffuse(coarse, white, t)
+    alpha_bar = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+    epsilon = (z_t - np.sqrt(alpha_bar) * clean) / np.sqrt(1 - alpha_bar)
+    return z_t, np.asarray(epsilon, dtype=np.float32)
+
+
+def loss_weight(t: npt.NDArray[np.int64], schedule: Schedule, snr_limit: float) -> FloatArray:
+    """Weight of a squared error of the noise, (B, 1, 1, 1): min(SNR, limit) on the latent's own error.
+
+    Hang et al. 2023 (Min-SNR). Unweighed, coarse noise at the lowest levels would be almost all of
+    the loss: there, epsilon is the change of the latent times sqrt(SNR).
+    """
+    alpha_bar = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+    return np.asarray(np.minimum(1, snr_limit * (1 - alpha_bar) / alpha_bar), dtype=np.float32)
+
+
+def start_from(config: Config, denoiser: DiffusionModelUNet) -> None:
+    """Load the last weights of an earlier version's denoiser, where the configuration names one.
+
+    Raises
+    ------
+    SystemExit
+        That version was not trained here.
+    """
+    if not config.denoiser.warm_start:
+        return
+    path = config.model_copy(update={"version": config.denoiser.warm_start}).run_folder / "denoiser.pt"
+    if not path.exists():
+        raise SystemExit(
+            f"{path} is missing: train version {config.denoiser.warm_start} from its own commit first, "
+            'or set warm_start = "" to start anew, with more steps.'
+        )
+    state = torch.load(path, map_location=device(), weights_only=True)
+    own = denoiser.state_dict()
+    # 1.1.0 had one output more, an error that it expected of itself.
+    denoiser.load_state_dict({k: v[: len(own[k])] for k, v in state["modules"]["denoiser"].items()})
 
 
 def train(config: Config) -> None:
     """Train, or go on training, the denoiser of a configuration."""
     torch.manual_seed(config.seed)
-    z_train = cached_latents(config, "train", config.denoiser.passes)
-    z_held_out = cached_latents(config, "validation", 0)
+    vqvae, latent, _ = load_vqvae(config)
+    # Another stream of the seed than the VQ-VAE's batches: their augmentations differ.
+    batches = Batches(cached_slices(config, "train"), config.denoiser.batch, config.seed + 1, config.augmentation)
+    held_out = cached_slices(config, "validation")
     schedule = Schedule.linear(config.schedule.steps, config.schedule.beta_start, config.schedule.beta_end)
     denoiser = build_denoiser(config).to(device()).to(memory_format=torch.channels_last)
+    start_from(config, denoiser)
     averaged = AveragedModel(denoiser, avg_fn=warming_average(config.denoiser.ema_decay))
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.denoiser.learning_rate, weight_decay=1e-4)
     warmup, steps = config.denoiser.warmup, config.denoiser.steps
@@ -72,47 +123,37 @@ def train(config: Config) -> None:
     modules = {"denoiser": denoiser, "averaged": averaged}
     run = Run("denoiser", config, data_hash(config, split.train), modules, optimiser, rate)
 
-    def noisy(
-        pair: npt.NDArray[np.float16], t: npt.NDArray[np.int64], rng: np.random.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        clean, coarse = pair.astype(np.float32).swapaxes(0, 1)
-        white = rng.standard_normal(clean.shape, dtype=np.float32)
-        z_t = schedule.diffuse(coarse, white, t)
-        # All that separates z_t from the healthy latent is noise: its white part and its coarse one.
-        alpha_bar = schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
-        epsilon = (z_t - np.sqrt(alpha_bar) * clean) / np.sqrt(1 - alpha_bar)
-        z = torch.from_numpy(z_t).to(device(), memory_format=torch.channels_last)
-        return z, torch.from_numpy(t).to(device()), torch.from_numpy(epsilon.astype(np.float32)).to(device())
+    def place(array: FloatArray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device(), memory_format=torch.channels_last)
 
     def step_fn(step: int) -> dict[str, float]:
         rng = np.random.default_rng([config.seed, 3, step])
-        chosen = np.sort(rng.choice(len(z_train), config.denoiser.batch, replace=False))
-        z_t, t, epsilon = noisy(z_train[chosen], draw_times(config, len(chosen), rng), rng)
-        error, log_expected = squared_error(denoiser(z_t, t), epsilon)
-        loss = error.mean()
-        surprise = (log_expected + error.detach() / log_expected.exp()).mean()
+        clean, coarse = encode_pair(vqvae, latent, batches(step), config, rng)
+        t = draw_times(config, len(clean), rng)
+        z_t, epsilon = diffuse_pair(clean, coarse, t, schedule, rng)
+        error = (denoiser(place(z_t), torch.from_numpy(t).to(device())) - place(epsilon)).square()
+        loss = (error * torch.from_numpy(loss_weight(t, schedule, config.denoiser.snr_limit)).to(device())).mean()
         optimiser.zero_grad(set_to_none=True)
-        (loss + config.denoiser.error_weight * surprise).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimiser.step()
         rate.step()
         averaged.update_parameters(denoiser)
-        return {"mse": float(loss.detach()), "nll": float(surprise.detach())}
+        return {"loss": float(loss.detach())}
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
         averaged.eval()
-        chosen = np.linspace(0, len(z_held_out) - 1, VALIDATION_LATENTS).astype(int)
-        pairs = z_held_out[chosen]
-        healthy = np.stack([pairs[:, 0], pairs[:, 0]], axis=1)
+        chosen = np.linspace(0, len(held_out) - 1, VALIDATION_SLICES).astype(int)
+        x = torch.from_numpy(held_out[chosen].astype(np.float32) / UINT16_MAX)[:, None]
+        clean, coarse = encode_pair(vqvae, latent, x, config, np.random.default_rng([config.seed, 5]))
         losses = {}
-        for level, kind, z0 in [(t, "", healthy) for t in LEVELS] + [(t, "_coarse", pairs) for t in HEALING_LEVELS]:
-            rng = np.random.default_rng([config.seed, 4, level])
-            z_t, t, epsilon = noisy(z0, np.full(len(chosen), level), rng)
-            predicted = torch.cat([averaged(a, b) for a, b in zip(z_t.split(32), t.split(32), strict=True)])
-            error, log_expected = squared_error(predicted, epsilon)
-            losses[f"val_mse{kind}_t{level}"] = float(error.mean())
-            losses[f"val_relative{kind}_t{level}"] = float((error / log_expected.exp()).mean())
+        for level, kind, z0 in [(t, "", clean) for t in LEVELS] + [(t, "_coarse", coarse) for t in HEALING_LEVELS]:
+            t = np.full(len(chosen), level)
+            z_t, epsilon = diffuse_pair(clean, z0, t, schedule, np.random.default_rng([config.seed, 4, level]))
+            parts = zip(place(z_t).split(32), torch.from_numpy(t).to(device()).split(32), strict=True)
+            predicted = torch.cat([averaged(a, b) for a, b in parts])
+            losses[f"val_mse{kind}_t{level}"] = float((predicted - place(epsilon)).square().mean())
         return losses
 
     run.train(steps, step_fn, validate, VALIDATE_EVERY)

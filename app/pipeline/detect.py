@@ -33,8 +33,7 @@ class Scores:
     slices : (K,) ndarray
         The same for each analysed slice; NaN where it has no foreground latent.
     typical : tuple of float
-        Median KL at each of the gate's noise levels, over the foreground latents of some slices: a
-        lesion of any likely size leaves a median where it was.
+        Median KL of a slice at each of the gate's noise levels, least over some slices.
     reconstruction : float
         Mean |x - D(z0)| over the foreground of some slices.
     fraction_out : float
@@ -172,11 +171,20 @@ def typical_kl(
     diffusion: anomaly.Diffusion,
     timesteps: tuple[int, ...],
 ) -> tuple[float, ...]:
-    """Median KL over foreground latents at each of some noise levels, in nats.
+    """Median KL of a slice's foreground latents, least over the slices; one at each noise level, in nats.
 
-    Low levels see texture, high ones anatomy and contrast: another sequence differs in one or the other.
+    Low levels see texture, high ones anatomy and contrast: another sequence differs in one or the other,
+    and in every slice. A lesion raises the median of its own slices too, since the network sees a slice
+    as a whole: the least one is that of a slice without it.
     """
-    return tuple(float(np.median(anomaly.kl_map(z0, slices, diffusion, (t,))[latents])) for t in timesteps)
+    seen = latents.any(axis=(1, 2))
+    return tuple(_typical(anomaly.kl_map(z0, slices, diffusion, (t,))[seen], latents[seen]) for t in timesteps)
+
+
+def _typical(kl: FloatArray, latents: BoolArray) -> float:
+    # numpy's least, not Python's: NaN, of a model gone wrong, stays NaN.
+    medians = [np.median(k[inside]) for k, inside in zip(kl, latents, strict=True)]
+    return float(np.min(medians)) if medians else float("nan")
 
 
 def reconstruction_error(x: FloatArray, foreground: BoolArray, reconstruction: FloatArray) -> float:
@@ -206,7 +214,7 @@ def check_gate(scores: Scores, gate: Gate) -> None:
     reasons = []
     levels = zip(gate.timesteps, scores.typical, gate.typical, strict=True)
     for name, value, healthy in (
-        *((f"median KL at t = {t}", value, healthy) for t, value, healthy in levels),
+        *((f"least median KL of a slice at t = {t}", value, healthy) for t, value, healthy in levels),
         ("reconstruction error", scores.reconstruction, gate.reconstruction),
     ):
         if not healthy.holds(value):

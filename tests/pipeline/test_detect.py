@@ -10,11 +10,12 @@ from nibabel import affines
 from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
 from app.manifest import Manifest, Range
 from app.pipeline import anomaly
-from app.pipeline.detect import GATE_SLICES, Detection, detect, network_evaluations
+from app.pipeline.detect import GATE_SLICES, Detection, detect, network_evaluations, typical_kl
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
 from app.volume import Volume
+from tests.support.oracle import GaussianDenoiser
 from tests.support.phantom import brain, grid, with_lesion
 
 LESION_MM = (25.0, 10.0, 20.0)
@@ -193,7 +194,8 @@ def test_the_noise_of_a_slice_is_keyed_by_its_place_in_the_stack(
 
 @pytest.mark.parametrize("side", ["low", "high"])
 @pytest.mark.parametrize(
-    ("field", "name"), [("typical", "median KL at t = 500"), ("reconstruction", "reconstruction error")]
+    ("field", "name"),
+    [("typical", "least median KL of a slice at t = 500"), ("reconstruction", "reconstruction error")],
 )
 def test_the_gate_refuses_on_both_sides(
     healthy: Volume, models: Models, manifest: Manifest, field: str, name: str, side: str
@@ -219,13 +221,28 @@ def test_the_gate_counts_latents_so_that_a_tumour_passes(
         detect(huge, models, gated)
 
 
+def test_what_is_typical_is_what_the_best_slice_shows() -> None:
+    schedule = Schedule.linear(1000, 0.0015, 0.0195)
+    z0 = np.random.default_rng(2).standard_normal((4, 1, 8, 8), dtype=np.float32)
+    healthy = anomaly.Diffusion(schedule, GaussianDenoiser(schedule, np.zeros(1), np.ones(1)), KeyedNoise(7, (1, 8, 8)))
+    inside = np.ones((4, 8, 8), dtype=bool)
+    slices = np.arange(4)
+    each = [typical_kl(z0[i : i + 1], slices[i : i + 1], inside[i : i + 1], healthy, (100,))[0] for i in range(4)]
+    assert typical_kl(z0, slices, inside, healthy, (100,))[0] == pytest.approx(min(each))
+    diseased = z0.copy()
+    diseased[np.argmax(each)] += 5
+    assert typical_kl(diseased, slices, inside, healthy, (100,))[0] == pytest.approx(min(each))
+    everywhere = typical_kl(z0 + np.float32(5), slices, inside, healthy, (100,))[0]
+    assert everywhere > 5 * min(each), "what is unknown everywhere is unknown in its best slice"
+
+
 def test_a_model_gone_wrong_is_refused_and_never_read_as_healthy(
     healthy: Volume, models: Models, manifest: Manifest
 ) -> None:
     def nan(z_t: np.ndarray, t: np.ndarray) -> np.ndarray:
         return np.asarray(z_t * np.nan * t[0], dtype=np.float32)
 
-    with pytest.raises(OutOfDistribution, match="median KL at t = 500 is nan"):
+    with pytest.raises(OutOfDistribution, match="least median KL of a slice at t = 500 is nan"):
         detect(healthy, Models(models.encode, nan, models.decode), manifest)
 
 
