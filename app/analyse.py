@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from app.errors import CounterpartError, NotFromDicom
+import numpy as np
+
+from app.brain import Brain, extract
+from app.errors import CounterpartError, NoBrainMask, NotFromDicom
 from app.export.nifti import write_nifti
 from app.export.pictures import write_preview
-from app.export.report import RESEARCH_USE_ONLY, ModelUsed, Report, build_report
+from app.export.report import RESEARCH_USE_ONLY, BrainReported, ModelUsed, Report, build_report
 from app.ingest import read
 from app.ingest.quiet import quiet
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect, network_evaluations
 from app.pipeline.findings import Result, to_result
 from app.runtime.bundle import Bundle, choose
-from app.volume import Geometry, Scan
+from app.volume import Geometry, Scan, Volume
 
 # Stage ("read", "infer", "export") and how much of it is done, 0 to 1. It may raise
 # `app.errors.Cancelled`: it is called between network evaluations.
@@ -27,8 +30,11 @@ Progress = Callable[[str, float], None]
 BATCH = 16
 
 RESULT_FILES = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png")
-# Beside them for a scan that came as DICOM; where one is absent, `Report.absent` says why.
+# Beside them for a scan that came as DICOM, and for a head whose brain was taken out of it; where one is
+# absent, `Report.absent` says why.
 DICOM_FILES = ("segmentation.dcm", "report.dcm")
+BRAIN_FILE = "brain.nii.gz"
+OPTIONAL_FILES = (BRAIN_FILE, *DICOM_FILES)
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def analyse(
     path : Path
         A NIfTI or MGH file, a zip, or a folder of DICOM files.
     out : Path
-        Existing folder for `RESULT_FILES` and `DICOM_FILES`; each appears whole or not at all.
+        Existing folder for `RESULT_FILES` and `OPTIONAL_FILES`; each appears whole or not at all.
     bundles : callable
         The loaded bundle of a manifest.
     manifests : sequence of Manifest
@@ -94,11 +100,18 @@ def analyse(
             progress("read", 1.0)
         with _timed("load", seconds):
             bundle = bundles(manifest)
+        progress("infer", 0.0)
+        with _timed("extract", seconds):
+            brain = _take_out(scan.volume, bundle)
         with _timed("infer", seconds):
-            detection, result = infer(scan, bundle, request.seed, progress)
+            seen = brain.volume if isinstance(brain, Brain) else scan.volume
+            detection = infer(seen, bundle, request.seed, progress)
+            result = to_result(scan.volume, detection, manifest)
+            progress("infer", 1.0)
         with _timed("export", seconds):
             progress("export", 0.0)
             _write_images(out, scan, result)
+            absent = _write_brain(out, scan, brain)
             write_preview(out / "preview.png", detection, manifest, RESEARCH_USE_ONLY)
         used = ModelUsed(
             id=manifest.id,
@@ -108,7 +121,8 @@ def analyse(
             licence=manifest.licence.licence,
         )
         report = build_report(scan, detection, result, used, manifest, seconds)
-        absent = _write_dicom(out, scan, result, report)
+        report = report.model_copy(update={"brain": _reported(brain, bundle)})
+        absent |= _write_dicom(out, scan, result, report)
     report = report.model_copy(update={"absent": {name: reason.problem for name, reason in absent.items()}})
     part = out / "report.json.part"
     part.write_text(report.model_dump_json(indent=1) + "\n")
@@ -117,8 +131,19 @@ def analyse(
     return report
 
 
-def infer(scan: Scan, bundle: Bundle, seed: int | None, progress: Progress) -> tuple[Detection, Result]:
-    """Run the pipeline on a scan that was read, batch by batch."""
+def _take_out(volume: Volume, bundle: Bundle) -> Brain | NoBrainMask:
+    """The brain alone, for a model that knows nothing else; or why the scan stays as it is."""
+    if bundle.extractor is None:
+        return NoBrainMask(
+            f"{bundle.manifest.id} analyses scans as they come: nothing was extracted.",
+            expected="a model of brains without their heads.",
+            advice="The analysed extent is where anomaly.nii.gz has a value.",
+        )
+    return extract(volume, bundle.extractor.networks)
+
+
+def infer(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
+    """Run the pipeline on a volume, batch by batch."""
     done = 0
     expected = 1
 
@@ -129,15 +154,10 @@ def infer(scan: Scan, bundle: Bundle, seed: int | None, progress: Progress) -> t
         # counts on every one, and jumps ahead at the end.
         progress("infer", min(done / expected, 1.0))
 
-    depth_mm = abs(scan.volume.affine[:3, :3]) @ scan.volume.shape
+    depth_mm = abs(volume.affine[:3, :3]) @ volume.shape
     most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
     expected = network_evaluations(bundle.manifest, most, most)
-    progress("infer", 0.0)
-    models = bundle.models.in_batches(BATCH, tick)
-    detection = detect(scan.volume, models, bundle.manifest, seed)
-    result = to_result(scan.volume, detection, bundle.manifest)
-    progress("infer", 1.0)
-    return detection, result
+    return detect(volume, bundle.models.in_batches(BATCH, tick), bundle.manifest, seed)
 
 
 def _write_images(out: Path, scan: Scan, result: Result) -> None:
@@ -149,6 +169,30 @@ def _write_images(out: Path, scan: Scan, result: Result) -> None:
         ("counterpart", result.counterpart, "imagined healthy counterpart"),
     ):
         write_nifti(out / f"{name}.nii.gz", array, result.affine, code, f"counterpart: {what}; research use only")
+
+
+def _write_brain(out: Path, scan: Scan, brain: Brain | NoBrainMask) -> dict[str, CounterpartError]:
+    """The brain's mask, where one was taken out; else why there is none."""
+    if isinstance(brain, NoBrainMask):
+        return {BRAIN_FILE: brain}
+    what = "counterpart: 1 in the brain that was taken out of its head; research use only"
+    write_nifti(out / BRAIN_FILE, brain.mask.astype(np.uint8), scan.volume.affine, scan.source.sform_code, what)
+    return {}
+
+
+def _reported(brain: Brain | NoBrainMask, bundle: Bundle) -> BrainReported | None:
+    """What a report says of the extraction."""
+    if isinstance(brain, NoBrainMask) or bundle.extractor is None:
+        return None
+    return BrainReported(
+        method=bundle.extractor.manifest.method,
+        version=bundle.extractor.manifest.version,
+        sha256=bundle.extractor.sha256,
+        volume_ml=round(brain.volume_ml, 1),
+        agreement=round(brain.agreement, 4),
+        cut_cm2=round(brain.cut_cm2, 1),
+        warnings=brain.warnings,
+    )
 
 
 def _write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[str, CounterpartError]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.analyse import Request, analyse
+from app.analyse import DICOM_FILES, Request, analyse
 from app.errors import NotAVolume, UnknownModel
 from app.export.report import Report
 from app.manifest import Manifest
@@ -78,8 +78,15 @@ def tell(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
+    if report.brain:
+        made_by = f"{report.brain.method} {report.brain.version}"
+        console.print(f"Brain: {report.brain.volume_ml:.0f} ml, taken out of its head by {made_by} (brain.nii.gz).")
+        for warning in report.brain.warnings:
+            console.print(warning, soft_wrap=True, highlight=False)
     if report.input.format == "dicom":
         for name, reason in report.absent.items():
+            if name not in DICOM_FILES:
+                continue
             console.print(f"No {name}: {reason['found']}", soft_wrap=True, highlight=False)
     console.print(f"Results in {out}", soft_wrap=True, highlight=False)
     console.print(report.notice)

@@ -171,6 +171,11 @@ class OutOfDistribution(CannotAnalyse):
     title = "Not the kind of image the model knows"
 
 
+class BrainNotExtracted(CannotAnalyse):
+    code = "brain_not_extracted"
+    title = "The brain could not be taken out of its head"
+
+
 class WrongModality(CannotAnalyse):
     code = "wrong_modality"
     title = "Not the modality of the model"
@@ -260,6 +265,11 @@ class NoSuchResult(CounterpartError):
 
     code = "no_such_result"
     title = "This scan has no such result"
+
+
+class NoBrainMask(NoSuchResult):
+    code = "no_brain_mask"
+    title = "No brain was taken out of this scan"
 
 
 class NotFromDicom(NoSuchResult):

@@ -24,6 +24,9 @@ class Preparation(Part):
     intensity_percentile: float = Field(description="Percentile of the foreground that is mapped ...")
     intensity_level: float = Field(description="... to this slice value; the background is mapped to 0.")
     min_foreground_cm2: float = Field(description="A slice with less foreground is not analysed.")
+    brain_only: bool = Field(
+        default=False, description="The model knows brains without their heads: a scan with skull is extracted first."
+    )
 
     @property
     def voxel_ml(self) -> float:
@@ -159,6 +162,24 @@ class Provenance(Part):
     vqvae_steps: int
     denoiser_steps: int
     warm_start: str = Field(default="", description="Version whose denoiser this one went on from, if any.")
+
+
+class ExtractorFiles(Part):
+    coarse: File
+    fine: File
+    golden: File
+
+
+class ExtractorManifest(Part):
+    """What finds the brain in a head (`app.brain`), and where it comes from."""
+
+    format_version: Literal[1] = 1
+    method: str
+    version: str
+    licence: str = Field(description="SPDX expression of code and weights.")
+    attribution: str
+    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the package with the weights.")
+    files: ExtractorFiles
 
 
 class Manifest(Part):

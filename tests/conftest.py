@@ -1,10 +1,12 @@
 """What every test stands on: a clean environment, a tiny real bundle, and the real scans where they are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from app import brain
 from tests.support.bundle import write_tiny_bundle
 
 DATA_VARIABLE = "COUNTERPART_DATA"
@@ -26,6 +28,15 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     write_tiny_bundle(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_cubes() -> Iterator[None]:
+    """Small volumes in the extractor: the phantom needs no 256 planes to be told apart from its bone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(brain, "COARSE_SIDE", 48)
+        patch.setattr(brain, "FINE_SIDE", 72)
+        yield
 
 
 @pytest.fixture(scope="session")

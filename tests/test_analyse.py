@@ -2,22 +2,28 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from app.analyse import DICOM_FILES, RESULT_FILES, Progress, Request, analyse
-from app.errors import Cancelled, NotAnImageFormat, UnknownModel, WrongFieldOfView, WrongModality
+from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request, analyse
+from app.brain import Networks
+from app.errors import BrainNotExtracted, Cancelled, NotAnImageFormat, UnknownModel, WrongFieldOfView, WrongModality
 from app.export.report import Report
-from app.manifest import Manifest
+from app.manifest import ExtractorFiles, ExtractorManifest, File, Manifest
+from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, load_bundle
+from app.runtime.extractor import Extractor
 from app.volume import Volume
 from tests.support.dicom import RAS_TO_LPS, SECRET, Series, write_series, zipped
-from tests.support.phantom import ball, brain, grid, with_lesion
+from tests.support.heads import ORACLE, nothing
+from tests.support.phantom import ball, brain, grid, head, with_lesion
 from tests.support.segmentation import segment_points
 
 PLAIN = Request()
@@ -225,7 +231,7 @@ def test_a_dicom_series_has_dicom_results_at_the_place_of_the_mask(
     out.mkdir()
     report = run(zipped(tmp_path / "series.zip", files), out, bundle)
     assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, *DICOM_FILES))
-    assert report.absent == {}
+    assert set(report.absent) == {BRAIN_FILE}
     image, mask = load(out, "mask")
     found = segment_points(out / "segmentation.dcm")
     assert sorted(found) == [f.label for f in report.findings]
@@ -244,13 +250,106 @@ def test_a_healthy_dicom_series_has_a_report_and_no_segmentation(bundle: Bundle,
     out.mkdir()
     report = run(tmp_path / "series", out, bundle)
     assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, "report.dcm"))
-    assert {name: problem["code"] for name, problem in report.absent.items()} == {"segmentation.dcm": "no_lesion"}
+    codes = {name: problem["code"] for name, problem in report.absent.items()}
+    assert codes == {BRAIN_FILE: "no_brain_mask", "segmentation.dcm": "no_lesion"}
     assert Report.model_validate_json((out / "report.json").read_text()).absent == report.absent
 
 
 def test_a_nifti_scan_says_why_it_has_no_dicom_results(done: tuple[Path, Report]) -> None:
-    absent = done[1].absent
-    assert {name: problem["code"] for name, problem in absent.items()} == dict.fromkeys(DICOM_FILES, "not_from_dicom")
+    codes = {name: problem["code"] for name, problem in done[1].absent.items()}
+    assert codes == {BRAIN_FILE: "no_brain_mask"} | dict.fromkeys(DICOM_FILES, "not_from_dicom")
+
+
+# ---- a head with its skull -----------------------------------------------------------------------
+
+ROOMY = (76, 88, 80)
+
+
+def with_extractor(bundle: Bundle, networks: Networks = ORACLE) -> Bundle:
+    nothing_there = File(name="none", sha256="0" * 64)
+    files = ExtractorFiles(coarse=nothing_there, fine=nothing_there, golden=nothing_there)
+    manifest = ExtractorManifest(
+        method="oracle", version="1", licence="none", attribution="none", source_sha256="0" * 64, files=files
+    )
+    return replace(bundle, extractor=Extractor(manifest, "1" * 64, networks))
+
+
+@pytest.fixture(scope="module")
+def from_head(
+    bundle: Bundle,
+    small_cubes: None,  # noqa: ARG001  # a fixture of the module's scope cannot be asked for by a mark
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, Report]:
+    folder = tmp_path_factory.mktemp("head")
+    scan = save(folder / "head.nii.gz", with_lesion(head(ROOMY, grid(ROOMY)), LESION_MM, RADIUS_MM))
+    out = folder / "out"
+    out.mkdir()
+    return out, run(scan, out, with_extractor(bundle))
+
+
+def test_a_head_has_the_brains_mask_beside_its_results(from_head: tuple[Path, Report]) -> None:
+    out, report = from_head
+    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, BRAIN_FILE))
+    image, taken = load(out, "brain")
+    assert taken.dtype == np.uint8
+    np.testing.assert_array_equal(image.affine, grid(ROOMY))
+    assert report.brain is not None
+    assert report.brain.volume_ml == pytest.approx(taken.sum() * 0.027, abs=0.1)
+    assert (report.brain.method, report.brain.version, report.brain.sha256) == ("oracle", "1", "1" * 64)
+    assert BRAIN_FILE not in report.absent
+    assert report.work.seconds["extract"] > 0
+
+
+def test_outside_the_brain_nothing_is_said(from_head: tuple[Path, Report]) -> None:
+    out, _ = from_head
+    (_, taken), (_, anomaly), (_, mask) = (load(out, name) for name in ("brain", "anomaly", "mask"))
+    assert np.isnan(anomaly[ndimage.binary_dilation(taken) == 0]).all()
+    assert np.isfinite(anomaly[taken == 1]).mean() > 0.9
+    assert not mask[taken == 0].any()
+
+
+def test_the_counterpart_of_a_head_keeps_its_skull(from_head: tuple[Path, Report]) -> None:
+    out, _ = from_head
+    (_, taken), (_, counterpart) = (load(out, name) for name in ("brain", "counterpart"))
+    given = np.asarray(nib.load(out.parent / "head.nii.gz").dataobj, dtype=np.float32)  # type: ignore[attr-defined]
+    outside = ndimage.binary_dilation(taken) == 0
+    assert given[outside].max() > 600
+    np.testing.assert_array_equal(counterpart[outside], given[outside])
+
+
+def test_a_lesion_is_found_in_a_head_as_in_its_brain(
+    from_head: tuple[Path, Report], bundle: Bundle, tmp_path: Path
+) -> None:
+    alone = save(tmp_path / "brain.nii.gz", with_lesion(brain(ROOMY, grid(ROOMY)), LESION_MM, RADIUS_MM))
+    out = tmp_path / "out"
+    out.mkdir()
+    report = run(alone, out, bundle)
+    (_, here), (_, there) = load(from_head[0], "mask"), load(out, "mask")
+    assert dice(here > 0, there > 0) > 0.95
+    assert from_head[1].findings[0].centroid_mm == pytest.approx(report.findings[0].centroid_mm, abs=1)
+
+
+@pytest.mark.usefixtures("small_cubes")
+def test_a_brain_alone_has_the_same_bytes_with_an_extractor_as_without(
+    scan: Path, bundle: Bundle, done: tuple[Path, Report], tmp_path: Path
+) -> None:
+    report = run(scan, tmp_path, with_extractor(bundle))
+    for name in RESULT_FILES:
+        if name != "report.json":
+            assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes(), name
+    assert report.brain is None
+    assert "alone" in report.absent[BRAIN_FILE]["found"]
+    assert report.findings == done[1].findings
+
+
+@pytest.mark.usefixtures("small_cubes")
+def test_a_head_without_a_brain_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    scan = save(tmp_path / "head.nii.gz", head(ROOMY, grid(ROOMY)))
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(BrainNotExtracted):
+        run(scan, out, with_extractor(bundle, Networks(nothing, nothing)))
+    assert list(out.iterdir()) == []
 
 
 # ---- healthy, refused, stopped -----------------------------------------------------------------

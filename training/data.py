@@ -62,9 +62,8 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
     split = load_split(config.data.splits)
     subjects: tuple[str, ...] = getattr(split, part)
     copies = config.data.copies if part == "train" else 0
-    key = json.dumps(
-        [config.preparation.model_dump(), config.data.model_dump(), config.seed, data_hash(config, subjects), copies]
-    )
+    preparation = config.preparation.model_dump(exclude={"brain_only"})  # nothing of it is seen here
+    key = json.dumps([preparation, config.data.model_dump(), config.seed, data_hash(config, subjects), copies])
     path = config.run_folder / "cache" / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

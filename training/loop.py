@@ -33,7 +33,8 @@ SECTIONS = {
 
 def fingerprint(config: Config, stage: str, data: str) -> str:
     """What a checkpoint belongs to: its part of the configuration, and the data."""
-    decides = config.model_dump(mode="json", include=SECTIONS[stage])
+    # Whether serving takes brains out of heads first decides no weights.
+    decides = config.model_dump(mode="json", include=SECTIONS[stage], exclude={"preparation": {"brain_only"}})
     return hashlib.sha256(json.dumps([decides, data], sort_keys=True).encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 
-from app.analyse import DICOM_FILES, RESULT_FILES
+from app.analyse import OPTIONAL_FILES, RESULT_FILES
 from app.analyse import Request as Wanted
 from app.api import views
 from app.api.problems import MEDIA_TYPE, absent_problem, job_problem, problem_response
@@ -39,6 +39,7 @@ ResultName = Literal[
     "counterpart.nii.gz",
     "report.json",
     "preview.png",
+    "brain.nii.gz",
     "segmentation.dcm",
     "report.dcm",
 ]
@@ -180,7 +181,8 @@ def get_result(
 ) -> Response:
     """Fetch a result on the scan's own grid. HEAD, ETag and Range work; 409 until it is there.
 
-    The DICOM results belong to a scan that came as DICOM; where there is none, 404 says why.
+    `brain.nii.gz` belongs to a head that a brain was taken out of, the DICOM results to a scan that came as
+    DICOM; where there is none, 404 says why.
     """
     found = service.jobs.get(job)
     if found.state == "failed":
@@ -199,7 +201,7 @@ def get_result(
     if fetched is None:
         raise InternalError(
             f"{name} of a finished job is missing.",
-            expected=", ".join((*RESULT_FILES, *DICOM_FILES)) + ".",
+            expected=", ".join((*RESULT_FILES, *OPTIONAL_FILES)) + ".",
             advice="Check the store; DELETE the job and send the scan again.",
         )
     return ResultFile(fetched, name, headers)

@@ -41,6 +41,18 @@ class Extent(Part):
     z_mm: tuple[float, float] = Field(description="Lowest and highest analysed slice, RAS+ millimetres.")
 
 
+class BrainReported(Part):
+    """How the brain was taken out of its head; its mask is brain.nii.gz."""
+
+    method: str
+    version: str
+    sha256: str = Field(description="Of the extractor's manifest, which holds the hashes of its files.")
+    volume_ml: float
+    agreement: float = Field(description="Dice of the outlines of its two networks, 0 to 1.")
+    cut_cm2: float = Field(description="Cross-section of the brain at the border of the field of view.")
+    warnings: tuple[str, ...]
+
+
 class ScoresReported(Part):
     scan: float = Field(description="Mean KL over the foreground latents, nats.")
     healthy_scan: Range = Field(description="What healthy validation scans span.")
@@ -80,6 +92,9 @@ class Report(Part):
     frame: Literal["RAS+ mm"] = "RAS+ mm"
     model: ModelUsed
     input: Input
+    brain: BrainReported | None = Field(
+        default=None, description="null where the scan was analysed as it came; `absent` says why."
+    )
     analysed: Extent
     scores: ScoresReported
     threshold: float = Field(description="A finding rises above it somewhere in the anomaly map ...")

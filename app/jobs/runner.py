@@ -9,7 +9,7 @@ from typing import Protocol
 
 import structlog
 
-from app.analyse import DICOM_FILES, RESULT_FILES, Request
+from app.analyse import OPTIONAL_FILES, RESULT_FILES, Request
 from app.errors import Cancelled, CounterpartError, InternalError
 from app.jobs.engine import Engine
 from app.jobs.metrics import Metrics
@@ -112,7 +112,7 @@ class Runner:
         for stage, seconds in report.work.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
         log.info("analysed", job=job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
-        results = [name for name in (*RESULT_FILES, *DICOM_FILES) if name not in report.absent]
+        results = [name for name in (*RESULT_FILES, *OPTIONAL_FILES) if name not in report.absent]
         return {"work": staged, "model": report.model.id, "results": results}
 
     def _failed(self, job: str, error: Exception, seconds: float) -> dict[str, str]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from app.errors import DamagedBundle, UnknownModel, WrongModality
 from app.manifest import File, Manifest
 from app.pipeline.models import Models
+from app.runtime.extractor import EXTRACTOR, Extractor, load_extractor
 from app.runtime.session import Provider, as_callable, open_session
 from app.volume import Source
 
@@ -39,6 +40,8 @@ class Bundle:
         Its networks.
     provider : {"cpu", "cuda"}
         Where they run.
+    extractor : Extractor or None
+        What takes a brain out of its head, for a model that knows brains alone.
     """
 
     folder: Path
@@ -46,6 +49,7 @@ class Bundle:
     sha256: str
     models: Models
     provider: Provider
+    extractor: Extractor | None = None
 
 
 def shipped_models() -> Path:
@@ -137,7 +141,11 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0) -> B
     models = Models(encode, denoise, decode)
     _check_golden(models, folder / files.golden.name)
     digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    return Bundle(folder, manifest, digest, models, provider)
+    extractor = None
+    if manifest.preparation.brain_only:
+        # Shipped with the code, wherever the bundles lie.
+        extractor = load_extractor(shipped_models() / EXTRACTOR, provider, threads)
+    return Bundle(folder, manifest, digest, models, provider, extractor)
 
 
 def _newest_last(manifest: Manifest) -> tuple[str, Version]:

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from app import errors
-from app.analyse import DICOM_FILES, RESULT_FILES, Progress, Request
+from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request
 from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
 from app.manifest import Manifest, Range
 from tests.support.bundle import tiny_manifest
 
 NIFTI1_BYTES = 348
+ALONE = errors.NoBrainMask("Found.", expected="expected.", advice="Advice.")
 NOT_FROM_DICOM = errors.NotFromDicom("Found.", expected="expected.", advice="Advice.")
 SECRET = "Zweistein-4711"  # noqa: S105  # a name
 
@@ -99,6 +100,6 @@ def _report(request: Request) -> Report:
         extent_threshold=0.1,
         lesion_volume_ml=2.5,
         findings=(finding,),
-        absent=dict.fromkeys(DICOM_FILES, NOT_FROM_DICOM.problem),
+        absent={BRAIN_FILE: ALONE.problem} | dict.fromkeys(DICOM_FILES, NOT_FROM_DICOM.problem),
         work=Work(seconds={"read": 0.1, "infer": 2.0}, slices_reversed=1, network_evaluations=10),
     )

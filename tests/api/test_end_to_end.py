@@ -75,6 +75,7 @@ def test_what_a_scan_does_not_have_is_told(client: TestClient, tmp_path: Path) -
         (healthy, "segmentation.dcm", "no_lesion"),
         (nifti, "segmentation.dcm", "not_from_dicom"),
         (nifti, "report.dcm", "not_from_dicom"),
+        (nifti, "brain.nii.gz", "no_brain_mask"),
     ):
         answer = client.get(f"/v1/scans/{job['id']}/{name}")
         assert answer.status_code == 404

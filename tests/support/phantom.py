@@ -22,6 +22,10 @@ GREY, WHITE, FLUID = 0.93, 1.00, 0.88
 WAVES = np.array([[0.31, 0.05, 0.11], [-0.07, 0.27, 0.16], [0.13, -0.19, 0.29], [0.22, 0.24, -0.06]])
 PHASES = np.array([0.3, 1.9, 4.1, 5.5])
 TEXTURE = 0.02
+# Around the brain: dark bone, then scalp, and a face in front below; all beyond half of the brain's size.
+BONE_MM, SCALP_MM = 10.0, 16.0
+FACE_MM, FACE_HALF_AXES_MM = np.array([0.0, 62.0, -80.0]), np.array([45.0, 45.0, 45.0])
+SCALP = 0.8
 
 
 def grid(shape: tuple[int, int, int] = (52, 64, 48), spacing: float | tuple[float, float, float] = 3.0) -> Affine:
@@ -57,6 +61,17 @@ def brain(
     affine = grid(shape) if affine is None else affine
     points = (positions(shape, affine) - np.array(centre_mm)) / scale
     return Volume((SCAN_UNITS * _tissue(points, EDGE_MM / scale, texture)).astype(np.float32), affine)
+
+
+def head(shape: tuple[int, int, int], affine: Affine) -> Volume:
+    """Sample the same brain in its head: bone around it, scalp around that, and a face."""
+    points = positions(shape, affine)
+    within_bone, within_scalp = (
+        _ellipsoid(points, np.zeros(3), HALF_AXES_MM + wide, EDGE_MM) for wide in (BONE_MM, SCALP_MM)
+    )
+    face = _ellipsoid(points, FACE_MM, FACE_HALF_AXES_MM, EDGE_MM)
+    around = np.maximum(within_scalp, face) * (1 - within_bone)
+    return Volume((brain(shape, affine).array + SCAN_UNITS * SCALP * around).astype(np.float32), affine)
 
 
 def with_lesion(

@@ -1,0 +1,188 @@
+"""A brain out of its head: the right voxels on every grid, left alone where it stands alone, refused where it fails."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.brain import Brain, Networks, extract
+from app.errors import BrainNotExtracted, NoBrainMask
+from app.pipeline.findings import dice
+from app.volume import Affine, FloatArray, Volume
+from tests.support.grids import GRIDS, centroid_mm, tilted
+from tests.support.heads import ORACLE, nothing, outline
+from tests.support.phantom import brain, grid, head
+
+SHAPE = (56, 68, 60)
+WIDE = (76, 88, 80)
+# Voxel (i, j, k) of a grid of 80 x 76 x 88 is voxel (75 - j, k, i) of one of 76 x 88 x 80.
+MIRRORED = np.array([[0, -1, 0, 75], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+BRAIN_ML = 1354  # 4/3 pi 66 x 83 x 59 mm
+ALL_LAYOUTS = [
+    np.array([[axis, flip] for axis, flip in zip(order, flips, strict=True)])
+    for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    for flips in np.array(np.meshgrid([1, -1], [1, -1], [1, -1])).T.reshape(-1, 3)
+]
+
+
+# As `tests.support.grids.GRIDS`, with room for skull and face.
+ROOMY = {
+    "1.5 mm": ((152, 176, 160), grid((152, 176, 160), 1.5)),
+    "thick axial": ((170, 200, 46), grid((170, 200, 46), (1.3, 1.3, 5.0))),
+    "thick sagittal": ((44, 200, 180), grid((44, 200, 180), (5.0, 1.3, 1.3))),
+    "oblique": (WIDE, tilted(grid(WIDE), 10, -15, 20)),
+    "oblique, mirrored": ((80, 76, 88), tilted(grid(WIDE), -8, 12, 25) @ MIRRORED),
+}
+
+pytestmark = pytest.mark.usefixtures("small_cubes")
+
+
+def extracted(volume: Volume, networks: Networks = ORACLE) -> Brain:
+    result = extract(volume, networks)
+    assert isinstance(result, Brain), result
+    return result
+
+
+def truth(shape: tuple[int, int, int], affine: Affine) -> np.ndarray:
+    return brain(shape, affine, texture=0).array > 370
+
+
+# ---- the right voxels --------------------------------------------------------------------------
+
+
+def test_everything_but_the_brain_becomes_background() -> None:
+    scan = head(WIDE, grid(WIDE))
+    found = extracted(scan)
+    real = truth(WIDE, scan.affine)
+    assert dice(found.mask, real) > 0.97
+    assert found.volume_ml == pytest.approx(BRAIN_ML, rel=0.04)
+    assert found.agreement > 0.95
+    assert found.cut_cm2 == 0
+    assert found.warnings == ()
+    np.testing.assert_array_equal(found.volume.array[found.mask], scan.array[found.mask])
+    assert (found.volume.array[~found.mask] == 0).all()
+    np.testing.assert_array_equal(found.volume.affine, scan.affine)
+
+
+@pytest.mark.parametrize("name", ROOMY)
+def test_thick_oblique_and_mirrored_grids(name: str) -> None:
+    shape, affine = ROOMY[name]
+    found = extracted(head(shape, affine))
+    assert dice(found.mask, truth(shape, affine)) > 0.95
+    assert centroid_mm(found.mask.astype(float), affine) == pytest.approx((0, 0, 0), abs=1.5)
+
+
+@pytest.mark.parametrize("layout", ALL_LAYOUTS, ids=lambda o: "".join(f"{int(f):+}{int(a)}" for a, f in o))
+def test_every_axis_layout_has_the_same_mask(layout: np.ndarray) -> None:
+    """The same voxels in another order, with the affine that says so: not one voxel may differ."""
+    scan = head(SHAPE, grid(SHAPE))
+    turned = Volume(
+        nib.orientations.apply_orientation(scan.array, layout),
+        scan.affine @ nib.orientations.inv_ornt_aff(layout, SHAPE),
+    )
+    expected = nib.orientations.apply_orientation(extracted(scan).mask, layout)
+    np.testing.assert_array_equal(extracted(turned).mask, expected)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    degrees=st.tuples(*[st.floats(-25, 25)] * 3),
+    spacing=st.tuples(*[st.floats(2.0, 5.0)] * 3),
+    shift=st.tuples(*[st.floats(-12, 12)] * 3),
+)
+def test_any_oblique_grid(degrees: tuple[float, ...], spacing: tuple[float, ...], shift: tuple[float, ...]) -> None:
+    x, y, z = (int(240 / s) for s in spacing)
+    affine = tilted(grid((x, y, z), (spacing[0], spacing[1], spacing[2])), *degrees)
+    affine[:3, 3] += shift
+    found = extracted(head((x, y, z), affine))
+    assert dice(found.mask, truth((x, y, z), affine)) > 0.92
+    assert centroid_mm(found.mask.astype(float), affine) == pytest.approx((0, 0, 0), abs=2.5)
+
+
+def test_a_bright_background_stays_what_it_was() -> None:
+    """MR has no zero of its own: the darkest part of the scan is its background."""
+    scan = head(WIDE, grid(WIDE))
+    found = extracted(Volume(scan.array + 1000, scan.affine))
+    assert (found.volume.array[~found.mask] == 1000).all()
+    assert found.volume.array[found.mask].min() >= 1000
+
+
+def test_the_same_scan_gives_the_same_bytes() -> None:
+    scan = head(SHAPE, grid(SHAPE))
+    assert extracted(scan).mask.tobytes() == extracted(scan).mask.tobytes()
+
+
+# ---- left as it is -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_brain_that_stands_alone_is_left_alone(name: str) -> None:
+    reason = extract(brain(*GRIDS[name]), ORACLE)
+    assert isinstance(reason, NoBrainMask)
+    assert "alone" in reason.found
+
+
+def test_too_few_slices_are_not_asked() -> None:
+    reason = extract(head((76, 88, 6), grid((76, 88, 6), (3, 3, 20))), Networks(nothing, nothing))
+    assert isinstance(reason, NoBrainMask)
+    assert "76 x 88 x 6 voxels" in reason.found
+
+
+# ---- refused -----------------------------------------------------------------------------------
+
+
+def refused(networks: Networks, volume: Volume | None = None) -> str:
+    with pytest.raises(BrainNotExtracted) as caught:
+        extract(volume or head(SHAPE, grid(SHAPE)), networks)
+    return caught.value.found
+
+
+def test_no_brain() -> None:
+    assert "no brain was found" in refused(Networks(nothing, outline))
+    assert "no brain was found" in refused(Networks(outline, nothing))
+
+
+def test_too_small_and_too_large() -> None:
+    small = Volume(head(SHAPE, grid(SHAPE)).array, grid(SHAPE, 2.0))
+    large = Volume(head(SHAPE, grid(SHAPE)).array, grid(SHAPE, 3.8))
+    assert f"measures {BRAIN_ML * 8 / 27:.0f} ml"[:11] in refused(ORACLE, small)
+    assert "500 to 2300" in refused(ORACLE, large)
+
+
+def test_networks_that_disagree() -> None:
+    def half(x: FloatArray) -> FloatArray:
+        odds = outline(x)
+        odds[..., : odds.shape[-1] // 2] = -5
+        return odds
+
+    assert "agree with a Dice of 0." in refused(Networks(outline, half))
+
+
+def test_pieces() -> None:
+    def cut(x: FloatArray) -> FloatArray:
+        odds = outline(x)
+        middle = odds.shape[-1] * 2 // 3
+        odds[..., middle : middle + 2] = -5
+        return odds
+
+    assert "hangs together" in refused(Networks(outline, cut))
+
+
+def test_a_brain_beyond_the_field_of_view() -> None:
+    """Cut a little, it is told; cut through the middle, refused."""
+    low, high = 14, 36
+    scan = head(WIDE, grid(WIDE))
+    affine = scan.affine.copy()
+
+    def from_plane(first: int) -> Volume:
+        moved = affine.copy()
+        moved[:3, 3] += affine[:3, 2] * first
+        return Volume(scan.array[:, :, first:], moved)
+
+    whole_from = int(np.flatnonzero(extracted(scan).mask.any(axis=(0, 1)))[0])
+    assert low < whole_from < high
+    told = extracted(from_plane(whole_from + 3))
+    assert 10 < told.cut_cm2 < 100
+    assert f"over {told.cut_cm2:.0f} cm2" in told.warnings[0]
+    assert "cut off by the border of the field of view" in refused(ORACLE, from_plane(high))
