@@ -91,6 +91,9 @@ class Source:
     series_uid : str
         DICOM: SeriesInstanceUID; empty for NIfTI.
     resampled : bool
+    frames : tuple of int
+        DICOM enhanced: which frame of the image each slice is, from 0, in the order of the volume's last axis
+        (where `resampled`, of the slices as they were acquired); empty for everything else.
         The volume's grid is not that of the instances: the caller had irregular slices resampled.
     notes : tuple of str
         What reading decided or left out, in sentences without patient data; they go into the report.
@@ -105,6 +108,7 @@ class Source:
     resampled: bool = False
     notes: tuple[str, ...] = ()
 
+    frames: tuple[int, ...] = ()
 
 @dataclass(frozen=True, eq=False)
 class Scan:

@@ -74,6 +74,7 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
         resampled=onto is not None,
         notes=tuple(notes),
     )
+        frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
     return Scan(Volume(array, affine), source)
 
 

@@ -83,6 +83,10 @@ class Header:
     frame_of_reference: str
     modality: str
     image_type: tuple[str, ...]
+    @property
+    def is_multi_frame(self) -> bool:
+        return len(self.planes) > 1 and not self.tiles
+
     rows: int
     columns: int
     photometric: str

@@ -178,13 +178,26 @@ def test_a_mosaic_is_segmented_where_its_tiles_lie(tmp_path: Path, *, downwards:
     assert not any(frame.get("DerivationImageSequence") for frame in made.PerFrameFunctionalGroupsSequence)
 
 
-def test_the_second_echo_of_an_enhanced_image_is_segmented_in_place(tmp_path: Path) -> None:
+def test_of_two_echoes_the_one_that_was_read_is_segmented_and_named(tmp_path: Path) -> None:
     volume, echoes = brain(SHAPE, oblique(*TURNS["oblique"])), (10.0, 80.0)
     (path,) = save(tmp_path, [with_echoes(volume, Series(), echoes)])
-    series = f"{pydicom.dcmread(path).SeriesInstanceUID}/2"
-    written = write(tmp_path / "out", read(path, scratch=tmp_path / "scratch", series=series))
-    assert written.absent == {}
-    check_place(written)
+    source = pydicom.dcmread(path)
+    named = {}
+    for number in (1, 2):
+        series = f"{source.SeriesInstanceUID}/{number}"
+        scan = read(path, scratch=tmp_path / "scratch", series=series)
+        assert len(set(scan.source.frames)) == SHAPE[2]
+        written = write(tmp_path / f"out{number}", scan)
+        assert written.absent == {}
+        check_place(written)
+        found = set()
+        for frame in pydicom.dcmread(written.segmentation).PerFrameFunctionalGroupsSequence:
+            (reference,) = frame.DerivationImageSequence[0].SourceImageSequence
+            group = source.PerFrameFunctionalGroupsSequence[reference.ReferencedFrameNumber - 1]
+            assert frame.PlanePositionSequence == group.PlanePositionSequence
+            found.add(group.MREchoSequence[0].EffectiveEchoTime)
+        named[number] = found
+    assert sorted(map(list, named.values())) == [[10.0], [80.0]]
 
 
 # ---- what it refers to -------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The mask as a DICOM Segmentation (PS3.3 A.51), BINARY, one segment a lesion."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,14 @@ def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
             spacing_between_slices=float(spacing[2]),
         ),
     }
+
+
+def _name_frames(segmentation: Segmentation, read: Collection[int]) -> None:
+    """Name of an enhanced image the frames that were read, and no others of the same place, as highdicom does."""
+    for group in segmentation.PerFrameFunctionalGroupsSequence:
+        for derivation in group.get("DerivationImageSequence", []):
+            named = [item for item in derivation.SourceImageSequence if int(item.ReferencedFrameNumber) in read]
+            derivation.SourceImageSequence = named
 
 
 def _position(place: Sequence[float]) -> PlanePositionSequence:

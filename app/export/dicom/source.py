@@ -79,6 +79,8 @@ class SourceSeries:
     positions : tuple of sequence, or None
         ImagePositionPatient of each slice of the scan, as the source states it. None: the scan's
         slices are not images or frames of the source (they were resampled, or are tiles of a mosaic).
+    frames : frozenset of int
+        Of a multi-frame image, the numbers (from 1) of the frames that the scan was read from.
     lps : (4, 4) ndarray
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
@@ -88,6 +90,7 @@ class SourceSeries:
 
     images: tuple[Dataset, ...]
     positions: tuple[Sequence[float], ...] | None
+    frames: frozenset[int]
     lps: Affine
     content_time: tuple[dt.date, dt.time]
 
@@ -120,12 +123,15 @@ def read_source(scan: Scan) -> SourceSeries:
     _check(headers)
     lps = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
+    # Others lie at the same places where an image holds several echoes, say.
+    read = [frames[index] for index in scan.source.frames] or frames
     # A resampled slice may lie beside one of the source, as near as two of one place; it is another.
-    chosen = [] if scan.source.resampled else _match(frames, headers[0], lps, scan.volume.shape)
+    chosen = [] if scan.source.resampled else _match(read, headers[0], lps, scan.volume.shape)
     images = _images(headers, frames, chosen, lps)
     return SourceSeries(
         images=tuple(images),
         positions=tuple(frame.position for frame in chosen) if chosen else None,
+        frames=frozenset(index + 1 for index in scan.source.frames),
         lps=lps,
         content_time=_content_time(headers),
     )
