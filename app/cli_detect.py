@@ -78,6 +78,8 @@ def tell(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
+    if report.model.choice and report.model.choice.doubt:
+        console.print(f"Not sure of the model: {report.model.choice.doubt}", soft_wrap=True, highlight=False)
     if report.input.format == "dicom":
         for name, reason in report.absent.items():
             console.print(f"No {name}: {reason['found']}", soft_wrap=True, highlight=False)

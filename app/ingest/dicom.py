@@ -12,6 +12,7 @@ from app.ingest.limits import Limits
 from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
 from app.ingest.resample import resample, target
+from app.ingest.sequence import said_by
 from app.ingest.series import Stack, choose
 from app.ingest.stack import arrange
 from app.volume import Geometry, Scan, Source, Volume
@@ -60,6 +61,7 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
             _check_size(math.prod(onto.shape), limits)
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arranged.order]
+        sequence = said_by(head.path, stack.frames[0][1])
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     affine, notes = arranged.affine, [*left_out, *dropped, *_notes(stack), *arranged.notes, *pixel_notes]
     if onto:
@@ -68,7 +70,8 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     source = Source(
         format="dicom",
         modality=_modality(head),
-        description=head.description,
+        sequences=sequence.weightings,
+        contrast_agent=sequence.contrast_agent,
         instances=tuple(dict.fromkeys(frame.path for frame in frames)),
         series_uid=head.series,
         resampled=onto is not None,

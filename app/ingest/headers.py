@@ -3,7 +3,6 @@
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pydicom
 from pydicom.filereader import read_dataset, read_preamble
@@ -13,6 +12,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from app.errors import TruncatedFile, UnsafeArchive
 from app.ingest.archive import CHUNK_BYTES
 from app.ingest.limits import Limits
+from app.ingest.attributes import functional_group, numbers, text, texts
 from app.ingest.mosaic import TAGS as MOSAIC_TAGS
 from app.ingest.mosaic import tiles_of
 from app.ingest.plane import Kind, Plane
@@ -39,20 +39,7 @@ _KEYWORDS = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
-# What names the sequence of a scan, for the choice of a bundle. It may hold a patient's name: never logged.
-_DESCRIPTIVE = (
-    "SeriesDescription",
-    "ProtocolName",
-    "SequenceName",
-    "PulseSequenceName",
-    "ScanningSequence",
-    "SequenceVariant",
-    "ScanOptions",
-    "MRAcquisitionType",
-    "ContrastBolusAgent",
-    "BodyPartExamined",
-)
-_TAGS: list[BaseTag] = [Tag(keyword) for keyword in (*_KEYWORDS, *_DESCRIPTIVE)] + MOSAIC_TAGS
+_TAGS: list[BaseTag] = [Tag(keyword) for keyword in _KEYWORDS] + MOSAIC_TAGS
 _LOCALIZERS = {"LOCALIZER", "SCOUT"}
 _SCREENSHOTS = {"SCREEN SAVE", "SCREENSHOT"}
 _COMPONENTS = {
@@ -91,7 +78,6 @@ class Header:
     columns: int
     photometric: str
     samples: int
-    description: str
     planes: tuple[Plane | None, ...]
     tiles: int = 0
 
@@ -171,19 +157,8 @@ def _after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
     return tag.group != META_GROUP
 
 
-def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydicom.Dataset:
-    """Where a frame's attributes stand: its own group, the shared one, or the data set itself."""
-    groups = [*dataset.get("PerFrameFunctionalGroupsSequence", [])[frame : frame + 1]]
-    groups += dataset.get("SharedFunctionalGroupsSequence", [])[:1]
-    for group in groups:
-        if group.get(keyword):
-            item: pydicom.Dataset = group[keyword][0]
-            return item
-    return dataset
-
-
 def _header(path: Path, dataset: pydicom.Dataset) -> Header:
-    image_type = tuple(map(str.upper, _texts(dataset, "ImageType")))
+    image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
     planes, tiles = _planes(dataset), 0
     if "MOSAIC" in image_type:
@@ -191,16 +166,15 @@ def _header(path: Path, dataset: pydicom.Dataset) -> Header:
         rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
     return Header(
         path=path,
-        instance=_text(dataset, "SOPInstanceUID"),
-        series=_text(dataset, "SeriesInstanceUID"),
-        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
-        modality=_text(dataset, "Modality"),
+        instance=text(dataset, "SOPInstanceUID"),
+        series=text(dataset, "SeriesInstanceUID"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        modality=text(dataset, "Modality"),
         image_type=image_type,
         rows=rows,
         columns=columns,
-        photometric=_text(dataset, "PhotometricInterpretation"),
+        photometric=text(dataset, "PhotometricInterpretation"),
         samples=int(dataset.get("SamplesPerPixel") or 1),
-        description=_describe(dataset),
         planes=planes,
         tiles=tiles,
     )
@@ -215,9 +189,9 @@ def _planes(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
 
 def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
     measures = functional_group(dataset, frame, "PixelMeasuresSequence")
-    position = _numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
-    orientation = _numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
-    spacing = _numbers(measures, "PixelSpacing")
+    position = numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
+    orientation = numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
+    spacing = numbers(measures, "PixelSpacing")
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
     thickness = measures.get("SliceThickness")
@@ -226,34 +200,10 @@ def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
 
 def _kind(dataset: pydicom.Dataset, frame: int) -> Kind:
     echo = functional_group(dataset, frame, "MREchoSequence")
-    b_value = _numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
-    echo_ms = _numbers(echo, "EffectiveEchoTime") or _numbers(echo, "EchoTime")
+    b_value = numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
+    echo_ms = numbers(echo, "EffectiveEchoTime") or numbers(echo, "EchoTime")
     frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
     # Classic images have it as third or later value of the image type (Siemens, Philips).
-    said = [_text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, _texts(dataset, "ImageType")[2:])]
+    said = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
     component = next((_COMPONENTS[word] for word in said if word in _COMPONENTS), "")
     return Kind(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
-
-
-def _describe(dataset: pydicom.Dataset) -> str:
-    words = (" ".join(str(v) for v in _values(dataset, keyword)) for keyword in _DESCRIPTIVE)
-    return "; ".join(" ".join(word.split()) for word in words if word.strip())
-
-
-def _text(dataset: pydicom.Dataset, keyword: str) -> str:
-    return " ".join(str(v) for v in _values(dataset, keyword)).strip()
-
-
-def _texts(dataset: pydicom.Dataset, keyword: str) -> list[str]:
-    return [str(v).strip() for v in _values(dataset, keyword)]
-
-
-def _numbers(dataset: pydicom.Dataset, keyword: str) -> tuple[float, ...]:
-    return tuple(float(v) for v in _values(dataset, keyword))
-
-
-def _values(dataset: pydicom.Dataset, keyword: str) -> list[Any]:
-    value = dataset.get(keyword)
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)

@@ -111,13 +111,6 @@ def test_a_modality_look_up_table(tmp_path: Path, read_scan: Read, volume: Volum
     np.testing.assert_array_equal(read_scan(tmp_path / "s").volume.array, expected)
 
 
-def test_what_names_the_sequence_is_kept(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
-    write_series(tmp_path / "s", volume, Series(description="t2_flair\nax"))
-    source = read_scan(tmp_path / "s").source
-    assert source.description == "t2_flair ax; GR IR; SP MP; 3D"
-    assert source.series_uid == series_uid(Series())
-
-
 # ---- which files, which series -----------------------------------------------------------------
 
 
