@@ -30,8 +30,8 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     Parameters
     ----------
     paths : sequence of Path
-        DICOM files of any name and order; those that are no slices of the series are left out and
-        counted in the notes.
+        DICOM files of any name and order; those that are no slices of the series, and damaged ones of
+        other series, are left out and counted in the notes.
     series : str or None
         SeriesInstanceUID to take, where there are several.
     geometry : {"refuse", "resample"}
@@ -44,17 +44,18 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     WrongModality, NotAVolume, NoImageInArchive, InvalidGeometry, IrregularSlices
         The files are no grey MR or CT volume of regular slices.
     UnsupportedPixels, TruncatedFile, TooManyVoxels, UnsafeArchive
-        The files cannot be decoded.
+        The files cannot be decoded, or one of the series is damaged.
     InvalidVoxels, ConstantVoxels
         The voxels are not those of an image.
     """
     with quiet():
-        headers, left_out = _sift([read_header(path, limits) for path in paths])
+        readable, damaged = read_headers(paths, limits)
+        headers, left_out = _sift(readable, len(damaged))
         stack, dropped = choose(headers, series)
         _refuse_mosaics(stack)
         arranged = arrange(stack.planes)
         if geometry == "refuse":
-            arranged.check_regular()
+            _check_whole(stack, arranged, damaged)
         head, onto = stack.head, None
         if arranged.faults:
             onto = target([stack.planes[i] for i in arranged.order], head.columns, head.rows)
@@ -81,16 +82,45 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     return Scan(Volume(array, affine), source)
 
 
-def _sift(headers: Sequence[Header]) -> tuple[list[Header], list[str]]:
+def _check_whole(stack: Stack, arranged: Arrangement, damaged: Sequence[str]) -> None:
+    """Refuse a series of which a file is damaged, or a slice missing.
+
+    Raises
+    ------
+    TruncatedFile, IrregularSlices
+    """
+    lost = damaged.count(stack.head.series) if stack.head.series else 0
+    if lost:
+        files = lost + len({header.path for header, _, _ in stack.frames})
+        found = f"{lost} of {files} files of the series {'is' if lost == 1 else 'are'} damaged in the header."
+        raise TruncatedFile(
+            " ".join([found, *arranged.faults]),
+            expected="every file of the series whole.",
+            advice="Export the series again; or choose to go on with the slices that are left: `--geometry resample`, "
+            "`?geometry=resample`.",
+        )
+    others = sum(not series for series in damaged)
+    arranged.check_regular(f"{others} damaged DICOM files may be what is missing." if others else "")
+
+
+def _sift(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[str]]:
     """Slices of MR and CT; the others are counted, or refused where nothing else is there."""
     images = [header for header in headers if header.is_image]
+    if damaged and not images:
+        raise TruncatedFile(
+            f"{damaged} of {damaged + len(headers)} DICOM files break off inside the header, or hold a value there "
+            "that DICOM does not allow; no other is an image.",
+            expected=_EXPECTED,
+            advice="Export the series again, and check that every file arrived whole.",
+        )
     if not images:
         raise NoImageInArchive(
             f"None of {len(headers)} DICOM files holds an image.",
             expected=_EXPECTED,
             advice="Export the images of the series, not only its reports or its directory.",
         )
-    rest, left_out = list(images), Counter({"DICOM files without an image": len(headers) - len(images)})
+    without = len(headers) - len(images)
+    rest, left_out = list(images), Counter({"damaged DICOM files": damaged, "DICOM files without an image": without})
     # Each test, and what to say of files that fail it, while others pass.
     for what, test, refusal in (
         ("images of other modalities", lambda h: h.modality in _MODALITIES, _wrong_modality),

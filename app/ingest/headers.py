@@ -1,24 +1,26 @@
 """What a DICOM file says of itself: what decides whether, and where, its frames belong."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pydicom
-from pydicom.filereader import read_dataset, read_preamble
+from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from app.errors import TruncatedFile, UnsafeArchive
+from app.errors import UnsafeArchive
 from app.ingest.archive import CHUNK_BYTES
-from app.ingest.limits import Limits
 from app.ingest.attributes import functional_group, numbers, text, texts
+from app.ingest.limits import Limits
 from app.ingest.mosaic import TAGS as MOSAIC_TAGS
 from app.ingest.mosaic import tiles_of
 from app.ingest.plane import Kind, Plane
 
 # Read these and nothing else: the header of a hospital's file can be larger than its image.
 _KEYWORDS = (
+    "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
@@ -47,7 +49,7 @@ _COMPONENTS = {
     **dict.fromkeys(("R", "REAL"), "real"),
     **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
 }
-META_GROUP = 0x0002
+META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,6 @@ class Header:
     frame_of_reference: str
     modality: str
     image_type: tuple[str, ...]
-    @property
-    def is_multi_frame(self) -> bool:
-        return len(self.planes) > 1 and not self.tiles
-
     rows: int
     columns: int
     photometric: str
@@ -84,6 +82,10 @@ class Header:
     @property
     def is_image(self) -> bool:
         return self.rows > 0 and self.columns > 0 and len(self.planes) > 0
+
+    @property
+    def is_multi_frame(self) -> bool:
+        return len(self.planes) > 1 and not self.tiles
 
     @property
     def is_localizer(self) -> bool:
@@ -106,27 +108,82 @@ class Header:
         return None not in self.planes and _SCREENSHOTS.isdisjoint(self.image_type)
 
 
-def read_header(path: Path, limits: Limits) -> Header:
-    """Read a DICOM file up to its pixels.
+def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], list[str]]:
+    """Read DICOM files up to their pixels.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+    limits : Limits
+        What a deflated file may become.
+
+    Returns
+    -------
+    headers : list of Header
+    damaged : list of str
+        For each file that breaks off inside its header, or holds a value that DICOM does not allow:
+        its SeriesInstanceUID where that can still be read, else an empty string.
 
     Raises
     ------
-    TruncatedFile
-        The file breaks off, or an attribute has a value that DICOM does not allow.
+    UnsafeArchive
+        A deflated file inflates without end.
     """
+    headers, damaged = [], []
+    for path in paths:
+        header = _read(path, limits)
+        if header is None:
+            damaged.append(_series_of(path))
+        else:
+            headers.append(header)
+    return headers, damaged
+
+
+def _read(path: Path, limits: Limits) -> Header | None:
     try:
         check_deflated(path, limits)
-        dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=_TAGS)
-        return _header(path, dataset)
+        with path.open("rb") as file:
+            pixels = _Pixels()
+            dataset = read_partial(file, stop_when=pixels.begin_at, force=True, specific_tags=_TAGS)
+        header = _header(path, dataset)
+        # pydicom takes a file that breaks off for one that ends: an image's header lacks its end then.
+        whole = pixels.begun or (header.is_image and header.is_placed) or not _is_of_an_image(dataset)
     except UnsafeArchive:
         raise
     except Exception:  # noqa: BLE001 - a broken header makes pydicom raise whatever its parts raise
-        # Without the cause: its text can hold the attribute's value.
-        raise TruncatedFile(
-            "A DICOM file breaks off inside its header, or holds a value that DICOM does not allow.",
-            expected="complete DICOM files.",
-            advice="Export the series again.",
-        ) from None
+        return None
+    return header if whole else None
+
+
+class _Pixels:
+    """Whether a file has any: told of each of its elements."""
+
+    begun = False
+
+    def begin_at(self, tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        self.begun |= tag.group == PIXEL_GROUP
+        return self.begun
+
+
+def _is_of_an_image(dataset: pydicom.FileDataset) -> bool:
+    """By its SOP class; a file that does not even say that breaks off before it."""
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        return False
+    if not dataset.get("SOPInstanceUID"):  # it follows the class
+        return True
+    kind = UID(text(dataset, "SOPClassUID"))
+    return not kind.is_private and (not kind.keyword or kind.keyword.endswith("ImageStorage"))
+
+
+def _series_of(path: Path) -> str:
+    """SeriesInstanceUID of a damaged file, if it comes before the damage."""
+    try:
+        with path.open("rb") as file:
+            wanted = Tag("SeriesInstanceUID")
+            dataset = read_partial(file, stop_when=lambda tag, *_: tag > wanted, force=True, specific_tags=[wanted])
+            return text(dataset, "SeriesInstanceUID")
+    except Exception:  # noqa: BLE001 - as above
+        return ""
 
 
 def check_deflated(path: Path, limits: Limits) -> None:

@@ -13,7 +13,6 @@ from pydicom.dataset import Dataset, FileDataset
 from app.errors import (
     CounterpartError,
     InvalidGeometry,
-    IrregularSlices,
     NoImageInArchive,
     NotAVolume,
     SeveralSeries,
@@ -120,6 +119,7 @@ def test_files_that_are_no_slices_are_left_out_and_counted(tmp_path: Path, read_
     for dataset in localizers:
         dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
     report, screenshot, colour = (datasets(volume, Series(name=name))[0] for name in ("report", "shot", "colour"))
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = uid.ComprehensiveSRStorage
     del report.Rows, report.PixelData
     del screenshot.ImagePositionPatient
     colour.SamplesPerPixel, colour.PhotometricInterpretation = 3, "RGB"
@@ -227,15 +227,6 @@ def test_limits(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
     assert bomb.stat().st_size < 10_000 < len(paths) * 1000
     with pytest.raises(UnsafeArchive, match="deflated DICOM file inflates to more than 1 MB"):
         read_scan(bomb, limits=Limits(max_inflated_bytes=1_000_000))
-
-
-@pytest.mark.parametrize("keep", [140, 400, 1000, 2000, -1])
-def test_a_file_cut_short(tmp_path: Path, read_scan: Read, volume: Volume, keep: int) -> None:
-    paths = write_series(tmp_path / "s", volume)
-    paths[7].write_bytes(paths[7].read_bytes()[:keep])
-    with pytest.raises(CounterpartError) as refused:
-        read_scan(tmp_path / "s")
-    assert isinstance(refused.value, TruncatedFile | IrregularSlices)
 
 
 # ---- nothing of the patient --------------------------------------------------------------------
