@@ -6,15 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, WrongModality
-from app.ingest.headers import Header, read_header
+from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, TruncatedFile, WrongModality
+from app.ingest.headers import Header, read_headers
 from app.ingest.limits import Limits
 from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
 from app.ingest.resample import resample, target
 from app.ingest.sequence import said_by
 from app.ingest.series import Stack, choose
-from app.ingest.stack import arrange
+from app.ingest.stack import Arrangement, arrange
 from app.volume import Geometry, Scan, Source, Volume
 
 _MODALITIES = ("MR", "CT")
@@ -61,8 +61,8 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
             onto = target([stack.planes[i] for i in arranged.order], head.columns, head.rows)
             _check_size(math.prod(onto.shape), limits)
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
-        frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arranged.order]
         sequence = said_by(head.path, stack.frames[0][1])
+        frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arranged.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     affine, notes = arranged.affine, [*left_out, *dropped, *_notes(stack), *arranged.notes, *pixel_notes]
     if onto:
@@ -74,11 +74,11 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
         sequences=sequence.weightings,
         contrast_agent=sequence.contrast_agent,
         instances=tuple(dict.fromkeys(frame.path for frame in frames)),
+        frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
         series_uid=head.series,
         resampled=onto is not None,
         notes=tuple(notes),
     )
-        frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
     return Scan(Volume(array, affine), source)
 
 
@@ -160,9 +160,10 @@ def _colour(headers: Sequence[Header]) -> NotAVolume:
 def _blind_mosaics(headers: Sequence[Header]) -> NotAVolume:
     return NotAVolume(
         f"The {len(headers)} images are Siemens mosaics, many slices side by side, and Siemens' private header that "
-        "tells where each lies is missing.",
-        expected="the element (0029,1010) of the block SIEMENS CSA HEADER, or one slice an image.",
-        advice="Export the series without removing private elements, or as single slices.",
+        "tells where each lies is missing: it was removed, or the scanner's software (XA) writes none.",
+        expected="the element (0029,1010) of the block SIEMENS CSA HEADER, or one slice an image or a frame.",
+        advice="Export the series without removing private elements; from software XA as enhanced images or single "
+        "slices.",
     )
 
 
