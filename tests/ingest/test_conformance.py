@@ -18,15 +18,15 @@ def rows(heading: str, number: int = 0) -> list[list[str]]:
     """Cells of a table below a heading, without its first two lines."""
     section = READ.split(f"### {heading}\n")[1].partition("\n### ")[0]
     tables = re.findall(r"(?:^\|.*\n?)+", section, re.MULTILINE)
-    table = tables[number].splitlines() if tables else []
-    return [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split(" | ")] for line in table[2:]]
+    table = tables[number].splitlines() if number < len(tables) else []
+    return [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")] for line in table[2:]]
 
 
 def test_every_row_names_a_test_that_there_is() -> None:
     headings = re.findall(r"^### (.+)$", READ, re.MULTILINE)
-    tables = {heading: rows(heading) for heading in headings}
-    assert sum(map(len, tables.values())) >= 65
-    for heading, table in tables.items():
+    tables = [(heading, rows(heading, number)) for heading in headings for number in (0, 1)]
+    assert sum(len(table) for _, table in tables) >= 62
+    for heading, table in tables:
         for row in table:
             assert any(re.search(r"^`tests/.+::test_.+`$", cell) for cell in row), (heading, row)
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", READ):

@@ -200,7 +200,7 @@ def test_an_enhanced_ct(archives: Path, read_scan: Read) -> None:
     [
         ("pydicom/MR_truncated.dcm", "truncated_file"),
         ("pydicom/no_meta.dcm", "not_an_image_format"),
-        ("pydicom/no_meta_group_length.dcm", "no_image_in_archive"),
+        ("pydicom/no_meta_group_length.dcm", "truncated_file"),
         ("pydicom/JPEG2000.dcm", "wrong_modality"),
         ("pydicom-data/JLSL_RGB_ILV0.dcm", "wrong_modality"),
         ("pydicom-data/emri_small.dcm", "invalid_geometry"),
