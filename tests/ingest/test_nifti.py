@@ -69,7 +69,7 @@ def test_any_affine_comes_back(
     np.testing.assert_allclose(scan.volume.affine, affine, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", ">i2", ">f4"])
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", "f16", ">i2", ">f4"])
 def test_every_number_type_and_byte_order(tmp_path: Path, read_scan: Read, dtype: str) -> None:
     array = np.arange(60).reshape(3, 4, 5).astype(dtype)
     header = nib.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
