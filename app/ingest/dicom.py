@@ -142,8 +142,10 @@ def _sift(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[s
 
 def _wrong_modality(headers: Sequence[Header]) -> WrongModality:
     names = sorted({header.modality for header in headers if header.modality in _KNOWN_MODALITIES})
+    stated = any(header.modality for header in headers)
+    found = f"The images are not MR or CT{' but ' + ', '.join(names) if names else ''}."
     return WrongModality(
-        f"The images are not MR or CT{' but ' + ', '.join(names) if names else ''}.",
+        found if stated else "The images state no modality.",
         expected=_EXPECTED,
         advice="Send the MR or CT series.",
     )
