@@ -70,7 +70,10 @@ def test_a_damaged_file_of_the_series_is_refused_with_its_place(
 ) -> None:
     """At either end there is no gap to see: its SeriesInstanceUID gives it away."""
     paths = write_series(tmp_path / "s", volume)
-    spoil(paths[k]) if at is None else cut(paths[k], at)
+    if at is None:
+        spoil(paths[k])
+    else:
+        cut(paths[k], at)
     with pytest.raises(TruncatedFile) as refused:
         read_scan(tmp_path / "s")
     assert refused.value.found == "1 of 14 files of the series is damaged in the header." + place
