@@ -160,7 +160,8 @@ class TestMgh(OneFile):
 
 
 class TestSingleFrameMr(RoundTrip):
-    format, modality = "dicom", "MR"
+    format = "dicom"
+    modality: ClassVar[Literal["MR", "CT"] | None] = "MR"
     precision, keeps_layout = 1e-6, False  # a decimal string of 16 characters
 
     def series(self) -> Series:
