@@ -41,7 +41,7 @@ _KEYWORDS = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
-_TAGS: list[BaseTag | int] = [Tag(keyword) for keyword in _KEYWORDS] + MOSAIC_TAGS
+_TAGS: list[BaseTag | int] = [*(Tag(keyword) for keyword in _KEYWORDS), *MOSAIC_TAGS]
 _LOCALIZERS = {"LOCALIZER", "SCOUT"}
 _SCREENSHOTS = {"SCREEN SAVE", "SCREENSHOT"}
 _COMPONENTS = {
