@@ -50,8 +50,8 @@ WORDS = {
     "FLAIR": r"flair|dark ?fluid",
     "PD": r"\bpdw?\b|proton ?density",
     "STIR": r"\bstir\b",
-    "DWI": r"\bdwi\b|\bdti\b|\bdiff|\badc\b|\btracew?\b",
-    "perfusion": r"\basl\b|\bperf|\bdsc\b",
+    "DWI": r"\bdwi\b|\bdti\b|\bdiff(usion)?\b|\badc\b|\btracew?\b",
+    "perfusion": r"\basl\b|\bperf(usion)?\b|\bdsc\b",
     "TOF": r"\btof\b|\bmra\b|\bangio",
     "EPI": r"\bbold\b|\bfmri\b|\bepi\b|\bepfid|\bep2d",
 }

@@ -57,7 +57,8 @@ def test_names(name: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "Localizer", "Head", "survey", "t10", "WATT2000", "prostate", "PDA", "ax_asc_35sl"]
+    "name",
+    ["", "Localizer", "Head", "survey", "t10", "WATT2000", "prostate", "PDA", "ax_asc_35sl", "different", "perfect"],
 )
 def test_names_that_say_nothing(name: str) -> None:
     assert said(header(SeriesDescription=name)) == Said()
