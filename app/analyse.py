@@ -13,13 +13,14 @@ from app.brain import Brain, extract
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
 from app.export.nifti import write_nifti
 from app.export.pictures import write_preview
-from app.export.report import RESEARCH_USE_ONLY, BrainReported, ModelUsed, Report, build_report
+from app.export.report import RESEARCH_USE_ONLY, BrainReported, ModelChoice, ModelUsed, Report, build_report
 from app.ingest import read
 from app.ingest.quiet import quiet
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect, network_evaluations
 from app.pipeline.findings import Result, to_result
-from app.runtime.bundle import Bundle, choose
+from app.runtime.bundle import Bundle
+from app.runtime.choice import choose
 from app.volume import Geometry, Scan, Volume
 
 # Stage ("read", "infer", "export") and how much of it is done, 0 to 1. It may raise
@@ -44,7 +45,7 @@ class Request:
     Attributes
     ----------
     model : str or None
-        Name or id of a bundle; None chooses by modality.
+        Name or id of a bundle; None chooses by modality and sequence.
     series : str or None
         SeriesInstanceUID where several were sent.
     seed : int or None
@@ -96,7 +97,8 @@ def analyse(
         with _timed("read", seconds):
             progress("read", 0.0)
             scan = read(path, scratch=Path(scratch), series=request.series, geometry=request.geometry)
-            manifest = choose(manifests, scan.source, request.model)
+            choice = choose(manifests, scan.source, request.model)
+            manifest = choice.manifest
             progress("read", 1.0)
         with _timed("load", seconds):
             bundle = bundles(manifest)
@@ -119,6 +121,7 @@ def analyse(
             provider=bundle.provider,
             seed=manifest.seed if request.seed is None else request.seed,
             licence=manifest.licence.licence,
+            choice=ModelChoice(by=choice.by, sure=not choice.doubt, doubt=choice.doubt or None),
         )
         report = build_report(scan, detection, result, used, manifest, seconds)
         report = report.model_copy(update={"brain": _reported(brain, bundle)})

@@ -63,7 +63,7 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", exists=True)],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", file_okay=False)],
     *,
-    model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else chosen by modality.")] = None,
+    model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else by modality and sequence.")] = None,
     series: Annotated[
         str | None, typer.Option(help="SeriesInstanceUID, where there are several; UID/2 for its second stack.")
     ] = None,

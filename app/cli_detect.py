@@ -83,6 +83,8 @@ def tell(report: Report, out: Path, console: Console) -> None:
         console.print(f"Brain: {report.brain.volume_ml:.0f} ml, taken out of its head by {made_by} (brain.nii.gz).")
         for warning in report.brain.warnings:
             console.print(warning, soft_wrap=True, highlight=False)
+    if report.model.choice and report.model.choice.doubt:
+        console.print(f"Not sure of the model: {report.model.choice.doubt}", soft_wrap=True, highlight=False)
     if report.input.format == "dicom":
         for name, reason in report.absent.items():
             if name not in DICOM_FILES:

@@ -181,6 +181,11 @@ class WrongModality(CannotAnalyse):
     title = "Not the modality of the model"
 
 
+class WrongSequence(CannotAnalyse):
+    code = "wrong_sequence"
+    title = "Not the sequence of any model"
+
+
 # ---- models and machine ------------------------------------------------------------------------
 
 

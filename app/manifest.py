@@ -21,8 +21,15 @@ class Preparation(Part):
     extent_mm: tuple[tuple[float, float, float], tuple[float, float, float]] = Field(
         description="Smallest and largest foreground, right-left, anterior-posterior, inferior-superior."
     )
-    intensity_percentile: float = Field(description="Percentile of the foreground that is mapped ...")
-    intensity_level: float = Field(description="... to this slice value; the background is mapped to 0.")
+    intensity_percentile: float | None = Field(
+        default=None, description="Percentile of the foreground that is mapped ..."
+    )
+    intensity_level: float | None = Field(
+        default=None, description="... to this slice value; the background is mapped to 0."
+    )
+    window: tuple[float, float] | None = Field(
+        default=None, description="In place of them, of a CT: Hounsfield units that are mapped to 0 and to 1."
+    )
     min_foreground_cm2: float = Field(description="A slice with less foreground is not analysed.")
     brain_only: bool = Field(
         default=False, description="The model knows brains without their heads: a scan with skull is extracted first."
@@ -33,6 +40,15 @@ class Preparation(Part):
         """Volume of one pixel of a slice."""
         dz, dy, dx = self.spacing_mm
         return dz * dy * dx / 1000
+
+    @model_validator(mode="after")
+    def _one_intensity(self) -> "Preparation":
+        relative = (self.intensity_percentile is not None, self.intensity_level is not None)
+        if relative != ((self.window is None,) * 2):
+            raise ValueError("intensities need a percentile and its level, or a window")
+        if self.window is not None and self.window[0] >= self.window[1]:
+            raise ValueError("a window must not be empty or upside down")
+        return self
 
 
 def latent_sigma(smoothing_mm: float, preparation: Preparation, downsampling: int) -> tuple[float, float, float]:
@@ -237,6 +253,8 @@ class Manifest(Part):
             raise ValueError("the reverse time steps must descend")
         if len(self.gate.timesteps) != len(self.gate.typical):
             raise ValueError("the gate needs one range for each of its time steps")
+        if self.preparation.window is not None and self.modality != "CT":
+            raise ValueError("a window is in Hounsfield units, which only a CT has")
         if any(side % self.latent.downsampling for side in self.preparation.shape):
             raise ValueError("the slice shape must be a multiple of the down-sampling")
         return self

@@ -81,13 +81,19 @@ class Source:
         What was sent.
     modality : {"MR", "CT"} or None
         None where the format does not say (NIfTI, MGH).
-    description : str
-        Sequence tags and series description in one line, for the choice of a bundle; may be empty.
+    sequences : tuple of str
+        What an MR scan says that its sequence is, "T1" or "FLAIR" say, the most trusted first: several where it
+        contradicts itself, none where it says nothing (NIfTI, MGH).
+    contrast_agent : bool
+        It says that one was given.
     sform_code : int
         NIfTI's code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     instances : tuple of Path
         DICOM: files of the slices, in the order of the volume's last axis; one file for an enhanced image or a
         mosaic; where `resampled`, of the slices as they were acquired.
+    frames : tuple of int
+        DICOM enhanced: which frame of the image each slice is, from 0, in the order of the volume's last axis
+        (where `resampled`, of the slices as they were acquired); empty for everything else.
     series_uid : str
         DICOM: SeriesInstanceUID; empty for NIfTI.
     resampled : bool
@@ -98,9 +104,11 @@ class Source:
 
     format: Literal["nifti", "mgh", "dicom"]
     modality: Literal["MR", "CT"] | None = None
-    description: str = ""
+    sequences: tuple[str, ...] = ()
+    contrast_agent: bool = False
     sform_code: int = 1
     instances: tuple[Path, ...] = ()
+    frames: tuple[int, ...] = ()
     series_uid: str = ""
     resampled: bool = False
     notes: tuple[str, ...] = ()

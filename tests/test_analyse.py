@@ -165,6 +165,11 @@ def test_the_report_says_where_it_comes_from(bundle: Bundle, done: tuple[Path, R
         "provider": "cpu",
         "seed": bundle.manifest.seed,
         "licence": "Apache-2.0",
+        "choice": {
+            "by": "default",
+            "sure": False,
+            "doubt": "The file says neither its modality nor its sequence: it was taken for MR, T1.",
+        },
     }
 
 

@@ -26,6 +26,17 @@ def test_what_is_written_is_what_is_read() -> None:
     assert reread(lambda _: None) == manifest
 
 
+def test_a_manifest_from_before_there_were_windows_is_read() -> None:
+    before = reread(lambda m: m["preparation"].pop("window"))
+    assert before == tiny_manifest()
+    assert before.preparation.window is None
+
+
+def test_a_ct_may_have_a_window_in_place_of_a_percentile() -> None:
+    made = reread(lambda m: (m.update(modality="CT"), m["preparation"].update(WINDOW)))
+    assert made.preparation.window == (0.0, 80.0)
+
+
 def test_derived_numbers() -> None:
     manifest = tiny_manifest()
     assert manifest.id == "tiny-0.0.1"
@@ -45,6 +56,7 @@ def test_nothing_can_be_changed_after_reading() -> None:
         manifest.kl.threshold = 1.0  # type: ignore[misc]
 
 
+WINDOW = {"window": [0.0, 80.0], "intensity_percentile": None, "intensity_level": None}
 REFUSED: dict[str, Change] = {
     "an unknown field": lambda m: m.update(colour="red"),
     "an unknown field of a part": lambda m: m["kl"].update(colour="red"),
@@ -63,6 +75,10 @@ REFUSED: dict[str, Change] = {
     "a shape that latents do not divide": lambda m: m["preparation"].update(shape=[63, 56]),
     "a range upside down": lambda m: m["gate"].update(reconstruction={"low": 2.0, "high": 1.0}),
     "a gate without a range for each level": lambda m: m["gate"].update(timesteps=[400, 500]),
+    "no intensity mapping": lambda m: m["preparation"].update(intensity_level=None),
+    "a window beside a percentile": lambda m: (m.update(modality="CT"), m["preparation"].update(window=[0.0, 80.0])),
+    "a window of an MR": lambda m: m["preparation"].update(WINDOW),
+    "a window upside down": lambda m: (m.update(modality="CT"), m["preparation"].update(WINDOW, window=[80.0, 0.0])),
     # Nothing is ever above it: every scan would read as healthy.
     "a threshold that is no number": lambda m: m["kl"].update(threshold=float("nan")),
 }

@@ -32,6 +32,7 @@ def scan(service: Service, job: Job) -> Scan:
         research_use_only=True,
         findings=report.findings if report else None,
         lesion_volume_ml=report.lesion_volume_ml if report else None,
+        choice=report.model.choice if report else None,
         timings=report.work.seconds if report else None,
     )
 

@@ -16,12 +16,23 @@ RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis.
 Point = tuple[float, float, float]
 
 
+class ModelChoice(Part):
+    """How the model was chosen (`app.runtime.choice`)."""
+
+    by: Literal["caller", "sequence", "modality", "default"] = Field(
+        description="The caller named it; it is for the scan's sequence; for its modality; or there is no other."
+    )
+    sure: bool
+    doubt: str | None = Field(description="Why the scan may be none for this model.")
+
+
 class ModelUsed(Part):
     id: str
     sha256: str = Field(description="Of the bundle's manifest, which holds the hashes of its files.")
     provider: str
     seed: int
     licence: str
+    choice: ModelChoice | None = Field(default=None, description="Null in a report of an older version.")
 
 
 class Input(Part):

@@ -6,14 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, WrongModality
-from app.ingest.headers import Header, read_header
+from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, TruncatedFile, WrongModality
+from app.ingest.headers import Header, read_headers
 from app.ingest.limits import Limits
 from app.ingest.pixels import Frame, read_frames
 from app.ingest.quiet import quiet
 from app.ingest.resample import resample, target
+from app.ingest.sequence import said_by
 from app.ingest.series import Stack, choose
-from app.ingest.stack import arrange
+from app.ingest.stack import Arrangement, arrange
 from app.volume import Geometry, Scan, Source, Volume
 
 _MODALITIES = ("MR", "CT")
@@ -29,8 +30,8 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     Parameters
     ----------
     paths : sequence of Path
-        DICOM files of any name and order; those that are no slices of the series are left out and
-        counted in the notes.
+        DICOM files of any name and order; those that are no slices of the series, and damaged ones of
+        other series, are left out and counted in the notes.
     series : str or None
         SeriesInstanceUID to take, where there are several.
     geometry : {"refuse", "resample"}
@@ -43,22 +44,24 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     WrongModality, NotAVolume, NoImageInArchive, InvalidGeometry, IrregularSlices
         The files are no grey MR or CT volume of regular slices.
     UnsupportedPixels, TruncatedFile, TooManyVoxels, UnsafeArchive
-        The files cannot be decoded.
+        The files cannot be decoded, or one of the series is damaged.
     InvalidVoxels, ConstantVoxels
         The voxels are not those of an image.
     """
     with quiet():
-        headers, left_out = _sift([read_header(path, limits) for path in paths])
+        readable, damaged = read_headers(paths, limits)
+        headers, left_out = _sift(readable, len(damaged))
         stack, dropped = choose(headers, series)
         _refuse_mosaics(stack)
         arranged = arrange(stack.planes)
         if geometry == "refuse":
-            arranged.check_regular()
+            _check_whole(stack, arranged, damaged)
         head, onto = stack.head, None
         if arranged.faults:
             onto = target([stack.planes[i] for i in arranged.order], head.columns, head.rows)
             _check_size(math.prod(onto.shape), limits)
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
+        sequence = said_by(head.path, stack.frames[0][1])
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arranged.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     affine, notes = arranged.affine, [*left_out, *dropped, *_notes(stack), *arranged.notes, *pixel_notes]
@@ -68,8 +71,10 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     source = Source(
         format="dicom",
         modality=_modality(head),
-        description=head.description,
+        sequences=sequence.weightings,
+        contrast_agent=sequence.contrast_agent,
         instances=tuple(dict.fromkeys(frame.path for frame in frames)),
+        frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
         series_uid=head.series,
         resampled=onto is not None,
         notes=tuple(notes),
@@ -77,16 +82,45 @@ def read(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: 
     return Scan(Volume(array, affine), source)
 
 
-def _sift(headers: Sequence[Header]) -> tuple[list[Header], list[str]]:
+def _check_whole(stack: Stack, arranged: Arrangement, damaged: Sequence[str]) -> None:
+    """Refuse a series of which a file is damaged, or a slice missing.
+
+    Raises
+    ------
+    TruncatedFile, IrregularSlices
+    """
+    lost = damaged.count(stack.head.series) if stack.head.series else 0
+    if lost:
+        files = lost + len({header.path for header, _, _ in stack.frames})
+        found = f"{lost} of {files} files of the series {'is' if lost == 1 else 'are'} damaged in the header."
+        raise TruncatedFile(
+            " ".join([found, *arranged.faults]),
+            expected="every file of the series whole.",
+            advice="Export the series again; or choose to go on with the slices that are left: `--geometry resample`, "
+            "`?geometry=resample`.",
+        )
+    others = sum(not series for series in damaged)
+    arranged.check_regular(f"{others} damaged DICOM files may be what is missing." if others else "")
+
+
+def _sift(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[str]]:
     """Slices of MR and CT; the others are counted, or refused where nothing else is there."""
     images = [header for header in headers if header.is_image]
+    if damaged and not images:
+        raise TruncatedFile(
+            f"{damaged} of {damaged + len(headers)} DICOM files break off inside the header, or hold a value there "
+            "that DICOM does not allow; no other is an image.",
+            expected=_EXPECTED,
+            advice="Export the series again, and check that every file arrived whole.",
+        )
     if not images:
         raise NoImageInArchive(
             f"None of {len(headers)} DICOM files holds an image.",
             expected=_EXPECTED,
             advice="Export the images of the series, not only its reports or its directory.",
         )
-    rest, left_out = list(images), Counter({"DICOM files without an image": len(headers) - len(images)})
+    without = len(headers) - len(images)
+    rest, left_out = list(images), Counter({"damaged DICOM files": damaged, "DICOM files without an image": without})
     # Each test, and what to say of files that fail it, while others pass.
     for what, test, refusal in (
         ("images of other modalities", lambda h: h.modality in _MODALITIES, _wrong_modality),
@@ -108,8 +142,10 @@ def _sift(headers: Sequence[Header]) -> tuple[list[Header], list[str]]:
 
 def _wrong_modality(headers: Sequence[Header]) -> WrongModality:
     names = sorted({header.modality for header in headers if header.modality in _KNOWN_MODALITIES})
+    stated = any(header.modality for header in headers)
+    found = f"The images are not MR or CT{' but ' + ', '.join(names) if names else ''}."
     return WrongModality(
-        f"The images are not MR or CT{' but ' + ', '.join(names) if names else ''}.",
+        found if stated else "The images state no modality.",
         expected=_EXPECTED,
         advice="Send the MR or CT series.",
     )
@@ -126,9 +162,10 @@ def _colour(headers: Sequence[Header]) -> NotAVolume:
 def _blind_mosaics(headers: Sequence[Header]) -> NotAVolume:
     return NotAVolume(
         f"The {len(headers)} images are Siemens mosaics, many slices side by side, and Siemens' private header that "
-        "tells where each lies is missing.",
-        expected="the element (0029,1010) of the block SIEMENS CSA HEADER, or one slice an image.",
-        advice="Export the series without removing private elements, or as single slices.",
+        "tells where each lies is missing: it was removed, or the scanner's software (XA) writes none.",
+        expected="the element (0029,1010) of the block SIEMENS CSA HEADER, or one slice an image or a frame.",
+        advice="Export the series without removing private elements; from software XA as enhanced images or single "
+        "slices.",
     )
 
 

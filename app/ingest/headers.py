@@ -1,17 +1,18 @@
 """What a DICOM file says of itself: what decides whether, and where, its frames belong."""
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pydicom
-from pydicom.filereader import read_dataset, read_preamble
+from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from app.errors import TruncatedFile, UnsafeArchive
+from app.errors import UnsafeArchive
 from app.ingest.archive import CHUNK_BYTES
+from app.ingest.attributes import functional_group, numbers, text, texts
 from app.ingest.limits import Limits
 from app.ingest.mosaic import TAGS as MOSAIC_TAGS
 from app.ingest.mosaic import tiles_of
@@ -19,6 +20,7 @@ from app.ingest.plane import Kind, Plane
 
 # Read these and nothing else: the header of a hospital's file can be larger than its image.
 _KEYWORDS = (
+    "SOPClassUID",
     "SOPInstanceUID",
     "SeriesInstanceUID",
     "FrameOfReferenceUID",
@@ -39,20 +41,7 @@ _KEYWORDS = (
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
-# What names the sequence of a scan, for the choice of a bundle. It may hold a patient's name: never logged.
-_DESCRIPTIVE = (
-    "SeriesDescription",
-    "ProtocolName",
-    "SequenceName",
-    "PulseSequenceName",
-    "ScanningSequence",
-    "SequenceVariant",
-    "ScanOptions",
-    "MRAcquisitionType",
-    "ContrastBolusAgent",
-    "BodyPartExamined",
-)
-_TAGS: list[BaseTag] = [Tag(keyword) for keyword in (*_KEYWORDS, *_DESCRIPTIVE)] + MOSAIC_TAGS
+_TAGS: list[BaseTag | int] = [*(Tag(keyword) for keyword in _KEYWORDS), *MOSAIC_TAGS]
 _LOCALIZERS = {"LOCALIZER", "SCOUT"}
 _SCREENSHOTS = {"SCREEN SAVE", "SCREENSHOT"}
 _COMPONENTS = {
@@ -60,7 +49,7 @@ _COMPONENTS = {
     **dict.fromkeys(("R", "REAL"), "real"),
     **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
 }
-META_GROUP = 0x0002
+META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
 
 
 @dataclass(frozen=True)
@@ -87,13 +76,16 @@ class Header:
     columns: int
     photometric: str
     samples: int
-    description: str
     planes: tuple[Plane | None, ...]
     tiles: int = 0
 
     @property
     def is_image(self) -> bool:
         return self.rows > 0 and self.columns > 0 and len(self.planes) > 0
+
+    @property
+    def is_multi_frame(self) -> bool:
+        return len(self.planes) > 1 and not self.tiles
 
     @property
     def is_localizer(self) -> bool:
@@ -116,27 +108,82 @@ class Header:
         return None not in self.planes and _SCREENSHOTS.isdisjoint(self.image_type)
 
 
-def read_header(path: Path, limits: Limits) -> Header:
-    """Read a DICOM file up to its pixels.
+def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], list[str]]:
+    """Read DICOM files up to their pixels.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+    limits : Limits
+        What a deflated file may become.
+
+    Returns
+    -------
+    headers : list of Header
+    damaged : list of str
+        For each file that breaks off inside its header, or holds a value that DICOM does not allow:
+        its SeriesInstanceUID where that can still be read, else an empty string.
 
     Raises
     ------
-    TruncatedFile
-        The file breaks off, or an attribute has a value that DICOM does not allow.
+    UnsafeArchive
+        A deflated file inflates without end.
     """
+    headers, damaged = [], []
+    for path in paths:
+        header = _read(path, limits)
+        if header is None:
+            damaged.append(_series_of(path))
+        else:
+            headers.append(header)
+    return headers, damaged
+
+
+def _read(path: Path, limits: Limits) -> Header | None:
     try:
         check_deflated(path, limits)
-        dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=_TAGS)
-        return _header(path, dataset)
+        with path.open("rb") as file:
+            pixels = _Pixels()
+            dataset = read_partial(file, stop_when=pixels.begin_at, force=True, specific_tags=_TAGS)
+        header = _header(path, dataset)
+        # pydicom takes a file that breaks off for one that ends: an image's header lacks its end then.
+        whole = pixels.begun or (header.is_image and header.is_placed) or not _is_of_an_image(dataset)
     except UnsafeArchive:
         raise
     except Exception:  # noqa: BLE001 - a broken header makes pydicom raise whatever its parts raise
-        # Without the cause: its text can hold the attribute's value.
-        raise TruncatedFile(
-            "A DICOM file breaks off inside its header, or holds a value that DICOM does not allow.",
-            expected="complete DICOM files.",
-            advice="Export the series again.",
-        ) from None
+        return None
+    return header if whole else None
+
+
+class _Pixels:
+    """Whether a file has any: told of each of its elements."""
+
+    begun = False
+
+    def begin_at(self, tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        self.begun |= tag.group == PIXEL_GROUP
+        return self.begun
+
+
+def _is_of_an_image(dataset: pydicom.FileDataset) -> bool:
+    """By its SOP class; a file that does not even say that breaks off before it."""
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        return False
+    if not dataset.get("SOPInstanceUID"):  # it follows the class
+        return True
+    kind = UID(text(dataset, "SOPClassUID"))
+    return not kind.is_private and (not kind.keyword or kind.keyword.endswith("ImageStorage"))
+
+
+def _series_of(path: Path) -> str:
+    """SeriesInstanceUID of a damaged file, if it comes before the damage."""
+    try:
+        with path.open("rb") as file:
+            wanted = Tag("SeriesInstanceUID")
+            dataset = read_partial(file, stop_when=lambda tag, *_: tag > wanted, force=True, specific_tags=[wanted])
+            return text(dataset, "SeriesInstanceUID")
+    except Exception:  # noqa: BLE001 - as above
+        return ""
 
 
 def check_deflated(path: Path, limits: Limits) -> None:
@@ -167,19 +214,8 @@ def _after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
     return tag.group != META_GROUP
 
 
-def functional_group(dataset: pydicom.Dataset, frame: int, keyword: str) -> pydicom.Dataset:
-    """Where a frame's attributes stand: its own group, the shared one, or the data set itself."""
-    groups = [*dataset.get("PerFrameFunctionalGroupsSequence", [])[frame : frame + 1]]
-    groups += dataset.get("SharedFunctionalGroupsSequence", [])[:1]
-    for group in groups:
-        if group.get(keyword):
-            item: pydicom.Dataset = group[keyword][0]
-            return item
-    return dataset
-
-
 def _header(path: Path, dataset: pydicom.Dataset) -> Header:
-    image_type = tuple(map(str.upper, _texts(dataset, "ImageType")))
+    image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
     planes, tiles = _planes(dataset), 0
     if "MOSAIC" in image_type:
@@ -187,16 +223,15 @@ def _header(path: Path, dataset: pydicom.Dataset) -> Header:
         rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
     return Header(
         path=path,
-        instance=_text(dataset, "SOPInstanceUID"),
-        series=_text(dataset, "SeriesInstanceUID"),
-        frame_of_reference=_text(dataset, "FrameOfReferenceUID"),
-        modality=_text(dataset, "Modality"),
+        instance=text(dataset, "SOPInstanceUID"),
+        series=text(dataset, "SeriesInstanceUID"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        modality=text(dataset, "Modality"),
         image_type=image_type,
         rows=rows,
         columns=columns,
-        photometric=_text(dataset, "PhotometricInterpretation"),
+        photometric=text(dataset, "PhotometricInterpretation"),
         samples=int(dataset.get("SamplesPerPixel") or 1),
-        description=_describe(dataset),
         planes=planes,
         tiles=tiles,
     )
@@ -211,9 +246,9 @@ def _planes(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
 
 def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
     measures = functional_group(dataset, frame, "PixelMeasuresSequence")
-    position = _numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
-    orientation = _numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
-    spacing = _numbers(measures, "PixelSpacing")
+    position = numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
+    orientation = numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
+    spacing = numbers(measures, "PixelSpacing")
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
     thickness = measures.get("SliceThickness")
@@ -222,34 +257,10 @@ def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
 
 def _kind(dataset: pydicom.Dataset, frame: int) -> Kind:
     echo = functional_group(dataset, frame, "MREchoSequence")
-    b_value = _numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
-    echo_ms = _numbers(echo, "EffectiveEchoTime") or _numbers(echo, "EchoTime")
+    b_value = numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
+    echo_ms = numbers(echo, "EffectiveEchoTime") or numbers(echo, "EchoTime")
     frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
     # Classic images have it as third or later value of the image type (Siemens, Philips).
-    said = [_text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, _texts(dataset, "ImageType")[2:])]
+    said = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
     component = next((_COMPONENTS[word] for word in said if word in _COMPONENTS), "")
     return Kind(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
-
-
-def _describe(dataset: pydicom.Dataset) -> str:
-    words = (" ".join(str(v) for v in _values(dataset, keyword)) for keyword in _DESCRIPTIVE)
-    return "; ".join(" ".join(word.split()) for word in words if word.strip())
-
-
-def _text(dataset: pydicom.Dataset, keyword: str) -> str:
-    return " ".join(str(v) for v in _values(dataset, keyword)).strip()
-
-
-def _texts(dataset: pydicom.Dataset, keyword: str) -> list[str]:
-    return [str(v).strip() for v in _values(dataset, keyword)]
-
-
-def _numbers(dataset: pydicom.Dataset, keyword: str) -> tuple[float, ...]:
-    return tuple(float(v) for v in _values(dataset, keyword))
-
-
-def _values(dataset: pydicom.Dataset, keyword: str) -> list[Any]:
-    value = dataset.get(keyword)
-    if value is None:
-        return []
-    return [value] if isinstance(value, str) or not hasattr(value, "__iter__") else list(value)

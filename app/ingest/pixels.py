@@ -13,7 +13,7 @@ from pydicom.uid import UID
 
 from app.errors import CounterpartError, NoImageInArchive, TruncatedFile, UnsupportedPixels
 from app.ingest import jpeg12
-from app.ingest.headers import functional_group
+from app.ingest.attributes import functional_group
 from app.ingest.mosaic import split
 from app.volume import FloatArray
 

@@ -60,8 +60,13 @@ class Arrangement:
     notes: tuple[str, ...]
     faults: tuple[str, ...]
 
-    def check_regular(self) -> None:
+    def check_regular(self, hint: str = "") -> None:
         """Refuse a stack with faults.
+
+        Parameters
+        ----------
+        hint : str
+            One sentence more.
 
         Raises
         ------
@@ -69,7 +74,7 @@ class Arrangement:
         """
         if self.faults:
             raise IrregularSlices(
-                " ".join(self.faults),
+                " ".join([*self.faults, *filter(None, [hint])]),
                 expected="slices at equal distances along one straight line, at a right angle to it.",
                 advice=_ADVICE,
             )

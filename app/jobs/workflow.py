@@ -309,7 +309,9 @@ class Jobs(Listing):
     def _content(self, digest: str, request: Request) -> str:
         """Hash of all that decides the answer: bytes, parameters, and the models it may be made with."""
         models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
-        return _sha256("content", digest, *models, repr(request.series), repr(request.seed), request.geometry)
+        # Who names a model vouches for a scan that says nothing: the report tells the two apart.
+        named = "named" if request.model else "chosen"
+        return _sha256("content", digest, *models, named, repr(request.series), repr(request.seed), request.geometry)
 
     def _answering(self, identity: str, content: str) -> str | None:
         found = self._list(

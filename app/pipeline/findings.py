@@ -1,6 +1,7 @@
 """From the slices back to the scan's own grid: mask, maps, and each lesion in numbers."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from app.pipeline.detect import Detection
 from app.volume import FloatArray, Volume
 
 MaskArray = npt.NDArray[np.uint8]
+LabelArray = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Result:
 
     Attributes
     ----------
-    mask : (X, Y, Z) ndarray of uint8
-        1 where the scan differs from its counterpart.
+    labels : (X, Y, Z) ndarray of int32
+        Label of the lesion where the scan differs from its counterpart, 0 elsewhere.
     anomaly : (X, Y, Z) ndarray of float32
         Residual, weighed as the manifest says (its threshold gives the scale); NaN where nothing was analysed.
     counterpart : (X, Y, Z) ndarray of float32
@@ -45,11 +47,16 @@ class Result:
         Largest first.
     """
 
-    mask: MaskArray
+    labels: LabelArray
     anomaly: FloatArray
     counterpart: FloatArray
     affine: npt.NDArray[np.float64]
     lesions: tuple[Lesion, ...]
+
+    @cached_property
+    def mask(self) -> MaskArray:
+        """1 where the scan differs from its counterpart, (X, Y, Z)."""
+        return (self.labels > 0).astype(np.uint8)
 
 
 def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Result:
@@ -65,7 +72,7 @@ def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Resul
     labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
     lesions = tuple(_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
-    return Result((labels > 0).astype(np.uint8), anomaly, counterpart, volume.affine, lesions)
+    return Result(labels, anomaly, counterpart, volume.affine, lesions)
 
 
 def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
@@ -74,7 +81,7 @@ def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
     return 2 * int((found & truth).sum()) / size if size else 1.0
 
 
-def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> tuple[npt.NDArray[np.int32], int]:
+def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> tuple[LabelArray, int]:
     """Connected findings, numbered by size, 1 the largest; and how many they are.
 
     Two thresholds (hysteresis, Canny 1986): the higher one decides whether there is a finding, the
@@ -105,7 +112,7 @@ def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> 
 
 def _lesion(
     label: int,
-    labels: npt.NDArray[np.int32],
+    labels: LabelArray,
     box: tuple[slice, slice, slice],
     anomaly: FloatArray,
     volume: Volume,

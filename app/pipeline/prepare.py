@@ -21,6 +21,8 @@ BoolArray = npt.NDArray[np.bool_]
 # Foreground starts at this share of the brightest one percent: far above the interpolation noise
 # of a masked background, below cerebrospinal fluid on T1 (about 0.15).
 FOREGROUND_LEVEL = 0.05
+# Nothing is thinner than air: what a CT holds below it marks the outside of its field of view.
+AIR_HU = -1000.0
 # Linear weights of less than this much known data give no value: NaN instead of a guess.
 KNOWN_WEIGHT = 0.5
 FWHM_PER_SIGMA = 2.3548
@@ -131,7 +133,8 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
     volume : Volume
         The scan, any orientation.
     preparation : Preparation
-        The manifest's settings: spacing, slice shape, intensity mapping.
+        The manifest's settings: spacing, slice shape, intensity mapping (by a percentile of the foreground,
+        or by a window of Hounsfield units).
 
     Raises
     ------
@@ -140,22 +143,40 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
     WrongFieldOfView
         What stands out is larger or smaller than anything the model was trained on.
     """
-    background = _background(volume.array)
-    signal = volume.array - np.float32(background)
+    array = volume.array if preparation.window is None else np.maximum(volume.array, np.float32(AIR_HU))
+    background = _background(array)
+    signal = array - np.float32(background)
     foreground = _foreground(signal)
     centre, extent = _bounds_mm(foreground, volume.affine)
     _check_extent(extent, preparation)
-
-    level = float(np.percentile(signal[foreground], preparation.intensity_percentile))
-    scale = level / preparation.intensity_level
     affine, shape = _grid(centre, extent, preparation)
 
+    if preparation.window is None:
+        scale = _scale(signal[foreground], preparation)
+    else:
+        background, scale, signal = _windowed(array, preparation.window)
     smooth = _anti_alias(signal, volume.spacing, preparation)
     x = _onto(smooth, volume.affine, affine, shape) / np.float32(scale)
     inside = _onto(foreground.astype(np.float32), volume.affine, affine, shape) > 0.5 + TIE
     x = np.where(inside, np.clip(x, 0, 1), np.float32(0))
     placement = Placement(affine, shape, volume.affine, volume.shape, background, scale)
     return Slices(x[:, None], inside, placement)
+
+
+def _scale(foreground: FloatArray, preparation: Preparation) -> float:
+    """Scan units that become one, by a percentile of the foreground."""
+    assert preparation.intensity_percentile is not None, "the manifest has been validated"
+    assert preparation.intensity_level is not None, "the manifest has been validated"
+    return float(np.percentile(foreground, preparation.intensity_percentile)) / preparation.intensity_level
+
+
+def _windowed(array: FloatArray, window: tuple[float, float]) -> tuple[float, float, FloatArray]:
+    """What becomes zero, how much more becomes one, and the difference from zero.
+
+    Cut before it is smoothed: bone would shine into the brain beside it.
+    """
+    low, high = window
+    return low, high - low, np.clip(array, np.float32(low), np.float32(high)) - np.float32(low)
 
 
 def foreground_of(volume: Volume) -> BoolArray:

@@ -1,21 +1,18 @@
 """A folder under models/ -> networks that were checked: hashes, provider, golden pair."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from packaging.version import Version
 from pydantic import ValidationError
 
-from app.errors import DamagedBundle, UnknownModel, WrongModality
+from app.errors import DamagedBundle
 from app.manifest import File, Manifest
 from app.pipeline.models import Models
 from app.runtime.extractor import EXTRACTOR, Extractor, load_extractor
 from app.runtime.session import Provider, as_callable, open_session
-from app.volume import Source
 
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
@@ -83,43 +80,6 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def choose(manifests: Sequence[Manifest], source: Source, model: str | None) -> Manifest:
-    """The bundle for a scan: the one that was named, else the newest that fits its modality.
-
-    Raises
-    ------
-    UnknownModel
-        The name is none of the bundles', or none was named and there is no single candidate.
-    WrongModality
-        The scan says that it is of another modality than the model, or than all of them.
-    """
-    by_version = sorted(manifests, key=_newest_last)
-    if model:
-        fits = [m for m in by_version if model in (m.name, m.id)]
-    else:
-        fits = [m for m in by_version if source.modality in (None, m.modality)]
-    if by_version and not model and not fits:
-        raise WrongModality(
-            f"The scan's modality is {source.modality}, and no model knows it.",
-            expected="a scan for one of " + ", ".join(f"{m.id} ({m.modality})" for m in by_version) + ".",
-            advice="Send another series, or install a model for this one.",
-        )
-    if len({m.name for m in fits}) != 1:
-        raise UnknownModel(
-            f"No model is called {model!r}." if model else f"{len({m.name for m in fits})} models fit the scan.",
-            expected="one of " + (", ".join(m.id for m in by_version) or "no model: none is installed") + ".",
-            advice="Name one with ?model= (or --model).",
-        )
-    chosen = fits[-1]
-    if source.modality not in (None, chosen.modality):
-        raise WrongModality(
-            f"The scan's modality is {source.modality}.",
-            expected=f"{chosen.modality}, which {chosen.id} was trained on.",
-            advice="Send another series, or choose another model.",
-        )
-    return chosen
-
-
 def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0) -> Bundle:
     """Load a bundle and see it work: every hash, the provider, and a real inference.
 
@@ -146,10 +106,6 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0) -> B
         # Shipped with the code, wherever the bundles lie.
         extractor = load_extractor(shipped_models() / EXTRACTOR, provider, threads)
     return Bundle(folder, manifest, digest, models, provider, extractor)
-
-
-def _newest_last(manifest: Manifest) -> tuple[str, Version]:
-    return manifest.name, Version(manifest.version)
 
 
 def _check_hash(folder: Path, file: File) -> None:

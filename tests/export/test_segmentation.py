@@ -2,32 +2,35 @@
 
 import logging
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
 from highdicom.legacy import LegacyConvertedEnhancedMRImage
-from nibabel import affines
+from nibabel import affines, orientations
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import ImplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from app.export.dicom.source import PATIENT, STUDY
 from app.ingest import read
 from app.ingest.quiet import quiet
-from app.volume import Scan
+from app.volume import Scan, Volume
 from tests.export.conftest import BALLS, SHAPE, SPACING, Change, Written, oblique, scan_of, write
+from tests.ingest.test_round_trip import LAYOUTS
 from tests.ingest.test_stack import shift, tilt
 from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, datasets, save
 from tests.support.enhanced import enhanced as with_echoes
+from tests.support.grids import tilted
 from tests.support.judges import tool
 from tests.support.mosaic import mosaic
-from tests.support.phantom import brain
+from tests.support.phantom import brain, grid
 from tests.support.results import resampled
 from tests.support.segmentation import segment_points
 
 TURNS = {"straight": (0.0, 0.0, 0.0), "oblique": (9.0, -14.0, 21.0)}
+SMALL = (15, 19, 13)
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 # A decimal string of 16 characters holds micrometres.
 EXACT_MM = 1e-4
@@ -67,6 +70,22 @@ def test_a_lesion_lies_where_it_was_put(tmp_path: Path, plane: Plane, turn: str,
     written = write(tmp_path / "out", scan)
     assert written.absent == {}
     check_place(written)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "".join(orientations.ornt2axcodes(layout)))
+def test_a_lesion_lies_where_it_was_put_in_every_axis_layout(tmp_path: Path, layout: Any) -> None:
+    """Rows, columns and slices along any axes and in any sense, oblique."""
+    whole = brain(SMALL, tilted(grid(SMALL, 11.0), *TURNS["oblique"]))
+    array = orientations.apply_orientation(whole.array, layout)
+    volume = Volume(array, whole.affine @ orientations.inv_ornt_aff(layout, whole.shape))
+    save(tmp_path / "s", datasets(volume, Series(plane=None)))
+    written = write(tmp_path / "out", read(tmp_path / "s", scratch=tmp_path / "scratch"))
+    assert written.absent == {}
+    found = segment_points(written.segmentation)
+    for label in (1, 2):
+        np.testing.assert_allclose(by_place(found[label]), expected_points(written, label), atol=EXACT_MM)
+        centre = RAS_TO_LPS[:3, :3] @ written.report.findings[label - 1].centroid_mm
+        np.testing.assert_allclose(found[label].mean(axis=0), centre, atol=EXACT_MM)
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -178,13 +197,26 @@ def test_a_mosaic_is_segmented_where_its_tiles_lie(tmp_path: Path, *, downwards:
     assert not any(frame.get("DerivationImageSequence") for frame in made.PerFrameFunctionalGroupsSequence)
 
 
-def test_the_second_echo_of_an_enhanced_image_is_segmented_in_place(tmp_path: Path) -> None:
+def test_of_two_echoes_the_one_that_was_read_is_segmented_and_named(tmp_path: Path) -> None:
     volume, echoes = brain(SHAPE, oblique(*TURNS["oblique"])), (10.0, 80.0)
     (path,) = save(tmp_path, [with_echoes(volume, Series(), echoes)])
-    series = f"{pydicom.dcmread(path).SeriesInstanceUID}/2"
-    written = write(tmp_path / "out", read(path, scratch=tmp_path / "scratch", series=series))
-    assert written.absent == {}
-    check_place(written)
+    source = pydicom.dcmread(path)
+    named = {}
+    for number in (1, 2):
+        series = f"{source.SeriesInstanceUID}/{number}"
+        scan = read(path, scratch=tmp_path / "scratch", series=series)
+        assert len(set(scan.source.frames)) == SHAPE[2]
+        written = write(tmp_path / f"out{number}", scan)
+        assert written.absent == {}
+        check_place(written)
+        found = set()
+        for frame in pydicom.dcmread(written.segmentation).PerFrameFunctionalGroupsSequence:
+            (reference,) = frame.DerivationImageSequence[0].SourceImageSequence
+            group = source.PerFrameFunctionalGroupsSequence[reference.ReferencedFrameNumber - 1]
+            assert frame.PlanePositionSequence == group.PlanePositionSequence
+            found.add(group.MREchoSequence[0].EffectiveEchoTime)
+        named[number] = found
+    assert sorted(map(list, named.values())) == [[10.0], [80.0]]
 
 
 # ---- what it refers to -------------------------------------------------------------------------

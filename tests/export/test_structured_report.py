@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from app.export.report import RESEARCH_USE_ONLY
+from app.export.report import RESEARCH_USE_ONLY, ModelChoice
 from tests.export.conftest import Written, scan_of, write
 from tests.support.dicom import Series
 from tests.support.judges import tool
@@ -108,6 +108,13 @@ def test_it_says_what_was_analysed_by_what(name: str, request: pytest.FixtureReq
     assert [i.TextValue for i in items(made, "Comment")] == [RESEARCH_USE_ONLY, "Left out: 3 localizers."]
     assert made.ContentQualification == "RESEARCH"
     assert "research use only" in made.SeriesDescription
+
+
+def test_a_doubt_about_the_model_is_said(written: Written, tmp_path: Path) -> None:
+    choice = ModelChoice(by="modality", sure=False, doubt="The series does not say its sequence.")
+    model = written.report.model.model_copy(update={"choice": choice})
+    made = pydicom.dcmread(write(tmp_path, written.scan, model=model).structured_report)
+    assert [i.TextValue for i in items(made, "Comment")][-1] == "The series does not say its sequence."
 
 
 def test_nothing_found_is_a_report_and_no_segmentation(healthy: Written, written: Written) -> None:

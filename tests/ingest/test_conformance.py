@@ -6,7 +6,7 @@ from pathlib import Path
 from pydicom.pixels.decoders.base import _PIXEL_DATA_DECODERS
 from pydicom.uid import UID
 
-from app.ingest import STANDARD, pixels, series
+from app.ingest import STANDARD, pixels, sequence, series
 from tests.ingest.test_pixels import CHARACTER_SETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -14,22 +14,29 @@ TEXT = (ROOT / "docs" / "dicom.md").read_text()
 READ = TEXT[TEXT.index("## What is read") :].partition("\n## ")[0]
 
 
-def rows(heading: str) -> list[list[str]]:
-    """Cells of the table below a heading, without its first two lines."""
+def rows(heading: str, number: int = 0) -> list[list[str]]:
+    """Cells of a table below a heading, without its first two lines."""
     section = READ.split(f"### {heading}\n")[1].partition("\n### ")[0]
-    table = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table[2:]]
+    tables = re.findall(r"(?:^\|.*\n?)+", section, re.MULTILINE)
+    table = tables[number].splitlines() if number < len(tables) else []
+    return [[cell.strip() for cell in line.removeprefix("|").removesuffix("|").split("|")] for line in table[2:]]
 
 
 def test_every_row_names_a_test_that_there_is() -> None:
     headings = re.findall(r"^### (.+)$", READ, re.MULTILINE)
-    tables = {heading: rows(heading) for heading in headings}
-    assert sum(map(len, tables.values())) >= 40
-    for heading, table in tables.items():
+    tables = [(heading, rows(heading, number)) for heading in headings for number in (0, 1)]
+    assert sum(len(table) for _, table in tables) >= 62
+    for heading, table in tables:
         for row in table:
-            assert re.search(r"`tests/.+::test_.+`", row[-1]), (heading, row)
+            assert any(re.search(r"^`tests/.+::test_.+`$", cell) for cell in row), (heading, row)
     for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", READ):
-        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
+        assert re.search(rf"^ *def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+
+
+def test_every_row_of_files_says_whether_a_real_one_was_read() -> None:
+    for heading in ("SOP classes", "Transfer syntaxes", "Pixels"):
+        for row in rows(heading):
+            assert row[-1] == "none" or "test_real_series.py::" in row[-1], (heading, row)
 
 
 def test_the_transfer_syntaxes_are_those_that_can_be_decoded() -> None:
@@ -47,6 +54,23 @@ def test_the_sop_classes_have_their_names() -> None:
 
 def test_the_rules_are_those_of_the_code_in_their_order() -> None:
     assert [row[1] for row in rows("Which stack is read")] == [what for what, _ in series._RULES]
+
+
+def test_the_sequences_are_those_of_the_code() -> None:
+    table = rows("Which model", 1)
+    assert [row[0] for row in table] == list(sequence.WORDS)
+    assert {row[1]: row[0] for row in table if row[1]} == sequence.CODED
+    for name, _, words, _, _ in table:
+        for word in words.partition(";")[0].split(", "):
+            assert re.search(sequence.WORDS[name], word), (name, word)
+    times = {row[0]: list(map(int, re.findall(r"\d+(?= |;|$)", re.sub(r"T[12]\*?", "", row[3])))) for row in table}
+    short, long, late = sequence.SHORT_ECHO, sequence.LONG_ECHO, sequence.LATE_GRADIENT_ECHO
+    assert times["T1"] == [short, sequence.SHORT_REPETITION, *sequence.T1_INVERSION, short]
+    assert times["T2*"] == [late]
+    assert times["T2"] == [long, sequence.LONG_REPETITION]
+    assert times["FLAIR"] == [sequence.FLUID_NULLED, long]
+    assert times["PD"] == [short, sequence.LONG_REPETITION]
+    assert times["STIR"] == list(sequence.FAT_NULLED)
 
 
 def test_the_character_sets_are_those_that_are_tested() -> None:

@@ -5,33 +5,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel import orientations
 
 from app.errors import CounterpartError, InvalidGeometry, NotAVolume, TooManyVoxels, TruncatedFile
 from app.ingest import Limits
 from app.volume import Volume
-from tests.ingest.conftest import Read, centroid_mm, placed
-from tests.ingest.test_nifti import LAYOUTS, OBLIQUE
+from tests.ingest.conftest import Read
 
 
 def save(path: Path, array: np.ndarray[Any, Any], affine: Any) -> Path:
     path.write_bytes(nib.MGHImage(array, affine).to_bytes())
     return path
-
-
-@pytest.mark.parametrize("angles", [(0.0, 0.0, 0.0), OBLIQUE], ids=["straight", "oblique"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda ornt: "".join(orientations.ornt2axcodes(ornt)))
-def test_every_axis_layout_keeps_its_voxels_and_its_place(
-    tmp_path: Path, read_scan: Read, volume: Volume, layout: Any, angles: tuple[float, float, float]
-) -> None:
-    turned = Volume(volume.array, placed((0.9, 1.1, 2.0), angles))
-    array = orientations.apply_orientation(volume.array, layout)
-    affine = turned.affine @ orientations.inv_ornt_aff(layout, volume.shape)
-    scan = read_scan(save(tmp_path / "scan", array, affine))
-    np.testing.assert_array_equal(scan.volume.array, array)
-    np.testing.assert_allclose(scan.volume.affine, affine, atol=1e-4)  # MGH stores the centre, in float32
-    np.testing.assert_allclose(centroid_mm(scan.volume), centroid_mm(turned), atol=1e-4)
-    assert (scan.source.format, scan.source.modality, scan.source.notes) == ("mgh", None, ())
 
 
 @pytest.mark.parametrize("dtype", ["u1", ">i2", ">i4", ">f4"])

@@ -7,6 +7,7 @@ from app.errors import NotAVolume
 from app.volume import Volume
 from tests.ingest.conftest import Read, centroid_mm, placed
 from tests.support.dicom import Plane, Series, save, scanned
+from tests.support.enhanced import enhanced
 from tests.support.mosaic import mosaic
 
 OBLIQUE = (0.2, -0.35, 0.5)
@@ -50,3 +51,24 @@ def test_a_mosaic_that_does_not_say_where_its_tiles_lie(
     (path,) = save(tmp_path, [dataset])
     with pytest.raises(NotAVolume, match="private header"):
         read_scan(path)
+
+
+@pytest.mark.parametrize("kind", ["interoperable", "enhanced"])
+def test_a_mosaic_of_software_xa_is_refused_with_a_way_out(
+    tmp_path: Path, read_scan: Read, volume: Volume, kind: str
+) -> None:
+    """XA writes no CSA header: a block of group 0021 in its place, and in enhanced images a group for each frame."""
+    if kind == "enhanced":
+        dataset = enhanced(volume)
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "M", "NONE", "MOSAIC"]
+    else:
+        dataset = mosaic(volume)
+        dataset.remove_private_tags()
+    dataset.Manufacturer, dataset.SoftwareVersions = "Siemens Healthineers", "syngo MR XA30"
+    dataset.private_block(0x0021, "SIEMENS MR SDI 02", create=True).add_new(0x4F, "US", 14)
+    (path,) = save(tmp_path, [dataset])
+    with pytest.raises(NotAVolume) as refused:
+        read_scan(path)
+    assert "Siemens mosaics" in refused.value.found
+    assert "software (XA) writes none" in refused.value.found
+    assert "enhanced images or single slices" in refused.value.advice

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydicom.dataset import FileDataset
 
 from app.errors import IrregularSlices, NotAVolume
+from app.ingest.plane import Plane
+from app.ingest.stack import arrange
 from app.volume import Volume
 from tests.ingest.conftest import Read, placed
-from tests.support.dicom import Plane, Series, datasets, save
+from tests.support.dicom import RAS_TO_LPS, Series, datasets, save
+from tests.support.dicom import Plane as Named
 
 Change = Callable[[list[FileDataset]], object]
 
@@ -72,9 +77,34 @@ def test_irregular_stacks_are_refused_with_the_place(
     assert refused.value.found == message
 
 
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(
+    angles=st.tuples(*[st.floats(-3, 3)] * 3),
+    spacing=st.tuples(*[st.floats(0.2, 8)] * 3),
+    count=st.integers(2, 40),
+    missing=st.integers(0, 38),
+)
+def test_any_stack_is_put_in_order_and_in_place(
+    angles: tuple[float, float, float], spacing: tuple[float, float, float], count: int, missing: int
+) -> None:
+    """Whatever its orientation: its order, its affine, and whether a slice is missing."""
+    lps = RAS_TO_LPS @ placed(spacing, angles)
+    orientation = (*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1]))
+    places = [lps[:3, 3] + k * lps[:3, 2] for k in range(count)]
+    planes = [Plane(tuple(place), orientation, (spacing[1], spacing[0]), None) for place in places]
+    shuffled = np.random.default_rng(count).permutation(count)
+    arranged = arrange([planes[k] for k in shuffled])
+    np.testing.assert_array_equal(shuffled[arranged.order], np.arange(count))
+    np.testing.assert_allclose(arranged.affine, RAS_TO_LPS @ lps, atol=1e-9)
+    assert arranged.faults == ()
+    if 0 < missing < count - 1 and count > 4:  # of two gaps, none is the usual one
+        (fault,) = arrange([plane for k, plane in enumerate(planes) if k != missing]).faults
+        assert fault.startswith(f"Slice {missing + 1} of {count} is missing: gap of ")
+
+
 @pytest.mark.parametrize(("plane", "end"), [("sagittal", "from left to right"), ("coronal", "from front to back")])
 def test_the_count_starts_at_a_named_end(
-    tmp_path: Path, read_scan: Read, volume: Volume, plane: Plane, end: str
+    tmp_path: Path, read_scan: Read, volume: Volume, plane: Named, end: str
 ) -> None:
     slices = datasets(volume, Series(plane=plane))
     del slices[3]

@@ -94,6 +94,11 @@ def test_findings_are_numbered_by_size_and_small_ones_dropped(manifest: Manifest
     assert [lesion.label for lesion in result.lesions] == [1, 2]
     assert result.lesions[0].centroid_mm == pytest.approx((30, 20, 10), abs=0.9)
     assert result.lesions[1].centroid_mm == pytest.approx((-30, 0, 0), abs=0.9)
+    for lesion in result.lesions:
+        voxels = np.argwhere(result.labels == lesion.label)
+        assert len(voxels) * volume.voxel_ml == pytest.approx(lesion.volume_ml)
+        assert affines.apply_affine(volume.affine, voxels).mean(axis=0) == pytest.approx(lesion.centroid_mm, abs=0.006)
+    np.testing.assert_array_equal(result.mask, result.labels > 0)
     assert all(lesion.volume_ml >= manifest.residual.min_lesion_ml for lesion in result.lesions)
     # The third has 0.27 ml: it is in no finding, and not in the mask either.
     assert result.mask.sum() * volume.voxel_ml == pytest.approx(sum(lesion.volume_ml for lesion in result.lesions))

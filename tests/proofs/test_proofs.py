@@ -6,6 +6,7 @@ import pytest
 
 from scripts.prove_cluster import prove as prove_cluster
 from scripts.prove_contract import prove as prove_contract
+from scripts.prove_hostile import prove as prove_hostile
 from scripts.prove_kill import prove as prove_kill
 from scripts.servers import find_postgres, postgres
 
@@ -30,3 +31,7 @@ def test_a_cluster_loses_none_and_publishes_none_twice(tmp_path: Path) -> None:
 
 def test_the_answers_are_those_of_the_document(tmp_path: Path) -> None:
     assert prove_contract(tmp_path, examples=2, seed=0)
+
+
+def test_hostile_uploads_are_answered(tmp_path: Path) -> None:
+    assert prove_hostile(tmp_path / "in" / "here", mib=64)

@@ -10,14 +10,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from app.errors import DamagedBundle, ProviderUnavailable, UnknownModel, WrongModality
-from app.manifest import Manifest
+from app.errors import DamagedBundle, ProviderUnavailable
 from app.pipeline.detect import detect
 from app.pipeline.schedule import Schedule
-from app.runtime.bundle import Bundle, choose, find_bundles, load_bundle, read_manifest, shipped_models
+from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.session import open_session
-from app.volume import Source
-from tests.support.bundle import tiny_manifest
 from tests.support.oracle import gaussian_models
 from tests.support.phantom import brain, with_lesion
 
@@ -185,63 +182,3 @@ def test_a_session_that_fell_back_is_refused(tiny_models: Path, monkeypatch: pyt
     monkeypatch.setattr(onnxruntime, "InferenceSession", FellBack)
     with pytest.raises(ProviderUnavailable, match="fell back to CPUExecutionProvider"):
         open_session(tiny_models / "tiny-0.0.1" / "encoder.onnx", "cuda")
-
-
-# ---- the choice --------------------------------------------------------------------------------
-
-
-def named(name: str, version: str = "1.0.0", modality: str = "MR") -> Manifest:
-    return tiny_manifest().model_copy(update={"name": name, "version": version, "modality": modality})
-
-
-MR, CT, UNKNOWN = (Source("dicom", "MR"), Source("dicom", "CT"), Source("nifti"))
-HEAD = [named("t1", "1.9.0"), named("t1", "1.10.0"), named("ct", modality="CT")]
-
-
-@pytest.mark.parametrize(
-    ("source", "model", "expected"),
-    [
-        (MR, None, "t1-1.10.0"),
-        (CT, None, "ct-1.0.0"),
-        (UNKNOWN, "t1", "t1-1.10.0"),
-        (UNKNOWN, "t1-1.9.0", "t1-1.9.0"),
-        (MR, "t1-1.9.0", "t1-1.9.0"),
-        (UNKNOWN, "ct", "ct-1.0.0"),
-    ],
-)
-def test_the_bundle_for_a_scan(source: Source, model: str | None, expected: str) -> None:
-    assert choose(HEAD, source, model).id == expected
-
-
-def test_a_release_is_newer_than_its_candidates() -> None:
-    versions = [named("t1", v) for v in ("1.0.0", "1.0.0-rc1", "0.9.9")]
-    assert choose(versions, MR, None).version == "1.0.0"
-
-
-def test_one_bundle_alone_is_taken_for_a_scan_that_says_nothing() -> None:
-    assert choose([named("t1")], UNKNOWN, None).id == "t1-1.0.0"
-
-
-def test_a_scan_that_says_nothing_is_not_guessed_at() -> None:
-    with pytest.raises(UnknownModel, match="2 models fit") as caught:
-        choose(HEAD, UNKNOWN, None)
-    assert "ct-1.0.0, t1-1.9.0, t1-1.10.0" in caught.value.expected
-
-
-def test_an_unknown_model_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(UnknownModel, match="'flair'") as caught:
-        choose(HEAD, MR, "flair")
-    assert "t1-1.10.0" in caught.value.expected
-    with pytest.raises(UnknownModel, match="none is installed"):
-        choose([], MR, None)
-
-
-def test_a_scan_of_a_modality_that_no_model_knows() -> None:
-    with pytest.raises(WrongModality, match="modality is CT, and no model knows it") as caught:
-        choose([named("t1")], CT, None)
-    assert "t1-1.0.0 (MR)" in caught.value.expected
-
-
-def test_a_model_of_another_modality_is_refused() -> None:
-    with pytest.raises(WrongModality, match="The scan's modality is CT"):
-        choose(HEAD, CT, "t1")

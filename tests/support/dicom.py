@@ -39,8 +39,9 @@ class Series:
 
     Attributes
     ----------
-    plane : {"axial", "sagittal", "coronal"}
-        Which of the volume's axes becomes the slice axis: the one nearest to the plane's normal.
+    plane : {"axial", "sagittal", "coronal"} or None
+        Which of the volume's axes becomes the slice axis: the one nearest to the plane's normal. None: the
+        volume's own axes are columns, rows and slices.
     rescale : (slope, intercept) or None
         Stored value -> unit. None: none is needed, or the full range of 16 bits for MR.
     syntax : str
@@ -50,7 +51,7 @@ class Series:
     """
 
     modality: Literal["MR", "CT"] = "MR"
-    plane: Plane = "axial"
+    plane: Plane | None = "axial"
     rescale: tuple[float, float] | None = None
     syntax: str = ExplicitVRLittleEndian
     description: str = "T1w MPRAGE"
@@ -107,8 +108,10 @@ def datasets(volume: Volume, series: Series = STANDARD) -> list[FileDataset]:
     return slices
 
 
-def scanned(volume: Volume, plane: Plane) -> tuple[npt.NDArray[np.float32], Affine]:
+def scanned(volume: Volume, plane: Plane | None) -> tuple[npt.NDArray[np.float32], Affine]:
     """A volume with its axes as (columns, rows, slices) of a plane; no voxel changes its place."""
+    if plane is None:
+        return volume.array, volume.affine
     here = nib.io_orientation(volume.affine)
     change = orientations.ornt_transform(here, orientations.axcodes2ornt(tuple(SCANNED[plane])))
     array = orientations.apply_orientation(volume.array, change)

@@ -23,11 +23,11 @@ def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[Result, Re
     """Mark balls (centre in RAS+ mm, radius in mm) that do not touch."""
     volume = scan.volume
     inside = [_ball(volume, centre, radius) for centre, radius in balls]
-    mask = np.any(inside, axis=0) if inside else np.zeros(volume.shape, bool)
+    labels = np.zeros(volume.shape, np.int32)
     anomaly = np.full(volume.shape, 0.1, np.float32)
     lesions = []
     for number, voxels in enumerate(sorted(inside, key=lambda i: -int(i.sum())), start=1):
-        anomaly[voxels] = 0.5 + number
+        anomaly[voxels], labels[voxels] = 0.5 + number, number
         at = np.argwhere(voxels)
         points = affines.apply_affine(volume.affine, at)
         x, y, z = (float(v) for v in points.mean(axis=0))
@@ -35,8 +35,8 @@ def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[Result, Re
         lesions.append(
             Lesion(number, float(len(at) * volume.voxel_ml), 1.5, 0.5 + number, (x, y, z), (low, high), int(at[0, 2]))  # type: ignore[arg-type]
         )
-    assert ndimage.label(mask, np.ones((3, 3, 3)))[1] == len(balls), "balls that touch are one lesion"
-    result = Result(mask.astype(np.uint8), anomaly, volume.array, volume.affine, tuple(lesions))
+    assert ndimage.label(labels, np.ones((3, 3, 3)))[1] == len(balls), "balls that touch are one lesion"
+    result = Result(labels, anomaly, volume.array, volume.affine, tuple(lesions))
     return result, report_of(scan, result)
 
 

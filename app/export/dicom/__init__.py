@@ -6,7 +6,7 @@ from pydicom.dataset import Dataset
 
 from app.errors import CounterpartError, NoLesion, UnsuitableSource
 from app.export.dicom.identity import complete
-from app.export.dicom.segmentation import build_segmentation, label_lesions
+from app.export.dicom.segmentation import build_segmentation
 from app.export.dicom.source import read_source
 from app.export.dicom.structured_report import build_structured_report
 from app.export.report import Report
@@ -57,8 +57,7 @@ def _build(scan: Scan, result: Result, report: Report) -> tuple[Dataset | None, 
         source = read_source(scan)
         segmentation = None
         if report.findings:
-            labels = label_lesions(result, report)
-            segmentation = complete(build_segmentation(source, labels, report), source)
+            segmentation = complete(build_segmentation(source, result.labels, report), source)
         return segmentation, complete(build_structured_report(source, segmentation, report), source)
     except (ValueError, TypeError, AttributeError, KeyError):
         # Without the cause: its text can hold a value of the header.

@@ -1,46 +1,22 @@
 """The mask as a DICOM Segmentation (PS3.3 A.51), BINARY, one segment a lesion."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from highdicom import CoordinateSystemNames, PixelMeasuresSequence, PlaneOrientationSequence, PlanePositionSequence
 from highdicom.color import CIELabColor
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
-from scipy import ndimage
 
 from app.export.dicom.identity import CATEGORY, SITE, TYPE, algorithm, common, tracking
 from app.export.dicom.source import SourceSeries
 from app.export.report import RESEARCH_USE_ONLY, Report
-from app.pipeline.findings import Result
-
-LabelArray = npt.NDArray[np.uint16]
+from app.pipeline.findings import LabelArray
 
 SERIES_NUMBER = 9001
 SERIES_DESCRIPTION = "Counterpart: lesions (research use only)"
 CONTENT_LABEL = "COUNTERPART"
 RED = (255, 64, 64)  # as in preview.png
-# A lesion is one connected part of the mask: a voxel touches its 26 neighbours (`pipeline.findings`).
-NEIGHBOURS = np.ones((3, 3, 3))
-
-
-def label_lesions(result: Result, report: Report) -> LabelArray:
-    """Number the voxels of the mask by the lesion that they belong to.
-
-    Returns
-    -------
-    (X, Y, Z) ndarray of uint16
-        0, or the label of a finding.
-    """
-    parts, count = ndimage.label(result.mask, structure=NEIGHBOURS)
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    assert count == len(report.findings), "each part of the mask is a finding"
-    label_of = np.zeros(count + 1, dtype=np.uint16)
-    # As the findings are numbered: by size, equal ones in the order of the grid.
-    label_of[1 + np.argsort(-sizes[1:], kind="stable")] = np.arange(1, count + 1)
-    labels: LabelArray = label_of[parts]
-    return labels
 
 
 def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report) -> Segmentation:
@@ -50,14 +26,14 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
     ----------
     source : SourceSeries
         What the mask was made from.
-    labels : (X, Y, Z) ndarray of uint16
+    labels : (X, Y, Z) ndarray of int32
         Label of a finding on the scan's grid, columns along X and rows along Y; 0 beside them.
     report : Report
         Names the findings and the model.
     """
     segmentation = Segmentation(
         source_images=source.images,
-        pixel_array=np.ascontiguousarray(labels.transpose(2, 1, 0)),  # (slices, rows, columns)
+        pixel_array=np.ascontiguousarray(labels.transpose(2, 1, 0), dtype=np.uint16),  # (slices, rows, columns)
         segmentation_type=SegmentationTypeValues.BINARY,
         segment_descriptions=[_segment(source, report, finding.label) for finding in report.findings],
         series_number=SERIES_NUMBER,
@@ -68,6 +44,8 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
         **_geometry(source, labels.shape[2]),
     )
     segmentation.ContentCreatorName = None  # type 2, and nobody did
+    if source.frames:
+        _name_frames(segmentation, source.frames)
     return segmentation
 
 
@@ -89,6 +67,14 @@ def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
             spacing_between_slices=float(spacing[2]),
         ),
     }
+
+
+def _name_frames(segmentation: Segmentation, read: Collection[int]) -> None:
+    """Name of an enhanced image the frames that were read, and no others of the same place, as highdicom does."""
+    for group in segmentation.PerFrameFunctionalGroupsSequence:
+        for derivation in group.get("DerivationImageSequence", []):
+            named = [item for item in derivation.SourceImageSequence if int(item.ReferencedFrameNumber) in read]
+            derivation.SourceImageSequence = named
 
 
 def _position(place: Sequence[float]) -> PlanePositionSequence:

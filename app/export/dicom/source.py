@@ -62,8 +62,7 @@ _MULTI_FRAME = (
 _REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Slices that are farther from their place on the scan's grid are not the grid's: ingest takes
-# slices that are up to 0.2 mm off a straight line and 0.05 mm off an even distance.
+# Ingest takes slices that are up to 0.2 mm off a straight line and 0.05 mm off an even distance.
 SAME_PLACE_MM = 0.3
 SAME_DIRECTION = 2e-3
 
@@ -79,15 +78,17 @@ class SourceSeries:
     positions : tuple of sequence, or None
         ImagePositionPatient of each slice of the scan, as the source states it. None: the scan's
         slices are not images or frames of the source (they were resampled, or are tiles of a mosaic).
+    frames : frozenset of int
+        Numbers, from 1, of the frames of a multi-frame image that were read.
     lps : (4, 4) ndarray
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
-        The latest time that the source states for its pixels: what is derived from them is given
-        the same, since a clock would make every object another.
+        The latest that the source states for its pixels: a clock would make every object another.
     """
 
     images: tuple[Dataset, ...]
     positions: tuple[Sequence[float], ...] | None
+    frames: frozenset[int]
     lps: Affine
     content_time: tuple[dt.date, dt.time]
 
@@ -120,12 +121,14 @@ def read_source(scan: Scan) -> SourceSeries:
     _check(headers)
     lps = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
-    # A resampled slice may lie beside one of the source, as near as two of one place; it is another.
-    chosen = [] if scan.source.resampled else _match(frames, headers[0], lps, scan.volume.shape)
+    read = [frames[index] for index in scan.source.frames] or frames
+    # A resampled slice may lie as near to one of the source as two of one place; it is another.
+    chosen = [] if scan.source.resampled else _match(read, headers[0], lps, scan.volume.shape)
     images = _images(headers, frames, chosen, lps)
     return SourceSeries(
         images=tuple(images),
         positions=tuple(frame.position for frame in chosen) if chosen else None,
+        frames=frozenset(index + 1 for index in scan.source.frames),
         lps=lps,
         content_time=_content_time(headers),
     )

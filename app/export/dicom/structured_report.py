@@ -183,5 +183,6 @@ def _evaluations(report: Report) -> ContainerContentItem:
 
 
 def _comments(report: Report) -> Iterator[TextContentItem]:
-    for text in (report.notice, *report.input.notes):
+    doubt = report.model.choice.doubt if report.model.choice else None
+    for text in (report.notice, *report.input.notes, *filter(None, [doubt])):
         yield TextContentItem(codes.DCM.Comment, text, RelationshipTypeValues.CONTAINS)
