@@ -243,8 +243,9 @@ def probe(port: int, seconds: float) -> dict[str, list[float]]:
         found[kind].append(time.perf_counter() - start)
         return json.loads(body) if answer.status == 200 else None
 
-    begin = time.monotonic()
-    for number in range(int(seconds * PROBES)):
+    begin, number = time.monotonic(), -1
+    while time.monotonic() - begin < seconds:
+        number += 1
         if number % PROBES == 0:
             ids = [job["id"] for job in call("list", f"{URL}?limit=20")["scans"]]
         if ids:
