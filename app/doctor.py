@@ -164,18 +164,19 @@ def check_shared(settings: Settings) -> Iterator[Check]:
             else:
                 yield Check("bucket", "ok", settings.bucket)
     if settings.database:
+        from app.jobs.database import connect
         from app.jobs.roster import Roster
 
-        roster = Roster(settings.database_url)
+        database = connect(settings.database_url)
         try:
-            roster.create()
+            Roster(database).create()
         except Exception as error:  # noqa: BLE001  # whatever the driver raises, with the password in its text
             mend = f"Check {PREFIX}DATABASE, and that the server lets this user in and create tables."
             yield Check("database", "fail", f"it does not answer ({type(error).__name__})", mend)
         else:
             yield Check("database", "ok", settings.shown("database"))
         finally:
-            roster.close()
+            database.dispose()
 
 
 def tell(checks: list[Check], settings: Settings, console: Console) -> None:

@@ -329,6 +329,13 @@ class WorkerLost(CounterpartError):
     title = "The analysis ended its process"
 
 
+class OutOfMemory(CounterpartError):
+    """The machine has too little memory for a scan, in half a batch too."""
+
+    code = "out_of_memory"
+    title = "Too little memory for this scan"
+
+
 class InternalError(CounterpartError):
     """A fault of the service itself. The exception's own text may hold patient data: it is never told."""
 
@@ -341,3 +348,12 @@ class MissingExtra(CounterpartError):
 
     code = "missing_extra"
     title = "An optional part is not installed"
+
+
+def from_problem(problem: dict[str, str]) -> CounterpartError:
+    """The error that a problem was made of, in another process."""
+    found = [CounterpartError]
+    for cls in found:
+        found += cls.__subclasses__()
+    cls = next((cls for cls in found if cls.code == problem["code"]), InternalError)
+    return cls(problem["found"], expected=problem["expected"], advice=problem["advice"])

@@ -15,6 +15,7 @@ from app import __version__
 from app.api import events, logs, problems, scans, system
 from app.api.service import Readiness, Service
 from app.export.report import RESEARCH_USE_ONLY
+from app.jobs.apart import Apart
 from app.jobs.bucket import BucketStore
 from app.jobs.engine import BundleEngine, Engine
 from app.jobs.metrics import Metrics
@@ -52,7 +53,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     DamagedBundle
         A manifest cannot be read.
     """
-    engine = engine or BundleEngine(settings.models, settings.provider, settings.threads)
+    engine = engine or make_engine(settings, worker=worker)
     metrics = Metrics()
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
@@ -120,9 +121,17 @@ def work(settings: Settings, engine: Engine | None = None) -> None:
     """
     settings.check_exposure()
     logs.configure()
-    engine = engine or BundleEngine(settings.models, settings.provider, settings.threads)
+    engine = engine or make_engine(settings, worker=True)
     engine.warm_up()
     _run(create_app(settings, engine, api=False), settings)
+
+
+def make_engine(settings: Settings, *, worker: bool) -> Engine:
+    """The bundles that the settings name; a worker loads and runs them in a process of their own."""
+    models = str(settings.models) if settings.models else None
+    arguments = {"models": models, "provider": settings.provider, "threads": settings.threads}
+    known = BundleEngine(models, settings.provider, settings.threads)
+    return Apart(known, "app.jobs.engine:BundleEngine", arguments) if worker else known
 
 
 def _run(app: FastAPI, settings: Settings) -> None:

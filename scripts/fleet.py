@@ -22,7 +22,7 @@ from tests.support.phantom import brain, grid
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "preview.png")
 URL = "/v1/scans"
-READY_SECONDS = 180
+READY_SECONDS = 600
 ENDED = {"succeeded", "failed", "cancelled"}
 
 
@@ -68,20 +68,23 @@ class Fleet:
         Stores, bundle and logs.
     environ : mapping
         Settings that all share.
+    checkout : Path
+        The version that is run.
     """
 
     folder: Path
     environ: Mapping[str, str]
     nodes: list[Node] = field(default_factory=list)
+    checkout: Path = CHECKOUT
 
     def start(self, *words: str, **settings: str) -> Node:
         """Start `counterpart WORDS` on a free port."""
         port = free_port()
-        environ = {**os.environ, "PYTHONPATH": str(CHECKOUT), **self.environ}
+        environ = {**os.environ, "PYTHONPATH": str(self.checkout), **self.environ}
         environ |= {f"COUNTERPART_{name.upper()}": value for name, value in settings.items()}
-        command = [sys.executable, "-m", "app.cli", *words, "--port", str(port)]
+        command = [sys.executable, "-c", "from app.cli import main; main()", *words, "--port", str(port)]
         with (self.folder / "log").open("ab") as log:
-            process = subprocess.Popen(command, cwd=CHECKOUT, env=environ, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=self.checkout, env=environ, stdout=log, stderr=log)
         node = Node(port, process)
         self.nodes.append(node)
         return node
@@ -98,11 +101,11 @@ class Fleet:
 
 
 @contextmanager
-def fleet(folder: Path, **settings: str) -> Iterator[Fleet]:
+def fleet(folder: Path, checkout: str = str(CHECKOUT), **settings: str) -> Iterator[Fleet]:
     """A deployment in a folder, with the synthetic bundle; all its processes end with the block."""
     folder.mkdir(parents=True, exist_ok=True)
     models = folder / "models"
-    if not models.is_dir():
+    if not models.is_dir() and "models" not in settings:
         models.mkdir()
         write_tiny_bundle(models)
     environ = {
@@ -111,7 +114,7 @@ def fleet(folder: Path, **settings: str) -> Iterator[Fleet]:
         "COUNTERPART_STORE": str(folder / "store"),
     }
     environ |= {name if name.startswith("AWS_") else f"COUNTERPART_{name.upper()}": v for name, v in settings.items()}
-    made = Fleet(folder, environ)
+    made = Fleet(folder, environ, checkout=Path(checkout))
     try:
         yield made
     finally:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from typer.main import get_command
@@ -133,15 +132,6 @@ def test_the_changelog_is_at_the_version() -> None:
         r"^## \[(\d+\.\d+\.\d+)\] - \d{4}-\d{2}-\d{2}$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
     )
     assert versions[0] == __version__
-
-
-def test_compose_publishes_on_loopback_alone_and_demands_a_token() -> None:
-    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    service = compose["services"]["counterpart"]
-    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-    assert service["environment"]["COUNTERPART_TOKEN"].startswith("${COUNTERPART_TOKEN:?")
-    assert "store:/var/lib/counterpart" in service["volumes"]
-    assert "/readyz" in service["healthcheck"]["test"][-1]
 
 
 def test_the_image_runs_as_a_user_and_looks_after_its_health() -> None:

@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
+from pydantic import AwareDatetime
 
 from app.analyse import OPTIONAL_FILES, RESULT_FILES
 from app.analyse import Request as Wanted
@@ -20,8 +21,8 @@ from app.api.receive import declared, receive
 from app.api.results import MEDIA_TYPES, ResultFile
 from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
-from app.errors import BadRequest, InternalError, NotFinished, UnknownModel
-from app.jobs.job import ENDED, Cursor, Job, Priority, State
+from app.errors import BadRequest, InternalError, NoSuchResult, NotFinished, UnknownModel
+from app.jobs.job import ENDED, Cursor, Job, Priority, State, Which
 from app.volume import Geometry
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
@@ -134,16 +135,32 @@ async def send_scan(
     return JSONResponse(scan.model_dump(mode="json"), 200 if finished else 202, headers)
 
 
+def _which(
+    state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
+    priority: Annotated[Priority | None, Query(description="Only this priority.")] = None,
+    model: Annotated[
+        str | None, Query(max_length=100, description="Analysed with this model (name or id); else asked for it.")
+    ] = None,
+    code: Annotated[str | None, Query(max_length=100, description="Failed with a problem of this code.")] = None,
+    created_after: Annotated[
+        AwareDatetime | None, Query(description="Sent then or later: ISO 8601 with its offset, + written %2B.")
+    ] = None,
+    created_before: Annotated[AwareDatetime | None, Query(description="Sent before then.")] = None,
+) -> Which:
+    """Which jobs of the list; all that is given must hold."""
+    return Which(tuple(state or ()), priority, model, code, created_after, created_before)
+
+
 @router.get("", responses=problems(400, 401))
 def list_scans(
     service: Of,
-    state: Annotated[list[State] | None, Query(description="Only these states.")] = None,
+    which: Annotated[Which, Depends(_which)],
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: Annotated[str | None, Query(description="From `next` of the page before.")] = None,
 ) -> ScanList:
     """List jobs, newest first. New jobs do not shift the pages that follow."""
-    jobs = service.jobs.page(state or [], limit + 1, _cursor(after))
-    return ScanList(scans=views.summaries(service, jobs[:limit]), next=_next(jobs, state, limit))
+    jobs = service.jobs.page(which, limit + 1, _cursor(after))
+    return ScanList(scans=views.summaries(service, jobs[:limit]), next=_next(jobs, which, limit))
 
 
 @router.get("/{job}", responses=problems(401, 404))
@@ -198,6 +215,12 @@ def get_result(
     fetched = service.store.fetch(found.id, name)
     if fetched is None and (reason := views.why_absent(service, found, name)):
         return problem_response(absent_problem(reason))
+    if fetched is None and name not in found.results:
+        raise NoSuchResult(
+            f"The scan was analysed by a version that wrote no {name}.",
+            expected=", ".join(found.results) + ".",
+            advice="DELETE the job and send the scan again.",
+        )
     if fetched is None:
         raise InternalError(
             f"{name} of a finished job is missing.",
@@ -230,9 +253,17 @@ def _cursor(after: str | None) -> Cursor | None:
     return Cursor(datetime.fromtimestamp(int(parts[1]) / 1_000_000, UTC), parts[2])
 
 
-def _next(jobs: Sequence[Job], state: list[State] | None, limit: int) -> str | None:
+def _next(jobs: Sequence[Job], which: Which, limit: int) -> str | None:
     if len(jobs) <= limit:
         return None
     last = jobs[limit - 1]
-    query = {"limit": limit, "state": state or [], "after": str(Cursor(last.created, last.id))}
-    return f"/v1/scans?{urlencode(query, doseq=True)}"
+    asked = {
+        "state": which.states,
+        "priority": which.priority,
+        "model": which.model,
+        "code": which.code,
+        "created_after": which.created_after and which.created_after.isoformat(),
+        "created_before": which.created_before and which.created_before.isoformat(),
+    }
+    query = {"limit": limit, **{name: value for name, value in asked.items() if value}}
+    return f"/v1/scans?{urlencode({**query, 'after': Cursor(last.created, last.id)}, doseq=True)}"

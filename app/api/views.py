@@ -2,14 +2,31 @@
 
 from collections.abc import Sequence
 
+from pydantic import BaseModel
+
 from app.api.problems import job_problem
 from app.api.schemas import Scan, Summary
 from app.api.service import Service
-from app.export.report import Report
+from app.export.report import Finding
 from app.jobs.job import Job
 
 # A link is called as its file is, without the ending; "report" is report.json.
 OTHER_LINKS = {"report.dcm": "structured_report"}
+
+
+class Timed(BaseModel):
+    """How long each stage took."""
+
+    seconds: dict[str, float]
+
+
+class Published(BaseModel):
+    """What is told of a report, which any version since 0.1.0 may have written: the rest is not looked at."""
+
+    findings: tuple[Finding, ...]
+    lesion_volume_ml: float
+    work: Timed
+    absent: dict[str, dict[str, str]] = {}
 
 
 def path_of(job: str) -> str:
@@ -43,9 +60,9 @@ def why_absent(service: Service, job: Job, name: str) -> dict[str, str] | None:
     return report.absent.get(name) if report else None
 
 
-def _report(service: Service, job: Job) -> Report | None:
+def _report(service: Service, job: Job) -> Published | None:
     content = service.store.read(job.id, "report.json")
-    return Report.model_validate_json(content) if content else None
+    return Published.model_validate_json(content) if content else None
 
 
 def _summary(job: Job, places: dict[str, int]) -> Summary:

@@ -125,6 +125,18 @@ class BucketStore(Store):
                     found[entry["path"].split("/")[1]] += entry["size"]
         return found
 
+    def unclaimed(self, before: float) -> list[str]:
+        """Jobs that have a scan from before then (seconds of the epoch), and nothing else."""
+        claimed: set[str] = set()
+        found: set[str] = set()
+        with _told():
+            for page in obstore.list(self._bucket, "jobs/"):
+                for entry in page:
+                    _, job, part = entry["path"].split("/")[:3]
+                    old = part == "scan" and entry["last_modified"].timestamp() < before
+                    (found if old else claimed).add(job)
+        return sorted(found - claimed)
+
     def let_go(self, job: str) -> None:
         """Remove the local copy when an attempt has ended."""
         shutil.rmtree(self._job(job), ignore_errors=True)

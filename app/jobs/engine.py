@@ -12,6 +12,33 @@ from app.manifest import Manifest
 from app.runtime.bundle import CARD, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 
 
+class ProcessDied(Exception):
+    """The process that ran the engine ended in the middle of a scan.
+
+    Parameters
+    ----------
+    status : int
+        How: negative where it was a signal.
+    """
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"signal {-status}" if status < 0 else f"status {status}")
+
+
+class Unexpected(Exception):
+    """A fault in another process, which told of it what `app.jobs.runner.where` tells.
+
+    Parameters
+    ----------
+    place : dict of str
+        `exception` and `where`.
+    """
+
+    def __init__(self, place: dict[str, str]) -> None:
+        super().__init__(place["where"])
+        self.place = place
+
+
 class Engine(Protocol):
     """What the service needs of inference; tests bring one that only writes files."""
 
@@ -32,13 +59,19 @@ class Engine(Protocol):
     def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
         """Analyse a scan into a folder; see `app.analyse.analyse`."""
 
+    def guard(self, *, on: bool) -> None:
+        """Whether the next scan may take all memory there is, and the worker with it, or is kept from it."""
+
+    def close(self) -> None:
+        """Let go of what it holds."""
+
 
 class BundleEngine:
     """The bundles of one folder, each loaded once.
 
     Parameters
     ----------
-    models : Path or None
+    models : path or None
         Folder of bundles; None takes the shipped ones.
     provider : {"cpu", "cuda"}
         Where networks run.
@@ -51,10 +84,10 @@ class BundleEngine:
         A manifest cannot be read.
     """
 
-    def __init__(self, models: Path | None, provider: Literal["cpu", "cuda"], threads: int) -> None:
+    def __init__(self, models: str | Path | None, provider: Literal["cpu", "cuda"], threads: int) -> None:
         self.provider = provider
         self._threads = threads
-        self._folder = models or shipped_models()
+        self._folder = Path(models) if models else shipped_models()
         self._folders = {read_manifest(path).id: path for path in find_bundles(self._folder)}
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
         self._loaded: dict[str, Bundle] = {}
@@ -87,6 +120,14 @@ class BundleEngine:
     def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
         """Analyse a scan into a folder; see `app.analyse.analyse`."""
         return analyse(scan, out, self._bundle, self.manifests, request, progress)
+
+    def guard(self, *, on: bool) -> None:
+        """It cannot: its memory is the worker's."""
+
+    def close(self) -> None:
+        """Let go of the loaded bundles."""
+        with self._lock:
+            self._loaded.clear()
 
     def _bundle(self, manifest: Manifest) -> Bundle:
         with self._lock:

@@ -59,3 +59,28 @@ class Cursor:
 
     def __str__(self) -> str:
         return f"{int(self.created.timestamp() * 1_000_000)}-{self.id}"
+
+
+@dataclass(frozen=True)
+class Which:
+    """Which jobs of the list; all that is given must hold.
+
+    Attributes
+    ----------
+    states : tuple of str
+        Any of these; none means all.
+    priority : {"routine", "stat"}, optional
+    model : str, optional
+        Name or id of the model that was used; until the job ended, of the one that was asked for.
+    code : str, optional
+        Of the problem that it failed with.
+    created_after, created_before : datetime, optional
+        When it was sent: from the first, up to the second without it.
+    """
+
+    states: tuple[State, ...] = ()
+    priority: Priority | None = None
+    model: str | None = None
+    code: str | None = None
+    created_after: datetime | None = None
+    created_before: datetime | None = None

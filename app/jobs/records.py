@@ -60,8 +60,3 @@ def _problem(status: WorkflowStatus) -> dict[str, str]:
 
 def _time(milliseconds: int | None) -> datetime | None:
     return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def exactly(time: datetime) -> str:
-    """As text that DBOS turns back into the same millisecond: it rounds down."""
-    return time.replace(microsecond=time.microsecond // 1000 * 1000 + 500).isoformat()

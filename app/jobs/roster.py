@@ -4,20 +4,27 @@ A worker counts its beats up in its row. Nobody compares clocks: who looks on no
 the count change, by its own clock, and takes a worker whose count stands still for dead.
 """
 
+import secrets
 import time
 from collections.abc import Iterable
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from app.jobs.database import workflow_status
+
 # Seconds between two beats, and without one until a worker is taken for dead: a busy machine may miss some.
 BEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
-# A scan is blamed for the death of this many workers; for this many whatever happened to others.
+# A scan is parked when it has ended this many workers. That it was the scan is certain where its analysis died and
+# the worker lived to see it (`app.jobs.apart`). Where the worker died too, nobody knows why: the scan is tried again
+# under a guard that keeps its memory from taking the worker with it (`app.jobs.child`), and what happens
+# then is certain. A worker that dies in spite of the guard died of something else; the end of such a row is
+# for what nobody thought of.
 DEATHS = 2
-DEATHS_AT_MOST = 4
-# Seconds. Where other scans lost their workers too in this time, it is the machine that fails, not the scan.
-EXCUSE_SECONDS = 900.0
+DEATHS_AT_MOST = 20
+# In the name under which a certain death is kept.
+CERTAIN = "/"
 # Seconds that a death is remembered.
 MEMORY_SECONDS = 7 * 24 * 3600.0
 
@@ -42,21 +49,12 @@ class Roster:
 
     Parameters
     ----------
-    database_url : str
-        SQLAlchemy's; SQLite or PostgreSQL.
+    database : sqlalchemy.Engine
     """
 
-    def __init__(self, database_url: str) -> None:
-        url = sa.make_url(database_url)
-        if url.get_backend_name() == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")
-            self._engine = sa.create_engine(url, pool_size=2, pool_pre_ping=True)
-        else:
-            # Writers wait for each other, as DBOS's do.
-            self._engine = sa.create_engine(url, connect_args={"timeout": 30})
-        schema = "dbos" if self._engine.dialect.name == "postgresql" else None
-        columns = (sa.column("workflow_uuid", sa.Text), sa.column("priority", sa.Integer))
-        self._status = sa.table("workflow_status", *columns, schema=schema)  # DBOS's own
+    def __init__(self, database: sa.Engine) -> None:
+        self._engine = database
+        self._status = workflow_status(database)
 
     def create(self) -> None:
         """Make the tables where they are missing; two processes may do so at once."""
@@ -67,10 +65,6 @@ class Roster:
             except sa.exc.DBAPIError:
                 if not sa.inspect(self._engine).has_table(table.name):
                     raise
-
-    def close(self) -> None:
-        """Let go of the connections."""
-        self._engine.dispose()
 
     def beat(self, worker: str) -> None:
         """Tell that a worker lives; the first beat enters it."""
@@ -112,18 +106,28 @@ class Roster:
                 suspect = self._status.update().where(self._status.c.workflow_uuid == job)
                 connection.execute(suspect.values(priority=sa.case((priority % 2 == 0, priority + 1), else_=priority)))
 
+    def killed(self, worker: str, job: str) -> None:
+        """Note that a job ended the process of its analysis, as its worker saw."""
+        self.lost(f"{worker}{CERTAIN}{secrets.token_hex(4)}", [job])
+
+    def deaths(self, job: str) -> int:
+        """How many workers died with a job."""
+        return self._count(deaths.c.job == job)
+
     def blamed(self, job: str) -> int:
-        """How many workers a job has killed, where it is to blame; else 0."""
-        with self._engine.connect() as connection:
-            mine = connection.execute(sa.select(sa.func.count()).where(deaths.c.job == job)).scalar_one()
-            recent = deaths.c.at > time.time() - EXCUSE_SECONDS
-            others = connection.execute(sa.select(sa.func.count()).where(deaths.c.job != job, recent)).scalar_one()
-        return mine if mine >= (DEATHS_AT_MOST if others else DEATHS) else 0
+        """How many workers a job has ended, where it is to blame; else 0."""
+        every = self.deaths(job)
+        seen = self._count(deaths.c.job == job, deaths.c.worker.contains(CERTAIN))
+        return every if every >= (DEATHS if seen else DEATHS_AT_MOST) else 0
 
     def forget(self, job: str) -> None:
-        """Drop what is known of a job: it was erased, or its guilt is settled and excuses no other."""
+        """Drop what is known of a job: it was erased, or it is settled."""
         with self._engine.begin() as connection:
             connection.execute(deaths.delete().where(deaths.c.job == job))
+
+    def _count(self, *which: sa.ColumnElement[bool]) -> int:
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(sa.func.count()).select_from(deaths).where(*which)).scalar_one()
 
 
 class Watch:

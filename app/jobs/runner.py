@@ -1,5 +1,6 @@
 """One job in the worker: analyse, report, stop when nobody wants the result."""
 
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from typing import Protocol
 import structlog
 
 from app.analyse import OPTIONAL_FILES, RESULT_FILES, Request
-from app.errors import Cancelled, CounterpartError, InternalError
-from app.jobs.engine import Engine
+from app.errors import Cancelled, CounterpartError, InternalError, OutOfMemory, WorkerLost
+from app.jobs.engine import Engine, ProcessDied, Unexpected
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
 
@@ -40,6 +41,12 @@ class Ledger(Protocol):
 
     def note(self, job: str, stage: str, progress: float) -> None:
         """Keep how far a job is."""
+
+    def suspected(self, job: str) -> bool:
+        """Whether a worker died with this job before."""
+
+    def killed(self, job: str) -> int:
+        """Keep that a job ended the process of its analysis; how many it has ended where it is to blame, else 0."""
 
 
 class Runner:
@@ -83,7 +90,13 @@ class Runner:
             raise Interrupted
         self._idle.clear()
         try:
-            return self._analyse(job, request)
+            while True:
+                try:
+                    return self._analyse(job, request)
+                except ProcessDied as died:
+                    log.warning("analysis died", job=job, code=str(died))
+                    if lost := self._ledger.killed(job):
+                        return {"problem": lost_workers(job, lost)}
         finally:
             self._idle.set()
 
@@ -97,17 +110,23 @@ class Runner:
 
     def _analyse(self, job: str, request: Request) -> dict[str, object]:
         start = time.perf_counter()
+        work, staged = None, None
         try:
             work = self._store.work(job)
+            self._engine.guard(on=self._ledger.suspected(job))
             report = self._engine.analyse(self._store.scan(job), work, request, self._reporter(job))
             staged = self._store.stage(job, work)
         except Cancelled:
             raise Interrupted from None
+        except ProcessDied:
+            raise
         except Exception as error:  # noqa: BLE001  # whatever happens, the queue goes on
             if not self._ledger.wanted(job):
                 raise Interrupted from None
             return {"problem": self._failed(job, error, time.perf_counter() - start)}
         finally:
+            if work is not None and staged is None:
+                shutil.rmtree(work, ignore_errors=True)  # an unpacked scan may lie in it
             self._store.let_go(job)
         for stage, seconds in report.work.seconds.items():
             self._metrics.stage_seconds.labels(stage).observe(seconds)
@@ -116,11 +135,13 @@ class Runner:
         return {"work": staged, "model": report.model.id, "results": results}
 
     def _failed(self, job: str, error: Exception, seconds: float) -> dict[str, str]:
+        if isinstance(error, MemoryError):
+            error = out_of_memory()
         if isinstance(error, CounterpartError):
             log.info("failed", job=job, code=error.code, seconds=round(seconds, 2))
             return error.problem
         fault = InternalError(
-            f"The analysis met an unexpected {type(error).__name__}.",
+            f"The analysis met an unexpected {where(error)['exception']}.",
             expected="an analysis that ends in a result or a reason.",
             advice="Send the scan again; if it fails again, report the job's id: the log tells where it happened.",
         )
@@ -147,8 +168,29 @@ class Runner:
         return report
 
 
+def out_of_memory() -> OutOfMemory:
+    """What is told of a scan that did not fit, wherever it was found out."""
+    return OutOfMemory(
+        "The memory of the machine did not suffice to read, analyse or write the scan.",
+        expected="memory for one scan: see Sizing in docs/operations.md.",
+        advice="Send it again when less runs on this machine, or give the worker more memory.",
+    )
+
+
+def lost_workers(job: str, lost: int) -> dict[str, str]:
+    """The problem of a job that ends its workers."""
+    log.error("failed", job=job, code=WorkerLost.code)
+    return WorkerLost(
+        f"{lost} workers died while they analysed this scan.",
+        expected="an analysis that ends in a result or a reason.",
+        advice="The machine may be short of memory. Report the job's id; other scans are not affected.",
+    ).problem
+
+
 def where(error: BaseException) -> dict[str, str]:
     """Class and place of an exception: never its text, which may hold patient data."""
+    if isinstance(error, Unexpected):
+        return error.place
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown"
     return {"exception": type(error).__name__, "where": place}

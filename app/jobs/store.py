@@ -208,6 +208,17 @@ class Store:
             for folder in (self.root / "jobs").iterdir()
         }
 
+    def unclaimed(self, before: float) -> list[str]:
+        """Jobs that have a scan from before then (seconds of the epoch), and nothing else.
+
+        Those that never had a row in the database are among them.
+        """
+        return [
+            folder.name
+            for folder in (self.root / "jobs").iterdir()
+            if folder.stat().st_mtime < before and not [path for path in folder.iterdir() if path.name != "scan"]
+        ]
+
     def let_go(self, job: str) -> None:
         """Remove what an attempt alone needed."""
 
@@ -276,8 +287,7 @@ class Store:
 
 
 def _sync(*paths: Path) -> None:
-    """Force files, and folders' entries, to the disk."""
-    # Together they share the disk's commits: one after the other, a thousand slices take seconds.
+    """Force files and folders' entries to the disk; together, or a thousand slices take seconds."""
     with ThreadPoolExecutor(min(len(paths), MOST_SYNCS)) as pool:
         list(pool.map(_sync_one, paths))
 

@@ -1,4 +1,4 @@
-"""Durable jobs on DBOS: with `listing` and `records`, the only module that knows it.
+"""Durable jobs on DBOS: with `intake`, `listing` and `records`, the only module that knows it.
 
 A job is a workflow of two steps, `analyse` and `publish`, each recorded when it is done. A process
 that dies leaves its job pending; whoever notices puts it back into the queue (`app.jobs.keeper`), and
@@ -7,47 +7,42 @@ that a worker which was only slow, not dead, can record nothing any more. Only i
 into the database, as JSON.
 """
 
-import hashlib
 import logging
 import secrets
+import time
 from contextlib import suppress
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, cast
 
 import structlog
-from dbos import (
-    DBOS,
-    DBOSClient,
-    DBOSConfig,
-    DBOSPortableJSONSerializer,
-    EnqueueOptions,
-    PortableWorkflowError,
-)
+from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
 
 from app import errors
 from app.analyse import Request
+from app.jobs.database import connect, let_readers_pass
 from app.jobs.engine import Engine
-from app.jobs.job import ENDED, Job, Priority
+from app.jobs.intake import QUEUE, Intake
+from app.jobs.job import ENDED
 from app.jobs.keeper import Keeper
-from app.jobs.listing import WAITING, WORKFLOW, Listing
+from app.jobs.listing import WAITING, WORKFLOW
 from app.jobs.metrics import Metrics
-from app.jobs.records import ANSWERING, PRIORITIES, STATES
+from app.jobs.records import STATES
 from app.jobs.retention import Limits, surplus
 from app.jobs.roster import Roster
-from app.jobs.runner import Runner
-from app.jobs.store import Incoming, Slot, Store
+from app.jobs.runner import Runner, lost_workers
+from app.jobs.store import STALE_SECONDS, Slot, Store
 
 log = structlog.get_logger("counterpart.jobs")
 
-QUEUE = "scans"
 # Which steps there are, and what they record. A change of it strands the jobs that are under way:
 # drain first. Code that keeps the steps keeps the number, so that an upgrade resumes them.
 STEPS_VERSION = "1"
 POLLING_SECONDS = 0.1
+# Between two looks for uploads that never became a job: each reads the list of the whole store.
+SWEEP_SECONDS = 6 * 3600.0
 
 
-class Jobs(Listing):
+class Jobs(Intake):
     """Everything that may be done with jobs; every method blocks, and none may run on an event loop.
 
     Parameters
@@ -61,16 +56,15 @@ class Jobs(Listing):
     """
 
     def __init__(self, engine: Engine, store: Store, database_url: str, metrics: Metrics, limits: Limits) -> None:
-        self._store = store
+        super().__init__(engine, store, connect(database_url), limits)
         self._database_url = database_url
         self._metrics = metrics
-        self._limits = limits
-        self._engine = engine
         self._runner = Runner(engine, store, self, metrics)
-        self._roster = Roster(database_url)
+        self._roster = Roster(self._database)
         self._keeper = Keeper(self._roster, self)
         self._slot: Slot | None = None
         self._name = ""
+        self._swept = -SWEEP_SECONDS
 
     # ---- life cycle ----
 
@@ -85,6 +79,7 @@ class Jobs(Listing):
         self._slot = self._store.take_slot()
         self._store.sweep()
         self._name = f"{self._slot.name}-{secrets.token_hex(4)}"
+        let_readers_pass(self._database)
         _quieten()
         DBOS(
             config=DBOSConfig(
@@ -130,84 +125,13 @@ class Jobs(Listing):
         finally:
             client.destroy()
         self._roster.leave(self._name)
-        self._roster.close()
+        self._database.dispose()
+        self._engine.close()
         if self._slot is not None:
             self._slot.free()
             self._slot = None
 
     # ---- what the API asks for ----
-
-    def check_room(self, size: int) -> None:
-        """Refuse a scan that would wait too long, or fill the disk.
-
-        Parameters
-        ----------
-        size : int
-            Bytes of the upload, as far as they are known.
-
-        Raises
-        ------
-        StoreFull
-            Too little disk would be left.
-        QueueFull
-            As many as the limit are waiting.
-        """
-        self._limits.check_disk(self._store, size)
-        waiting = len(self.places())
-        if waiting >= self._limits.queue:
-            raise errors.QueueFull(
-                f"{waiting} scans are waiting.",
-                expected=f"fewer than {self._limits.queue}.",
-                advice="Send it again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
-            )
-
-    def submit(self, incoming: Incoming, request: Request, key: str | None, priority: Priority = "routine") -> str:
-        """Make a job of an upload, or find the one that there is.
-
-        Parameters
-        ----------
-        incoming : Incoming
-            Whole; moved into the store where the job is new.
-        request : Request
-            Model and parameters.
-        key : str or None
-            The caller's Idempotency-Key: it names the job instead of the content.
-        priority : {"routine", "stat"}
-            Of a new job; one that there is keeps its own.
-
-        Returns
-        -------
-        str
-            The job's id. The upload and the job are on the disk.
-
-        Raises
-        ------
-        IdempotencyKeyReused
-            The key belongs to a job of another content.
-        """
-        content = self._content(incoming.digest, request)
-        # The key itself may name a patient: only its hash is kept.
-        identity = content if key is None else _sha256("key", key)
-        job = self._answering(identity, content)
-        if job is not None:
-            return job
-        job = f"{identity[:16]}-{secrets.token_hex(8)}"
-        self._store.keep(incoming, job)
-        options = EnqueueOptions(
-            workflow_name=WORKFLOW,
-            queue_name=QUEUE,
-            workflow_id=job,
-            deduplication_id=identity,
-            duplication_policy="return-existing",
-            priority=PRIORITIES[priority],
-            attributes={"content": content, "model": request.model, "stage": None, "progress": 0.0},
-        )
-        parameters = asdict(request)
-        winner = DBOS.enqueue_workflow_with_options(options, job, parameters).workflow_id
-        if winner != job:  # the same scan was sent twice at the same moment
-            self._store.erase(job)
-            self._check_content(self.get(winner), content)
-        return winner
 
     def workers(self) -> int:
         """How many workers live, here and elsewhere."""
@@ -280,6 +204,16 @@ class Jobs(Listing):
         for job in surplus(ended, sizes, self._limits):
             with suppress(errors.NotFound):  # another process does the same
                 self.erase(job)
+        if time.monotonic() - self._swept >= SWEEP_SECONDS:
+            self._swept = time.monotonic()
+            self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove uploads whose process died before their row was written: nobody was told of them."""
+        for job in self._store.unclaimed(time.time() - STALE_SECONDS):
+            if not self._list(workflow_ids=[job], load_output=False):
+                self._store.erase(job)
+                log.info("swept", job=job)
 
     # ---- Ledger, for the runner ----
 
@@ -291,53 +225,37 @@ class Jobs(Listing):
         """Keep how far a job is."""
         DBOS.update_workflow_attributes(job, {"stage": stage, "progress": progress}, merge=True)
 
+    def suspected(self, job: str) -> bool:
+        """Whether a worker died with this job before."""
+        return self._roster.deaths(job) > 0
+
+    def killed(self, job: str) -> int:
+        """Keep that a job ended the process of its analysis; how many it has ended where it is to blame, else 0."""
+        self._roster.killed(self._name, job)
+        return self._guilt(job)
+
     # ---- inside ----
 
     def _analyse(self, job: str, request: Request) -> dict[str, object]:
+        if lost := self._guilt(job):
+            outcome: dict[str, object] = {"problem": lost_workers(job, lost)}
+        else:
+            outcome = self._runner.analyse(job, request)
+        problem = cast("dict[str, str] | None", outcome.get("problem"))
+        known = {"code": problem["code"]} if problem else {"model": outcome["model"]}
+        DBOS.update_workflow_attributes(job, known, merge=True)  # the list can be asked for them
+        return outcome
+
+    def _guilt(self, job: str) -> int:
         lost = self._roster.blamed(job)
-        if not lost:
-            return self._runner.analyse(job, request)
-        self._roster.forget(job)
-        log.error("failed", job=job, code=errors.WorkerLost.code)
-        problem = errors.WorkerLost(
-            f"{lost} workers died while they analysed this scan.",
-            expected="an analysis that ends in a result or a reason.",
-            advice="The machine may be short of memory. Report the job's id; other scans are not affected.",
-        ).problem
-        return {"problem": problem}
-
-    def _content(self, digest: str, request: Request) -> str:
-        """Hash of all that decides the answer: bytes, parameters, and the models it may be made with."""
-        models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
-        # Who names a model vouches for a scan that says nothing: the report tells the two apart.
-        named = "named" if request.model else "chosen"
-        return _sha256("content", digest, *models, named, repr(request.series), repr(request.seed), request.geometry)
-
-    def _answering(self, identity: str, content: str) -> str | None:
-        found = self._list(
-            workflow_id_prefix=identity[:16] + "-", status=ANSWERING, sort_desc=True, limit=1, load_output=False
-        )
-        if not found:
-            return None
-        self._check_content(found[0], content)
-        return found[0].id
-
-    def _check_content(self, job: Job, content: str) -> None:
-        if job.content != content:
-            raise errors.IdempotencyKeyReused(
-                "The Idempotency-Key was used for another scan, model or parameters.",
-                expected="one key for one scan with its parameters.",
-                advice="Send a new key, or none: the same content gives the same job anyway.",
-            )
+        if lost:
+            self._roster.forget(job)
+        return lost
 
 
 def _failure(problem: dict[str, str], metrics: Metrics) -> PortableWorkflowError:
     metrics.outcomes.labels(problem["code"]).inc()
     return PortableWorkflowError(problem["title"], "CounterpartError", problem["code"], dict(problem))
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _quieten() -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from app.errors import OutOfMemory
 from app.volume import FloatArray
 
 IntArray = npt.NDArray[np.int64]
@@ -45,13 +46,37 @@ class Models:
         """The same models, evaluated `size` slices at a time, with a tick after each batch.
 
         Each network sees every batch alike, so memory is bounded by the batch and not by the scan.
+        Where memory runs out, all go on once with half of the batch: noise is keyed by slice, so
+        that it changes nothing.
+
+        Raises
+        ------
+        OutOfMemory
+            Half of a batch is too much, too.
         """
+        halved = False
+
+        def halve(error: Exception) -> None:
+            nonlocal size, halved
+            if halved or size == 1:
+                raise OutOfMemory(
+                    f"A network evaluation of {size} slices needs more memory than there is.",
+                    expected="memory for one scan: see Sizing in docs/operations.md.",
+                    advice="Send it again when less runs on this machine, or give the worker more memory.",
+                ) from error
+            size, halved = size // 2, True
 
         def batched(network: Callable[..., FloatArray]) -> Callable[..., FloatArray]:
             def call(*arrays: npt.NDArray[np.generic]) -> FloatArray:
-                parts = []
-                for start in range(0, len(arrays[0]), size):
-                    parts.append(network(*(a[start : start + size] for a in arrays)))
+                parts: list[FloatArray] = []
+                start = 0
+                while start < len(arrays[0]):
+                    try:
+                        parts.append(network(*(a[start : start + size] for a in arrays)))
+                    except (OutOfMemory, MemoryError) as error:
+                        halve(error)
+                        continue
+                    start += len(parts[-1])
                     tick(len(parts[-1]))
                 return np.concatenate(parts)
 

@@ -4,13 +4,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from app.errors import DamagedBundle, ProviderUnavailable
+from app.errors import DamagedBundle, OutOfMemory, ProviderUnavailable
 from app.volume import FloatArray
 
 if TYPE_CHECKING:
     import onnxruntime
 
 Provider = Literal["cpu", "cuda"]
+
+# onnxruntime has no class of its own for it. In order: its arena, C++, CUDA, cuDNN and cuBLAS.
+ALLOCATION_FAILED = ("failed to allocate memory", "bad_alloc", "out of memory", "alloc_failed")
 
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -60,12 +63,24 @@ def open_session(path: Path, provider: Provider, threads: int = 0) -> "onnxrunti
 
 
 def as_callable(session: "onnxruntime.InferenceSession") -> Any:
-    """The session's only output as a function of its inputs, in the graph's order."""
+    """The session's only output as a function of its inputs, in the graph's order.
+
+    It raises `OutOfMemory` where onnxruntime could not allocate.
+    """
     names = [i.name for i in session.get_inputs()]
     output = session.get_outputs()[0].name
 
     def run(*arrays: Any) -> FloatArray:
-        result: FloatArray = session.run([output], dict(zip(names, arrays, strict=True)))[0]
+        try:
+            result: FloatArray = session.run([output], dict(zip(names, arrays, strict=True)))[0]
+        except Exception as error:
+            if not any(sign in str(error).lower() for sign in ALLOCATION_FAILED):
+                raise
+            raise OutOfMemory(
+                "onnxruntime could not allocate the memory of a network evaluation.",
+                expected="memory for one batch.",
+                advice="Give the worker more memory.",
+            ) from None
         return result
 
     return run

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import httpx2
 
+from app.jobs.apart import Apart
+from app.jobs.engine import Engine
 from app.main import serve, work
 from app.settings import read_settings
 from scripts.servers import free_port
@@ -20,6 +22,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 FAKE = (sys.executable, "-m", "tests.api.served")
 API = (*FAKE, "--no-worker")
 WORKER = (*FAKE, "--no-api")
+# With the engine in a process of its own, as the real one is.
+APART = (*FAKE, "--apart")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ def _wait_until_ready(http: httpx2.Client, process: subprocess.Popen[bytes], log
 
 
 if __name__ == "__main__":
+    engine: Engine = FakeEngine()
+    if "--apart" in sys.argv:
+        engine = Apart(engine, "tests.api.support:FakeEngine", {})
     if "--no-api" in sys.argv:
-        work(read_settings(), FakeEngine())
+        work(read_settings(), engine)
     else:
-        serve(read_settings(), FakeEngine(), worker="--no-worker" not in sys.argv)
+        serve(read_settings(), engine, worker="--no-worker" not in sys.argv)

@@ -27,7 +27,8 @@ def scan(**orders: object) -> bytes:
     ----------
     **orders
         `seconds` of inference, `fail` (a class of `app.errors`), `crash` (text of a ValueError),
-        `die` (end the process), and anything else to make it another scan.
+        `die` (end the process), `hungry` (allocate so many bytes), `deaf` (seconds without a word), and anything
+        else to make it another scan.
     """
     header = np.zeros(NIFTI1_BYTES, np.uint8)
     header[:4] = np.frombuffer(NIFTI1_BYTES.to_bytes(4, "little"), np.uint8)
@@ -45,6 +46,8 @@ class FakeEngine:
         self.seen: list[tuple[Path, Request]] = []
         self.broken: errors.CounterpartError | None = None
         self.slow = False
+        self.guarded = False
+        self.held = np.zeros(0, np.uint8)
 
     def card(self, model: str) -> str | None:
         return f"# {model}"
@@ -52,6 +55,12 @@ class FakeEngine:
     def warm_up(self) -> None:
         if self.broken:
             raise self.broken
+
+    def guard(self, *, on: bool) -> None:
+        self.guarded = on
+
+    def close(self) -> None:
+        pass
 
     def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
         self.seen.append((scan, request))
@@ -62,6 +71,9 @@ class FakeEngine:
             raise getattr(errors, orders["fail"])("Found.", expected="expected.", advice="Advice.")
         if "crash" in orders:
             raise ValueError(orders["crash"])
+        if "hungry" in orders:
+            self.held = np.zeros(orders["hungry"], np.uint8)  # asked for, not written to
+        time.sleep(orders.get("deaf", 0))
         seconds = 60.0 if self.slow else orders.get("seconds", 0)
         steps = max(1, int(seconds / 0.05))
         for step in range(steps):

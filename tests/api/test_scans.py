@@ -3,7 +3,9 @@ import json
 import shutil
 import threading
 import time
+from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from fastapi.testclient import TestClient
@@ -157,6 +159,19 @@ def test_an_unexpected_fault_is_told_without_its_text(client: TestClient) -> Non
     assert send(client, name="after the crash").status_code == 200
 
 
+def test_a_job_of_an_older_version_is_still_told(client: TestClient) -> None:
+    """0.1.0 knew neither a threshold of the extent nor DICOM results."""
+    job = send(client, name="of 0.1.0").json()["links"]["self"]
+    path = client.app.state.service.store.root / "jobs" / job.rpartition("/")[2] / "results" / "report.json"  # type: ignore[attr-defined]
+    report = json.loads(path.read_text())
+    del report["extent_threshold"], report["absent"]
+    path.write_text(json.dumps(report))
+    told = client.get(job).json()
+    assert (told["state"], told["lesion_volume_ml"], told["findings"][0]["label"]) == ("succeeded", 2.5, 1)
+    missing = client.get(f"{job}/report.dcm")
+    assert (missing.status_code, missing.json()["code"]) == (404, "no_such_result")
+
+
 def test_results_come_whole_in_parts_and_not_again(client: TestClient) -> None:
     job = send(client, name="ranges").json()["id"]
     url = f"{URL}/{job}/mask.nii.gz"
@@ -266,6 +281,31 @@ def test_the_list_pages_and_filters(client: TestClient) -> None:
     assert {job["state"] for job in failed} == {"failed", "cancelled"}
     assert client.get(URL, params={"after": "nonsense"}).json()["code"] == "bad_request"
     assert client.get(URL, params={"state": "asleep"}).status_code == 400
+
+
+def test_filters_hold_together_and_on_every_page(client: TestClient) -> None:
+    start = datetime.now(UTC).replace(microsecond=0)
+    time.sleep(1.1)  # a tick of SQLite's clock
+    failed = [send(client, fail="OutOfDistribution", name=f"filtered {i}").headers["location"] for i in range(3)]
+    stat = client.post(f"{URL}?priority=stat", content=scan(name="filtered stat"), headers=WAIT).json()["id"]
+
+    def ids(**query: str | int) -> list[str]:
+        found: list[str] = []
+        page: dict[str, Any] = {"next": f"{URL}?{urlencode(query)}"}
+        while page["next"]:
+            page = client.get(page["next"]).json()
+            found += [job["links"]["self"] for job in page["scans"]]
+        return found
+
+    since = start.isoformat()
+    assert sorted(ids(code="out_of_distribution", created_after=since, limit=1)) == sorted(failed)
+    assert ids(code="out_of_distribution", created_after=since, priority="stat") == []
+    assert ids(priority="stat", created_after=since, model="tiny") == [f"{URL}/{stat}"]
+    assert len(ids(created_after=since)) == 4
+    assert not set(ids(created_before=since, limit=200)) & {*failed, f"{URL}/{stat}"}
+    assert ids(model="another") == []
+    for bad in ("created_after=2026-11-23T10:00:00", "created_before=yesterday", "priority=now"):
+        assert client.get(f"{URL}?{bad}").json()["code"] == "bad_request"
 
 
 @pytest.mark.parametrize(

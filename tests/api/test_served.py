@@ -1,16 +1,18 @@
 """What only a process of its own can show: signals, the wire, and the log."""
 
 import json
+import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 
 from app.api.logs import ALLOWED
-from tests.api.served import Served, served
+from tests.api.served import APART, Served, served
 from tests.api.support import SECRET, scan
 
 URL = "/v1/scans"
@@ -61,19 +63,30 @@ def test_a_service_that_is_killed_starts_again_and_tells_nobody_of_its_patients(
 
 
 def test_a_scan_that_kills_its_worker_twice_is_parked_and_the_queue_goes_on(tmp_path: Path) -> None:
+    """Once the worker itself, as a container that is killed as one, and once its child under the worker's eyes."""
     store, log = tmp_path / "store", tmp_path / "log"
-    with served(store, log) as first:
-        killer = first.http.post(URL, content=scan(die=True, seconds=0.5)).json()["id"]
+    with served(store, log, APART) as first:
+        killer = first.http.post(URL, content=scan(die=True, seconds=60)).json()["id"]
         waiting = first.http.post(URL, content=scan(name="behind the killer")).json()["id"]
-        first.process.wait(PATIENCE)
-    with served(store, log) as second:
-        second.process.wait(PATIENCE)
-    with served(store, log) as third:
-        until(third.http, killer, "failed")
-        problem = third.http.get(f"{URL}/{killer}").json()["problem"]
+        until(first.http, killer, "running")
+        first.process.kill()
+        first.process.wait()
+    with served(store, log, APART) as second:
+        until(second.http, waiting, "succeeded")  # the killer stands behind it
+        _kill_children(second.process.pid, while_running=lambda: until(second.http, killer, "running"))
+        until(second.http, killer, "failed")
+        problem = second.http.get(f"{URL}/{killer}").json()["problem"]
         assert (problem["code"], problem["status"]) == ("worker_lost", 500)
         assert "2 workers" in problem["found"]
-        until(third.http, waiting, "succeeded")
+        assert second.http.get("/readyz").status_code == 200
+    assert "signal 9" in log.read_text()
+
+
+def _kill_children(pid: int, while_running: Callable[[], None]) -> None:
+    while_running()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
 
 
 def _ends_when_it_is_told_to(service: Served) -> None:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from app.jobs.database import connect
 from app.jobs.roster import DEATHS, DEATHS_AT_MOST, LEASE_SECONDS, Roster, Watch
 
 A, B, C = "job-a", "job-b", "job-c"
@@ -9,7 +10,7 @@ A, B, C = "job-a", "job-b", "job-c"
 
 @pytest.fixture
 def roster(tmp_path: Path) -> Roster:
-    made = Roster(f"sqlite:///{tmp_path}/jobs.sqlite")
+    made = Roster(connect(f"sqlite:///{tmp_path}/jobs.sqlite"))
     made.create()
     made.create()  # as a second process does
     return made
@@ -24,29 +25,28 @@ def test_a_worker_beats_and_leaves(roster: Roster) -> None:
     assert roster.beats() == {"v": 0}
 
 
-def test_a_scan_is_blamed_at_its_second_worker_and_not_for_one_death_twice(roster: Roster) -> None:
-    roster.lost("w1", [A])
-    roster.lost("w1", [A])  # noticed by two processes
+def test_a_scan_is_blamed_at_the_second_death_that_was_seen(roster: Roster) -> None:
+    roster.killed("w1", A)
     assert roster.blamed(A) == 0
-    roster.lost("w2", [A])
+    roster.killed("w1", A)
     assert roster.blamed(A) == DEATHS
     roster.forget(A)
     assert roster.blamed(A) == 0
+    # One that took its worker with it is tried under guard, and then seen.
+    roster.lost("w1", [B])
+    assert roster.blamed(B) == 0
+    roster.killed("w2", B)
+    assert roster.blamed(B) == DEATHS
 
 
-def test_where_others_lose_their_workers_too_the_machine_is_to_blame_for_a_while(roster: Roster) -> None:
-    roster.lost("w0", [B])
+def test_a_scan_is_not_blamed_for_workers_that_were_killed_with_it(roster: Roster) -> None:
     for death in range(DEATHS_AT_MOST - 1):
-        roster.lost(f"w{death + 1}", [A])
+        roster.lost(f"w{death}", [A, C])
+        roster.lost(f"w{death}", [A])  # noticed by two processes
+        assert roster.deaths(A) == death + 1
         assert roster.blamed(A) == 0
-    roster.lost("w9", [A])
-    assert roster.blamed(A) == DEATHS_AT_MOST
-    # Its guilt settled, it is no excuse for the next.
-    roster.forget(A)
-    roster.forget(B)
-    for death in range(DEATHS):
-        roster.lost(f"x{death}", [C])
-    assert roster.blamed(C) == DEATHS
+    roster.lost("the last", [A])
+    assert (roster.blamed(A), roster.blamed(C)) == (DEATHS_AT_MOST, 0)
 
 
 def test_only_who_stands_still_is_dead() -> None:

@@ -17,12 +17,22 @@ class Paper:
 
     def __init__(self, wanted: int = 1000) -> None:
         self.left = wanted
+        self.deaths = 0
         self.notes: list[tuple[str, float]] = []
 
     def wanted(self, job: str) -> bool:
         assert job == JOB
         self.left -= 1
         return self.left >= 0
+
+    def suspected(self, job: str) -> bool:
+        assert job == JOB
+        return self.deaths > 0
+
+    def killed(self, job: str) -> int:
+        assert job == JOB
+        self.deaths += 1
+        return self.deaths if self.deaths == 2 else 0
 
     def note(self, job: str, stage: str, progress: float) -> None:
         assert job == JOB
@@ -56,6 +66,7 @@ def test_what_nobody_wants_is_left_long_before_its_end(tmp_path: Path, orders: d
     with pytest.raises(Interrupted):
         runner(tmp_path, Paper(wanted=2), **orders).analyse(JOB, Request())
     assert time.monotonic() - start < 45
+    assert [path.name for path in (tmp_path / "jobs" / JOB).iterdir()] == ["scan"]
 
 
 def test_a_fault_after_the_erasure_is_no_failure(tmp_path: Path) -> None:
@@ -91,3 +102,8 @@ def test_a_place_has_no_text() -> None:
     assert where(caught.value)["exception"] == "ValueError"
     assert where(caught.value)["where"].startswith("test_runner.py:")
     assert "Zweistein" not in str(where(caught.value))
+
+
+def test_memory_that_runs_out_beside_the_networks_is_told_as_such(tmp_path: Path) -> None:
+    outcome = runner(tmp_path, Paper(), hungry=1 << 60).analyse(JOB, Request())
+    assert "'out_of_memory'" in str(outcome["problem"])

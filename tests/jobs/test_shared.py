@@ -8,6 +8,7 @@ import pytest
 
 from app.errors import StoreUnavailable
 from app.jobs.bucket import BucketStore
+from app.jobs.database import connect
 from app.jobs.roster import DEATHS, Roster
 from scripts.servers import BUCKET, find_postgres, postgres, s3
 from tests.api.served import API, WORKER, served
@@ -68,6 +69,14 @@ def test_a_bucket_keeps_scans_and_publishes_once(bucket: BucketStore, tmp_path: 
     assert not list((tmp_path / "another machine").rglob(f"*{JOB}*"))
 
 
+def test_an_upload_without_a_job_is_found_in_a_bucket(bucket: BucketStore) -> None:
+    fill(bucket, JOB, b"a", b"b")
+    assert bucket.unclaimed(time.time() - 60) == []
+    assert bucket.unclaimed(time.time() + 60) == [JOB]
+    attempt(bucket, b"1")
+    assert bucket.unclaimed(time.time() + 60) == []
+
+
 def test_erasing_beats_a_writer(bucket: BucketStore) -> None:
     fill(bucket, JOB, b"one file")
     assert bucket.scan(JOB).read_bytes() == b"one file"
@@ -91,19 +100,21 @@ def test_a_bucket_that_is_not_there_is_named(bucket: BucketStore, tmp_path: Path
 
 
 def test_the_roster_on_postgresql(database: str) -> None:
-    one, two = Roster(database), Roster(database)
+    engines = connect(database), connect(database)
+    one, two = map(Roster, engines)
     one.create()
     two.create()
     one.beat("w")
     assert two.beats() == {"w": 0}
-    for worker in ("w", "v"):
-        one.lost(worker, [JOB])
-        two.lost(worker, [JOB])
+    for roster in (one, two):
+        roster.lost("w", [JOB])
+    assert (two.deaths(JOB), two.blamed(JOB)) == (1, 0)
+    one.killed("v", JOB)
     assert two.blamed(JOB) == DEATHS
     one.forget(JOB)
     two.leave("w")
-    for roster in (one, two):
-        roster.close()
+    for engine in engines:
+        engine.dispose()
 
 
 @pytest.mark.proof

@@ -1,23 +1,29 @@
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from dbos import DBOS
 
 from app.analyse import Request
 from app.errors import NotFound, QueueFull
-from app.jobs.job import Cursor, State
+from app.jobs.engine import Engine
+from app.jobs.job import Cursor, State, Which
 from app.jobs.metrics import Metrics
 from app.jobs.retention import Limits
-from app.jobs.roster import DEATHS_AT_MOST
-from app.jobs.store import Store
+from app.jobs.roster import DEATHS
+from app.jobs.store import STALE_SECONDS, Store
 from app.jobs.workflow import Jobs
 from tests.api.support import FakeEngine, scan
+from tests.jobs.test_store import fill
 
 
 @contextmanager
-def started(folder: Path, engine: FakeEngine, limit: int = 100) -> Iterator[Jobs]:
+def started(folder: Path, engine: Engine, limit: int = 100) -> Iterator[Jobs]:
     jobs = Jobs(engine, Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), Limits(queue=limit))
     jobs.start()
     try:
@@ -46,7 +52,7 @@ def until(jobs: Jobs, job: str, state: State) -> None:
 def test_a_job_goes_on_after_any_number_of_restarts(tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.slow = True
-    for begun in range(1, DEATHS_AT_MOST + 2):
+    for begun in range(1, DEATHS + 3):
         with started(tmp_path, engine) as jobs:
             job = submit(jobs, tmp_path)
             while len(engine.seen) < begun:
@@ -55,7 +61,14 @@ def test_a_job_goes_on_after_any_number_of_restarts(tmp_path: Path) -> None:
     with started(tmp_path, engine) as jobs:
         until(jobs, job, "succeeded")
         assert jobs.get(job).model == "tiny-0.0.1"
-        assert jobs.page([], 10, None) == [jobs.get(job)]
+        assert jobs.page(Which(), 10, None) == [jobs.get(job)]
+
+
+def test_readers_of_sqlite_do_not_wait_for_writers(tmp_path: Path) -> None:
+    with started(tmp_path, FakeEngine()) as jobs, jobs._database.connect() as connection:
+        assert connection.execute(sa.text("PRAGMA journal_mode")).scalar_one() == "wal"
+        # Nothing is acknowledged before it is on the disk: a commit syncs.
+        assert connection.execute(sa.text("PRAGMA synchronous")).scalar_one() == 2
 
 
 def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) -> None:
@@ -71,7 +84,7 @@ def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) 
 
         seen: list[str] = []
         after = None
-        while page := jobs.page(["queued"], 4, after):
+        while page := jobs.page(Which(("queued",)), 4, after):
             seen += [job.id for job in page]
             after = Cursor(page[-1].created, page[-1].id)
         assert sorted(seen) == sorted(sent)
@@ -113,3 +126,51 @@ def test_what_a_dead_worker_held_is_taken_back_once(tmp_path: Path) -> None:
             time.sleep(0.05)
         assert jobs.holders() == {holder}
         assert jobs._roster.blamed(job) == 0
+
+
+def test_an_upload_that_never_became_a_job_is_swept_after_a_day(tmp_path: Path) -> None:
+    """The process died between `Store.keep` and the row: nobody was told that the scan was taken."""
+    store, gone, fresh = Store(tmp_path), "0" * 16 + "-" + "1" * 16, "0" * 16 + "-" + "2" * 16
+    with started(tmp_path, FakeEngine()) as jobs:
+        blocker = submit(jobs, tmp_path, seconds=60)
+        until(jobs, blocker, "running")
+        waiting = submit(jobs, tmp_path, name="waits for more than a day")
+        for job in (gone, fresh):
+            fill(store, job, b"scan")
+        long_ago = time.time() - STALE_SECONDS - 60
+        for job in (gone, waiting):
+            os.utime(tmp_path / "jobs" / job, (long_ago, long_ago))
+        assert sorted(store.unclaimed(time.time() - STALE_SECONDS)) == sorted([gone, waiting])
+        jobs._sweep()
+        assert sorted(path.name for path in (tmp_path / "jobs").iterdir()) == sorted([fresh, waiting, blocker])
+        jobs.erase(blocker)
+        until(jobs, waiting, "succeeded")
+        # Whose row is missing and who yet has results was not forgotten by a process: the database was.
+        DBOS.delete_workflow(waiting)
+        os.utime(tmp_path / "jobs" / waiting, (long_ago, long_ago))
+        jobs._sweep()
+        assert store.read(waiting, "mask.nii.gz")
+
+
+def test_the_list_knows_models_codes_and_times(tmp_path: Path) -> None:
+    with started(tmp_path, FakeEngine()) as jobs:
+        good, bad = submit(jobs, tmp_path), submit(jobs, tmp_path, fail="OutOfDistribution")
+        until(jobs, good, "succeeded")
+        until(jobs, bad, "failed")
+        created = jobs.get(good).created
+        hour = timedelta(hours=1)
+
+        def ids(which: Which) -> set[str]:
+            return {job.id for job in jobs.page(which, 10, None)}
+
+        for model, expected in (("tiny", {good}), ("tiny-0.0.1", {good}), ("tin", set()), ("tiny-0.0.2", set())):
+            assert ids(Which(model=model)) == expected
+        assert ids(Which(code="out_of_distribution")) == {bad}
+        assert ids(Which(states=("succeeded",), code="out_of_distribution")) == set()
+        assert ids(Which(priority="routine")) == {good, bad}
+        jobs._roster.demote([bad])
+        assert ids(Which(priority="routine")) == {good, bad}
+        assert ids(Which(priority="stat")) == set()
+        assert ids(Which(created_after=created - hour, created_before=created + hour)) == {good, bad}
+        assert ids(Which(created_after=created + hour)) == ids(Which(created_before=created)) == set()
+        assert good in ids(Which(created_after=created))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.errors import Cancelled
+from app.errors import Cancelled, OutOfMemory
 from app.pipeline.models import Models
 
 Z = np.arange(7 * 3 * 2 * 2, dtype=np.float32).reshape(7, 3, 2, 2)
@@ -52,3 +52,22 @@ def test_a_tick_that_raises_stops_before_the_next_batch() -> None:
     with pytest.raises(Cancelled):
         counting(sizes).in_batches(2, cancel).encode(Z)
     assert sizes == [2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OutOfMemory("-", expected="-", advice="-")])
+def test_memory_that_runs_out_halves_the_batch_for_all_networks_and_changes_nothing(error: Exception) -> None:
+    sizes: list[int] = []
+    plain = counting(sizes)
+
+    def tight(*arrays: Any) -> Any:
+        if len(arrays[0]) > 2:
+            raise error
+        return plain.encode(*arrays)
+
+    either: Any = tight
+    models = Models(either, either, either).in_batches(5, lambda _: None)
+    np.testing.assert_array_equal(models.encode(Z), plain.encode(Z))
+    models.decode(Z)
+    assert sizes == [2, 2, 2, 1, 7, 2, 2, 2, 1]
+    with pytest.raises(OutOfMemory, match="3 slices"):
+        Models(either, either, either).in_batches(6, lambda _: None).denoise(Z, np.full(7, 1))

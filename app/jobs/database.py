@@ -1,0 +1,40 @@
+"""The database beside DBOS's own use of it: for what DBOS has no call for, its table of workflows is read."""
+
+from contextlib import suppress
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+
+
+def connect(database_url: str) -> sa.Engine:
+    """An engine, SQLite or PostgreSQL, that few connections are enough for."""
+    url = sa.make_url(database_url)
+    if url.get_backend_name() == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+        return sa.create_engine(url, pool_size=2, pool_pre_ping=True)
+    # Writers wait for each other, as DBOS's do.
+    return sa.create_engine(url, connect_args={"timeout": 30})
+
+
+def let_readers_pass(database: sa.Engine) -> None:
+    """SQLite's write-ahead log: who reads does not wait for a writer's disk. The file keeps it once it is set.
+
+    Where another process has the file open just now, it stays as it is until the next start.
+    """
+    if database.dialect.name == "sqlite":
+        with suppress(sa.exc.OperationalError), database.connect() as connection:
+            connection.execute(sa.text("PRAGMA journal_mode=WAL"))
+
+
+def workflow_status(database: sa.Engine) -> sa.TableClause:
+    """DBOS's table of workflows, as much of it as is read here."""
+    return sa.table(
+        "workflow_status",
+        sa.column("workflow_uuid", sa.Text),
+        sa.column("name", sa.Text),
+        sa.column("status", sa.Text),
+        sa.column("priority", sa.Integer),
+        sa.column("created_at", sa.BigInteger),  # milliseconds
+        sa.column("attributes", sa.JSON().with_variant(JSONB(), "postgresql")),
+        schema="dbos" if database.dialect.name == "postgresql" else None,
+    )
