@@ -11,6 +11,8 @@ from app.manifest import NoiseSchedule, Part, Preparation
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 ROOT = Path(__file__).resolve().parents[1]
+# Fields of a preparation that change no slice of a brain: words, and whether serving takes it out of a head.
+NOT_OF_THE_SLICES = {"subject", "advice", "brain_only"}
 
 
 def data_root() -> Path:

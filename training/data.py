@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from app.pipeline.prepare import analysed_slices, to_slices
 from app.volume import Volume
-from training.config import AugmentationConfig, Config, data_root
+from training.config import NOT_OF_THE_SLICES, AugmentationConfig, Config, data_root
 from training.splits import load_split
 
 UInt16Array = npt.NDArray[np.uint16]
@@ -62,7 +62,7 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
     split = load_split(config.data.splits)
     subjects: tuple[str, ...] = getattr(split, part)
     copies = config.data.copies if part == "train" else 0
-    preparation = config.preparation.model_dump(exclude={"brain_only"})  # nothing of it is seen here
+    preparation = config.preparation.model_dump(exclude=NOT_OF_THE_SLICES, exclude_none=True)
     key = json.dumps([preparation, config.data.model_dump(), config.seed, data_hash(config, subjects), copies])
     path = config.run_folder / "cache" / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from app.brain import Brain, extract
 from app.errors import CounterpartError
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect, network_evaluations
@@ -111,12 +112,20 @@ def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     return rows
 
 
+def without_skull(volume: Volume, bundle: Bundle) -> Volume:
+    """What serving analyses of a scan: for a bundle of brains alone, the brain that it takes out of a head."""
+    if bundle.extractor is None:
+        return volume
+    brain = extract(volume, bundle.extractor.networks)
+    return brain.volume if isinstance(brain, Brain) else volume
+
+
 def evaluate_foreign(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     """What happens to scans of another kind."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     for foreign in tqdm(all_foreign(), desc="foreign", unit="scan"):
         try:
-            run_detection(foreign.volume, bundle)
+            run_detection(without_skull(foreign.volume, bundle), bundle)
             outcomes[foreign.kind]["analysed"] += 1
         except CounterpartError as error:
             outcomes[foreign.kind][error.code] += 1

@@ -1,4 +1,4 @@
-"""Scans that a bundle must refuse: other sequences, body parts, preparations."""
+"""Scans that a bundle must refuse: other sequences, body parts; and heads of its own sequence, from elsewhere."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ from training.data import load_volume
 FIELD_OF_VIEW_MM = 200.0
 PER_CLASS = 40
 LGG_SLICES = 40
-IXI_SCANS = 6
+IXI_SCANS = 20
 
 
 class Foreign(NamedTuple):
@@ -62,7 +62,7 @@ def volumes() -> Iterator[Foreign]:
     """Whole scans of other sequences and preparations."""
     root = data_root()
     for path in sorted((root / "ixi_2mm" / "t1").glob("*.nii.gz"))[:IXI_SCANS]:
-        yield Foreign("IXI T1 with skull", path.name, load_volume(path))
+        yield Foreign("IXI T1, its brain taken out", path.name, load_volume(path))
     for path in sorted((root / "brats2013").glob("*_flair_u8.nii.gz")):
         yield Foreign("BRATS FLAIR, skull-stripped", path.name, load_volume(path))
     for path in sorted((root / "ms_open_ms_data").glob("*FLAIR_mni_brain*.nii.gz")):
@@ -73,7 +73,7 @@ def volumes() -> Iterator[Foreign]:
         ("clinical_stroke_T2", "T2"),
         ("M2208_T2w", "T2"),
         ("clinical_gg_flair_template", "FLAIR template"),
-        ("MNI152_T1_2mm", "T1 template with skull"),
+        ("MNI152_T1_2mm", "T1 template, its brain taken out"),
     ):
         yield Foreign(kind, name, load_volume(root / "nifti_misc" / f"{name}.nii.gz"))
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from training.config import Config
+from training.config import NOT_OF_THE_SLICES, Config
 
 CHECKPOINT_EVERY = 200
 # A loss far from its mean is one odd batch; the bar shows an exponential mean.
@@ -33,8 +33,8 @@ SECTIONS = {
 
 def fingerprint(config: Config, stage: str, data: str) -> str:
     """What a checkpoint belongs to: its part of the configuration, and the data."""
-    # Whether serving takes brains out of heads first decides no weights.
-    decides = config.model_dump(mode="json", include=SECTIONS[stage], exclude={"preparation": {"brain_only"}})
+    words = {"preparation": NOT_OF_THE_SLICES}
+    decides = config.model_dump(mode="json", include=SECTIONS[stage], exclude=words, exclude_none=True)
     return hashlib.sha256(json.dumps([decides, data], sort_keys=True).encode()).hexdigest()
 
 

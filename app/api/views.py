@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from app.api.problems import job_problem
 from app.api.schemas import Scan, Summary
 from app.api.service import Service
-from app.export.report import Finding
+from app.export.report import Finding, ModelChoice
 from app.jobs.job import Job
 
 # A link is called as its file is, without the ending; "report" is report.json.
@@ -20,11 +20,18 @@ class Timed(BaseModel):
     seconds: dict[str, float]
 
 
+class Used(BaseModel):
+    """What is told of a report's model; reports of 0.1.0 do not say how it was chosen."""
+
+    choice: ModelChoice | None = None
+
+
 class Published(BaseModel):
     """What is told of a report, which any version since 0.1.0 may have written: the rest is not looked at."""
 
     findings: tuple[Finding, ...]
     lesion_volume_ml: float
+    model: Used
     work: Timed
     absent: dict[str, dict[str, str]] = {}
 
