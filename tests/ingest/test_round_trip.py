@@ -61,7 +61,7 @@ class RoundTrip:
     notes: ClassVar[tuple[str, ...]] = ()
 
     def write(self, folder: Path, volume: Volume) -> Path:
-        """A file, or a folder of files, with the volume."""
+        """A file, or a folder of files, with the volume; each reader's class has its own."""
         raise NotImplementedError
 
     def check(self, scan: Scan, volume: Volume) -> None:
