@@ -9,9 +9,10 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from app.errors import DamagedBundle
-from app.manifest import File, Manifest
+from app.manifest import Manifest
 from app.pipeline.models import Models
 from app.runtime.extractor import EXTRACTOR, Extractor, load_extractor
+from app.runtime.files import check_hash
 from app.runtime.session import Provider, as_callable, open_session
 
 MANIFEST = "manifest.json"
@@ -93,7 +94,7 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0) -> B
     manifest = read_manifest(folder)
     files = manifest.files
     for file in (files.encoder, files.denoiser, files.decoder, files.golden):
-        _check_hash(folder, file)
+        check_hash(folder, file, "Install the bundle again.")
     encode, denoise, decode = (
         as_callable(open_session(folder / file.name, provider, threads))
         for file in (files.encoder, files.denoiser, files.decoder)
@@ -106,17 +107,6 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0) -> B
         # Shipped with the code, wherever the bundles lie.
         extractor = load_extractor(shipped_models() / EXTRACTOR, provider, threads)
     return Bundle(folder, manifest, digest, models, provider, extractor)
-
-
-def _check_hash(folder: Path, file: File) -> None:
-    path = folder / file.name
-    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-    if found != file.sha256:
-        raise DamagedBundle(
-            f"{folder.name}/{file.name} " + ("is missing." if found is None else "is not the file of the manifest."),
-            expected=f"SHA-256 {file.sha256[:12]}...",
-            advice="Install the bundle again.",
-        )
 
 
 def _check_golden(models: Models, path: Path) -> None:

@@ -9,13 +9,15 @@ from pydantic import ValidationError
 
 from app.brain import Networks
 from app.errors import DamagedBundle
-from app.manifest import ExtractorManifest, File
+from app.manifest import ExtractorManifest
+from app.runtime.files import check_hash
 from app.runtime.session import Provider, as_callable, open_session
 
 EXTRACTOR = "deepbet-1.0.2"
 # Another name than a bundle's manifest: it is no model that a scan could be analysed with.
 MANIFEST = "extractor.json"
 CARD = "MODEL_CARD.md"
+ADVICE = "Install counterpart again; if it stays, report it with the output of `counterpart doctor`."
 # Largest difference of log odds from the golden pair; they span tens, and only their sign is used.
 GOLDEN_TOLERANCE = 0.05
 
@@ -54,7 +56,7 @@ def load_extractor(folder: Path, provider: Provider = "cpu", threads: int = 0) -
         raise _damaged(folder, f"Its {MANIFEST} is missing or invalid") from error
     files = manifest.files
     for file in (files.coarse, files.fine, files.golden):
-        _check_hash(folder, file)
+        check_hash(folder, file, ADVICE)
     coarse, fine = (
         as_callable(open_session(folder / file.name, provider, threads)) for file in (files.coarse, files.fine)
     )
@@ -67,15 +69,9 @@ def load_extractor(folder: Path, provider: Provider = "cpu", threads: int = 0) -
     return Extractor(manifest, hashlib.sha256(text).hexdigest(), networks)
 
 
-def _check_hash(folder: Path, file: File) -> None:
-    path = folder / file.name
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != file.sha256:
-        raise _damaged(folder, f"Its {file.name} is missing or is not the file of the manifest")
-
-
 def _damaged(folder: Path, found: str) -> DamagedBundle:
     return DamagedBundle(
         f"{found} (brain extractor {folder.name}).",
         expected=f"{MANIFEST} and the files that it names, unchanged, giving the numbers they were made with.",
-        advice="Install counterpart again; if it stays, report it with the output of `counterpart doctor`.",
+        advice=ADVICE,
     )
