@@ -29,6 +29,15 @@ class DataConfig(Part):
     scale_sd: float = Field(description="Standard deviation of the scale.")
 
 
+class ScannerConfig(Part):
+    """How sharp and how noisy another scanner's images of the same head may be (`training.scanner`)."""
+
+    share: float = Field(description="Share of the training slices that look as if from another scanner.")
+    noise: float = Field(description="Largest standard deviation of the noise, in slice values.")
+    blur_pixels: float = Field(description="Largest standard deviation of a Gaussian.")
+    sharpen: float = Field(description="Largest share of the fine detail that is added once more.")
+
+
 class AugmentationConfig(Part):
     """In-plane and intensity changes small enough that a healthy slice stays healthy."""
 
@@ -37,9 +46,11 @@ class AugmentationConfig(Part):
     shift_pixels: float
     gain: float
     gamma: float
+    scanner: ScannerConfig
 
 
 class VqvaeConfig(Part):
+    warm_start: str = Field(description="Version of this bundle whose VQ-VAE this one starts from; empty for none.")
     channels: tuple[int, ...]
     residual_layers: int
     embedding_dim: int
@@ -105,6 +116,7 @@ class DetectionConfig(Part):
     least_threshold: float
     min_lesion_ml: float
     gate_timesteps: tuple[int, ...]
+    gate_scanners: int = Field(description="Other scanners that the gate is calibrated on, for each healthy scan.")
     gate_refused: float = Field(description="Share of healthy scans that the gate's scores together may refuse.")
     gate_fraction_out: float
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from app.pipeline.prepare import analysed_slices, to_slices
 from app.volume import Volume
 from training.config import NOT_OF_THE_SLICES, AugmentationConfig, Config, data_root
+from training.scanner import another_scanner
 from training.splits import load_split
 
 UInt16Array = npt.NDArray[np.uint16]
@@ -102,7 +103,7 @@ class Batches:
 
 
 def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generator) -> torch.Tensor:
-    """Mirror, small affine, gain and gamma: healthy stays healthy.
+    """Mirror, small affine, gain and gamma, another scanner: healthy stays healthy.
 
     Parameters
     ----------
@@ -123,4 +124,7 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
     moved = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
     gain = torch.from_numpy(1 + rng.uniform(-1, 1, (n, 1, 1, 1)) * config.gain).float()
     gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.gamma)).float()
-    return (moved.clamp(0, 1) ** gamma * gain).clamp(0, 1)
+    seen = (moved.clamp(0, 1) ** gamma * gain).clamp(0, 1).numpy()
+    for i in np.flatnonzero(rng.random(n) < config.scanner.share):
+        seen[i] = another_scanner(seen[i], config.scanner, rng)
+    return torch.from_numpy(seen)

@@ -121,6 +121,26 @@ class Run:
             writer.writerow([step, *(f"{v:.6g}" for v in row.values())])
 
 
+def start_from(config: Config, version: str, name: str, module: nn.Module) -> None:
+    """Load the last weights that a stage had in an earlier version of the bundle, where one is named.
+
+    Raises
+    ------
+    SystemExit
+        That version was not trained here.
+    """
+    if not version:
+        return
+    path = config.model_copy(update={"version": version}).run_folder / f"{name}.pt"
+    if not path.exists():
+        raise SystemExit(
+            f"{path} is missing: train version {version} from its own commit first, "
+            'or set warm_start = "" to start anew, with more steps.'
+        )
+    state = torch.load(path, map_location=device(), weights_only=True)
+    module.load_state_dict(state["modules"][name])
+
+
 def load_modules(config: Config, name: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Load a finished stage's weights; returns its provenance (step, data hash, fingerprint)."""
     path = config.run_folder / f"{name}.pt"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch.optim.swa_utils import AveragedModel
 
 from app.pipeline.schedule import Schedule
@@ -16,7 +15,7 @@ from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, Batches, cached_slices, data_hash
 from training.latents import encode_pair, load_vqvae
-from training.loop import Run, device
+from training.loop import Run, device, start_from
 from training.networks import build_denoiser
 from training.splits import load_split
 
@@ -80,28 +79,6 @@ def loss_weight(t: npt.NDArray[np.int64], schedule: Schedule, snr_limit: float) 
     return np.asarray(np.minimum(1, snr_limit * (1 - alpha_bar) / alpha_bar), dtype=np.float32)
 
 
-def start_from(config: Config, denoiser: DiffusionModelUNet) -> None:
-    """Load the last weights of an earlier version's denoiser, where the configuration names one.
-
-    Raises
-    ------
-    SystemExit
-        That version was not trained here.
-    """
-    if not config.denoiser.warm_start:
-        return
-    path = config.model_copy(update={"version": config.denoiser.warm_start}).run_folder / "denoiser.pt"
-    if not path.exists():
-        raise SystemExit(
-            f"{path} is missing: train version {config.denoiser.warm_start} from its own commit first, "
-            'or set warm_start = "" to start anew, with more steps.'
-        )
-    state = torch.load(path, map_location=device(), weights_only=True)
-    own = denoiser.state_dict()
-    # 1.1.0 had one output more, an error that it expected of itself.
-    denoiser.load_state_dict({k: v[: len(own[k])] for k, v in state["modules"]["denoiser"].items()})
-
-
 def train(config: Config) -> None:
     """Train, or go on training, the denoiser of a configuration."""
     torch.manual_seed(config.seed)
@@ -111,7 +88,7 @@ def train(config: Config) -> None:
     held_out = cached_slices(config, "validation")
     schedule = Schedule.linear(config.schedule.steps, config.schedule.beta_start, config.schedule.beta_end)
     denoiser = build_denoiser(config).to(device()).to(memory_format=torch.channels_last)
-    start_from(config, denoiser)
+    start_from(config, config.denoiser.warm_start, "denoiser", denoiser)
     averaged = AveragedModel(denoiser, avg_fn=warming_average(config.denoiser.ema_decay))
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.denoiser.learning_rate, weight_decay=1e-4)
     warmup, steps = config.denoiser.warmup, config.denoiser.steps

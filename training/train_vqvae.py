@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from training.config import Config
 from training.data import UINT16_MAX, Batches, UInt16Array, cached_slices, data_hash
-from training.loop import Run, device
+from training.loop import Run, device, start_from
 from training.networks import build_vqvae
 from training.splits import load_split
 
@@ -76,6 +76,7 @@ def train(config: Config) -> None:
     held_out = cached_slices(config, "validation")
     batches = Batches(stack, config.vqvae.batch, config.seed, config.augmentation)
     vqvae = build_vqvae(config).to(device(), memory_format=torch.channels_last)
+    start_from(config, config.vqvae.warm_start, "vqvae", vqvae)
     optimiser = torch.optim.AdamW(vqvae.parameters(), lr=config.vqvae.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / config.vqvae.steps, 1))) + 1e-3
@@ -86,7 +87,7 @@ def train(config: Config) -> None:
     def step_fn(step: int) -> dict[str, float]:
         x = batches(step).to(device(), memory_format=torch.channels_last)
         rng = np.random.default_rng([config.seed, 2, step])
-        if step == 0:
+        if step == 0 and not config.vqvae.warm_start:
             codes = torch.arange(config.vqvae.codes)
             vectors = encode_flat(vqvae, x)
             set_codes(vqvae, codes, vectors[torch.from_numpy(rng.choice(len(vectors), len(codes)))])
