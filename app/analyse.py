@@ -159,7 +159,7 @@ def infer(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) 
 
     depth_mm = abs(volume.affine[:3, :3]) @ volume.shape
     most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
-    expected = network_evaluations(bundle.manifest, most, most)
+    expected = network_evaluations(bundle.manifest, most, [most] * len(bundle.manifest.views))
     return detect(volume, bundle.models.in_batches(BATCH, tick), bundle.manifest, seed)
 
 

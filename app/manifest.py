@@ -89,6 +89,13 @@ class Range(Part):
         return self
 
 
+class View(Part):
+    """How a slice is shown to the networks (`app.pipeline.views`)."""
+
+    mirrored: bool = Field(default=False, description="Left and right exchanged.")
+    shift: tuple[int, int] = Field(default=(0, 0), description="Rows and columns that it is moved by, in pixels.")
+
+
 class KlMap(Part):
     """Where the model is surprised."""
 
@@ -131,7 +138,10 @@ class Gate(Part):
     """Which scans are the kind of image that the model knows."""
 
     timesteps: tuple[int, ...] = Field(description="Noise levels at which the typical KL of a scan is taken.")
-    typical: tuple[Range, ...] = Field(description="At each: the median KL of a slice, least over slices.")
+    typical: tuple[Range, ...] = Field(
+        description="At each, the median KL of a slice: the greatest over slices reaches the low end, the least "
+        "does not pass the high end."
+    )
     reconstruction: Range = Field(description="Mean |x - D(z0)| over the foreground of a scan.")
     latent: Range = Field(description="KL of a single healthy latent.")
     max_fraction_out: float = Field(description="Share of foreground latents outside `latent` that is still accepted.")
@@ -218,6 +228,10 @@ class Manifest(Part):
     latent: Latent
     schedule: NoiseSchedule
     seed: int = Field(description="Default seed of the keyed noise.")
+    views: tuple[View, ...] = Field(
+        default=(View(),),
+        description="Ways to look at a slice, the plain one first; residuals and counterparts are averaged.",
+    )
     kl: KlMap
     reverse: Reverse
     residual: Residual
@@ -251,6 +265,8 @@ class Manifest(Part):
             raise ValueError("every time step must lie between 1 and T - 1")
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")
+        if not self.views or self.views[0] != View():
+            raise ValueError("the first view must be the plain one")
         if len(self.gate.timesteps) != len(self.gate.typical):
             raise ValueError("the gate needs one range for each of its time steps")
         if self.preparation.window is not None and self.modality != "CT":

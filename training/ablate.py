@@ -15,16 +15,17 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from app.manifest import View
 from app.pipeline import anomaly
 from app.pipeline.findings import dice, label_findings
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray, Volume
-from training.calibrate import kl_threshold, latent_mask, residual_settings, smallest_component
+from training.calibrate import imagine_all, kl_threshold, latent_masks, residual_settings, smallest_component
 from training.config import ROOT, Config
 from training.data import load_volume, subject_path
 from training.evaluate import best_dice
-from training.examine import Examined, examine, graph_models, imagine, judged_map
+from training.examine import Examined, examine, graph_models, judged_map
 from training.lesions import gold_shape, insert_lesion
 from training.splits import load_split
 
@@ -43,6 +44,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "one threshold": {"extent_share": 1.0},
     "edge judged too": {"erosion": 0},
     "smoothed by 1 mm": {"smoothing_mm": 1.0},
+    "the plain view alone": {"views": (View(),)},
+    "and a mirrored, shifted one": {"views": (View(), View(mirrored=True, shift=(1, 1)))},
 }
 # METHOD's plain rules after the paper: its noise levels, one threshold, no weighting.
 PAPER: dict[str, Any] = {
@@ -55,6 +58,7 @@ PAPER: dict[str, Any] = {
     "extent_share": 1.0,
     "smoothing_mm": 0.0,
     "erosion": 0,
+    "views": (View(),),
 }
 
 
@@ -105,10 +109,14 @@ def examine_all(name: str, config: Config, models: Models, cases: list[Case]) ->
     ]
     scans = [examine(case.volume, models, config) for case in tqdm(cases, desc=f"lesions, {name}")]
     truths = [
-        scan.placement.from_source(case.truth.astype(np.float32))[scan.known] > 0.5
+        scan.placement.from_source(case.truth.astype(np.float32))[scan.plain.seen.known] > 0.5
         for scan, case in zip(scans, cases, strict=True)
     ]
     return Examination(healthy, scans, truths)
+
+
+# Masks and counterparts of one scan, of each view.
+Views = tuple[list[BoolArray], list[FloatArray]]
 
 
 class Imagined:
@@ -117,18 +125,18 @@ class Imagined:
     def __init__(self, data: Examination, models: Models) -> None:
         self.data = data
         self._models = models
-        self._known: dict[tuple[float, int, int, tuple[int, ...]], list[tuple[BoolArray, FloatArray]]] = {}
+        self._known: dict[str, list[Views]] = {}
 
-    def __call__(self, config: Config) -> tuple[float, list[tuple[BoolArray, FloatArray]]]:
-        """KL threshold, and mask and counterpart of every scan, healthy ones first."""
+    def __call__(self, config: Config) -> tuple[float, list[Views]]:
+        """KL threshold, and masks and counterparts of every scan, healthy ones first."""
         d = config.detection
         threshold = kl_threshold(self.data.healthy, d.kl_percentile)
         component = smallest_component(self.data.healthy, threshold, d.empty_share)
-        rule = (threshold, component, d.grow, d.reverse_timesteps)
+        rule = repr((threshold, component, d.grow, d.reverse_timesteps, d.views))
         if rule not in self._known:
-            masks = [latent_mask(s, threshold, component, d.grow) for s in self.data.scans]
+            masks = [latent_masks(s, threshold, component, config) for s in self.data.scans]
             self._known[rule] = [
-                (m, imagine(s, m, self._models, config)) for s, m in zip(self.data.scans, masks, strict=True)
+                (m, imagine_all(s, m, self._models, config)) for s, m in zip(self.data.scans, masks, strict=True)
             ]
         return threshold, self._known[rule]
 
@@ -138,14 +146,15 @@ def measure(name: str, config: Config, imagined: Imagined, contrasts: npt.NDArra
     data = imagined.data
     threshold, counterparts = imagined(config)
     maps = [judged_map(scan, m, c, threshold, config) for scan, (m, c) in zip(data.scans, counterparts, strict=True)]
-    covered, empty = _masks(data, [m for m, _ in counterparts])
+    covered, empty = _masks(data, [m[0] for m, _ in counterparts])
     return _row(name, config, data, maps, contrasts, (covered, empty))
 
 
 def intensity_row(config: Config, data: Examination, contrasts: npt.NDArray[np.float64]) -> str:
     """A threshold on the intensity of the slices, without any model: the opponent to beat on bright lesions."""
     maps = [
-        np.where(anomaly.erode(s.foreground, config.detection.erosion), s.x, np.float32(np.nan)) for s in data.scans
+        np.where(anomaly.erode(s.foreground, config.detection.erosion), s.plain.seen.x[:, 0], np.float32(np.nan))
+        for s in data.scans
     ]
     # One threshold: at a share of it, everything is as bright.
     plain = with_detection(config, {"extent_share": 1.0})
@@ -156,8 +165,7 @@ def _masks(data: Examination, masks: list[BoolArray]) -> tuple[float, float]:
     """Share of the lesions under the latent masks, and of healthy slices without a mask."""
     healthy, sick = masks[: len(data.healthy)], masks[len(data.healthy) :]
     covered = [
-        float(anomaly.upsample(m, (s.x.shape[1], s.x.shape[2]))[t].mean())
-        for m, s, t in zip(sick, data.sick, data.truths, strict=True)
+        float(anomaly.upsample(m, t.shape[1:])[t].mean()) for m, s, t in zip(sick, data.sick, data.truths, strict=True)
     ]
     changed = np.concatenate([m.any(axis=(1, 2)) for m in healthy])
     return float(np.mean(covered)), float(1 - changed.mean())

@@ -11,14 +11,15 @@ from tqdm import tqdm
 
 from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
 from app.pipeline import anomaly
-from app.pipeline.detect import gate_slices, reconstruction_error, typical_kl
+from app.pipeline.detect import reconstruction_error, see, typical_kl
 from app.pipeline.findings import label_findings
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
 from training.config import Config
 from training.data import load_volume, subject_path
-from training.examine import Examined, examine, graph_models, imagine, judged_map, make_diffusion, make_schedule
+from training.examine import Examined, Look, examine, graph_models, imagine_look, judged_map, make_schedule
+from training.scanner import another_scanner
 from training.splits import load_split
 
 # Candidates for the smallest connected component that stays in a latent mask.
@@ -26,27 +27,42 @@ COMPONENTS = range(1, 40)
 # A healthy latent lies between these percentiles; the gate counts those outside.
 LATENT_PERCENTILES = (0.1, 99.9)
 REPORTED_PERCENTILES = (0.5, 99.5)
+# Part of the seed that the gate's scanners are drawn from.
+GATE_STREAM = 6
 # Halvings of the range of a threshold: finer than the digits that are kept.
 BISECTIONS = 20
 
 
 def kl_threshold(scans: list[Examined], percentile: float) -> float:
     """Percentile of the KL over the foreground latents of healthy scans."""
-    return float(np.percentile(np.concatenate([s.kl[s.latents] for s in scans]), percentile))
+    return float(np.percentile(np.concatenate([s.plain.kl[s.plain.seen.latents] for s in scans]), percentile))
 
 
 def smallest_component(scans: list[Examined], threshold: float, empty_share: float) -> int:
     """k, such that at least `empty_share` of the healthy slices come out with an empty mask."""
     for k in COMPONENTS:
-        empty = [~latent_mask(s, threshold, k, 0).any(axis=(1, 2)) for s in scans]
+        empty = [~latent_mask(s.plain, threshold, k, 0).any(axis=(1, 2)) for s in scans]
         if np.concatenate(empty).mean() >= empty_share:
             return k
     raise SystemExit(f"no component size up to {COMPONENTS[-1]} leaves {empty_share:.0%} of healthy slices empty")
 
 
-def latent_mask(scan: Examined, threshold: float, min_component: int, grow: int) -> BoolArray:
-    """The latent mask of an examined scan."""
-    return anomaly.latent_mask(scan.kl, scan.latents, threshold, min_component, grow)
+def latent_mask(look: Look, threshold: float, min_component: int, grow: int) -> BoolArray:
+    """The latent mask of one view."""
+    return anomaly.latent_mask(look.kl, look.seen.latents, threshold, min_component, grow)
+
+
+def latent_masks(scan: Examined, threshold: float, min_component: int, config: Config) -> list[BoolArray]:
+    """The latent masks of each view of the configuration."""
+    d = config.detection
+    return [latent_mask(scan.looks[view], threshold, min_component, d.grow) for view in d.views]
+
+
+def imagine_all(scan: Examined, masks: list[BoolArray], models: Models, config: Config) -> list[FloatArray]:
+    """The decoded counterparts of each view of the configuration."""
+    d = config.detection
+    looks = [scan.looks[view] for view in d.views]
+    return [imagine_look(look, m, models, d.reverse_timesteps) for look, m in zip(looks, masks, strict=True)]
 
 
 def significant(value: float) -> float:
@@ -60,35 +76,56 @@ def span(low: float, high: float) -> Range:
 
 
 def next_healthy(values: npt.NDArray[np.float64], refused: float) -> Range:
-    """The range that holds the next healthy scan but for a share of `refused`, from a few of them.
+    """The range that holds the next healthy scan, from the next scanner, but for a share of `refused`.
 
-    Prediction interval by Student's t, on logarithms: scores are positive and skewed.
+    Prediction interval on logarithms, since scores are positive and skewed, from a one-way layout: what
+    differs between subjects and what differs between scanners add up (Searle, Casella & McCulloch 1992,
+    chapter 3), and Student's t takes the degrees of freedom of their sum (Satterthwaite 1946).
+
+    Parameters
+    ----------
+    values : (subjects, scanners) ndarray
     """
-    logs, n = np.log(values), len(values)
-    reach = stats.t.ppf(1 - refused / 2, n - 1) * logs.std(ddof=1) * np.sqrt(1 + 1 / n)
+    logs = np.log(values)
+    n, scanners = logs.shape
+    between = scanners * logs.mean(axis=1).var(ddof=1)
+    within = logs.var(axis=1, ddof=1).mean() if scanners > 1 else 0.0
+    parts = np.array([between / scanners, within * (scanners - 1) / scanners])
+    degrees = parts.sum() ** 2 / (parts**2 / [n - 1, max(n * (scanners - 1), 1)]).sum()
+    sd = np.sqrt(parts.sum() + between / (n * scanners))  # the mean is known from n subjects alone
+    reach = stats.t.ppf(1 - refused / 2, degrees) * sd
     return span(np.exp(logs.mean() - reach), np.exp(logs.mean() + reach))
 
 
 def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gate:
     """What the next healthy scan spans: all its scores together refuse as many as the configuration says."""
     d = config.detection
-    low, high = np.percentile(np.concatenate([s.kl[s.latents] for s in scans]), LATENT_PERCENTILES)
-    diffusion = make_diffusion(models, config)
-    scores = np.array([_gate_scores(s, diffusion, d.gate_timesteps) for s in scans])  # (scans, levels + 1)
-    *typical, reconstruction = (next_healthy(v, d.gate_refused / scores.shape[1]) for v in scores.T)
+    low, high = np.percentile(np.concatenate([s.plain.kl[s.plain.seen.latents] for s in scans]), LATENT_PERCENTILES)
+    # (subjects, scanners, levels + 1, 2): the least and the greatest of a scan.
+    scores = np.array([_seen_by_scanners(s, i, models, config) for i, s in enumerate(tqdm(scans, desc="gate"))])
+    refused = d.gate_refused / scores.shape[2]
+    ranges = [
+        span(next_healthy(level[..., 1], refused).low, next_healthy(level[..., 0], refused).high)
+        for level in np.moveaxis(scores, 2, 0)
+    ]
     return Gate(
         timesteps=d.gate_timesteps,
-        typical=tuple(typical),
-        reconstruction=reconstruction,
+        typical=tuple(ranges[:-1]),
+        reconstruction=ranges[-1],
         latent=span(low, high),
         max_fraction_out=d.gate_fraction_out,
     )
 
 
-def _gate_scores(scan: Examined, diffusion: anomaly.Diffusion, timesteps: tuple[int, ...]) -> list[float]:
-    some = gate_slices(len(scan.x))
-    typical = typical_kl(scan.z0[some], scan.known[some], scan.latents[some], diffusion, timesteps)
-    return [*typical, reconstruction_error(scan.x[some], scan.foreground[some], scan.reconstruction[some])]
+def _seen_by_scanners(scan: Examined, subject: int, models: Models, config: Config) -> list[list[tuple[float, float]]]:
+    """Scores of the gate for one healthy scan as it is, and as other scanners might show it."""
+    plain, rng = scan.plain.seen, np.random.default_rng([config.seed, GATE_STREAM, subject])
+    seen = [plain]
+    for _ in range(config.detection.gate_scanners):
+        x = another_scanner(plain.x[:, 0], config.augmentation.scanner, rng)[:, None]
+        seen.append(see(x, plain.foreground, plain.known, models, plain.diffusion))
+    errors = [reconstruction_error(s, models) for s in seen]
+    return [[*typical_kl(s, config.detection.gate_timesteps), (e, e)] for s, e in zip(seen, errors, strict=True)]
 
 
 def residual_threshold(maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float) -> float:
@@ -114,13 +151,12 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
     return high
 
 
-def calibrate_residual(
-    scans: list[Examined], masks: list[BoolArray], models: Models, config: Config, kl_at: float
-) -> Residual:
+def calibrate_residual(scans: list[Examined], models: Models, config: Config, kl_at: float, component: int) -> Residual:
     """The residual thresholds at which healthy scans show as little as the configuration says."""
     maps = []
-    for scan, mask in tqdm(list(zip(scans, masks, strict=True)), desc="residuals", unit="scan"):
-        maps.append(judged_map(scan, mask, imagine(scan, mask, models, config), kl_at, config))
+    for scan in tqdm(scans, desc="residuals", unit="scan"):
+        masks = latent_masks(scan, kl_at, component, config)
+        maps.append(judged_map(scan, masks, imagine_all(scan, masks, models, config), kl_at, config))
     return residual_settings(maps, config)
 
 
@@ -166,11 +202,12 @@ def calibrate(config: Config) -> None:
     scans = examined_subjects(config, models, subjects)
     threshold = kl_threshold(scans, d.kl_percentile)
     k = smallest_component(scans, threshold, d.empty_share)
-    masks = [latent_mask(s, threshold, k, d.grow) for s in scans]
     alpha_bar = make_schedule(config.schedule).alpha_bar
-    by_slice = np.concatenate([[k[inside].mean() for k, inside in zip(s.kl, s.latents, strict=True)] for s in scans])
+    by_slice = np.concatenate(
+        [[kl[f].mean() for kl, f in zip(s.plain.kl, s.plain.seen.latents, strict=True)] for s in scans]
+    )
     low, high = np.percentile(by_slice, REPORTED_PERCENTILES)
-    by_scan = np.array([s.kl[s.latents].mean() for s in scans])
+    by_scan = np.array([s.plain.kl[s.plain.seen.latents].mean() for s in scans])
     parts = {
         "kl": KlMap(
             timesteps=d.kl_timesteps,
@@ -186,7 +223,7 @@ def calibrate(config: Config) -> None:
             grow=d.grow,
         ),
         "reverse": Reverse(timesteps=d.reverse_timesteps),
-        "residual": calibrate_residual(scans, masks, models, config, threshold),
+        "residual": calibrate_residual(scans, models, config, threshold, k),
         "gate": calibrate_gate(scans, models, config),
         "calibration": Calibration(
             subjects=subjects,

@@ -42,11 +42,12 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             empty=config.detection.empty_share,
             kl_steps=", ".join(map(str, manifest.kl.timesteps)),
             reverse_steps=", ".join(map(str, manifest.reverse.timesteps)),
+            views=len(manifest.views),
             kl_mean=f", {manifest.kl.mean} mean" if len(manifest.kl.timesteps) > 1 else "",
             ab=" down to ".join(map(str, dict.fromkeys(manifest.kl.alpha_bar))),
             weighing=_weighing(manifest),
             gate="\n".join(
-                f"| gate, least median KL of a slice at t = {t} | {r.low} to {r.high} "
+                f"| gate, median KL of some slice at t = {t} | {r.low} to {r.high} "
                 f"| but for {config.detection.gate_refused:.0%} of "
                 "healthy scans, over all scores (Student's t, logarithms) |"
                 for t, r in zip(manifest.gate.timesteps, manifest.gate.typical, strict=True)

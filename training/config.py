@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from app.manifest import NoiseSchedule, Part, Preparation
+from app.manifest import NoiseSchedule, Part, Preparation, View
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +106,7 @@ class DetectionConfig(Part):
     empty_share: float = Field(description="Share of healthy slices whose mask must come out empty; 0 drops nothing.")
     grow: int
     reverse_timesteps: tuple[int, ...]
+    views: tuple[View, ...] = Field(description="Ways to look at a slice, the plain one first.")
     reference: Literal["image", "reconstruction"]
     contrast_floor: float
     weighted_by_kl: bool

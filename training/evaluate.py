@@ -82,9 +82,9 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
 
 def evaluations(detection: Detection, manifest: Manifest) -> Row:
     """What the network was asked."""
-    slices, changed = int(detection.analysed.sum()), int(detection.latent_mask.any(axis=(1, 2)).sum())
-    total = network_evaluations(manifest, slices, changed)
-    return {"slices": slices, "slices_reversed": changed, "network_evaluations": total}
+    slices = int(detection.analysed.sum())
+    total = network_evaluations(manifest, slices, detection.reversed)
+    return {"slices": slices, "slices_reversed": detection.reversed[0], "network_evaluations": total}
 
 
 def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:

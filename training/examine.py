@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from app.manifest import NoiseSchedule, Preparation, latent_sigma
+from app.manifest import NoiseSchedule, View, latent_sigma
 from app.pipeline import anomaly
-from app.pipeline.detect import smooth
+from app.pipeline.detect import Seen, imagine, mean_view, see, smooth
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, Placement, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
+from app.pipeline.views import turn
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray, Volume
 from training.config import Config
@@ -21,31 +21,43 @@ BATCH = 16
 
 
 @dataclass(frozen=True, eq=False)
-class Examined:
-    """The analysed slices of one scan.
+class Look:
+    """One view of a scan, up to its KL map.
 
     Attributes
     ----------
-    known : (K,) ndarray of int
-        Indices of the analysed slices.
-    x, foreground : (K, H, W) ndarray
-    z0 : (K, C, h, w) ndarray
-    latents : (K, h, w) ndarray of bool
-        Foreground latents.
+    seen : Seen
+        Slices and latents.
     kl : (K, h, w) ndarray
     reconstruction : (K, H, W) ndarray
         D(z0).
-    placement : Placement
     """
 
-    known: npt.NDArray[np.int64]
-    x: FloatArray
-    foreground: BoolArray
-    z0: FloatArray
-    latents: BoolArray
+    seen: Seen
     kl: FloatArray
     reconstruction: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """The analysed slices of one scan, in each view.
+
+    Attributes
+    ----------
+    foreground : (K, H, W) ndarray of bool
+    placement : Placement
+    looks : dict of View to Look
+        The plain view first.
+    """
+
+    foreground: BoolArray
     placement: Placement
+    looks: dict[View, Look]
+
+    @property
+    def plain(self) -> Look:
+        """What the scan shows as it is."""
+        return self.looks[View()]
 
 
 def graph_models(config: Config) -> Models:
@@ -62,57 +74,59 @@ def make_schedule(settings: NoiseSchedule) -> Schedule:
     return Schedule.linear(settings.steps, settings.beta_start, settings.beta_end)
 
 
-def make_diffusion(models: Models, config: Config) -> anomaly.Diffusion:
+def make_diffusion(models: Models, config: Config, view: int = 0) -> anomaly.Diffusion:
     """The diffusion model with the noise that serving will draw by default."""
     rows, columns = config.preparation.shape
     f = config.downsampling
-    noise = KeyedNoise(config.seed, (config.vqvae.embedding_dim, rows // f, columns // f))
+    noise = KeyedNoise(config.seed, (config.vqvae.embedding_dim, rows // f, columns // f), view)
     return anomaly.Diffusion(make_schedule(config.schedule), models.denoise, noise)
 
 
 def examine(volume: Volume, models: Models, config: Config) -> Examined:
-    """Prepare, encode and KL-map a scan, as `detect` does."""
-    d = config.detection
-    preparation: Preparation = config.preparation
-    slices = to_slices(volume, preparation)
-    known = analysed_slices(slices, preparation)
+    """Prepare, encode and KL-map a scan in every view, as `detect` does."""
+    slices = to_slices(volume, config.preparation)
+    known = analysed_slices(slices, config.preparation)
     x, foreground = slices.x[known], slices.foreground[known]
-    z0 = models.encode(x)
-    latents = anomaly.latent_foreground(foreground, config.downsampling)
-    kl = anomaly.kl_map(z0, known, make_diffusion(models, config), d.kl_timesteps, d.kl_mean)
-    sigma = latent_sigma(d.kl_smoothing_mm, preparation, config.downsampling)
-    return Examined(
-        known=known,
-        x=x[:, 0],
-        foreground=foreground,
-        z0=z0,
-        latents=latents,
-        kl=anomaly.smooth_kl(kl, latents, sigma),
-        reconstruction=models.decode(z0)[:, 0],
-        placement=slices.placement,
-    )
+    d = config.detection
+    sigma = latent_sigma(d.kl_smoothing_mm, config.preparation, config.downsampling)
+    looks = {}
+    for index, view in enumerate(d.views):
+        seen = see(turn(x, view), turn(foreground, view), known, models, make_diffusion(models, config, index))
+        kl = anomaly.kl_map(seen.z0, known, seen.diffusion, d.kl_timesteps, d.kl_mean)
+        smoothed = anomaly.smooth_kl(kl, seen.latents, sigma)
+        looks[view] = Look(seen, smoothed, models.decode(seen.z0)[:, 0])
+    return Examined(foreground, slices.placement, looks)
 
 
-def imagine(scan: Examined, mask: BoolArray, models: Models, config: Config) -> FloatArray:
-    """The decoded counterpart; D(z0) where the mask of a slice is empty, (K, H, W)."""
+def imagine_look(look: Look, mask: BoolArray, models: Models, timesteps: tuple[int, ...]) -> FloatArray:
+    """The decoded counterpart of one view; D(z0) where the mask of a slice is empty, (K, H, W)."""
     found = np.flatnonzero(mask.any(axis=(1, 2)))
-    imagined = scan.reconstruction.copy()
+    imagined = look.reconstruction.copy()
     if found.size:
-        diffusion, steps = make_diffusion(models, config), config.detection.reverse_timesteps
-        zc = anomaly.inpaint(scan.z0[found], mask[found], scan.known[found], diffusion, steps)
-        imagined[found] = models.decode(zc)[:, 0]
+        imagined[found] = imagine(look.seen, mask, found, models, timesteps)
     return imagined
 
 
 def judged_map(
-    scan: Examined, mask: BoolArray, imagined: FloatArray, kl_threshold: float, config: Config
+    scan: Examined, masks: list[BoolArray], imagined: list[FloatArray], kl_threshold: float, config: Config
 ) -> FloatArray:
-    """The anomaly map as `detect` gives it, (K, H, W); NaN where nothing is judged."""
+    """The anomaly map as `detect` gives it, (K, H, W); NaN where nothing is judged.
+
+    Parameters
+    ----------
+    masks, imagined : list of ndarray
+        Of each view of the configuration, in its order.
+    """
     d = config.detection
-    reference = scan.x if d.reference == "image" else scan.reconstruction
-    plain = anomaly.residual(reference, imagined, mask)
-    surprise = scan.kl / np.float32(kl_threshold)
-    weighed = anomaly.weigh(plain, imagined, surprise, scan.latents, d.contrast_floor, by_kl=d.weighted_by_kl)
+
+    def differs(look: Look, mask: BoolArray, counterpart: FloatArray) -> FloatArray:
+        reference = look.seen.x[:, 0] if d.reference == "image" else look.reconstruction
+        plain = anomaly.residual(reference, counterpart, mask)
+        surprise = look.kl / np.float32(kl_threshold)
+        return anomaly.weigh(plain, counterpart, surprise, look.seen.latents, d.contrast_floor, by_kl=d.weighted_by_kl)
+
+    looks = [scan.looks[view] for view in d.views]
+    residual = mean_view([differs(*each) for each in zip(looks, masks, imagined, strict=True)], d.views)
     judged = anomaly.erode(scan.foreground, d.erosion)
-    smoothed = smooth(weighed, judged, d.smoothing_mm, config.preparation.spacing_mm)
+    smoothed = smooth(residual, judged, d.smoothing_mm, config.preparation.spacing_mm)
     return np.where(judged, smoothed, np.float32(np.nan))

@@ -124,7 +124,6 @@ def build_report(
     """Put the numbers of one analysis together."""
     known = np.flatnonzero(detection.analysed)
     heights = detection.slices.placement.affine[2, 0] * known + detection.slices.placement.affine[2, 3]
-    reversed_slices = int(detection.latent_mask.any(axis=(1, 2)).sum())
     return Report(
         code_version=__version__,
         model=model,
@@ -159,8 +158,8 @@ def build_report(
         ),
         work=Work(
             seconds={stage: round(value, 3) for stage, value in seconds.items()},
-            slices_reversed=reversed_slices,
-            network_evaluations=network_evaluations(manifest, len(known), reversed_slices),
+            slices_reversed=detection.reversed[0],
+            network_evaluations=network_evaluations(manifest, len(known), detection.reversed),
         ),
     )
 

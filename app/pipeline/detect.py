@@ -1,6 +1,7 @@
 """The whole method on one scan. It reads like METHOD's algorithm, and is nothing else."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -8,12 +9,13 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from app.errors import OutOfDistribution
-from app.manifest import Gate, Manifest
+from app.manifest import Gate, Manifest, View
 from app.pipeline import anomaly
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, Slices, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
+from app.pipeline.views import turn, turn_back
 from app.volume import FloatArray, Volume
 
 # The gate decodes this many slices, spread over the scan, to see whether the autoencoder knows them.
@@ -32,8 +34,8 @@ class Scores:
         Mean KL over the foreground latents of the analysed slices, nats.
     slices : (K,) ndarray
         The same for each analysed slice; NaN where it has no foreground latent.
-    typical : tuple of float
-        Median KL of a slice at each of the gate's noise levels, least over some slices.
+    typical : tuple of (float, float)
+        Median KL of a slice at each of the gate's noise levels, least and greatest over some slices.
     reconstruction : float
         Mean |x - D(z0)| over the foreground of some slices.
     fraction_out : float
@@ -42,9 +44,50 @@ class Scores:
 
     scan: float
     slices: FloatArray
-    typical: tuple[float, ...]
+    typical: tuple[tuple[float, float], ...]
     reconstruction: float
     fraction_out: float
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Slices as one view shows them, and what they are to the networks.
+
+    Attributes
+    ----------
+    x : (K, 1, H, W) ndarray
+    foreground : (K, H, W) ndarray of bool
+    known : (K,) ndarray of int
+        Indices of the slices in the scan's stack: keys of the noise.
+    z0 : (K, C, h, w) ndarray
+    latents : (K, h, w) ndarray of bool
+        Foreground latents.
+    diffusion : Diffusion
+        With the noise of this view.
+    """
+
+    x: FloatArray
+    foreground: BoolArray
+    known: npt.NDArray[np.int64]
+    z0: FloatArray
+    latents: BoolArray
+    diffusion: anomaly.Diffusion
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """What differs in one view.
+
+    Attributes
+    ----------
+    mask : (K, h, w) ndarray of bool
+        What the reverse process was free to change.
+    counterpart, residual : (K, H, W) ndarray
+    """
+
+    mask: BoolArray
+    counterpart: FloatArray
+    residual: FloatArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +101,18 @@ class Detection:
     analysed : (N,) ndarray of bool
         Slices with enough foreground to be judged.
     kl : (N, h, w) ndarray
-        KL map in nats; NaN where not analysed.
+        KL map of the plain view in nats; NaN where not analysed.
     latent_mask : (N, h, w) ndarray of bool
-        What the reverse process was free to change.
+        What the reverse process was free to change in the plain view.
     counterpart : (N, H, W) ndarray
-        The healthy counterpart; equal to x where nothing was changed.
+        The healthy counterpart, mean over views; equal to x where nothing was changed.
     anomaly : (N, H, W) ndarray
-        Residual, weighed as the manifest says; NaN where nothing was analysed: a zero there would read as healthy.
+        Residual, weighed as the manifest says, mean over views; NaN where nothing was analysed: a zero there would
+        read as healthy.
     scores : Scores
         Image-wise scores.
+    reversed : tuple of int
+        Slices that went through the reverse process, in each view.
     """
 
     slices: Slices
@@ -76,6 +122,7 @@ class Detection:
     counterpart: FloatArray
     anomaly: FloatArray
     scores: Scores
+    reversed: tuple[int, ...]
 
 
 def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None = None) -> Detection:
@@ -106,32 +153,19 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     slices = to_slices(volume, manifest.preparation)
     known = analysed_slices(slices, manifest.preparation)
     x, foreground = slices.x[known], slices.foreground[known]
-    latents = anomaly.latent_foreground(foreground, manifest.latent.downsampling)
 
-    z0 = models.encode(x)
-    kl = anomaly.kl_map(z0, known, diffusion, manifest.kl.timesteps, manifest.kl.mean)
-    kl = anomaly.smooth_kl(kl, latents, manifest.kl_sigma)
-    some = gate_slices(len(x))
-    typical = typical_kl(z0[some], known[some], latents[some], diffusion, manifest.gate.timesteps)
-    error = reconstruction_error(x[some, 0], foreground[some], models.decode(z0[some])[:, 0])
-    scores = _scores(kl, latents, typical, error, manifest.gate)
+    plain = see(x, foreground, known, models, diffusion)
+    kl = surprise(plain, manifest)
+    scores = _scores(kl, plain, models, manifest.gate)
     check_gate(scores, manifest.gate)
 
-    mask = anomaly.latent_mask(kl, latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
-    found = np.flatnonzero(mask.any(axis=(1, 2)))  # a slice with an empty mask has residual 0: nothing to reverse
-    counterpart, residual = x[:, 0].copy(), np.zeros_like(x[:, 0])
-    if found.size:
-        zc = anomaly.inpaint(z0[found], mask[found], known[found], diffusion, manifest.reverse.timesteps)
-        imagined = models.decode(zc)[:, 0]
-        reference = x[found, 0] if manifest.residual.reference == "image" else models.decode(z0[found])[:, 0]
-        plain = anomaly.residual(reference, imagined, mask[found])
-        surprise = kl[found] / np.float32(manifest.kl.threshold)
-        weighting = manifest.residual
-        residual[found] = anomaly.weigh(
-            plain, imagined, surprise, latents[found], weighting.contrast_floor, by_kl=weighting.weighted_by_kl
-        )
-        share = anomaly.upsample(mask[found], x.shape[2:]) * foreground[found]  # nothing is painted beside the head
-        counterpart[found] += share * (imagined - reference)
+    compared = [compare(plain, kl, models, manifest)]
+    for index, view in enumerate(manifest.views[1:], start=1):
+        own = replace(diffusion, noise=replace(noise, view=index))
+        seen = see(turn(x, view), turn(foreground, view), known, models, own)
+        compared.append(compare(seen, surprise(seen, manifest), models, manifest))
+    counterpart = mean_view([c.counterpart for c in compared], manifest.views)
+    residual = mean_view([c.residual for c in compared], manifest.views)
 
     judged = anomaly.erode(foreground, manifest.residual.erosion)
     residual = smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
@@ -139,12 +173,69 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     return Detection(
         slices=slices,
         analysed=_spread(np.ones(len(known), dtype=bool), known, count, False),
-        kl=_spread(np.where(latents, kl, np.nan), known, count, np.nan),
-        latent_mask=_spread(mask, known, count, False),
+        kl=_spread(np.where(plain.latents, kl, np.nan), known, count, np.nan),
+        latent_mask=_spread(compared[0].mask, known, count, False),
         counterpart=_spread(np.clip(counterpart, 0, 1), known, count, np.nan),
         anomaly=_spread(np.where(judged, residual, np.nan), known, count, np.nan),
         scores=scores,
+        reversed=tuple(int(c.mask.any(axis=(1, 2)).sum()) for c in compared),
     )
+
+
+def see(
+    x: FloatArray, foreground: BoolArray, known: npt.NDArray[np.int64], models: Models, diffusion: anomaly.Diffusion
+) -> Seen:
+    """Encode the slices of one view."""
+    z0 = models.encode(x)
+    latents = anomaly.latent_foreground(foreground, x.shape[-1] // z0.shape[-1])
+    return Seen(x, foreground, known, z0, latents, diffusion)
+
+
+def surprise(seen: Seen, manifest: Manifest) -> FloatArray:
+    """KL map of one view, smoothed as the manifest says, (K, h, w)."""
+    kl = anomaly.kl_map(seen.z0, seen.known, seen.diffusion, manifest.kl.timesteps, manifest.kl.mean)
+    return anomaly.smooth_kl(kl, seen.latents, manifest.kl_sigma)
+
+
+def compare(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> Compared:
+    """Imagine the healthy counterpart where the KL is high, and see what differs there.
+
+    A slice with an empty mask has residual 0, and nothing to reverse.
+    """
+    settings = manifest.residual
+    mask = anomaly.latent_mask(kl, seen.latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
+    found = np.flatnonzero(mask.any(axis=(1, 2)))
+    counterpart, residual = seen.x[:, 0].copy(), np.zeros_like(seen.x[:, 0])
+    if found.size:
+        imagined = imagine(seen, mask, found, models, manifest.reverse.timesteps)
+        reference = seen.x[found, 0] if settings.reference == "image" else models.decode(seen.z0[found])[:, 0]
+        relative_kl = kl[found] / np.float32(manifest.kl.threshold)
+        residual[found] = anomaly.weigh(
+            anomaly.residual(reference, imagined, mask[found]),
+            imagined,
+            relative_kl,
+            seen.latents[found],
+            settings.contrast_floor,
+            by_kl=settings.weighted_by_kl,
+        )
+        # Nothing is painted beside the head.
+        share = anomaly.upsample(mask[found], seen.x.shape[2:]) * seen.foreground[found]
+        counterpart[found] += share * (imagined - reference)
+    return Compared(mask, counterpart, residual)
+
+
+def imagine(
+    seen: Seen, mask: BoolArray, found: npt.NDArray[np.int64], models: Models, timesteps: tuple[int, ...]
+) -> FloatArray:
+    """The decoded counterpart of the slices found, (F, H, W)."""
+    zc = anomaly.inpaint(seen.z0[found], mask[found], seen.known[found], seen.diffusion, timesteps)
+    return models.decode(zc)[:, 0]
+
+
+def mean_view(stacks: Sequence[FloatArray], views: Sequence[View]) -> FloatArray:
+    """Mean of what each view shows, brought back to the plain one, (K, H, W)."""
+    back = [turn_back(stack, view) for stack, view in zip(stacks, views, strict=True)]
+    return np.asarray(np.mean(back, axis=0), dtype=np.float32)
 
 
 def gate_slices(count: int) -> npt.NDArray[np.int64]:
@@ -152,55 +243,57 @@ def gate_slices(count: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, GATE_SLICES).round().astype(np.int64))
 
 
-def network_evaluations(manifest: Manifest, analysed: int, changed: int) -> int:
+def network_evaluations(manifest: Manifest, analysed: int, reversed_slices: Sequence[int]) -> int:
     """How often the denoiser is evaluated on a slice, over a scan.
 
     Parameters
     ----------
-    analysed, changed : int
-        Slices that are judged, and those of them with something in the latent mask.
+    analysed : int
+        Slices that are judged.
+    reversed_slices : sequence of int
+        Those of them with something in the latent mask, in each view.
     """
     gate = len(gate_slices(analysed)) * len(manifest.gate.timesteps)
-    return gate + analysed * len(manifest.kl.timesteps) + changed * len(manifest.reverse.timesteps)
+    kl = len(manifest.views) * analysed * len(manifest.kl.timesteps)
+    return gate + kl + sum(reversed_slices) * len(manifest.reverse.timesteps)
 
 
-def typical_kl(
-    z0: FloatArray,
-    slices: npt.NDArray[np.int64],
-    latents: BoolArray,
-    diffusion: anomaly.Diffusion,
-    timesteps: tuple[int, ...],
-) -> tuple[float, ...]:
-    """Median KL of a slice's foreground latents, least over the slices; one at each noise level, in nats.
+def typical_kl(seen: Seen, timesteps: tuple[int, ...]) -> tuple[tuple[float, float], ...]:
+    """Median KL of a slice's foreground latents, least and greatest over the slices of the gate, in nats.
 
-    Low levels see texture, high ones anatomy and contrast: another sequence differs in one or the other,
-    and in every slice. A lesion raises the median of its own slices too, since the network sees a slice
-    as a whole: the least one is that of a slice without it.
+    One pair at each noise level: low levels see texture, high ones anatomy and contrast, and another
+    sequence differs in one or the other. A lesion raises the median of its own slices too, since the
+    network sees a slice as a whole: the least one is that of a slice without it.
     """
-    seen = latents.any(axis=(1, 2))
-    return tuple(_typical(anomaly.kl_map(z0, slices, diffusion, (t,))[seen], latents[seen]) for t in timesteps)
+    some = gate_slices(len(seen.x))
+    some = some[seen.latents[some].any(axis=(1, 2))]
+
+    def medians(t: int) -> list[float]:
+        kl = anomaly.kl_map(seen.z0[some], seen.known[some], seen.diffusion, (t,))
+        return [float(np.median(k[inside])) for k, inside in zip(kl, seen.latents[some], strict=True)] or [float("nan")]
+
+    # numpy's least and greatest, not Python's: NaN, of a model gone wrong, stays NaN.
+    return tuple((float(np.min(m)), float(np.max(m))) for m in map(medians, timesteps))
 
 
-def _typical(kl: FloatArray, latents: BoolArray) -> float:
-    # numpy's least, not Python's: NaN, of a model gone wrong, stays NaN.
-    medians = [np.median(k[inside]) for k, inside in zip(kl, latents, strict=True)]
-    return float(np.min(medians)) if medians else float("nan")
+def reconstruction_error(seen: Seen, models: Models) -> float:
+    """Mean |x - D(z0)| over the foreground of the gate's slices."""
+    some = gate_slices(len(seen.x))
+    return float(np.abs(models.decode(seen.z0[some]) - seen.x[some])[:, 0][seen.foreground[some]].mean())
 
 
-def reconstruction_error(x: FloatArray, foreground: BoolArray, reconstruction: FloatArray) -> float:
-    """Mean |x - D(z0)| over the foreground, each (N, H, W)."""
-    return float(np.abs(reconstruction - x)[foreground].mean())
-
-
-def _scores(
-    kl: FloatArray, latents: BoolArray, typical: tuple[float, ...], reconstruction: float, gate: Gate
-) -> Scores:
+def _scores(kl: FloatArray, seen: Seen, models: Models, gate: Gate) -> Scores:
     """Image-wise scores of the analysed slices."""
-    inside = kl[latents]
+    inside = kl[seen.latents]
     out = (inside < gate.latent.low) | (inside > gate.latent.high)
-    by_slice = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, latents, strict=True)]
-    slices = np.array(by_slice, np.float32)
-    return Scores(anomaly.score(kl, latents), slices, typical, reconstruction, float(out.mean()))
+    by_slice = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, seen.latents, strict=True)]
+    return Scores(
+        scan=anomaly.score(kl, seen.latents),
+        slices=np.array(by_slice, np.float32),
+        typical=typical_kl(seen, gate.timesteps),
+        reconstruction=reconstruction_error(seen, models),
+        fraction_out=float(out.mean()),
+    )
 
 
 def check_gate(scores: Scores, gate: Gate) -> None:
@@ -209,16 +302,20 @@ def check_gate(scores: Scores, gate: Gate) -> None:
     Raises
     ------
     OutOfDistribution
-        A score is outside the healthy range, on either side.
+        A score is outside the healthy range, on either side; the typical KL, in every slice.
     """
     reasons = []
-    levels = zip(gate.timesteps, scores.typical, gate.typical, strict=True)
-    for name, value, healthy in (
-        *((f"least median KL of a slice at t = {t}", value, healthy) for t, value, healthy in levels),
-        ("reconstruction error", scores.reconstruction, gate.reconstruction),
-    ):
-        if not healthy.holds(value):
-            reasons.append(f"its {name} is {value:.3g}, healthy scans span {healthy.low:.3g} to {healthy.high:.3g}")
+    for t, (least, greatest), healthy in zip(gate.timesteps, scores.typical, gate.typical, strict=True):
+        if not (least <= healthy.high and greatest >= healthy.low):
+            reasons.append(
+                f"the median KL of its slices at t = {t} spans {least:.3g} to {greatest:.3g}, "
+                f"healthy scans have slices between {healthy.low:.3g} and {healthy.high:.3g}"
+            )
+    if not gate.reconstruction.holds(scores.reconstruction):
+        reasons.append(
+            f"its reconstruction error is {scores.reconstruction:.3g}, "
+            f"healthy scans span {gate.reconstruction.low:.3g} to {gate.reconstruction.high:.3g}"
+        )
     if scores.fraction_out > gate.max_fraction_out:
         reasons.append(
             f"{scores.fraction_out:.0%} of its latents are outside the healthy range, at most "

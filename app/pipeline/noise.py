@@ -1,7 +1,7 @@
 """Noise that depends only on what it is for.
 
-Drawn from a generator keyed by (seed, slice, purpose, t): skipping slices, batching, or halving a
-batch changes nothing.
+Drawn from a generator keyed by (seed, purpose and view, t, slice): skipping slices, batching, or
+halving a batch changes nothing.
 """
 
 from dataclasses import dataclass
@@ -21,6 +21,9 @@ class Purpose(IntEnum):
     KNOWN = 3
 
 
+PURPOSES = len(Purpose) + 1
+
+
 @dataclass(frozen=True)
 class KeyedNoise:
     """Standard normal noise for latents.
@@ -31,15 +34,20 @@ class KeyedNoise:
         The manifest's, or the caller's.
     shape : tuple of int
         (C, h, w) of one slice's latent.
+    view : int
+        Which of the manifest's views; 0 is the plain one.
     """
 
     seed: int
     shape: tuple[int, int, int]
+    view: int = 0
 
     def __call__(self, purpose: Purpose, slices: npt.NDArray[np.int64], t: int) -> FloatArray:
         """Noise of some slices (their indices in the scan's stack) at one t, (N, C, h, w)."""
         drawn = np.empty((len(slices), *self.shape), dtype=np.float32)
         for row, index in enumerate(slices):
-            generator = np.random.default_rng([self.seed, int(purpose), t, int(index)])
+            # View and purpose share a word: a fifth could be mistaken for the second word of a large seed.
+            key = [self.seed, int(purpose) + PURPOSES * self.view, t, int(index)]
+            generator = np.random.default_rng(key)
             generator.standard_normal(out=drawn[row], dtype=np.float32)
         return drawn

@@ -8,13 +8,14 @@ import pytest
 from nibabel import affines
 
 from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
-from app.manifest import Manifest, Range
+from app.manifest import Manifest, Range, View
 from app.pipeline import anomaly
-from app.pipeline.detect import GATE_SLICES, Detection, detect, network_evaluations, typical_kl
+from app.pipeline.detect import GATE_SLICES, Detection, Seen, detect, network_evaluations, typical_kl
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
-from app.volume import Volume
+from app.pipeline.views import turn, turn_back
+from app.volume import FloatArray, Volume
 from tests.support.oracle import GaussianDenoiser
 from tests.support.phantom import brain, grid, with_lesion
 
@@ -132,7 +133,7 @@ def test_only_masked_slices_are_reversed(sick: Volume, models: Models, manifest:
     d = detect(sick, counter.models, manifest)
     k, hit = int(d.analysed.sum()), int(d.latent_mask.any(axis=(1, 2)).sum())
     assert 0 < hit < k
-    assert counter.calls["denoise"] == network_evaluations(manifest, k, hit) == 3 * k + 5 * hit + GATE_SLICES
+    assert counter.calls["denoise"] == network_evaluations(manifest, k, d.reversed) == 3 * k + 5 * hit + GATE_SLICES
     assert counter.calls["encode"] == k
     # The gate's, the counterparts, and (for this manifest's residual) the reconstructions.
     assert counter.calls["decode"] == GATE_SLICES + 2 * hit
@@ -193,21 +194,27 @@ def test_the_noise_of_a_slice_is_keyed_by_its_place_in_the_stack(
 
 
 @pytest.mark.parametrize("side", ["low", "high"])
-@pytest.mark.parametrize(
-    ("field", "name"),
-    [("typical", "least median KL of a slice at t = 500"), ("reconstruction", "reconstruction error")],
-)
-def test_the_gate_refuses_on_both_sides(
-    healthy: Volume, models: Models, manifest: Manifest, field: str, name: str, side: str
+def test_the_gate_refuses_a_reconstruction_error_on_both_sides(
+    healthy: Volume, models: Models, manifest: Manifest, side: str
 ) -> None:
-    scores = detect(healthy, models, manifest).scores
-    value = scores.typical[0] if field == "typical" else scores.reconstruction
-    holds = Range(low=value * 0.99, high=value * 1.01)
-    detect(healthy, models, changed(manifest, "gate", **{field: (holds,) if field == "typical" else holds}))
+    value = detect(healthy, models, manifest).scores.reconstruction
+    detect(healthy, models, changed(manifest, "gate", reconstruction=Range(low=value * 0.99, high=value * 1.01)))
     beyond = Range(low=value * 1.01, high=1.0) if side == "low" else Range(low=0.0, high=value * 0.99)
     with pytest.raises(OutOfDistribution) as caught:
-        detect(healthy, models, changed(manifest, "gate", **{field: (beyond,) if field == "typical" else beyond}))
-    assert f"its {name} is {value:.3g}" in caught.value.found
+        detect(healthy, models, changed(manifest, "gate", reconstruction=beyond))
+    assert f"its reconstruction error is {value:.3g}" in caught.value.found
+
+
+def test_the_gate_refuses_what_no_slice_of_is_typical(healthy: Volume, models: Models, manifest: Manifest) -> None:
+    """Below the range, the greatest of the slices counts; above it, the least."""
+    least, greatest = detect(healthy, models, manifest).scores.typical[0]
+    assert least < 0.9 * greatest
+    for low, high in ((greatest * 0.99, 1.0), (0.0, least * 1.01)):
+        detect(healthy, models, changed(manifest, "gate", typical=(Range(low=low, high=high),)))
+    for low, high in ((greatest * 1.01, 1.0), (0.0, least * 0.99)):
+        with pytest.raises(OutOfDistribution) as caught:
+            detect(healthy, models, changed(manifest, "gate", typical=(Range(low=low, high=high),)))
+        assert f"the median KL of its slices at t = 500 spans {least:.3g} to {greatest:.3g}" in caught.value.found
 
 
 def test_the_gate_counts_latents_so_that_a_tumour_passes(
@@ -221,19 +228,23 @@ def test_the_gate_counts_latents_so_that_a_tumour_passes(
         detect(huge, models, gated)
 
 
-def test_what_is_typical_is_what_the_best_slice_shows() -> None:
+def test_what_is_typical_is_seen_slice_by_slice() -> None:
     schedule = Schedule.linear(1000, 0.0015, 0.0195)
     z0 = np.random.default_rng(2).standard_normal((4, 1, 8, 8), dtype=np.float32)
     healthy = anomaly.Diffusion(schedule, GaussianDenoiser(schedule, np.zeros(1), np.ones(1)), KeyedNoise(7, (1, 8, 8)))
     inside = np.ones((4, 8, 8), dtype=bool)
-    slices = np.arange(4)
-    each = [typical_kl(z0[i : i + 1], slices[i : i + 1], inside[i : i + 1], healthy, (100,))[0] for i in range(4)]
-    assert typical_kl(z0, slices, inside, healthy, (100,))[0] == pytest.approx(min(each))
+
+    def typical(latents: FloatArray, of: slice = slice(0, 4)) -> tuple[float, float]:
+        known = np.arange(4)[of]
+        return typical_kl(Seen(latents[of], inside[of], known, latents[of], inside[of], healthy), (100,))[0]
+
+    each = [typical(z0, slice(i, i + 1)) for i in range(4)]
+    assert all(least == greatest for least, greatest in each)
+    assert typical(z0) == pytest.approx((min(each)[0], max(each)[0]))
     diseased = z0.copy()
-    diseased[np.argmax(each)] += 5
-    assert typical_kl(diseased, slices, inside, healthy, (100,))[0] == pytest.approx(min(each))
-    everywhere = typical_kl(z0 + np.float32(5), slices, inside, healthy, (100,))[0]
-    assert everywhere > 5 * min(each), "what is unknown everywhere is unknown in its best slice"
+    diseased[np.argmax(each, axis=0)[0]] += 5
+    assert typical(diseased)[0] == pytest.approx(min(each)[0])
+    assert typical(z0 + np.float32(5))[0] > 5 * min(each)[0], "what is unknown everywhere is unknown in its best slice"
 
 
 def test_a_model_gone_wrong_is_refused_and_never_read_as_healthy(
@@ -242,7 +253,7 @@ def test_a_model_gone_wrong_is_refused_and_never_read_as_healthy(
     def nan(z_t: np.ndarray, t: np.ndarray) -> np.ndarray:
         return np.asarray(z_t * np.nan * t[0], dtype=np.float32)
 
-    with pytest.raises(OutOfDistribution, match="least median KL of a slice at t = 500 is nan"):
+    with pytest.raises(OutOfDistribution, match="the median KL of its slices at t = 500 spans nan to nan"):
         detect(healthy, Models(models.encode, nan, models.decode), manifest)
 
 
@@ -290,3 +301,51 @@ def test_cancelling_stops_between_evaluations(sick: Volume, models: Models, mani
         detect(sick, counter.models.in_batches(8, tick), manifest)
     assert sum(counter.calls.values()) == sum(seen)
     assert counter.calls["decode"] == 0
+
+
+# ---- several views -----------------------------------------------------------------------------
+
+FOUR = (View(), View(mirrored=True, shift=(1, 1)), View(shift=(1, 1)), View(mirrored=True))
+
+
+@pytest.fixture(scope="module")
+def averaged(sick: Volume, models: Models, manifest: Manifest) -> tuple[Counter, Detection]:
+    counter = Counter(models)
+    return counter, detect(sick, counter.models, manifest.model_copy(update={"views": FOUR}))
+
+
+def test_the_plain_view_decides_on_the_gate_and_the_kl(averaged: tuple[Counter, Detection], found: Detection) -> None:
+    _, d = averaged
+    np.testing.assert_array_equal(d.kl, found.kl)
+    np.testing.assert_array_equal(d.latent_mask, found.latent_mask)
+    assert d.scores.typical == found.scores.typical
+    assert d.reversed[0] == found.reversed[0] == found.latent_mask.any(axis=(1, 2)).sum()
+
+
+def test_views_are_averaged_where_they_belong(averaged: tuple[Counter, Detection], found: Detection) -> None:
+    """The lesion lies to one side: a view that were not turned back would show a second one opposite."""
+    _, d = averaged
+    sides = [
+        float(np.nansum(m.anomaly[:, :, columns])) for m in (d, found) for columns in (slice(0, 28), slice(28, 56))
+    ]
+    assert sides[0] == pytest.approx(sides[2], abs=0.02 * sides[3])
+    assert sides[1] == pytest.approx(sides[3], rel=0.2)
+    np.testing.assert_array_equal(np.isnan(d.anomaly), np.isnan(found.anomaly))
+    assert not np.array_equal(d.anomaly, found.anomaly)
+
+
+def test_each_view_is_counted(averaged: tuple[Counter, Detection], manifest: Manifest) -> None:
+    counter, d = averaged
+    k = int(d.analysed.sum())
+    views = manifest.model_copy(update={"views": FOUR})
+    assert counter.calls["denoise"] == network_evaluations(views, k, d.reversed)
+    assert counter.calls["denoise"] == GATE_SLICES + 4 * 3 * k + 5 * sum(d.reversed)
+    assert counter.calls["encode"] == 4 * k
+
+
+def test_a_view_is_turned_back_exactly() -> None:
+    stack = np.random.default_rng(0).random((3, 6, 8))
+    for view in (*FOUR, View(mirrored=True, shift=(2, -3))):
+        np.testing.assert_array_equal(turn_back(turn(stack, view), view), stack)
+    np.testing.assert_array_equal(turn(stack, View(mirrored=True)), stack[..., ::-1])
+    assert turn(stack, View(shift=(1, 0)))[0, 1, 0] == stack[0, 0, 0]

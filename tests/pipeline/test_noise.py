@@ -29,8 +29,10 @@ def test_batching_skipping_and_order_change_nothing() -> None:
 def test_no_two_keys_share_a_draw() -> None:
     """Neither with each other, nor by one key's numbers being another's, moved along."""
     firsts = [
-        KeyedNoise(seed, (1, 2, 2))(purpose, np.array([index]), t).tobytes()
-        for seed, purpose, t, index in product((0, 1, 2, 3, 2**32, 2**40 + 1), Purpose, (1, 2, 3, 500), (0, 1, 2, 3))
+        KeyedNoise(seed, (1, 2, 2), view)(purpose, np.array([index]), t).tobytes()
+        for seed, purpose, t, index, view in product(
+            (0, 1, 2, 3, 2**32, 2**40 + 1), Purpose, (1, 2, 3, 500), (0, 1, 2, 3), (0, 1, 2)
+        )
     ]
     assert len(set(firsts)) == len(firsts)
 
