@@ -8,11 +8,9 @@ out or with a lesion painted at the brain's surface, compared with what the whol
 """
 
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import nibabel as nib
@@ -23,7 +21,6 @@ from scipy.spatial.transform import Rotation
 
 from app.brain import Brain, Networks, extract, locate, outside_share
 from app.errors import BrainNotExtracted
-from app.ingest import read
 from app.pipeline.findings import dice
 from app.pipeline.prepare import BoolArray
 from app.runtime.bundle import shipped_models
@@ -31,23 +28,13 @@ from app.runtime.extractor import EXTRACTOR, load_extractor
 from app.volume import Volume
 from training.config import data_root
 from training.data import load_volume
+from training.foreign import heads
 
 plt.switch_backend("Agg")
 
 OTHER = ("clinical_scct_ct_template", "clinical_stroke_T2", "M2208_T2w", "clinical_gg_flair_template", "CT_pitch")
 CHANGED = ("IXI335", "IXI481", "IXI174")
 LESION_MM = 14.0
-
-
-def heads() -> Iterator[tuple[str, Volume]]:
-    """T1 with skull."""
-    for path in sorted((data_root() / "ixi_2mm" / "t1").glob("*.nii.gz")):
-        yield path.name[:6], load_volume(path)
-    yield "MNI152", load_volume(data_root() / "nifti_misc" / "MNI152_T1_2mm.nii.gz")
-    for name in ("uih_umr770_t1_sag_32of160", "studyforrest_t1_defaced_96of384"):
-        with TemporaryDirectory() as folder, tarfile.open(data_root() / "dicom" / f"{name}.tar.xz") as archive:
-            archive.extractall(folder, filter="data")
-            yield name, read(Path(folder), scratch=Path(folder)).volume
 
 
 def others() -> Iterator[tuple[str, Volume]]:
@@ -161,14 +148,14 @@ def main(out: Path, which: str) -> None:
         tell_shares(networks)
         return
     if which != "--changed":
-        found = [(name, volume, tell(name, volume, networks)) for name, volume in heads()]
+        found = [(name, volume, tell(name, volume, networks)) for _, name, volume in heads()]
         shown = [(name, volume, brain.mask) for name, volume, brain in found if brain]
         for start in range(0, len(shown), 7):
             picture(shown[start : start + 7], out / f"heads-{start // 7}.png")
         for name, volume in others():
             tell(name, volume, networks)
         return
-    for name, volume in heads():
+    for _, name, volume in heads():
         if name not in CHANGED or not (whole := tell(name, volume, networks)):
             continue
         for what, other in changed(volume, whole.mask):

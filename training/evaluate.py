@@ -24,7 +24,7 @@ from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config
 from training.data import load_volume, subject_path
-from training.foreign import all_foreign
+from training.foreign import all_foreign, heads
 from training.lesions import gold_shape, insert_lesion
 from training.splits import Split, load_split
 from training.tables import render
@@ -120,6 +120,28 @@ def without_skull(volume: Volume, bundle: Bundle) -> Volume:
     return brain.volume if isinstance(brain, Brain) else volume
 
 
+def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
+    """T1 with skull from other scanners: whether they are analysed, and what is found."""
+    rows = []
+    for head in tqdm(heads(), desc="heads", unit="scan"):
+        row: Row = {"kind": head.kind, "name": head.name}
+        try:
+            volume = without_skull(head.volume, bundle)
+            detection, result, _ = run_detection(volume, bundle)
+            row |= {
+                "outcome": "analysed",
+                "found_ml": float(result.mask.sum()) * volume.voxel_ml,
+                "findings": len(result.lesions),
+                "typical": detection.scores.typical,
+                "reconstruction": detection.scores.reconstruction,
+                "fraction_out": detection.scores.fraction_out,
+            }
+        except CounterpartError as error:
+            row |= {"outcome": error.code, "found": error.found}
+        rows.append(row)
+    return rows
+
+
 def evaluate_foreign(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     """What happens to scans of another kind."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -135,6 +157,7 @@ def evaluate_foreign(_config: Config, bundle: Bundle, _split: Split) -> list[Row
 PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
     "healthy": evaluate_healthy,
     "lesions": evaluate_lesions,
+    "heads": evaluate_heads,
     "foreign": evaluate_foreign,
 }
 

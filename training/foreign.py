@@ -1,13 +1,16 @@
-"""Scans that a bundle must refuse: other sequences, body parts; and heads of its own sequence, from elsewhere."""
+"""Scans from elsewhere: heads of the bundle's own sequence, and what it must refuse, other sequences and body parts."""
 
 import io
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from app.ingest import read
 from app.volume import FloatArray, Volume
 from training.config import data_root
 from training.data import load_volume
@@ -16,7 +19,6 @@ from training.data import load_volume
 FIELD_OF_VIEW_MM = 200.0
 PER_CLASS = 40
 LGG_SLICES = 40
-IXI_SCANS = 20
 
 
 class Foreign(NamedTuple):
@@ -58,11 +60,21 @@ def lgg() -> Iterator[Foreign]:
             yield Foreign("TCGA-LGG FLAIR with skull, slice", str(i), picture(images[i].astype(np.float32)))
 
 
+def heads() -> Iterator[Foreign]:
+    """T1 with skull, of other scanners: 20 healthy volunteers of IXI, a template, and two DICOM series."""
+    root = data_root()
+    for path in sorted((root / "ixi_2mm" / "t1").glob("*.nii.gz")):
+        yield Foreign("IXI", path.name[:6], load_volume(path))
+    yield Foreign("template", "MNI152", load_volume(root / "nifti_misc" / "MNI152_T1_2mm.nii.gz"))
+    for kind, name in (("UIH", "uih_umr770_t1_sag_32of160"), ("studyforrest", "studyforrest_t1_defaced_96of384")):
+        with TemporaryDirectory() as folder, tarfile.open(root / "dicom" / f"{name}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+            yield Foreign(kind, name, read(Path(folder), scratch=Path(folder)).volume)
+
+
 def volumes() -> Iterator[Foreign]:
     """Whole scans of other sequences and preparations."""
     root = data_root()
-    for path in sorted((root / "ixi_2mm" / "t1").glob("*.nii.gz"))[:IXI_SCANS]:
-        yield Foreign("IXI T1, its brain taken out", path.name, load_volume(path))
     for path in sorted((root / "brats2013").glob("*_flair_u8.nii.gz")):
         yield Foreign("BRATS FLAIR, skull-stripped", path.name, load_volume(path))
     for path in sorted((root / "ms_open_ms_data").glob("*FLAIR_mni_brain*.nii.gz")):
@@ -73,7 +85,6 @@ def volumes() -> Iterator[Foreign]:
         ("clinical_stroke_T2", "T2"),
         ("M2208_T2w", "T2"),
         ("clinical_gg_flair_template", "FLAIR template"),
-        ("MNI152_T1_2mm", "T1 template, its brain taken out"),
     ):
         yield Foreign(kind, name, load_volume(root / "nifti_misc" / f"{name}.nii.gz"))
 

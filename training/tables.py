@@ -1,7 +1,7 @@
 """Tables of an evaluation, and their place in the README; no number is typed by hand."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,22 @@ def lesion_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def heads_table(rows: list[dict[str, Any]]) -> list[str]:
+    """How many heads of other scanners were analysed, and how much was found in them."""
+    lines = [
+        "| T1 with skull | analysed | found, ml: median (least to greatest) | others |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        found = [row["found_ml"] for row in mine if row["outcome"] == "analysed"]
+        volumes = f"{np.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else ""
+        others = Counter(row["outcome"] for row in mine if row["outcome"] != "analysed")
+        answers = ", ".join(f"{code} {count}" for code, count in sorted(others.items()))
+        lines.append(f"| {kind} | {len(found)} of {len(mine)} | {volumes} | {answers} |")
+    return lines
+
+
 def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
     """How many scans of each foreign kind were refused, and why."""
     lines = ["| foreign scans | refused | answers |", "| --- | --- | --- |"]
@@ -87,6 +103,7 @@ def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Pat
             "Real lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
             lesion_table,
         ),
+        ("heads", "Heads from other scanners, the brain taken out", heads_table),
         ("foreign", "Scans of another kind", foreign_table),
     )
     lines: list[str] = []
