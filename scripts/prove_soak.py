@@ -44,7 +44,7 @@ class Look:
     files : int
         Open file handles.
     cores : float
-        Processor seconds so far.
+        Processor seconds so far, with those of children that have ended.
     """
 
     megabytes: float
@@ -69,7 +69,8 @@ def look(pid: int) -> Look:
         proc = Path(f"/proc/{member}")
         megabytes += int((proc / "statm").read_text().split()[1]) * page
         files += len(list((proc / "fd").iterdir()))
-        cores += sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:13])) / tick
+        # utime, stime, cutime, cstime: where a cancelled scan's process was killed, its work is its parent's.
+        cores += sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:15])) / tick
     return Look(megabytes, files, cores)
 
 
