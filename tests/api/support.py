@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import warnings
@@ -30,8 +31,8 @@ def scan(**orders: object) -> bytes:
     ----------
     **orders
         `seconds` of inference, `fail` (a class of `app.errors`), `crash` (text of a ValueError),
-        `shout` (text on every stream that a library may write to), `die` (end the process), `hungry` (allocate so many bytes), `deaf` (seconds without a word), and anything
-        else to make it another scan.
+        `shout` (text on every stream that a library may write to), `die` (end the process), `hungry` (allocate so
+        many bytes), `deaf` (seconds without a word), and anything else to make it another scan.
     """
     header = np.zeros(NIFTI1_BYTES, np.uint8)
     header[:4] = np.frombuffer(NIFTI1_BYTES.to_bytes(4, "little"), np.uint8)
@@ -96,7 +97,8 @@ class FakeEngine:
 
 def shout(text: str) -> None:
     """Everything that puts words on a process's streams, the last one below Python."""
-    print(text, flush=True)
+    sys.stdout.write(text)
+    sys.stdout.flush()
     logging.getLogger("pydicom").error(text)
     warnings.warn(text, stacklevel=1)
     thread = threading.Thread(target=int, args=(text,))  # which ends with a traceback

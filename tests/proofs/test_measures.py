@@ -7,7 +7,9 @@ from scripts.prove_soak import look
 
 # A parent whose child works for a second, ends and is reaped; then the parent waits.
 WORK = "import time\nwhile time.process_time() < 1.0: pass"
-PARENT = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORK!r}]); print(flush=True); sys.stdin.read()"
+PARENT = (
+    f"import subprocess, sys; subprocess.run([sys.executable, '-c', {WORK!r}]); print(flush=True); sys.stdin.read()"
+)
 
 
 def test_the_work_of_children_that_ended_counts() -> None:
