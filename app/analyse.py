@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from app.brain import Brain, extract
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
@@ -167,7 +169,7 @@ def infer(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) 
 def _write_images(out: Path, scan: Scan, result: Result) -> None:
     """The three volumes, on the scan's own grid."""
     code = scan.source.sform_code
-    what = {
+    what: dict[str, tuple[npt.NDArray[Any], str]] = {
         "mask": (result.mask, "1 where the scan differs from its counterpart"),
         "anomaly": (result.anomaly, "residual; NaN where not analysed"),
         "counterpart": (result.counterpart, "imagined healthy counterpart"),

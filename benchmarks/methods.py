@@ -84,7 +84,7 @@ class Peers:
     def pixel_unet(self) -> torch.nn.Module:
         """The denoiser's own shape, on one channel of pixels."""
         c = self._config.denoiser
-        return DiffusionModelUNet(
+        unet: torch.nn.Module = DiffusionModelUNet(
             spatial_dims=2,
             in_channels=1,
             out_channels=1,
@@ -92,7 +92,8 @@ class Peers:
             channels=c.channels,
             attention_levels=c.attention,
             num_head_channels=c.head_channels,
-        ).eval()
+        )
+        return unet.eval()
 
     def pixel_method(self, steps: int) -> Method:
         """AnoDDPM (Wyatt et al. 2022): diffuse the image so far, and come all the way back."""
@@ -168,4 +169,4 @@ class Peers:
 def _gigaflops(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(*inputs)
-    return counter.get_total_flops() / 1e9
+    return float(counter.get_total_flops()) / 1e9

@@ -23,9 +23,9 @@ Weights = dict[str, torch.Tensor]
 class TorchNetworks:
     """The three networks, on the CPU, without gradients."""
 
-    encoder: nn.Module
+    encoder: Encode
     denoiser: nn.Module
-    decoder: nn.Module
+    decoder: Decode
 
     def models(self) -> Models:
         """As the pipeline calls them."""

@@ -3,6 +3,7 @@
 Nothing is left out and nothing is added: no skipped slice, no exact short cut, eager torch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -73,7 +74,8 @@ class Process:
     def diffuse(self, z0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
         """z_t ~ q(z_t | z0) for a given noise."""
         a = float(self.schedule.alpha_bar_at(t))
-        return a**0.5 * z0 + (1 - a) ** 0.5 * noise
+        z_t: torch.Tensor = math.sqrt(a) * z0 + math.sqrt(1 - a) * noise
+        return z_t
 
     def step(self, z: torch.Tensor, t: int, t_next: int, sampler: Sampler) -> torch.Tensor:
         """One reverse step: DDIM (eta = 0), or a draw from the posterior of this very pair of times (DDPM)."""
@@ -83,9 +85,9 @@ class Process:
         if sampler == "ddim":
             return self.diffuse(z0, epsilon, t_next)
         alpha = a / after
-        mean = (after**0.5 * (1 - alpha) * z0 + alpha**0.5 * (1 - after) * z) / (1 - a)
+        mean: torch.Tensor = (after**0.5 * (1 - alpha) * z0 + alpha**0.5 * (1 - after) * z) / (1 - a)
         variance = (1 - alpha) * (1 - after) / (1 - a)
-        return mean + variance**0.5 * self.draw(z) if variance else mean
+        return mean + math.sqrt(variance) * self.draw(z) if variance else mean
 
 
 def kl_map(z0: torch.Tensor, process: Process, times: tuple[int, ...]) -> torch.Tensor:

@@ -35,7 +35,7 @@ def volume_seconds(found: dict[str, Any]) -> list[float]:
 def slice_gigaflops(found: dict[str, Any], costs: dict[str, float]) -> float:
     """Thousand million operations of the networks, a slice."""
     last = found["repeats"][-1]
-    return sum(count * costs[name] for name, count in last["counts"].items()) / last["sample"]
+    return float(sum(count * costs[name] for name, count in last["counts"].items()) / last["sample"])
 
 
 def main_table(document: dict[str, Any]) -> list[str]:

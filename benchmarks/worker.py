@@ -86,7 +86,7 @@ class Measured:
 
             counted = counting(models, self.counts)
         batched = counted.in_batches(self.row.batch, lambda _: None)
-        self.detect = lambda volume: detect(volume, batched, self.manifest)
+        self.detect: Callable[[Any], Any] = lambda volume: detect(volume, batched, self.manifest)
         self.slices = self.sample = 0  # known after the first run
 
         def work() -> None:

@@ -6,9 +6,11 @@ import pytest
 from app.pipeline.schedule import Schedule
 from tests.support.oracle import GaussianDenoiser
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from benchmarks import paper  # noqa: E402 - after the check for torch
+import torch
+
+from benchmarks import paper
 
 pytestmark = pytest.mark.training
 
