@@ -28,6 +28,8 @@ PHASES = {
 }
 OTHER = "everything else"
 NETWORKS = ("encode", "denoise", "decode")
+# The gate takes KL maps of its own.
+LENT = ("denoise", "KL")
 ORDER = (
     "read", "inflate", "extract the brain", "prepare", "encode", "KL", "gate", "reverse", "decode",
     "back to the scan's grid", "write", OTHER,
@@ -77,12 +79,12 @@ class Tracer:
             self._open.pop()
 
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The same function, as a phase; the denoiser belongs to whoever asks it."""
+        """The same function, as a phase; the denoiser and the KL map belong to whoever asks them."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             network = name in NETWORKS
             inside = self._open[-1][0]
-            with self.phase(inside if name == "denoise" and inside != OTHER else name, network=network):
+            with self.phase(inside if name in LENT and inside != OTHER else name, network=network):
                 return function(*args, **kwargs)
 
         return call

@@ -48,6 +48,16 @@ def test_the_denoiser_belongs_to_whoever_asks_it() -> None:
     assert not any(phase == "denoise" for phase, _ in phases)
 
 
+def test_the_gates_own_kl_maps_are_the_gates() -> None:
+    tracer = Tracer()
+    denoise = tracer.wrap(lambda: sum(range(1000)), "denoise")
+    kl_map = tracer.wrap(denoise, "KL")
+    tracer.wrap(kl_map, "gate")()
+    kl_map()
+    phases = {(s.phase, s.network) for s in tracer.finish()}
+    assert {("gate", True), ("KL", True)} <= phases
+
+
 def test_the_probe_tells_the_golden_pair_from_the_scan() -> None:
     text = "evaluated 11.0\nevaluated 11.5\nscan\nevaluated 13.0\nevaluated 14.0\n"
     assert read_probe(text, 10.0) == {"golden": 1.0, "scan": 3.0}
