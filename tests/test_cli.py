@@ -220,6 +220,18 @@ def test_help_does_not_pay_for_the_rest() -> None:
     assert shortest < 4 * HELP_SECONDS  # a busy machine is four times slower, not ten
 
 
+def test_help_itself_imports_nothing_heavy() -> None:
+    """What --help draws with is imported only when it draws: all of it is asked here, not the module alone."""
+    heavy = ("numpy", "scipy", "nibabel", "pydantic", "pydicom", "highdicom", "fastapi", "dbos", "onnxruntime", "torch")
+    code = (
+        "import sys\nfrom app.cli import main\nsys.argv = ['counterpart', '--help']\ntry:\n    main()\n"
+        f"except SystemExit:\n    sys.stderr.write(str([m for m in {heavy} if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Write mask, anomaly map" in done.stdout  # the rest may be on the next line
+    assert done.stderr == "[]"
+
+
 def test_dice() -> None:
     a, b = np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4), bool)
     assert dice(a, b) == 1.0
