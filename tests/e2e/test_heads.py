@@ -33,9 +33,14 @@ def networks() -> Networks:
     return load_extractor(shipped_models() / EXTRACTOR).networks
 
 
-def scan(real_scans: Path, name: str) -> Volume:
-    image = nib.load(real_scans / f"{name}.nii.gz")
+def load(path: Path) -> nib.Nifti1Image:
+    image = nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
+    return image
+
+
+def scan(real_scans: Path, name: str) -> Volume:
+    image = load(real_scans / f"{name}.nii.gz")
     return Volume(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine))
 
 
@@ -57,8 +62,8 @@ def test_an_ordinary_t1_with_skull_is_analysed(real_scans: Path, tmp_path: Path)
     """Of another scanner than training's: what is judged is the brain that was taken out, and nothing beside it."""
     path = real_scans / "ixi_2mm" / "t1" / f"{ORDINARY}_T1.nii.gz"
     subprocess.run([*COUNTERPART, "detect", str(path), "-o", str(tmp_path)], check=True, capture_output=True)
-    head = nib.load(path)
-    brain, mask, anomaly = (nib.load(tmp_path / f"{name}.nii.gz") for name in ("brain", "mask", "anomaly"))
+    head = load(path)
+    brain, mask, anomaly = (load(tmp_path / f"{name}.nii.gz") for name in ("brain", "mask", "anomaly"))
     assert all(image.shape == head.shape and np.array_equal(image.affine, head.affine) for image in (brain, mask))
     inside, judged = brain.get_fdata() > 0, np.isfinite(anomaly.get_fdata())
     assert judged.sum() > 0.7 * inside.sum()
