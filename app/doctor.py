@@ -107,6 +107,9 @@ def check_decoders() -> Iterator[Check]:
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
+    from app.ingest import pixels
+
+    assert pixels  # it chooses among pydicom's decoders
     for name, syntaxes in SYNTAXES.items():
         decoders = [get_decoder(UID(syntax)) for syntax in syntaxes]
         plugins = sorted({plugin for decoder in decoders for plugin in decoder.available_plugins})

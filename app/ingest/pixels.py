@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.decoders.base import JPEGLSLosslessDecoder, JPEGLSNearLosslessDecoder, get_decoder
 from pydicom.pixels.processing import apply_modality_lut
 from pydicom.uid import UID
 
@@ -18,6 +18,10 @@ from app.ingest.mosaic import split
 from app.volume import FloatArray
 
 jpeg12.register()
+# GDCM never frees the compressed frame of a JPEG-LS stream that breaks off: CharLS alone decodes those.
+for _decoder in (JPEGLSLosslessDecoder, JPEGLSNearLosslessDecoder):
+    if "gdcm" in _decoder.available_plugins:
+        _decoder.remove_plugin("gdcm")
 
 StoredPixels = npt.NDArray[np.generic]
 

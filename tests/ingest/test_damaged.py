@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydicom import dcmread
+from pydicom.encaps import encapsulate, generate_frames
+from pydicom.uid import JPEGLSLossless
 
 from app.errors import CounterpartError, IrregularSlices, TruncatedFile
 from app.volume import Volume
+from scripts.fuzz_ingest import held_mb
 from tests.ingest.conftest import Read
-from tests.support.dicom import SECRET, Series, scanned, write_series, zipped
+from tests.support.dicom import SECRET, Series, datasets, scanned, write_series, zipped
+from tests.support.encoded import stored
 
 # Little endian, as they stand in the file: Rows, PixelSpacing, PixelData.
 ROWS, SPACING, PIXELS = b"\x28\0\x10\0US", b"\x28\0\x30\0DS", b"\xe0\x7f\x10\0"
@@ -146,3 +150,22 @@ def test_every_place_to_break_off_is_seen(tmp_path: Path, read_scan: Read, volum
             assert length < series_at + 80  # its series is not readable yet
     # Whole but for its pixels, it is told as a slice that has none.
     assert outcomes == {"truncated_file", "no_image_in_archive"}
+
+
+def test_a_codestream_that_breaks_off_leaves_no_memory_behind(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    dataset = datasets(volume)[0]
+    stored(dataset, np.random.default_rng(0).integers(0, 4096, (1, 512, 512))[0], 12, signed=False)
+    dataset.compress(JPEGLSLossless, generate_instance_uid=False)
+    frame = next(generate_frames(dataset.PixelData, number_of_frames=1))
+    dataset.PixelData = encapsulate([frame[: len(frame) // 2]])
+    dataset.save_as(tmp_path / "broken.dcm")
+
+    def refused(times: int) -> float:
+        for _ in range(times):
+            with pytest.raises(CounterpartError):
+                read_scan(tmp_path / "broken.dcm")
+        return held_mb()
+
+    before = refused(10)
+    # GDCM keeps the 200 kB of each: 8 MB.
+    assert refused(40) - before < 2
