@@ -9,7 +9,8 @@ from app.pipeline import anomaly
 from app.pipeline.detect import Seen, imagine, mean_view, see, smooth
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
-from app.pipeline.prepare import BoolArray, Placement, analysed_slices, to_slices
+from app.pipeline.placement import Placement
+from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn
 from app.runtime.session import as_callable, open_session
