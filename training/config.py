@@ -149,6 +149,7 @@ class BundleConfig(Part):
     data: str
     licence: str
     attribution: str
+    non_commercial: bool = Field(default=False, description="Data that neither pictures nor services may be made of.")
 
 
 class Config(Part):

@@ -1,7 +1,8 @@
 """The frozen splits by subject: drawn once, committed, and obeyed by every command.
 
 `python -m training.splits NAME` drew each, and refuses to draw it again. Of the lesion shapes, those for
-testing are five of 2 ml and more that span the sizes, and three smaller ones; they were named before any result was seen.
+testing are five of 2 ml and more that span the sizes, and three smaller ones; they were named before any
+result was seen.
 """
 
 import json
