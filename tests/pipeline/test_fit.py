@@ -126,7 +126,7 @@ def test_a_lesion_is_seen_at_its_place_and_comes_back_there(name: str, scale: fl
     back = plain.placement.to_volume(change.astype(np.float32))
     assert back.shape == shape
     found = np.nan_to_num(back) > 0.5
-    assert centroid_mm(found, larger) == pytest.approx(at, abs=1.5)
+    assert centroid_mm(found.astype(np.float32), larger) == pytest.approx(at, abs=1.5)
     truth = ball(healthy, at, 14.0 * scale)
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) > 0.85
 

@@ -61,7 +61,7 @@ def flair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         slice_no=np.tile(np.arange(10, dtype=np.int16), 2),
         tumour_px_256=tumour,
     )
-    changes = {"pattern": "slices.npz"}
+    changes: dict[str, object] = {"pattern": "slices.npz"}
     return of(tmp_path, monkeypatch, "flair", changes, pixel_mm=3.8, exclusions="")
 
 
