@@ -2,12 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from app.brain import Brain, extract
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
@@ -166,12 +169,18 @@ def infer(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) 
 def _write_images(out: Path, scan: Scan, result: Result) -> None:
     """The three volumes, on the scan's own grid."""
     code = scan.source.sform_code
-    for name, array, what in (
-        ("mask", result.mask, "1 where the scan differs from its counterpart"),
-        ("anomaly", result.anomaly, "residual; NaN where not analysed"),
-        ("counterpart", result.counterpart, "imagined healthy counterpart"),
-    ):
-        write_nifti(out / f"{name}.nii.gz", array, result.affine, code, f"counterpart: {what}; research use only")
+    what: dict[str, tuple[npt.NDArray[Any], str]] = {
+        "mask": (result.mask, "1 where the scan differs from its counterpart"),
+        "anomaly": (result.anomaly, "residual; NaN where not analysed"),
+        "counterpart": (result.counterpart, "imagined healthy counterpart"),
+    }
+
+    def write(name: str) -> None:
+        array, text = what[name]
+        write_nifti(out / f"{name}.nii.gz", array, result.affine, code, f"counterpart: {text}; research use only")
+
+    with ThreadPoolExecutor(len(what)) as pool:  # zlib lets go of the interpreter's lock
+        list(pool.map(write, what))
 
 
 def _write_brain(out: Path, scan: Scan, brain: Brain | NoBrainMask) -> dict[str, CounterpartError]:

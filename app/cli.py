@@ -1,6 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that --help is quick."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from app import __version__
-from app.errors import CannotAnalyse, CounterpartError, UnreadableScan, UploadError
+from app.errors import CannotAnalyse, CounterpartError, InternalError, UnreadableScan, UploadError
 
 INPUT_ERRORS = (UploadError, UnreadableScan, CannotAnalyse)
 STATUS_OTHER, STATUS_INPUT = 1, 2
@@ -24,13 +24,18 @@ app = typer.Typer(
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
+def errors_told(given: Mapping[str, Path | None] | None = None) -> Iterator[None]:
     """Tell an error as `code: sentence` on standard error, and leave with its exit status.
+
+    Parameters
+    ----------
+    given : mapping of str to Path, optional
+        Paths of the caller by the names of their parameters, which stand for them: they can name a patient.
 
     Raises
     ------
     typer.Exit
-        With 2 where the scan cannot be analysed, with 1 for anything else that is known.
+        With 2 where the scan cannot be analysed, with 1 for anything else.
     """
     try:
         yield
@@ -38,8 +43,42 @@ def errors_told() -> Iterator[None]:
         typer.echo(f"{error.code}: {error}", err=True)
         raise typer.Exit(STATUS_INPUT if isinstance(error, INPUT_ERRORS) else STATUS_OTHER) from error
     except OSError as error:
-        typer.echo(f"{error.strerror or type(error).__name__}: {error.filename or 'no file named'}", err=True)
+        typer.echo(f"{error.strerror or type(error).__name__}: {_place(error, given or {})}", err=True)
         raise typer.Exit(STATUS_OTHER) from error
+    except Exception as error:
+        from app.jobs.runner import where
+
+        # No traceback: the text of an exception may hold a patient's data, or a database's password.
+        fault = InternalError(
+            "Counterpart met an unexpected {exception} in {where}.".format(**where(error)),
+            expected="a result or a reason.",
+            advice="Report this line: it holds nothing of the scan.",
+        )
+        typer.echo(f"{fault.code}: {fault}", err=True)
+        raise typer.Exit(STATUS_OTHER) from error
+
+
+def _place(error: OSError, given: Mapping[str, Path | None]) -> str:
+    if error.filename is None:
+        return "no file named"
+    for name, path in given.items():
+        if path is not None and Path(str(error.filename)).is_relative_to(path):
+            return f"{name}, or a file in it"
+    return str(error.filename)
+
+
+def _there(path: Path | None) -> Path | None:
+    """The path of something that exists; typer's own check repeats the path."""
+    if path is not None and not path.exists():
+        raise typer.BadParameter("there is no such file or folder.")
+    return path
+
+
+def _a_folder(path: Path) -> Path:
+    """The path of a folder that is there or can be made."""
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter("this is no folder.")
+    return path
 
 
 def _tell_version(*, wanted: bool) -> None:
@@ -60,8 +99,8 @@ def options(
 
 @app.command()
 def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other way
-    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", exists=True)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", file_okay=False)],
+    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_there)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", callback=_a_folder)],
     *,
     model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else by modality and sequence.")] = None,
     series: Annotated[
@@ -73,7 +112,7 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     seed: Annotated[int | None, typer.Option(help="Of the noise; else the bundle's.", min=0)] = None,
     truth: Annotated[
         Path | None,
-        typer.Option(help="Known lesion mask; else truth.nii.gz beside the scan.", exists=True, dir_okay=False),
+        typer.Option(help="Known lesion mask; else truth.nii.gz beside the scan.", callback=_there),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -82,7 +121,7 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     from app.cli_detect import beside, run, tell, tell_dice
     from app.settings import read_settings
 
-    with errors_told():
+    with errors_told({"SCAN": scan, "--out": out, "--truth": truth}):
         report = run(scan, out, Request(model, series, seed, geometry), read_settings())
         if as_json:
             typer.echo(report.model_dump_json(indent=1))

@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -113,7 +114,7 @@ def tell_dice(out: Path, truth: Path, console: Console) -> None:
     mask, lesion = (_binary(path) for path in (out / "mask.nii.gz", truth))
     if mask[0].shape != lesion[0].shape or np.abs(mask[1] - lesion[1]).max() > SAME_GRID_MM:
         raise NotAVolume(
-            f"{truth.name} has another grid than the scan.",
+            "The truth has another grid than the scan.",
             expected=f"a mask of shape {mask[0].shape} with the scan's affine.",
             advice="Resample the truth onto the scan, or leave it out.",
         )
@@ -127,7 +128,14 @@ def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
 
 
 def _binary(path: Path) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
-    image = nib.load(path)
+    try:
+        image = nib.load(path)
+    except ImageFileError:
+        raise NotAVolume(
+            "The truth cannot be read as an image.",
+            expected="a mask as NIfTI, on the scan's grid.",
+            advice="Correct it, or leave it out.",
+        ) from None
     assert isinstance(image, nib.Nifti1Image)
     assert image.affine is not None
     return np.asarray(image.dataobj) > 0, image.affine

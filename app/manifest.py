@@ -12,7 +12,7 @@ class Part(BaseModel):
 
 
 class Fit(Part):
-    """A model of pictures without millimetres: every head is stretched in its planes to the same size (decision 13)."""
+    """A model of pictures without millimetres: every head is stretched in its planes to the same size (decision 15)."""
 
     rows: float = Field(
         gt=0, description="The box around the largest axial slice of the head, posterior to anterior ..."

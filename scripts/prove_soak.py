@@ -27,6 +27,8 @@ from scripts.fleet import fleet
 from scripts.soak_traffic import Traffic, probe
 
 P99_SECONDS = 0.05
+# Within which a cancelled scan's worker is free again.
+LET_GO_SECONDS = 1.0
 # Between two looks at the process.
 LOOK_SECONDS = 2.0
 # Flat: what the last third has beyond the middle one. The first is for warming up.
@@ -44,7 +46,7 @@ class Look:
     files : int
         Open file handles.
     cores : float
-        Processor seconds so far.
+        Processor seconds so far, with those of children that have ended.
     """
 
     megabytes: float
@@ -69,7 +71,8 @@ def look(pid: int) -> Look:
         proc = Path(f"/proc/{member}")
         megabytes += int((proc / "statm").read_text().split()[1]) * page
         files += len(list((proc / "fd").iterdir()))
-        cores += sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:13])) / tick
+        # utime, stime, cutime, cstime: where a cancelled scan's process was killed, its work is its parent's.
+        cores += sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:15])) / tick
     return Look(megabytes, files, cores)
 
 
@@ -96,7 +99,8 @@ def prove(folder: Path, minutes: float) -> bool:
     with fleet(folder / "soak", models=str(shipped_models()), threads="0", queue_limit="1000") as service:
         node = service.start("serve")
         node.wait_until_ready()
-        traffic, ended = Traffic(node.port, scan), threading.Event()
+        jobs, ended = folder / "soak" / "store" / "jobs", threading.Event()
+        traffic = Traffic(node.port, scan, jobs)
         start, before = time.monotonic(), look(node.process.pid)
         traffic.start()
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
@@ -120,14 +124,16 @@ def prove(folder: Path, minutes: float) -> bool:
     for kind, taken in calls.items():
         parts = ", ".join(f"p{share:.4g} {1000 * quantile(taken, share / 100):.1f}" for share in (50, 95, 99, 99.9))
         print(f"{kind + ' calls':20s}{len(taken)}; ms: {parts}, longest {1000 * max(taken):.1f}")
+    let_go = max(traffic.tally.let_go_seconds, default=0.0)
     print(f"cancel answered     within {1000 * max(traffic.tally.cancel_seconds, default=0):.0f} ms")
+    print(f"worker let go       within {1000 * let_go:.0f} ms of a cancel")
     print(f"memory              {memory[0]:.0f} MB in the middle third, {memory[1]:.0f} in the last")
     print(f"open files          {files[0]:.0f} in the middle third, {files[1]:.0f} in the last")
     print(f"uploads left over   {len(left)}")
     for fault in faults[:20]:
         print(f"FAULT               {fault}")
     flat = memory[1] - memory[0] < MORE_MEMORY_MB and files[1] - files[0] <= MORE_FILES
-    return flat and p99 < P99_SECONDS and not faults and not left
+    return flat and p99 < P99_SECONDS and let_go < LET_GO_SECONDS and not faults and not left
 
 
 def main() -> int:

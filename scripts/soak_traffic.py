@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -41,6 +42,7 @@ class Tally:
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     cancel_seconds: list[float] = field(default_factory=list)
+    let_go_seconds: list[float] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, what: str) -> None:
@@ -65,10 +67,13 @@ class Traffic:
         Of loopback.
     scan : bytes
         One that is analysed with success.
+    jobs : Path
+        Where the service keeps them.
     """
 
-    def __init__(self, port: int, scan: bytes) -> None:
+    def __init__(self, port: int, scan: bytes, jobs: Path) -> None:
         self.tally = Tally()
+        self._jobs = jobs
         self._port = port
         self._scan = scan
         self._ended = threading.Event()
@@ -160,8 +165,11 @@ class Traffic:
             self.tally.add("cancelled too late")
         else:
             self.tally.expect("cancelled", client.get(f"{URL}/{job}").json()["state"], "cancelled")
+            answered = time.monotonic() - start
+            let_go = until_let_go(self._jobs / job) - start
             with self.tally.lock:
-                self.tally.cancel_seconds.append(time.monotonic() - start)
+                self.tally.cancel_seconds.append(answered)
+                self.tally.let_go_seconds.append(let_go)
         self._ended.wait(8)
 
     def _upload_slowly(self, _: httpx2.Client, *, whole: bool = False) -> None:
@@ -223,6 +231,14 @@ class Traffic:
         except httpx2.ReadTimeout:
             self.tally.add("hung up")
         self._ended.wait(20)
+
+
+def until_let_go(job: Path, patience: float = 60.0) -> float:
+    """When (monotonic) the worker had removed what it had begun of a job: it does so as the inference has stopped."""
+    deadline = time.monotonic() + patience
+    while any(job.glob("work-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return time.monotonic()
 
 
 def probe(port: int, seconds: float) -> dict[str, list[float]]:

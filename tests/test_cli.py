@@ -103,7 +103,7 @@ def test_a_truth_on_another_grid_is_refused(run: Run, scan: Path, tmp_path: Path
     write_nifti(truth, np.ones((4, 4, 4), np.uint8), np.eye(4), 1, "other")
     result = run("detect", scan, "-o", tmp_path / "out", "--truth", truth)
     assert result.exit_code == 2
-    assert result.stderr.startswith("not_a_volume: other.nii.gz has another grid than the scan.")
+    assert result.stderr.startswith("not_a_volume: The truth has another grid than the scan.")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,40 @@ def test_what_is_not_the_scans_fault_leaves_with_1(run: Run, scan: Path, tmp_pat
     (tmp_path / "file").touch()
     blocked = run("detect", scan, "-o", tmp_path / "file" / "out")
     assert (blocked.exit_code, blocked.stderr.split(":")[0]) == (1, "Not a directory")
+
+
+def test_an_unexpected_fault_is_told_without_its_text(
+    run: Run, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr("app.analyse.infer", fail)
+    result = run("detect", scan, "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("internal_error: Counterpart met an unexpected ValueError in test_cli.py:")
+    assert SECRET not in result.output
+
+
+def test_no_message_repeats_the_name_of_a_file(run: Run, scan: Path, tmp_path: Path) -> None:
+    """File names are given by people, to files of patients."""
+    letter, file, missing = tmp_path / f"{SECRET}.nii.gz", tmp_path / SECRET, tmp_path / f"{SECRET}-missing"
+    letter.write_bytes(b"Dear doctor,\n" * 40)
+    file.touch()
+    out = tmp_path / "out"
+    for words, status in (
+        ((letter, "-o", out), 2),
+        ((missing, "-o", out), 2),
+        ((scan, "-o", file), 2),
+        ((scan, "-o", file / "out"), 1),
+        ((scan, "-o", out, "--truth", missing), 2),
+        ((scan, "-o", out, "--truth", letter), 2),
+    ):
+        result = run("detect", *words)
+        assert result.exit_code == status, result.output
+        assert result.stderr
+        # A message in a frame may be broken in the middle of a word.
+        assert SECRET not in "".join(filter(str.isalnum, result.output)), words
 
 
 def test_no_model_at_all_is_told(run: Run, scan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +218,18 @@ def test_help_does_not_pay_for_the_rest() -> None:
         if shortest < HELP_SECONDS:
             break
     assert shortest < 4 * HELP_SECONDS  # a busy machine is four times slower, not ten
+
+
+def test_help_itself_imports_nothing_heavy() -> None:
+    """What --help draws with is imported only when it draws: all of it is asked here, not the module alone."""
+    heavy = ("numpy", "scipy", "nibabel", "pydantic", "pydicom", "highdicom", "fastapi", "dbos", "onnxruntime", "torch")
+    code = (
+        "import sys\nfrom app.cli import main\nsys.argv = ['counterpart', '--help']\ntry:\n    main()\n"
+        f"except SystemExit:\n    sys.stderr.write(str([m for m in {heavy} if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Write mask, anomaly map" in done.stdout  # the rest may be on the next line
+    assert done.stderr == "[]"
 
 
 def test_dice() -> None:

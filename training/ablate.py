@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "divided by local contrast": {"contrast_floor": 0.03},
     "weighted by KL": {"weighted_by_kl": True},
     "one threshold": {"extent_share": 1.0},
+    "2 ml in healthy scans": {"false_positive_ml": 2.0},
     "edge judged too": {"erosion": 0},
     "smoothed by 1 mm": {"smoothing_mm": 1.0},
     "the plain view alone": {"views": (View(),)},

@@ -30,7 +30,7 @@ from app.jobs.engine import Engine, ProcessDied, Unexpected
 from app.manifest import Manifest
 
 # Between two looks at whether the job is still wanted, where the child says nothing.
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.1
 # A child that was told to stop stops between two network evaluations; one that does not is killed.
 STOP_SECONDS = 0.3
 END_SECONDS = 5.0

@@ -83,6 +83,8 @@ class Intake(Listing):
         ------
         IdempotencyKeyReused
             The key belongs to a job of another content.
+        StoreFull, QueueFull
+            The job is new, and there is no room for it any more.
         """
         content = self._content(incoming.digest, request)
         # The key itself may name a patient: only its hash is kept.
@@ -90,6 +92,7 @@ class Intake(Listing):
         job = self._answering(identity, content)
         if job is not None:
             return job
+        self.check_room(0)  # again: others may have come while this one was received
         job = f"{identity[:16]}-{secrets.token_hex(8)}"
         self._store.keep(incoming, job)
         options = EnqueueOptions(

@@ -18,8 +18,9 @@ from app.jobs.store import Store
 
 log = structlog.get_logger("counterpart.jobs")
 
-# Seconds between two looks at whether the job is still wanted: cancelling takes less than a second.
-CHECK_SECONDS = 0.4
+# Seconds between two looks at whether the job is still wanted. A cancelled scan lets go of its worker within a second:
+# this, and what `app.jobs.apart` waits for its child.
+CHECK_SECONDS = 0.2
 # Seconds between two notes of the progress: each is a write to the database.
 NOTE_SECONDS = 1.0
 # Where each stage begins and ends in the whole job; inference takes nearly all of the time.

@@ -19,7 +19,7 @@ from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, Porta
 
 from app import errors
 from app.analyse import Request
-from app.jobs.database import connect, let_readers_pass
+from app.jobs.database import connect, let_readers_pass, scrub
 from app.jobs.engine import Engine
 from app.jobs.intake import QUEUE, Intake
 from app.jobs.job import ENDED
@@ -167,6 +167,7 @@ class Jobs(Intake):
         # A worker that would publish just now finds its folder gone, and cannot bring it back.
         self._store.erase(job)
         self._roster.forget(job)
+        scrub(self._database)
         log.info("erased", job=job)
 
     def metrics(self) -> bytes:
@@ -204,6 +205,7 @@ class Jobs(Intake):
         for job in surplus(ended, sizes, self._limits):
             with suppress(errors.NotFound):  # another process does the same
                 self.erase(job)
+        scrub(self._database)
         if time.monotonic() - self._swept >= SWEEP_SECONDS:
             self._swept = time.monotonic()
             self._sweep()

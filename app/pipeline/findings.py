@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from app.manifest import Manifest, Residual
 from app.pipeline.detect import Detection
+from app.pipeline.foreground import bounding_box
 from app.volume import FloatArray, Volume
 
 MaskArray = npt.NDArray[np.uint8]
@@ -67,8 +68,10 @@ def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Resul
     # Interpolation reaches half a pixel beyond the head: only what was analysed is changed.
     change = np.where(np.isfinite(anomaly), change, np.float32(0)) * np.float32(placement.scale)
     # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
-    seen = np.clip(volume.array, placement.background, placement.background + placement.scale)
-    counterpart = np.where(change == 0, volume.array, seen + change)
+    changed = change != 0
+    seen = np.clip(volume.array[changed], placement.background, placement.background + placement.scale)
+    counterpart = volume.array.copy()
+    counterpart[changed] = seen + change[changed]
     labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
     lesions = tuple(_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
@@ -98,7 +101,10 @@ def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> 
         Volume of a voxel of that grid.
     """
     with np.errstate(invalid="ignore"):
-        inside, certain = anomaly > settings.extent_threshold, anomaly > settings.threshold
+        whole = anomaly > settings.extent_threshold
+        # Most of a scan is far from any finding.
+        box = bounding_box(whole)
+        inside, certain = whole[box], anomaly[box] > settings.threshold
     labels, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     found = np.bincount(labels[certain], minlength=count + 1) > 0
@@ -107,7 +113,9 @@ def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> 
     by_size = [i for i in np.argsort(-sizes, kind="stable") if keep[i]]
     rank = np.zeros(count + 1, dtype=np.int32)
     rank[by_size] = np.arange(1, len(by_size) + 1)
-    return rank[labels], len(by_size)
+    found_labels = np.zeros(anomaly.shape, dtype=np.int32)
+    found_labels[box] = rank[labels]
+    return found_labels, len(by_size)
 
 
 def _lesion(

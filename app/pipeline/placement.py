@@ -1,5 +1,6 @@
 """Where a stack of slices lies in a scan: one affine transform of voxel indices, there and back."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,9 +68,9 @@ class Placement:
             )
             return result
 
-        values, weight = resample(np.where(known, stack, np.float32(0))), resample(known.astype(np.float32))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            out[box] = np.where(weight >= KNOWN_WEIGHT, values / weight, np.nan)
+        with ThreadPoolExecutor(2) as pool:  # scipy lets go of the interpreter's lock
+            values, weight = pool.map(resample, (np.where(known, stack, np.float32(0)), known.astype(np.float32)))
+        np.divide(values, weight, out=out[box], where=weight >= KNOWN_WEIGHT)
         return out
 
     def from_source(self, array: FloatArray) -> FloatArray:

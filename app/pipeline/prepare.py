@@ -12,17 +12,15 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
-from app.errors import ConstantVoxels, WrongFieldOfView
+from app.errors import WrongFieldOfView
 from app.manifest import Fit, Preparation
 from app.pipeline.fit import fill_by_slice, largest_box
+from app.pipeline.foreground import background_of, bounding_box, stands_out
 from app.pipeline.placement import Placement, onto
 from app.volume import Affine, FloatArray, Volume
 
 BoolArray = npt.NDArray[np.bool_]
 
-# Foreground starts at this share of the brightest one percent: far above the interpolation noise
-# of a masked background, below cerebrospinal fluid on T1 (about 0.15).
-FOREGROUND_LEVEL = 0.05
 # Nothing is thinner than air: what a CT holds below it marks the outside of its field of view.
 AIR_HU = -1000.0
 # The head's box is measured on pixels of this size.
@@ -73,9 +71,9 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
     if preparation.fit is not None:
         return _fitted(volume, preparation, preparation.fit)
     array = volume.array if preparation.window is None else np.maximum(volume.array, np.float32(AIR_HU))
-    background = _background(array)
+    background = background_of(array)
     signal = array - np.float32(background)
-    foreground = _foreground(signal)
+    foreground = stands_out(signal)
     centre, extent = _bounds_mm(foreground, volume.affine)
     _check_extent(extent, preparation)
     affine, shape = _grid(centre, extent, preparation.spacing_mm, preparation.shape)
@@ -95,13 +93,13 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
 def _fitted(volume: Volume, preparation: Preparation, fit: Fit) -> Slices:
     """The same for a model of pictures without millimetres: the head gets the size that theirs have."""
     if preparation.window is None:
-        background = _background(volume.array)
+        background = background_of(volume.array)
         signal = volume.array - np.float32(background)
     else:
         background, scale, signal = _windowed(volume.array, preparation.window)
     # At the pictures' own resolution, skin is no line of its own around the skull.
     smooth = _anti_alias(signal, volume.spacing, preparation)
-    foreground = _foreground(smooth, fit.foreground_level)
+    foreground = stands_out(smooth, fit.foreground_level)
     centre, extent = _bounds_mm(foreground, volume.affine)
     _check_extent(extent, preparation)
     solid = foreground.astype(np.float32)
@@ -141,7 +139,7 @@ def _windowed(array: FloatArray, window: tuple[float, float]) -> tuple[float, fl
 
 def foreground_of(volume: Volume) -> BoolArray:
     """What stands out from the background of a scan, on its own grid, (X, Y, Z)."""
-    return _foreground(volume.array - np.float32(_background(volume.array)))
+    return stands_out(volume.array - np.float32(background_of(volume.array)))
 
 
 def foreground_cm2(slices: Slices, preparation: Preparation) -> npt.NDArray[np.float64]:
@@ -180,40 +178,13 @@ def _lowest(count: int, preparation: Preparation) -> int:
     return max(0, count - 1 - int(preparation.fit.reach_mm / preparation.spacing_mm[0] + TIE))
 
 
-def _background(array: FloatArray) -> float:
-    """The value of nothing: the median of the volume's faces."""
-    faces = [np.take(array, i, axis=axis).ravel() for axis in range(3) for i in (0, -1) if array.shape[axis] > 2]
-    return float(np.median(np.concatenate(faces or [array.ravel()])))
-
-
-def _foreground(signal: FloatArray, level: float = FOREGROUND_LEVEL) -> BoolArray:
-    """The largest connected thing above the background, holes filled, (X, Y, Z)."""
-    bright = np.percentile(signal, 99)
-    if bright <= 0 and (brighter := signal[signal > 0]).size:
-        # A head smaller than one percent of the field of view: the brightest of what is there.
-        bright = np.percentile(brighter, 99)
-    if bright <= 0:
-        raise ConstantVoxels(
-            "Nothing in the image is brighter than its border.",
-            expected="a head or brain on a darker background.",
-            advice="Check the export and its rescale slope and intercept.",
-        )
-    above = signal > level * bright
-    labels, count = ndimage.label(above)
-    if count > 1:
-        sizes = np.bincount(labels.ravel())
-        sizes[0] = 0
-        above = labels == sizes.argmax()
-    # A hole in a single slice is closed in its plane: across it, everything is open to the outside.
-    filled: BoolArray = ndimage.binary_fill_holes(above.squeeze()).reshape(above.shape)
-    return filled
-
-
 def _bounds_mm(foreground: BoolArray, affine: Affine) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Centre and extent of the foreground along RAS+ axes, each (3,), in millimetres."""
     # A surface voxel is enough on each line, and six times cheaper than all of them.
-    shell = foreground & ~ndimage.binary_erosion(foreground)
-    points = affines.apply_affine(affine, np.argwhere(shell))
+    box = bounding_box(foreground)
+    inside = foreground[box]
+    shell = inside & ~ndimage.binary_erosion(inside)
+    points = affines.apply_affine(affine, np.argwhere(shell) + [side.start for side in box])
     low, high = points.min(axis=0), points.max(axis=0)
     return (low + high) / 2, high - low
 

@@ -1,8 +1,12 @@
 """An engine that does what the scan tells it to, and scans that tell it."""
 
 import json
+import logging
 import os
+import sys
+import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,8 +31,8 @@ def scan(**orders: object) -> bytes:
     ----------
     **orders
         `seconds` of inference, `fail` (a class of `app.errors`), `crash` (text of a ValueError),
-        `die` (end the process), `hungry` (allocate so many bytes), `deaf` (seconds without a word), and anything
-        else to make it another scan.
+        `shout` (text on every stream that a library may write to), `die` (end the process), `hungry` (allocate so
+        many bytes), `deaf` (seconds without a word), and anything else to make it another scan.
     """
     header = np.zeros(NIFTI1_BYTES, np.uint8)
     header[:4] = np.frombuffer(NIFTI1_BYTES.to_bytes(4, "little"), np.uint8)
@@ -69,6 +73,8 @@ class FakeEngine:
         progress("read", 1.0)
         if "fail" in orders:
             raise getattr(errors, orders["fail"])("Found.", expected="expected.", advice="Advice.")
+        if "shout" in orders:
+            shout(orders["shout"])
         if "crash" in orders:
             raise ValueError(orders["crash"])
         if "hungry" in orders:
@@ -87,6 +93,18 @@ class FakeEngine:
         (out / "report.json").write_text(report.model_dump_json())
         progress("export", 1.0)
         return report
+
+
+def shout(text: str) -> None:
+    """Everything that puts words on a process's streams, the last one below Python."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    logging.getLogger("pydicom").error(text)
+    warnings.warn(text, stacklevel=1)
+    thread = threading.Thread(target=int, args=(text,))  # which ends with a traceback
+    thread.start()
+    thread.join()
+    os.write(2, text.encode())
 
 
 def _report(request: Request) -> Report:

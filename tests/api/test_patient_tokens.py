@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from pydicom.config import disable_value_validation
 from pydicom.dataset import FileDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGBaseline8Bit
 
 from app.api.logs import ALLOWED
-from tests.api.served import CHECKOUT, Served, served
+from tests.api.served import APART, CHECKOUT, Served, served
+from tests.api.support import scan
 from tests.support.dicom import SECRET, Series, datasets, save, zipped
 from tests.support.phantom import brain
 
@@ -53,6 +56,13 @@ def no_pixels(slices: list[FileDataset]) -> None:
         dataset.PixelData = SECRET.encode() + b"!"
 
 
+def no_jpeg(slices: list[FileDataset]) -> None:
+    for dataset in slices:
+        dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+        dataset.PixelData = encapsulate([b"\xff\xd8" + SECRET.encode() * 20 + b"\xff\xd9"])
+        dataset["PixelData"].VR = "OB"
+
+
 def strange_letters(slices: list[FileDataset]) -> None:
     for dataset in slices:
         dataset.SpecificCharacterSet = SECRET
@@ -64,24 +74,34 @@ def of_another_kind(slices: list[FileDataset]) -> None:
 
 
 CASES: tuple[Callable[[list[FileDataset]], None], ...] = (
-    *(gap, two_series, no_pixels, strange_letters, of_another_kind),
+    *(gap, two_series, no_pixels, no_jpeg, strange_letters, of_another_kind),
     lambda _: None,
 )
 
 
+# Where a slice is cut off: in its header, behind most of the names.
+CUT = 1500
+
+
 def sendings(folder: Path) -> Iterator[Path]:
-    """Zips, with the name in the names of their files too."""
+    """Zips, with the name in their own and in the names of their files too: those of CASES, and damaged ones."""
     for number, spoil in enumerate(CASES):
         slices = planted()
         spoil(slices)
         files = [path.rename(path.with_name(f"{SECRET}-{path.name}")) for path in save(folder / str(number), slices)]
-        yield zipped(folder / f"{number}.zip", files)
+        yield zipped(folder / f"{SECRET}-{number}.zip", files)
+    whole = (folder / f"{SECRET}-{len(CASES) - 1}.zip").read_bytes()
+    half = folder / f"{SECRET}-half.zip"
+    half.write_bytes(whole[: len(whole) // 2])
+    yield half
+    files[-1].write_bytes(files[-1].read_bytes()[:CUT])
+    yield zipped(folder / f"{SECRET}-cut.zip", files)
     text = folder / f"{SECRET}.txt"
     text.write_text(SECRET)
-    yield zipped(folder / "text.zip", [text])
-    whole = (folder / f"{len(CASES) - 1}.zip").read_bytes()
-    (folder / "half.zip").write_bytes(whole[: len(whole) // 2])
-    yield folder / "half.zip"
+    yield zipped(folder / f"{SECRET}-text.zip", [text])
+
+
+SENDINGS = len(CASES) + 3
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +128,11 @@ def test_names_in_headers_appear_in_no_log_metric_or_error(
 def _send_all(service: Served, scans: list[Path]) -> tuple[str, list[str]]:
     """All that is told about them, and how each ended."""
     told, outcomes = [], []
+    wait = {"Prefer": "wait=120"}
     for number, path in enumerate(scans):
-        form = {"file": (f"{SECRET}.zip", path.read_bytes())}
+        form = {"file": (path.name, path.read_bytes())}
         answer = service.http.post(
-            f"{URL}?seed={number}", files=form, headers={"Prefer": "wait=120", "Idempotency-Key": f"{SECRET}-{number}"}
+            f"{URL}?seed={number}", files=form, headers={**wait, "Idempotency-Key": f"{SECRET}-{number}"}
         )
         outcomes.append(answer.json().get("code") or answer.json()["state"])
         told.append(answer.text)
@@ -120,15 +141,37 @@ def _send_all(service: Served, scans: list[Path]) -> tuple[str, list[str]]:
             told += [service.http.get(f"{job}{part}").text for part in ("", "/events", "/report.json", "/mask.nii.gz")]
     for place in ("/metrics", URL, f"{URL}?model={SECRET}&after={SECRET}", f"{URL}?code={SECRET}", "/readyz"):
         told.append(service.http.get(place).text)
+    for name in ("series", "model", "seed", "geometry", "priority", "patient"):
+        told.append(service.http.post(f"{URL}?{name}={SECRET}", content=scans[0].read_bytes(), headers=wait).text)
     return "".join(told), outcomes
 
 
-@pytest.mark.parametrize("number", range(len(CASES) - 1))
+def test_what_the_process_of_the_inference_says_of_a_fault_is_not_heard(tmp_path: Path) -> None:
+    """An exception and its traceback, a library's log and warnings, what C writes: for all have the name in them."""
+    log = tmp_path / "log"
+    with served(tmp_path / "store", log, APART) as service:
+        headers = {"Prefer": "wait=120"}
+        answers = [
+            service.http.post(URL, content=scan(shout=SECRET, crash=SECRET), headers=headers),
+            service.http.post(URL, content=scan(shout=SECRET, die=True), headers=headers),
+        ]
+        told = [answer.text for answer in answers] + [service.http.get(place).text for place in ("/metrics", URL)]
+    assert [answer.json()["code"] for answer in answers] == ["internal_error", "worker_lost"]
+    assert SECRET.lower() not in "".join(told).lower()
+    text = log.read_text()
+    assert SECRET.lower() not in text.lower()
+    assert '"exception": "ValueError", "where": "support.py:' in text
+
+
+@pytest.mark.parametrize("number", range(SENDINGS))
 def test_names_in_headers_appear_in_no_message_of_the_command_line(
     scans: list[Path], number: int, tiny_models: Path, tmp_path: Path
 ) -> None:
     environ = {"COUNTERPART_MODELS": str(tiny_models), "PYTHONPATH": str(CHECKOUT), "HOME": str(tmp_path)}
     command = [*CLI, "detect", str(scans[number]), "-o", str(tmp_path / "out")]
+    if number == len(CASES) - 1:  # nothing is wrong with it but what is asked for
+        command += ["--series", SECRET]
     ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert ended.returncode in {0, 2}, ended.stderr
+    assert (ended.returncode == 2) == (": " in ended.stderr), ended.stderr
     assert SECRET.lower() not in (ended.stdout + ended.stderr).lower()

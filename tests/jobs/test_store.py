@@ -64,6 +64,22 @@ def test_results_appear_all_at_once_and_only_once(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "jobs" / JOB).iterdir()) == ["results", "scan"]
 
 
+def test_scan_and_results_are_on_the_disk_before_anyone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr("app.jobs.store.os.fsync", lambda f: synced.append(Path(f"/proc/self/fd/{f}").readlink().name))
+    store = Store(tmp_path)
+    fill(store, JOB, b"a", b"b")
+    assert {"000000", "000001"} < set(synced[:3])  # and their folder, which has a name of its own yet
+    assert sorted(synced[3:]) == [JOB, "jobs"]
+    work = store.work(JOB)
+    (work / "mask").write_bytes(b"1")
+    synced.clear()
+    store.publish(JOB, work.name)
+    assert (sorted(synced[:2]), synced[2:]) == (["mask", work.name], [JOB])
+
+
 def test_an_attempt_clears_what_the_one_before_left(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store, JOB, b"scan")

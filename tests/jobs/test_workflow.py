@@ -1,4 +1,6 @@
 import os
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from app.jobs.job import Cursor, State, Which
 from app.jobs.metrics import Metrics
 from app.jobs.retention import Limits
 from app.jobs.roster import DEATHS
+from app.jobs.runner import Interrupted
 from app.jobs.store import STALE_SECONDS, Store
 from app.jobs.workflow import Jobs
 from tests.api.support import FakeEngine, scan
@@ -64,6 +67,59 @@ def test_a_job_goes_on_after_any_number_of_restarts(tmp_path: Path) -> None:
         assert jobs.page(Which(), 10, None) == [jobs.get(job)]
 
 
+def test_what_was_analysed_before_a_death_is_only_published_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, died = FakeEngine(), threading.Event()
+
+    def die(*_: object) -> None:
+        died.set()
+        raise Interrupted
+
+    with monkeypatch.context() as broken, started(tmp_path, engine) as jobs:
+        broken.setattr(Store, "publish", die)
+        job = submit(jobs, tmp_path)
+        assert died.wait(120)
+    assert Store(tmp_path).read(job, "mask.nii.gz") is None
+    with started(tmp_path, engine) as jobs:
+        until(jobs, job, "succeeded")
+    assert Store(tmp_path).read(job, "mask.nii.gz") == b"mask.nii.gz" * 10
+    assert len(engine.seen) == 1
+
+
+def test_a_scan_that_could_not_be_kept_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError
+
+    with started(tmp_path, FakeEngine()) as jobs:
+        monkeypatch.setattr(Store, "keep", fail)
+        with pytest.raises(OSError, match=r"^$"):
+            submit(jobs, tmp_path)
+        assert jobs.page(Which(), 10, None) == []
+
+
+def test_an_erased_job_has_no_row_left(tmp_path: Path) -> None:
+    with started(tmp_path, FakeEngine()) as jobs:
+        ended = [submit(jobs, tmp_path, name="done"), submit(jobs, tmp_path, fail="OutOfDistribution")]
+        until(jobs, ended[0], "succeeded")
+        until(jobs, ended[1], "failed")
+        running = submit(jobs, tmp_path, seconds=60)
+        until(jobs, running, "running")
+        jobs._roster.lost("a worker", [running])
+        erased = [*ended, running, submit(jobs, tmp_path, name="waiting")]
+        for job in erased:
+            jobs.erase(job)
+        kept = submit(jobs, tmp_path, name="kept")
+        until(jobs, kept, "succeeded")  # so the worker has let go of the running one
+        jobs.retain()  # which looks again, where somebody read as they were erased
+        written_ahead = (tmp_path / "jobs.sqlite-wal").read_bytes()
+        assert [job for job in erased if job.encode() in written_ahead] == []
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as database:
+        rows = "\n".join(database.iterdump())
+    assert kept in rows
+    assert [job for job in erased if job in rows] == []
+
+
 def test_readers_of_sqlite_do_not_wait_for_writers(tmp_path: Path) -> None:
     with started(tmp_path, FakeEngine()) as jobs, jobs._database.connect() as connection:
         assert connection.execute(sa.text("PRAGMA journal_mode")).scalar_one() == "wal"
@@ -81,6 +137,10 @@ def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) 
         assert [jobs.places()[job] for job in sent] == list(range(1, 31))
         with pytest.raises(QueueFull):
             jobs.check_room(0)
+        # Uploads that began before the queue was full make it no longer; what waits in it is still found.
+        with pytest.raises(QueueFull):
+            submit(jobs, tmp_path, name="too late")
+        assert submit(jobs, tmp_path, name=0) == sent[0]
 
         seen: list[str] = []
         after = None

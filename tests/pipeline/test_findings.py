@@ -35,7 +35,7 @@ def untouched(volume: Volume, manifest: Manifest) -> Detection:
     n, _, height, width = slices.x.shape
     latents = np.zeros((n, height // 4, width // 4))
     anomaly = np.where(slices.foreground, np.float32(0), np.float32(np.nan))
-    scores = Scores(0.0, np.zeros(n, dtype=np.float32), (0.0,), 0.0, 0.0)
+    scores = Scores(0.0, np.zeros(n, dtype=np.float32), ((0.0, 0.0),), 0.0, 0.0)
     return Detection(
         slices, np.ones(n, dtype=bool), latents.astype(np.float32), latents > 0, slices.x[:, 0], anomaly, scores, (0,)
     )
