@@ -75,7 +75,8 @@ def draw_headct(seed: int = 20261123) -> Split:
     """Draw the split of MedNIST HeadCT by runs of files: a patient's slices lie together, with no mark at their end.
 
     Of 1,500 slices that show something, 75 % have their nearest neighbour within 33 files and hardly any at 35 to 99
-    (`scripts.headct_window`): a patient fills at most that many. So one block of 40 files is dropped wherever two parts meet.
+    (`scripts.headct_window`): a patient fills at most that many. So one block of 40 files is dropped wherever
+    two parts meet.
     """
     runs = HEADCT_FILES // (BLOCK * RUN)
     parts = np.array(["train"] * (runs - 4) + ["validation"] * 2 + ["test"] * 2)
