@@ -82,7 +82,8 @@ def neighbour_distances(grey: UInt8Array, seed: int) -> npt.NDArray[np.int64]:
     sample = np.random.default_rng(seed).choice(shown, min(COMPARED, len(shown)), replace=False)
     likeness = flat[sample] @ flat.T
     likeness[np.arange(len(sample)), sample] = -1
-    return np.abs(likeness.argmax(axis=1) - sample)
+    distances: npt.NDArray[np.int64] = np.abs(likeness.argmax(axis=1) - sample)
+    return distances
 
 
 def ge_head() -> Volume:

@@ -15,7 +15,8 @@ def heads(count: int, *, closed: bool = True) -> FloatArray:
     if not closed:
         head[31:33, 40:] = 25
     noise = np.random.default_rng(1).normal(0, 4, (count, 64, 64)) * (apart < 22)
-    return np.round(head + noise).astype(np.float32)
+    pictures: FloatArray = np.round(head + noise).astype(np.float32)
+    return pictures
 
 
 def test_tissues_are_told_apart_inside_of_closed_skulls() -> None:
