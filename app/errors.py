@@ -196,6 +196,13 @@ class BundleError(CounterpartError):
     title = "Unusable model bundle"
 
 
+class NonCommercialModel(BundleError):
+    """Its licence forbids commercial use, and the operator has not said that there is none."""
+
+    code = "non_commercial_model"
+    title = "A model for non-commercial research only"
+
+
 class UnknownModel(BundleError):
     code = "unknown_model"
     title = "No such model"

@@ -129,8 +129,9 @@ def work(settings: Settings, engine: Engine | None = None) -> None:
 def make_engine(settings: Settings, *, worker: bool) -> Engine:
     """The bundles that the settings name; a worker loads and runs them in a process of their own."""
     models = str(settings.models) if settings.models else None
-    arguments = {"models": models, "provider": settings.provider, "threads": settings.threads}
-    known = BundleEngine(models, settings.provider, settings.threads)
+    leave = settings.allow_noncommercial
+    arguments = {"models": models, "provider": settings.provider, "threads": settings.threads, "noncommercial": leave}
+    known = BundleEngine(models, settings.provider, settings.threads, noncommercial=leave)
     return Apart(known, "app.jobs.engine:BundleEngine", arguments) if worker else known
 
 

@@ -11,6 +11,21 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class Fit(Part):
+    """A model of pictures without millimetres: every head is stretched in its planes to the same size (decision 15)."""
+
+    rows: float = Field(
+        gt=0, description="The box around the largest axial slice of the head, posterior to anterior ..."
+    )
+    columns: float = Field(gt=0, description="... and left to right, in pixels.")
+    foreground_level: float = Field(
+        gt=0, lt=1, description="The head starts at this share of the brightest one percent, smoothed to a pixel."
+    )
+    reach_mm: float | None = Field(
+        default=None, gt=0, description="Slices further below the top of the head are not analysed: training had none."
+    )
+
+
 class Preparation(Part):
     """How a scan becomes slices (`app.pipeline.prepare`)."""
 
@@ -34,6 +49,9 @@ class Preparation(Part):
     brain_only: bool = Field(
         default=False, description="The model knows brains without their heads: a scan with skull is extracted first."
     )
+    fit: Fit | None = Field(
+        default=None, description="Heads are stretched to one size; `spacing_mm` is then that of a typical head."
+    )
 
     @property
     def voxel_ml(self) -> float:
@@ -48,6 +66,14 @@ class Preparation(Part):
             raise ValueError("intensities need a percentile and its level, or a window")
         if self.window is not None and self.window[0] >= self.window[1]:
             raise ValueError("a window must not be empty or upside down")
+        return self
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Preparation":
+        if self.fit is not None and (self.fit.rows > self.shape[0] or self.fit.columns > self.shape[1]):
+            raise ValueError("the box of a fitted head must lie inside the slice")
+        if self.fit is not None and self.brain_only:
+            raise ValueError("a fitted head is a whole one: it cannot be a brain alone")
         return self
 
 
@@ -173,6 +199,9 @@ class Licence(Part):
     data: str = Field(description="What it was trained on.")
     licence: str = Field(description="SPDX expression of the weights.")
     attribution: str
+    non_commercial: bool = Field(
+        default=False, description="It serves only when asked for by name, and where the operator allows it."
+    )
 
 
 class Provenance(Part):

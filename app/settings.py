@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     database: str | None = Field(None, description="URL of the jobs, as postgresql://...; by default SQLite.")
     provider: Literal["cpu", "cuda"] = Field("cpu", description="Where networks run; there is no fall-back.")
     threads: int = Field(0, ge=0, description="Threads of one network evaluation; 0 takes every core.")
+    allow_noncommercial: bool = Field(
+        False, description="Whether bundles for non-commercial research may be used, when asked for by name."
+    )
     max_upload_mb: int = Field(2048, ge=1, description="Largest upload, in MiB.")
     max_files: int = Field(20_000, ge=1, description="Most files in one upload.")
     queue_limit: int = Field(100, ge=1, description="Waiting scans above which new ones are answered 429.")

@@ -37,6 +37,19 @@ def test_a_ct_may_have_a_window_in_place_of_a_percentile() -> None:
     assert made.preparation.window == (0.0, 80.0)
 
 
+def test_a_manifest_from_before_heads_were_fitted_is_read() -> None:
+    before = reread(lambda m: (m["preparation"].pop("fit"), m["licence"].pop("non_commercial")))
+    assert before == tiny_manifest()
+    assert before.preparation.fit is None
+    assert before.licence.non_commercial is False
+
+
+def test_a_head_may_be_fitted() -> None:
+    fit = reread(lambda m: m["preparation"].update(fit=FIT)).preparation.fit
+    assert fit is not None
+    assert (fit.rows, fit.columns, fit.reach_mm) == (48, 40, None)
+
+
 def test_derived_numbers() -> None:
     manifest = tiny_manifest()
     assert manifest.id == "tiny-0.0.1"
@@ -56,6 +69,7 @@ def test_nothing_can_be_changed_after_reading() -> None:
         manifest.kl.threshold = 1.0  # type: ignore[misc]
 
 
+FIT = {"rows": 48, "columns": 40, "foreground_level": 0.3}
 WINDOW = {"window": [0.0, 80.0], "intensity_percentile": None, "intensity_level": None}
 REFUSED: dict[str, Change] = {
     "an unknown field": lambda m: m.update(colour="red"),
@@ -78,6 +92,9 @@ REFUSED: dict[str, Change] = {
     "no intensity mapping": lambda m: m["preparation"].update(intensity_level=None),
     "a window beside a percentile": lambda m: (m.update(modality="CT"), m["preparation"].update(window=[0.0, 80.0])),
     "a window of an MR": lambda m: m["preparation"].update(WINDOW),
+    "a fitted head larger than the slice": lambda m: m["preparation"].update(fit={**FIT, "rows": 65}),
+    "a fitted head of no size": lambda m: m["preparation"].update(fit={**FIT, "columns": 0}),
+    "a fitted brain": lambda m: m["preparation"].update(fit=FIT, brain_only=True),
     "a window upside down": lambda m: (m.update(modality="CT"), m["preparation"].update(WINDOW, window=[80.0, 0.0])),
     # Nothing is ever above it: every scan would read as healthy.
     "a threshold that is no number": lambda m: m["kl"].update(threshold=float("nan")),

@@ -45,7 +45,9 @@ def make_manifest(config: Config, folder: Path, provenance: dict[str, dict[str, 
             "views": config.detection.views,
             **calibrated,
             "files": Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in FILES.items()}),
-            "licence": Licence(data=b.data, licence=b.licence, attribution=b.attribution),
+            "licence": Licence(
+                data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial
+            ),
             "provenance": Provenance(
                 code_version=__version__,
                 config_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
@@ -80,7 +82,9 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     draw_curves(config, figures / f"{config.name}-curves.png")
-    draw_validation(config, bundle, figures / f"{config.name}-validation.png")
+    # Pictures of non-commercial data stay out of the repository.
+    shown = config.run_folder if config.bundle.non_commercial else figures
+    draw_validation(config, bundle, shown / f"{config.name}-validation.png")
     return folder
 
 

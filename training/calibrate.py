@@ -17,7 +17,7 @@ from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
 from training.config import Config
-from training.data import load_volume, subject_path
+from training.data import load_scan
 from training.examine import Examined, Look, examine, graph_models, imagine_look, judged_map, make_schedule
 from training.scanner import another_scanner
 from training.splits import load_split
@@ -157,7 +157,16 @@ def calibrate_residual(scans: list[Examined], models: Models, config: Config, kl
     for scan in tqdm(scans, desc="residuals", unit="scan"):
         masks = latent_masks(scan, kl_at, component, config)
         maps.append(judged_map(scan, masks, imagine_all(scan, masks, models, config), kl_at, config))
+    if config.data.pictures is not None:
+        maps = [apart(each) for each in maps]
     return residual_settings(maps, config)
+
+
+def apart(stack: FloatArray) -> FloatArray:
+    """Slices that are no neighbours in a head, with nothing between them that could join findings, (2 K - 1, H, W)."""
+    spread = np.full((2 * len(stack) - 1, *stack.shape[1:]), np.nan, dtype=np.float32)
+    spread[::2] = stack
+    return spread
 
 
 def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
@@ -183,10 +192,7 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
 
 def examined_subjects(config: Config, models: Models, subjects: tuple[str, ...]) -> list[Examined]:
     """Healthy scans up to their KL maps."""
-    return [
-        examine(load_volume(subject_path(config, s)), models, config)
-        for s in tqdm(subjects, desc="KL maps", unit="scan")
-    ]
+    return [examine(load_scan(config, s), models, config) for s in tqdm(subjects, desc="KL maps", unit="scan")]
 
 
 def calibration_path(config: Config) -> Path:

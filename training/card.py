@@ -9,6 +9,8 @@ from training.figures import read_curve
 from training.splits import load_split
 
 TEMPLATE = Path(__file__).with_name("MODEL_CARD.template.md")
+# What each bundle cannot do, in words: one file a name.
+LIMITS = Path(__file__).with_name("limits")
 
 
 def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -> None:
@@ -17,6 +19,7 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
     curve = read_curve(config.run_folder / "vqvae.csv")
     channels, h, w = manifest.latent_shape
     rows, columns = manifest.preparation.shape
+    spacing = " x ".join(f"{s:g}" for s in manifest.preparation.spacing_mm)
     path.write_text(
         TEMPLATE.read_text().format(
             m=manifest,
@@ -26,7 +29,9 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             test=len(split.test),
             rows=rows,
             columns=columns,
-            spacing=" x ".join(f"{s:g}" for s in manifest.preparation.spacing_mm),
+            fit=_fit(manifest),
+            limits=LIMITS.joinpath(f"{manifest.name}.md").read_text().format(m=manifest, spacing=spacing).rstrip(),
+            spacing=spacing,
             channels=channels,
             h=h,
             w=w,
@@ -63,3 +68,13 @@ def _weighing(manifest: Manifest) -> str:
     settings = manifest.residual
     divided = f", over {settings.contrast_floor:g} plus the local contrast" if settings.contrast_floor else ""
     return divided + (", weighted by KL" if settings.weighted_by_kl else "")
+
+
+def _fit(manifest: Manifest) -> str:
+    """What a head is stretched to, in words."""
+    fit = manifest.preparation.fit
+    if fit is None:
+        return ""
+    reach = "" if fit.reach_mm is None else f"; not further than {fit.reach_mm:g} mm below its top"
+    size = f"{fit.rows:g} x {fit.columns:g} pixels"
+    return f" for a typical head: every head is stretched in its planes to {size}{reach}"

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.manifest import NoiseSchedule, Part, Preparation, View
 
@@ -20,13 +20,30 @@ def data_root() -> Path:
     return Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data"))
 
 
+class PicturesConfig(Part):
+    """Slices that come from an archive of 2D pictures instead of volumes (`training.pictures`)."""
+
+    kind: Literal["mednist", "lgg"]
+    pixel_mm: float = Field(description="Of a picture, by a guess: nothing says it.")
+    black: float = Field(default=0.0, description="Of a CT: the grey value of the window's lower end ...")
+    white: float = Field(default=255.0, description="... and of its upper one.")
+    exclusions: str = Field(default="", description="List of the pictures that are left out, below training/splits.")
+
+
 class DataConfig(Part):
     folder: str = Field(description="Folder of the volumes, below the data root.")
-    pattern: str = Field(description="File name with {subject}.")
+    pattern: str = Field(description="File name with {subject}; of pictures, of their archive.")
     splits: str = Field(description="File of the frozen split, below training/splits.")
     copies: int = Field(description="Tilted and scaled copies of each training scan, beside itself.")
     tilt_degrees: float = Field(description="Standard deviation of the tilt about each axis.")
     scale_sd: float = Field(description="Standard deviation of the scale.")
+    pictures: PicturesConfig | None = Field(default=None, description="Where the slices are pictures.")
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> Self:
+        if self.pictures is not None and self.copies:
+            raise ValueError("pictures cannot be tilted: no copies")
+        return self
 
 
 class ScannerConfig(Part):
@@ -132,6 +149,7 @@ class BundleConfig(Part):
     data: str
     licence: str
     attribution: str
+    non_commercial: bool = Field(default=False, description="Data that neither pictures nor services may be made of.")
 
 
 class Config(Part):
@@ -153,6 +171,14 @@ class Config(Part):
     def load(cls, path: Path) -> Self:
         """Read a configuration; an unknown or missing key is an error."""
         return cls.model_validate(tomllib.loads(path.read_text()))
+
+    @property
+    def training_preparation(self) -> Preparation:
+        """How training's scans become slices: as in serving, but that pictures have no height to be cut at."""
+        fit = self.preparation.fit
+        if self.data.pictures is None or fit is None:
+            return self.preparation
+        return self.preparation.model_copy(update={"fit": fit.model_copy(update={"reach_mm": None})})
 
     @property
     def downsampling(self) -> int:

@@ -13,9 +13,11 @@ from scipy.spatial.transform import Rotation
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from app.pipeline.prepare import analysed_slices, to_slices
+from app.manifest import Preparation
+from app.pipeline.prepare import BoolArray, Slices, analysed_slices, foreground_cm2, to_slices
 from app.volume import Volume
 from training.config import NOT_OF_THE_SLICES, AugmentationConfig, Config, data_root
+from training.pictures import load_stack, pictures_hash
 from training.scanner import another_scanner
 from training.splits import load_split
 
@@ -38,8 +40,43 @@ def load_volume(path: Path) -> Volume:
     return Volume(np.asarray(image.dataobj, dtype=np.float32), np.asarray(image.affine))
 
 
+@dataclass(frozen=True, eq=False)
+class HealthyScan:
+    """What is learnt from of one subject.
+
+    Attributes
+    ----------
+    volume : Volume
+    healthy : (N,) ndarray of bool, or None
+        Of a stack of pictures, inferior to superior: which may be learnt from. None: a whole, healthy scan.
+    """
+
+    volume: Volume
+    healthy: BoolArray | None = None
+
+    def known(self, slices: Slices, preparation: Preparation) -> npt.NDArray[np.int64]:
+        """Indices of the slices that are healthy and show enough, (K,)."""
+        if self.healthy is None:
+            return analysed_slices(slices, preparation)
+        # Which picture a slice is; above and below the head there may be pictures without one.
+        heights = slices.placement.affine[2, 0] * np.arange(len(slices.x)) + slices.placement.affine[2, 3]
+        pictures = np.rint((heights - self.volume.affine[2, 3]) / self.volume.affine[2, 2]).astype(np.int64)
+        enough = foreground_cm2(slices, preparation) >= preparation.min_foreground_cm2
+        return np.flatnonzero(enough & self.healthy[pictures])
+
+
+def load_scan(config: Config, subject: str) -> HealthyScan:
+    """The scan of a subject, or its pictures as one."""
+    if config.data.pictures is None:
+        return HealthyScan(load_volume(subject_path(config, subject)))
+    stack = load_stack(config, subject)
+    return HealthyScan(stack.volume, stack.healthy)
+
+
 def data_hash(config: Config, subjects: tuple[str, ...]) -> str:
     """SHA-256 over the names and bytes of the scans of some subjects."""
+    if config.data.pictures is not None:
+        return pictures_hash(config, subjects)
     digest = hashlib.sha256()
     for subject in subjects:
         digest.update(subject.encode())
@@ -64,17 +101,19 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
     subjects: tuple[str, ...] = getattr(split, part)
     copies = config.data.copies if part == "train" else 0
     preparation = config.preparation.model_dump(exclude=NOT_OF_THE_SLICES, exclude_none=True)
-    key = json.dumps([preparation, config.data.model_dump(), config.seed, data_hash(config, subjects), copies])
+    key = json.dumps(
+        [preparation, config.data.model_dump(exclude_none=True), config.seed, data_hash(config, subjects), copies]
+    )
     path = config.run_folder / "cache" / f"{part}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = []
         for i, subject in enumerate(tqdm(subjects, desc=f"prepare {part}", unit="scan")):
-            volume = load_volume(subject_path(config, subject))
+            scan = load_scan(config, subject)
             rng = np.random.default_rng([config.seed, i])
-            for view in [volume, *(tilted(volume, config, rng) for _ in range(copies))]:
-                slices = to_slices(view, config.preparation)
-                keep = analysed_slices(slices, config.preparation)
+            for view in [scan.volume, *(tilted(scan.volume, config, rng) for _ in range(copies))]:
+                slices = to_slices(view, config.training_preparation)
+                keep = scan.known(slices, config.training_preparation)
                 parts.append(np.round(slices.x[keep, 0] * UINT16_MAX).astype(np.uint16))
         np.save(path, np.concatenate(parts))
     stack: UInt16Array = np.load(path, mmap_mode="r")

@@ -23,7 +23,7 @@ from app.pipeline.findings import Result, dice, to_result
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config
-from training.data import load_volume, subject_path
+from training.data import load_scan, load_volume, subject_path
 from training.foreign import all_foreign, heads
 from training.lesions import gold_shape, insert_lesion
 from training.splits import Split, load_split
@@ -31,6 +31,8 @@ from training.tables import render
 
 GRADES = (0.35, -0.35)
 SEEDS = range(5)
+# The bundle whose tables the README shows.
+README_BUNDLE = "t1"
 BATCH = 16
 
 Row = dict[str, Any]
@@ -57,17 +59,20 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     """False-positive volume of every healthy test scan, and whether the gate lets it in."""
     rows = []
     for subject in tqdm(split.test, desc="healthy", unit="scan"):
-        volume = load_volume(subject_path(config, subject))
+        scan = load_scan(config, subject)
+        volume = scan.volume
         try:
             detection, result, seconds = run_detection(volume, bundle)
         except CounterpartError as error:
             rows.append({"subject": subject, "outcome": error.code})
             continue
+        # Of pictures, the slices with a tumour are none of the healthy ones.
+        mask = result.mask if scan.healthy is None else result.mask[:, :, scan.healthy]
         rows.append(
             {
                 "subject": subject,
                 "outcome": "analysed",
-                "false_positive_ml": float(result.mask.sum()) * volume.voxel_ml,
+                "false_positive_ml": float(mask.sum()) * volume.voxel_ml,
                 "findings": len(result.lesions),
                 "score": detection.scores.scan,
                 "typical": detection.scores.typical,
@@ -174,7 +179,9 @@ def main(path: Path, parts: Sequence[str]) -> None:
     for part in parts or tuple(PARTS):
         document[part] = {"bundle_sha256": bundle.sha256, "rows": PARTS[part](config, bundle, split)}
         target.write_text(json.dumps(document, indent=1) + "\n")
-    render(document, bundle.manifest, target.with_suffix(".md"), ROOT / "README.md")
+    # The README has the tables of the bundle that ships for everyone.
+    readme = ROOT / "README.md" if config.name == README_BUNDLE else None
+    render(document, bundle.manifest, target.with_suffix(".md"), readme)
 
 
 if __name__ == "__main__":

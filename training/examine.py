@@ -9,12 +9,14 @@ from app.pipeline import anomaly
 from app.pipeline.detect import Seen, imagine, mean_view, see, smooth
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
-from app.pipeline.prepare import BoolArray, Placement, analysed_slices, to_slices
+from app.pipeline.placement import Placement
+from app.pipeline.prepare import BoolArray, to_slices
 from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray, Volume
 from training.config import Config
+from training.data import HealthyScan
 from training.export import graphs_folder
 
 BATCH = 16
@@ -82,10 +84,11 @@ def make_diffusion(models: Models, config: Config, view: int = 0) -> anomaly.Dif
     return anomaly.Diffusion(make_schedule(config.schedule), models.denoise, noise)
 
 
-def examine(volume: Volume, models: Models, config: Config) -> Examined:
-    """Prepare, encode and KL-map a scan in every view, as `detect` does."""
-    slices = to_slices(volume, config.preparation)
-    known = analysed_slices(slices, config.preparation)
+def examine(scan: Volume | HealthyScan, models: Models, config: Config) -> Examined:
+    """Prepare, encode and KL-map a scan in every view, as `detect` does; of pictures, those that are healthy."""
+    healthy = scan if isinstance(scan, HealthyScan) else HealthyScan(scan)
+    slices = to_slices(healthy.volume, config.training_preparation)
+    known = healthy.known(slices, config.training_preparation)
     x, foreground = slices.x[known], slices.foreground[known]
     d = config.detection
     sigma = latent_sigma(d.kl_smoothing_mm, config.preparation, config.downsampling)

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from app.pipeline.detect import Detection, detect
 from app.runtime.bundle import Bundle
 from training.config import Config
-from training.data import load_volume, subject_path
+from training.data import load_scan
 from training.lesions import gold_shape, insert_lesion
 from training.splits import load_split
 
@@ -60,13 +60,13 @@ def draw_curves(config: Config, path: Path) -> None:
 def draw_validation(config: Config, bundle: Bundle, path: Path) -> None:
     """Original, reconstruction, counterpart and anomaly map of validation slices, healthy and with lesions."""
     split = load_split(config.data.splits)
-    healthy = load_volume(subject_path(config, split.validation[0]))
+    healthy = load_scan(config, split.validation[0]).volume
+    volumes = [("healthy", healthy)]
+    if split.shapes_validation:
+        shape = gold_shape(split.shapes_validation[6])
+        volumes += [(f"{c:+}", insert_lesion(healthy, shape, c, 0).volume) for c in (GRADE_3, -GRADE_3)]
     rows = []
-    for label, volume in (
-        ("healthy", healthy),
-        ("+0.35", insert_lesion(healthy, gold_shape(split.shapes_validation[6]), GRADE_3, 0).volume),
-        ("-0.35", insert_lesion(healthy, gold_shape(split.shapes_validation[6]), -GRADE_3, 0).volume),
-    ):
+    for label, volume in volumes:
         detection = detect(volume, bundle.models.in_batches(16, lambda _: None), bundle.manifest)
         rows += [(f"{label}, slice {i}", _panels(detection, bundle, i)) for i in _heights(detection)]
     titles = ("original", "reconstruction", "counterpart", "KL map (nats)", "anomaly map")

@@ -94,8 +94,8 @@ def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path) -> None:
-    """Write the evaluation's page, and its tables into the README."""
+def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path | None) -> None:
+    """Write the evaluation's page, and its tables into the README, where one is given."""
     parts = (
         ("healthy", "Healthy test subjects", healthy_table),
         (
@@ -113,7 +113,7 @@ def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Pat
     body = "\n".join(lines)
     head = f"# Evaluation of {manifest.id}\n\nWritten by `python -m training.evaluate`; brackets are bootstrap 95 % "
     path.write_text(f"{head}intervals.\n\n{body}")
-    if readme.exists():
+    if readme is not None and readme.exists():
         begin, end = MARKERS
         pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
         text = readme.read_text()

@@ -21,6 +21,7 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.UploadError: 400,
     errors.UnknownModel: 400,
     errors.Unauthorised: 401,
+    errors.NonCommercialModel: 403,
     errors.NotFound: 404,
     errors.NoSuchResult: 404,
     errors.NotFinished: 409,

@@ -23,6 +23,7 @@ from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
 from app.errors import BadRequest, InternalError, NoSuchResult, NotFinished, UnknownModel
 from app.jobs.job import ENDED, Cursor, Job, Priority, State, Which
+from app.runtime.choice import permit
 from app.volume import Geometry
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
@@ -87,7 +88,10 @@ def _wanted(
 ) -> Wanted:
     """What the query asks for; a model that there is not is refused before the upload."""
     manifests = service.engine.manifests
-    if model is not None and not any(model in {m.name, m.id} for m in manifests):
+    named = [m for m in manifests if model in {m.name, m.id}]
+    for manifest in named:
+        permit(manifest, noncommercial=service.settings.allow_noncommercial)
+    if model is not None and not named:
         raise UnknownModel(
             "No model has this name.",
             expected="one of " + (", ".join(m.id for m in manifests) or "no model: none is installed") + ".",
@@ -103,7 +107,7 @@ def _wanted(
     openapi_extra=UPLOAD,
     responses={
         200: {"model": Scan, "description": "With Prefer: wait, the finished job"},
-        **problems(400, 401, 409, 413, 415, 422, 429, 500, 503, 507),
+        **problems(400, 401, 403, 409, 413, 415, 422, 429, 500, 503, 507),
     },
 )
 async def send_scan(

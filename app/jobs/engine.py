@@ -10,6 +10,7 @@ from app.errors import NotReady
 from app.export.report import Report
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
+from app.runtime.choice import permit
 
 
 class ProcessDied(Exception):
@@ -77,6 +78,8 @@ class BundleEngine:
         Where networks run.
     threads : int
         Of one network evaluation; 0 takes every core.
+    noncommercial : bool
+        Whether bundles for non-commercial research may be used.
 
     Raises
     ------
@@ -84,8 +87,11 @@ class BundleEngine:
         A manifest cannot be read.
     """
 
-    def __init__(self, models: str | Path | None, provider: Literal["cpu", "cuda"], threads: int) -> None:
+    def __init__(
+        self, models: str | Path | None, provider: Literal["cpu", "cuda"], threads: int, *, noncommercial: bool = False
+    ) -> None:
         self.provider = provider
+        self._noncommercial = noncommercial
         self._threads = threads
         self._folder = Path(models) if models else shipped_models()
         self._folders = {read_manifest(path).id: path for path in find_bundles(self._folder)}
@@ -99,7 +105,7 @@ class BundleEngine:
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def warm_up(self) -> None:
-        """Load every bundle, which runs its golden pair.
+        """Load every bundle that may be used, which runs its golden pair.
 
         Raises
         ------
@@ -115,7 +121,8 @@ class BundleEngine:
                 advice="Set COUNTERPART_MODELS, or install counterpart with its shipped models.",
             )
         for manifest in self.manifests:
-            self._bundle(manifest)
+            if self._noncommercial or not manifest.licence.non_commercial:
+                self._bundle(manifest)
 
     def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
         """Analyse a scan into a folder; see `app.analyse.analyse`."""
@@ -130,6 +137,7 @@ class BundleEngine:
             self._loaded.clear()
 
     def _bundle(self, manifest: Manifest) -> Bundle:
+        permit(manifest, noncommercial=self._noncommercial)
         with self._lock:
             if manifest.id not in self._loaded:
                 folder = self._folders[manifest.id]

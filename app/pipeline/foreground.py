@@ -22,8 +22,8 @@ def background_of(array: FloatArray) -> float:
     return float(np.median(np.concatenate(faces or [array.ravel()])))
 
 
-def stands_out(signal: FloatArray) -> Mask:
-    """The largest connected thing above the background, holes filled, (X, Y, Z)."""
+def stands_out(signal: FloatArray, level: float = FOREGROUND_LEVEL) -> Mask:
+    """The largest connected thing above this share of the brightest one percent, holes filled, (X, Y, Z)."""
     bright = np.percentile(signal, 99)
     if bright <= 0 and (brighter := signal[signal > 0]).size:
         # A head smaller than one percent of the field of view: the brightest of what is there.
@@ -34,7 +34,7 @@ def stands_out(signal: FloatArray) -> Mask:
             expected="a head or brain on a darker background.",
             advice="Check the export and its rescale slope and intercept.",
         )
-    above = np.greater(signal, FOREGROUND_LEVEL * bright, order="C")
+    above = np.greater(signal, level * bright, order="C")
     labels, count = ndimage.label(above)
     if count > 1:
         sizes = np.bincount(labels.ravel())

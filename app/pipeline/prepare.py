@@ -5,7 +5,6 @@ posterior to anterior, columns from left to right, centred on the foreground. No
 by name anywhere: both ways are one affine transform of voxel indices.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,95 +13,22 @@ from nibabel import affines
 from scipy import ndimage
 
 from app.errors import WrongFieldOfView
-from app.manifest import Preparation
+from app.manifest import Fit, Preparation
+from app.pipeline.fit import fill_by_slice, largest_box
 from app.pipeline.foreground import background_of, bounding_box, stands_out
+from app.pipeline.placement import Placement, onto
 from app.volume import Affine, FloatArray, Volume
 
 BoolArray = npt.NDArray[np.bool_]
 
 # Nothing is thinner than air: what a CT holds below it marks the outside of its field of view.
 AIR_HU = -1000.0
-# Linear weights of less than this much known data give no value: NaN instead of a guess.
-KNOWN_WEIGHT = 0.5
+# The head's box is measured on pixels of this size.
+FIT_MM = 1.0
 FWHM_PER_SIGMA = 2.3548
 # Ties are common (a 2 mm pixel half-way between 1 mm voxels, an extent of a whole number of slices)
 # and must fall the same way however the affine was rounded on its way through a file.
 TIE = 1e-3
-
-
-@dataclass(frozen=True, eq=False)
-class Placement:
-    """Where a stack of slices lies, and its own way back to the scan.
-
-    Attributes
-    ----------
-    affine : (4, 4) ndarray
-        Indices (slice, row, column) of the stack to RAS+ millimetres.
-    shape : tuple of int
-        (N, H, W) of the stack.
-    source_affine : (4, 4) ndarray
-        Voxel indices of the scan to RAS+ millimetres.
-    source_shape : tuple of int
-        Shape of the scan.
-    background, scale : float
-        Scan units = background + scale * slice value.
-    """
-
-    affine: Affine
-    shape: tuple[int, int, int]
-    source_affine: Affine
-    source_shape: tuple[int, int, int]
-    background: float
-    scale: float
-
-    def to_volume(self, stack: FloatArray) -> FloatArray:
-        """Bring values on the slices to the scan's own grid, linearly.
-
-        Parameters
-        ----------
-        stack : (N, H, W) ndarray
-            One value a pixel; NaN where nothing is known.
-
-        Returns
-        -------
-        (X, Y, Z) ndarray of float32
-            NaN outside the slices and where less than half of the weight is known.
-        """
-        out = np.full(self.source_shape, np.nan, dtype=np.float32)
-        box = self._source_box()
-        offset = np.array([s.start for s in box], dtype=np.float64)
-        to_stack = np.linalg.inv(self.affine) @ self.source_affine
-        matrix, translation = to_stack[:3, :3], to_stack[:3, :3] @ offset + to_stack[:3, 3]
-        shape = tuple(s.stop - s.start for s in box)
-        known = np.isfinite(stack)
-
-        def resample(values: FloatArray) -> FloatArray:
-            # One pixel of zeros around the stack: a voxel beyond the outermost slice centres is
-            # weighed down, and drops out at half a pixel.
-            padded = np.pad(values, 1)
-            result: FloatArray = ndimage.affine_transform(
-                padded, matrix, translation + 1, output_shape=shape, order=1, output=np.float32
-            )
-            return result
-
-        with ThreadPoolExecutor(2) as pool:  # scipy lets go of the interpreter's lock
-            values, weight = pool.map(resample, (np.where(known, stack, np.float32(0)), known.astype(np.float32)))
-        np.divide(values, weight, out=out[box], where=weight >= KNOWN_WEIGHT)
-        return out
-
-    def from_source(self, array: FloatArray) -> FloatArray:
-        """Sample an array on the scan's grid linearly on the slices, (X, Y, Z) -> (N, H, W); 0 outside."""
-        return _onto(array, self.source_affine, self.affine, self.shape)
-
-    def _source_box(self) -> tuple[slice, slice, slice]:
-        """The part of the scan's grid that the stack can reach."""
-        corners = np.array(np.meshgrid(*[(-1.0, n) for n in self.shape], indexing="ij")).reshape(3, -1).T
-        to_source = np.linalg.inv(self.source_affine) @ self.affine
-        reached = affines.apply_affine(to_source, corners)
-        low = np.clip(np.floor(reached.min(axis=0)), 0, self.source_shape).astype(int)
-        high = np.clip(np.ceil(reached.max(axis=0)) + 1, 0, self.source_shape).astype(int)
-        x, y, z = (slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-        return x, y, z
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +59,7 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
         The scan, any orientation.
     preparation : Preparation
         The manifest's settings: spacing, slice shape, intensity mapping (by a percentile of the foreground,
-        or by a window of Hounsfield units).
+        or by a window of Hounsfield units), and whether every head is stretched to one size.
 
     Raises
     ------
@@ -142,24 +68,57 @@ def to_slices(volume: Volume, preparation: Preparation) -> Slices:
     WrongFieldOfView
         What stands out is larger or smaller than anything the model was trained on.
     """
+    if preparation.fit is not None:
+        return _fitted(volume, preparation, preparation.fit)
     array = volume.array if preparation.window is None else np.maximum(volume.array, np.float32(AIR_HU))
     background = background_of(array)
     signal = array - np.float32(background)
     foreground = stands_out(signal)
     centre, extent = _bounds_mm(foreground, volume.affine)
     _check_extent(extent, preparation)
-    affine, shape = _grid(centre, extent, preparation)
+    affine, shape = _grid(centre, extent, preparation.spacing_mm, preparation.shape)
 
     if preparation.window is None:
         scale = _scale(signal[foreground], preparation)
     else:
         background, scale, signal = _windowed(array, preparation.window)
     smooth = _anti_alias(signal, volume.spacing, preparation)
-    x = _onto(smooth, volume.affine, affine, shape) / np.float32(scale)
-    inside = _onto(foreground.astype(np.float32), volume.affine, affine, shape) > 0.5 + TIE
+    x = onto(smooth, volume.affine, affine, shape) / np.float32(scale)
+    inside = onto(foreground.astype(np.float32), volume.affine, affine, shape) > 0.5 + TIE
     x = np.where(inside, np.clip(x, 0, 1), np.float32(0))
     placement = Placement(affine, shape, volume.affine, volume.shape, background, scale)
     return Slices(x[:, None], inside, placement)
+
+
+def _fitted(volume: Volume, preparation: Preparation, fit: Fit) -> Slices:
+    """The same for a model of pictures without millimetres: the head gets the size that theirs have."""
+    if preparation.window is None:
+        background = background_of(volume.array)
+        signal = volume.array - np.float32(background)
+    else:
+        background, scale, signal = _windowed(volume.array, preparation.window)
+    # At the pictures' own resolution, skin is no line of its own around the skull.
+    smooth = _anti_alias(signal, volume.spacing, preparation)
+    foreground = stands_out(smooth, fit.foreground_level)
+    centre, extent = _bounds_mm(foreground, volume.affine)
+    _check_extent(extent, preparation)
+    solid = foreground.astype(np.float32)
+    dz = preparation.spacing_mm[0]
+    rows, columns = (int(n) for n in np.ceil(extent[1::-1] / FIT_MM) + 3)
+    affine, shape = _grid(centre, extent, (dz, FIT_MM, FIT_MM), (rows, columns))
+    middle, (length, width) = largest_box(fill_by_slice(onto(solid, volume.affine, affine, shape) > 0.5 + TIE))
+    centre = np.array([*affines.apply_affine(affine, [0, *middle])[:2], centre[2]])
+    spacing = (dz, length * FIT_MM / fit.rows, width * FIT_MM / fit.columns)
+    affine, shape = _grid(centre, extent, spacing, preparation.shape)
+
+    inside = fill_by_slice(onto(solid, volume.affine, affine, shape) > 0.5 + TIE)
+    seen = onto(smooth, volume.affine, affine, shape)
+    if preparation.window is None:
+        # Of what the pictures show: neck and face are darker than a brain, or brighter.
+        lowest = _lowest(shape[0], preparation)
+        scale = _scale(seen[lowest:][inside[lowest:]], preparation)
+    x = np.where(inside, np.clip(seen / np.float32(scale), 0, 1), np.float32(0))
+    return Slices(x[:, None], inside, Placement(affine, shape, volume.affine, volume.shape, background, scale))
 
 
 def _scale(foreground: FloatArray, preparation: Preparation) -> float:
@@ -209,7 +168,14 @@ def analysed_slices(slices: Slices, preparation: Preparation) -> npt.NDArray[np.
             expected=f"slices with at least {preparation.min_foreground_cm2:.0f} cm2 of {preparation.subject}.",
             advice=preparation.advice,
         )
-    return np.arange(enough[0], enough[-1] + 1, dtype=np.int64)
+    return np.arange(max(enough[0], _lowest(len(area), preparation)), enough[-1] + 1, dtype=np.int64)
+
+
+def _lowest(count: int, preparation: Preparation) -> int:
+    """The first slice that a fitted model has seen the like of, counted from the top of the head."""
+    if preparation.fit is None or preparation.fit.reach_mm is None:
+        return 0
+    return max(0, count - 1 - int(preparation.fit.reach_mm / preparation.spacing_mm[0] + TIE))
 
 
 def _bounds_mm(foreground: BoolArray, affine: Affine) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
@@ -240,11 +206,14 @@ def _check_extent(extent: npt.NDArray[np.float64], preparation: Preparation) -> 
 
 
 def _grid(
-    centre: npt.NDArray[np.float64], extent: npt.NDArray[np.float64], preparation: Preparation
+    centre: npt.NDArray[np.float64],
+    extent: npt.NDArray[np.float64],
+    spacing_mm: tuple[float, float, float],
+    shape: tuple[int, int],
 ) -> tuple[Affine, tuple[int, int, int]]:
     """Affine and shape of the canonical stack around a centre."""
-    dz, dy, dx = preparation.spacing_mm
-    height, width = preparation.shape
+    dz, dy, dx = spacing_mm
+    height, width = shape
     count = int(np.floor(extent[2] / dz + TIE)) + 1
     affine = np.zeros((4, 4))
     affine[0, 2], affine[1, 1], affine[2, 0], affine[3, 3] = dx, dy, dz, 1  # (slice, row, column) -> (z, y, x)
@@ -259,13 +228,4 @@ def _anti_alias(signal: FloatArray, spacing: npt.NDArray[np.float64], preparatio
     fwhm_mm = np.sqrt(np.maximum(target**2 - spacing**2, 0))
     sigma = fwhm_mm / FWHM_PER_SIGMA / spacing
     result: FloatArray = ndimage.gaussian_filter(signal, sigma, output=np.float32)
-    return result
-
-
-def _onto(array: FloatArray, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> FloatArray:
-    """Sample an array linearly on another grid; 0 outside."""
-    to_source = np.linalg.inv(affine) @ target
-    result: FloatArray = ndimage.affine_transform(
-        array, to_source[:3, :3], to_source[:3, 3], output_shape=shape, order=1, output=np.float32, mode="grid-constant"
-    )
     return result

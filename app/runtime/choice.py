@@ -6,7 +6,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from app.errors import UnknownModel, WrongModality, WrongSequence
+from app.errors import NonCommercialModel, UnknownModel, WrongModality, WrongSequence
 from app.manifest import Manifest
 from app.volume import Source
 
@@ -36,6 +36,8 @@ class Choice:
 def choose(manifests: Sequence[Manifest], source: Source, model: str | None) -> Choice:
     """The bundle for a scan: the one that was named, else the newest for its modality and sequence.
 
+    One for non-commercial use is never chosen: it must be named, and `permit` must let it pass.
+
     Raises
     ------
     UnknownModel
@@ -55,6 +57,7 @@ def choose(manifests: Sequence[Manifest], source: Source, model: str | None) -> 
             expected=f"a scan for one of {_listed(known)}.",
             advice="Send another series, or install a model for this one.",
         )
+    fits = [m for m in fits if not m.licence.non_commercial]
     if fits and source.sequences:
         fits = _of_its_sequence(fits, source)
     if len({m.name for m in fits}) != 1:
@@ -66,6 +69,22 @@ def choose(manifests: Sequence[Manifest], source: Source, model: str | None) -> 
     chosen = fits[-1]
     by: Literal["sequence", "modality", "default"] = "default" if source.modality is None else "modality"
     return Choice(chosen, "sequence" if source.sequences else by, _doubt(chosen, source))
+
+
+def permit(manifest: Manifest, *, noncommercial: bool) -> None:
+    """Refuse a bundle whose licence the operator has not agreed to.
+
+    Raises
+    ------
+    NonCommercialModel
+        It is for non-commercial research only.
+    """
+    if manifest.licence.non_commercial and not noncommercial:
+        raise NonCommercialModel(
+            f"{manifest.id} is under {manifest.licence.licence}: for non-commercial research only.",
+            expected="an operator who has said that this service is run for nothing else.",
+            advice="Where that is so, set COUNTERPART_ALLOW_NONCOMMERCIAL=true; else choose another model.",
+        )
 
 
 def _named(known: Sequence[Manifest], source: Source, model: str) -> Choice:
@@ -126,4 +145,11 @@ def _doubt(chosen: Manifest, source: Source) -> str:
 
 
 def _listed(manifests: Sequence[Manifest]) -> str:
-    return ", ".join(f"{m.id} ({m.modality}, {m.sequence})" for m in manifests) or "no model: none is installed"
+    return (
+        ", ".join(f"{m.id} ({m.modality}, {m.sequence}{_by_name(m)})" for m in manifests)
+        or "no model: none is installed"
+    )
+
+
+def _by_name(manifest: Manifest) -> str:
+    return "; only when asked for by name" if manifest.licence.non_commercial else ""

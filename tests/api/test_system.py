@@ -60,6 +60,7 @@ def test_the_document_describes_every_route(client: TestClient) -> None:
         "202",
         "400",
         "401",
+        "403",
         "409",
         "413",
         "415",
