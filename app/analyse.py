@@ -17,6 +17,7 @@ from app.errors import CounterpartError, NoBrainMask, NotFromDicom
 from app.export.nifti import write_nifti
 from app.export.pictures import write_preview
 from app.export.report import RESEARCH_USE_ONLY, BrainReported, ModelChoice, ModelUsed, Report, build_report
+from app.inferred import Inferred, Taken
 from app.ingest import read
 from app.ingest.quiet import quiet
 from app.manifest import Manifest
@@ -39,6 +40,8 @@ RESULT_FILES = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.j
 DICOM_FILES = ("segmentation.dcm", "report.dcm")
 BRAIN_FILE = "brain.nii.gz"
 OPTIONAL_FILES = (BRAIN_FILE, *DICOM_FILES)
+# Beginning of the name of a folder that holds what an archive held.
+UNPACKED = ".unpacked-"
 
 
 @dataclass(frozen=True)
@@ -93,42 +96,79 @@ def analyse(
     CounterpartError
         One leaf a cause; see `app.errors`.
     """
-    seconds: dict[str, float] = {}
     # Inside the results' folder: whoever removes that reaches an unpacked scan which a kill left behind.
     # It lives until the export, which reads the source's headers again.
-    with TemporaryDirectory(prefix=".unpacked-", dir=out) as scratch:
-        with _timed("read", seconds):
-            progress("read", 0.0)
-            scan = read(path, scratch=Path(scratch), series=request.series, geometry=request.geometry)
-            choice = choose(manifests, scan.source, request.model)
-            manifest = choice.manifest
-            progress("read", 1.0)
-        with _timed("load", seconds):
-            bundle = bundles(manifest)
-        progress("infer", 0.0)
-        with _timed("extract", seconds):
-            brain = _take_out(scan.volume, bundle)
-        with _timed("infer", seconds):
-            seen = brain.volume if isinstance(brain, Brain) else scan.volume
-            detection = infer(seen, bundle, request.seed, progress)
-            result = to_result(scan.volume, detection, manifest)
-            progress("infer", 1.0)
-        with _timed("export", seconds):
-            progress("export", 0.0)
-            _write_images(out, scan, result)
-            absent = _write_brain(out, scan, brain)
-            write_preview(out / "preview.png", detection, manifest, RESEARCH_USE_ONLY)
-        used = ModelUsed(
-            id=manifest.id,
-            sha256=bundle.sha256,
-            provider=bundle.provider,
-            seed=manifest.seed if request.seed is None else request.seed,
-            licence=manifest.licence.licence,
-            choice=ModelChoice(by=choice.by, sure=not choice.doubt, doubt=choice.doubt or None),
-        )
-        report = build_report(scan, detection, result, used, manifest, seconds)
-        report = report.model_copy(update={"brain": _reported(brain, bundle)})
-        absent |= _write_dicom(out, scan, result, report)
+    with TemporaryDirectory(prefix=UNPACKED, dir=out) as scratch:
+        scan, inferred = infer(path, Path(scratch), bundles, manifests, request, progress)
+        return export(scan, inferred, out, progress)
+
+
+def infer(
+    path: Path,
+    scratch: Path,
+    bundles: Callable[[Manifest], Bundle],
+    manifests: Sequence[Manifest],
+    request: Request,
+    progress: Progress,
+) -> tuple[Scan, Inferred]:
+    """Read a scan and compare it with its counterpart; parameters as of `analyse`.
+
+    Parameters
+    ----------
+    scratch : Path
+        For what an archive holds; the export needs it still.
+    """
+    seconds: dict[str, float] = {}
+    with _timed("read", seconds):
+        progress("read", 0.0)
+        scan = read(path, scratch=scratch, series=request.series, geometry=request.geometry)
+        choice = choose(manifests, scan.source, request.model)
+        manifest = choice.manifest
+        progress("read", 1.0)
+    with _timed("load", seconds):
+        bundle = bundles(manifest)
+    progress("infer", 0.0)
+    with _timed("extract", seconds):
+        brain = _take_out(scan.volume, bundle)
+    with _timed("infer", seconds):
+        seen = brain.volume if isinstance(brain, Brain) else scan.volume
+        detection = _compare(seen, bundle, request.seed, progress)
+        progress("infer", 1.0)
+    used = ModelUsed(
+        id=manifest.id,
+        sha256=bundle.sha256,
+        provider=bundle.provider,
+        seed=manifest.seed if request.seed is None else request.seed,
+        licence=manifest.licence.licence,
+        choice=ModelChoice(by=choice.by, sure=not choice.doubt, doubt=choice.doubt or None),
+    )
+    return scan, Inferred(manifest, used, detection, _taken(brain, bundle), seconds)
+
+
+def export(scan: Scan, inferred: Inferred, out: Path, progress: Progress) -> Report:
+    """Write the results of a scan; it asks no network, and the same two give the same bytes.
+
+    Parameters
+    ----------
+    scan : Scan
+        As it was read, now or for the inference.
+    inferred : Inferred
+    out : Path
+        As of `analyse`.
+    progress : callable
+        Told of the stage.
+    """
+    seconds = dict(inferred.seconds)
+    with _timed("export", seconds):
+        progress("export", 0.0)
+        result = to_result(scan.volume, inferred.detection, inferred.manifest)
+        _write_images(out, scan, result)
+        absent = _write_brain(out, scan, inferred.brain)
+        write_preview(out / "preview.png", inferred.detection, inferred.manifest, RESEARCH_USE_ONLY)
+    report = build_report(scan, inferred.detection, result, inferred.used, inferred.manifest, seconds)
+    if isinstance(inferred.brain, Taken):
+        report = report.model_copy(update={"brain": inferred.brain.reported})
+    absent |= _write_dicom(out, scan, result, report)
     report = report.model_copy(update={"absent": {name: reason.problem for name, reason in absent.items()}})
     part = out / "report.json.part"
     part.write_text(report.model_dump_json(indent=1) + "\n")
@@ -148,7 +188,24 @@ def _take_out(volume: Volume, bundle: Bundle) -> Brain | NoBrainMask:
     return extract(volume, bundle.extractor.networks)
 
 
-def infer(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
+def _taken(brain: Brain | NoBrainMask, bundle: Bundle) -> Taken | NoBrainMask:
+    """What is kept of the extraction."""
+    if isinstance(brain, NoBrainMask):
+        return brain
+    assert bundle.extractor is not None, "it took the brain out"
+    reported = BrainReported(
+        method=bundle.extractor.manifest.method,
+        version=bundle.extractor.manifest.version,
+        sha256=bundle.extractor.sha256,
+        volume_ml=round(brain.volume_ml, 1),
+        agreement=round(brain.agreement, 4),
+        cut_cm2=round(brain.cut_cm2, 1),
+        warnings=brain.warnings,
+    )
+    return Taken(brain.mask, reported)
+
+
+def _compare(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
     """Run the pipeline on a volume, batch by batch."""
     done = 0
     expected = 1
@@ -183,28 +240,13 @@ def _write_images(out: Path, scan: Scan, result: Result) -> None:
         list(pool.map(write, what))
 
 
-def _write_brain(out: Path, scan: Scan, brain: Brain | NoBrainMask) -> dict[str, CounterpartError]:
+def _write_brain(out: Path, scan: Scan, brain: Taken | NoBrainMask) -> dict[str, CounterpartError]:
     """The brain's mask, where one was taken out; else why there is none."""
     if isinstance(brain, NoBrainMask):
         return {BRAIN_FILE: brain}
     what = "counterpart: 1 in the brain that was taken out of its head; research use only"
     write_nifti(out / BRAIN_FILE, brain.mask.astype(np.uint8), scan.volume.affine, scan.source.sform_code, what)
     return {}
-
-
-def _reported(brain: Brain | NoBrainMask, bundle: Bundle) -> BrainReported | None:
-    """What a report says of the extraction."""
-    if isinstance(brain, NoBrainMask) or bundle.extractor is None:
-        return None
-    return BrainReported(
-        method=bundle.extractor.manifest.method,
-        version=bundle.extractor.manifest.version,
-        sha256=bundle.extractor.sha256,
-        volume_ml=round(brain.volume_ml, 1),
-        agreement=round(brain.agreement, 4),
-        cut_cm2=round(brain.cut_cm2, 1),
-        warnings=brain.warnings,
-    )
 
 
 def _write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[str, CounterpartError]:
