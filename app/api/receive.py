@@ -11,7 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
 from app.ingest import ACCEPTED, HEAD_BYTES, sniff
-from app.jobs.store import Incoming
+from app.jobs.incoming import Incoming
 
 # Bytes handed to a thread at once: a hop costs as much as hashing some kilobytes.
 BLOCK = 1 << 20

@@ -4,6 +4,7 @@
 
     jobs/<job>/scan/000000 ...            the upload, whole before it is acknowledged
     jobs/<job>/work-<random>/<name>       results of one attempt
+    jobs/<job>/inferred/<name>            what the networks made of it (`app.inferred`), until there are results
     jobs/<job>/published                  names the attempt that counts; made once, never changed
 
 A local folder holds what is under way: uploads, and the scan that this process analyses. Endpoint and
@@ -24,7 +25,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from app.errors import StoreUnavailable
-from app.jobs.store import Fetched, Incoming, Slot, Store
+from app.jobs.incoming import Incoming
+from app.jobs.store import Fetched, Slot, Store
 
 MOST_TRANSFERS = 16
 # Bytes read at once from the bucket.
@@ -77,6 +79,35 @@ class BucketStore(Store):
         self._job(job).mkdir(parents=True, exist_ok=True)
         return super().work(job)
 
+    def hold(self, job: str, inferred: Path) -> str:
+        """Bring what was inferred into the bucket; this machine keeps a copy until it lets go of the job."""
+        name = super().hold(job, inferred)
+        with _told():
+            self._put_all([self._job(job) / name], f"jobs/{job}/inferred")
+            self._clear_if_erased(job)
+        return name
+
+    def held(self, job: str, name: str) -> Path | None:
+        """What was inferred, fetched where another machine did it; None where it is gone."""
+        if (found := super().held(job, name)) is not None:
+            return found
+        self._job(job).mkdir(parents=True, exist_ok=True)
+        part = self._job(job) / f"{name}.part"
+        try:
+            with _told():
+                self._get(f"jobs/{job}/inferred/{name}", part)
+        except FileNotFoundError:
+            part.unlink(missing_ok=True)
+            return None
+        return part.rename(self._job(job) / name)
+
+    def release(self, job: str, name: str = "") -> None:
+        """Remove what was inferred: by one attempt, or by all."""
+        super().release(job, name)
+        with _told():
+            names = [f"jobs/{job}/inferred/{name}"] if name else self._names(f"jobs/{job}/inferred/")
+            self._delete_all(names)
+
     def stage(self, job: str, work: Path) -> str:
         """Bring an attempt's results into the bucket, where any worker can publish them."""
         with _told():
@@ -84,7 +115,7 @@ class BucketStore(Store):
             self._clear_if_erased(job)
         return work.name
 
-    def publish(self, job: str, work: str) -> None:
+    def _publish(self, job: str, work: str) -> None:
         """Let an attempt be the one that counts; only the first ever does."""
         with _told():
             try:
@@ -167,7 +198,9 @@ class BucketStore(Store):
         return [entry["path"] for page in obstore.list(self._bucket, prefix) for entry in page]
 
     def _delete(self, prefix: str) -> None:
-        names = self._names(prefix)
+        self._delete_all(self._names(prefix))
+
+    def _delete_all(self, names: list[str]) -> None:
         if names:
             obstore.delete(self._bucket, names)
 

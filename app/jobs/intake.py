@@ -10,11 +10,12 @@ from dbos import DBOS, EnqueueOptions
 from app import errors
 from app.analyse import Request
 from app.jobs.engine import Engine
+from app.jobs.incoming import Incoming
 from app.jobs.job import Job, Priority
 from app.jobs.listing import WORKFLOW, Listing
 from app.jobs.records import ANSWERING, PRIORITIES
 from app.jobs.retention import Limits
-from app.jobs.store import Incoming, Store
+from app.jobs.store import Store
 
 QUEUE = "scans"
 

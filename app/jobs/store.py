@@ -5,6 +5,7 @@
     incoming/<random>/000000 ...    being received
     jobs/<job>/scan/000000 ...      the upload, whole and on disk before it is acknowledged
     jobs/<job>/work-<random>/       results being written
+    jobs/<job>/inferred-<random>    what the networks made of it (`app.inferred`), until there are results
     jobs/<job>/results/             published by one rename
     trash/<random>/                 being erased
     process-<n>.lock                held by a living process
@@ -16,7 +17,6 @@ without counting who else refers to it.
 """
 
 import fcntl
-import hashlib
 import os
 import secrets
 import shutil
@@ -27,71 +27,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
 from uuid import uuid4
 
 from app.errors import StoreUnavailable
+from app.jobs.incoming import Incoming
 
-# What a format is can be told from this many leading bytes (DICOM's magic ends at 132, NIfTI's at 348).
-HEAD_BYTES = 1024
 # What an interrupted upload left behind is swept at a start after this long: no upload lasts longer.
 STALE_SECONDS = 24 * 3600
 MOST_PROCESSES = 64
 MOST_SYNCS = 32
-
-
-class Incoming:
-    """An upload while it is received: files of unknown names, hashed on their way to the disk.
-
-    Attributes
-    ----------
-    folder : Path
-        Holds 000000, 000001, ...
-    heads : list of bytes
-        First bytes of each file.
-    size : int
-        Bytes of all files.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.heads: list[bytes] = []
-        self.size = 0
-        self._digests: list[str] = []
-        self._file: IO[bytes] | None = None
-        self._hash = hashlib.sha256()
-
-    def begin(self) -> None:
-        """Start the next file."""
-        self._file = (self.folder / f"{len(self.heads):06d}").open("wb")
-        self._hash = hashlib.sha256()
-        self.heads.append(b"")
-
-    def write(self, data: bytes) -> None:
-        """Add to the current file."""
-        assert self._file is not None
-        self._file.write(data)
-        self._hash.update(data)
-        self.size += len(data)
-        missing = HEAD_BYTES - len(self.heads[-1])
-        if missing > 0:
-            self.heads[-1] += data[:missing]
-
-    def end(self) -> None:
-        """Finish the current file."""
-        self.close()
-        self._digests.append(self._hash.hexdigest())
-
-    def close(self) -> None:
-        """Let go of the current file, finished or not."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 over the files' own, whatever their order: slices may be sent in any."""
-        return hashlib.sha256("".join(sorted(self._digests)).encode()).hexdigest()
+# Beginning of the name of what was inferred.
+HELD = "inferred-"
 
 
 @dataclass(frozen=True)
@@ -165,13 +111,39 @@ class Store:
         folder.mkdir()
         return folder
 
+    def hold(self, job: str, inferred: Path) -> str:
+        """Keep what was inferred on the disk, where any worker finds it; returns what `held` takes."""
+        name = f"{HELD}{uuid4().hex}"
+        _sync(inferred)
+        # Fails where another worker has begun an attempt of its own since, or the job was erased.
+        inferred.rename(self._job(job) / name)
+        _sync(self._job(job))
+        return name
+
+    def held(self, job: str, name: str) -> Path | None:
+        """What was inferred; None where it is gone."""
+        path = self._job(job) / name
+        return path if path.is_file() else None
+
+    def release(self, job: str, name: str = "") -> None:
+        """Remove what was inferred: by one attempt, or by all."""
+        for path in self._job(job).glob(f"{name or HELD}*"):
+            path.unlink(missing_ok=True)
+
     def stage(self, job: str, work: Path) -> str:
         """Put an attempt's results where any worker can publish them; returns what `publish` takes."""
         assert work.parent == self._job(job)
         return work.name
 
     def publish(self, job: str, work: str) -> None:
-        """Make the folder `work` the results of a job, all at once; doing it again changes nothing."""
+        """Make the folder `work` the results of a job, all at once; doing it again changes nothing.
+
+        What was inferred is not needed any more, and goes.
+        """
+        self._publish(job, work)
+        self.release(job)
+
+    def _publish(self, job: str, work: str) -> None:
         results = self._job(job) / "results"
         source = self._job(job) / work
         if results.exists():

@@ -69,6 +69,34 @@ def test_a_bucket_keeps_scans_and_publishes_once(bucket: BucketStore, tmp_path: 
     assert not list((tmp_path / "another machine").rglob(f"*{JOB}*"))
 
 
+def inferred(store: BucketStore, content: bytes) -> str:
+    work = store.work(JOB)
+    (work / "inferred").write_bytes(content)
+    return store.hold(JOB, work / "inferred")
+
+
+def test_what_one_machine_inferred_another_finds_until_there_are_results(bucket: BucketStore, tmp_path: Path) -> None:
+    fill(bucket, JOB, b"a")
+    other = BucketStore(f"s3://{BUCKET}/{tmp_path.name}", tmp_path / "another machine")
+    other.take_slot()
+    first, second, third = inferred(bucket, b"1"), inferred(bucket, b"2"), inferred(other, b"3")
+    assert len(names(bucket)) == 4
+    bucket.let_go(JOB)
+    for store, name, content in ((other, first, b"1"), (bucket, second, b"2"), (bucket, third, b"3")):
+        for _ in range(2):  # fetched, and found here
+            found = store.held(JOB, name)
+            assert found is not None
+            assert found.read_bytes() == content
+    other.release(JOB, third)
+    other.let_go(JOB)
+    assert other.held(JOB, third) is None
+    assert len(names(bucket)) == 3
+    bucket.publish(JOB, attempt(bucket, b"results"))
+    assert other.held(JOB, first) is None
+    assert [name for name in names(bucket) if "inferred" in name] == []
+    assert [path.name for path in (tmp_path / "another machine").rglob("inferred*")] == []
+
+
 def test_an_upload_without_a_job_is_found_in_a_bucket(bucket: BucketStore) -> None:
     fill(bucket, JOB, b"a", b"b")
     assert bucket.unclaimed(time.time() - 60) == []
@@ -88,6 +116,8 @@ def test_erasing_beats_a_writer(bucket: BucketStore) -> None:
     (work / "mask").write_bytes(b"late")
     with pytest.raises(FileNotFoundError):
         bucket.stage(JOB, work)
+    with pytest.raises(FileNotFoundError):
+        bucket.hold(JOB, work / "mask")
     with pytest.raises(FileNotFoundError):
         bucket.publish(JOB, work.name)
     assert names(bucket) == []

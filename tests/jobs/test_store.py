@@ -80,6 +80,56 @@ def test_scan_and_results_are_on_the_disk_before_anyone_is_told(
     assert (sorted(synced[:2]), synced[2:]) == (["mask", work.name], [JOB])
 
 
+def inferred(store: Store, content: bytes) -> str:
+    work = store.work(JOB)
+    (work / "inferred").write_bytes(content)
+    return store.hold(JOB, work / "inferred")
+
+
+def test_what_was_inferred_is_kept_until_there_are_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    fill(store, JOB, b"scan")
+    synced: list[str] = []
+    monkeypatch.setattr("app.jobs.store.os.fsync", lambda f: synced.append(Path(f"/proc/self/fd/{f}").readlink().name))
+    first, second = inferred(store, b"1"), inferred(store, b"2")
+    assert synced == ["inferred", JOB] * 2
+    work = store.work(JOB)
+    for name, content in ((first, b"1"), (second, b"2")):
+        found = store.held(JOB, name)
+        assert found is not None
+        assert found.read_bytes() == content
+    store.release(JOB, first)
+    store.release(JOB, first)
+    assert store.held(JOB, first) is None
+    assert store.held(JOB, second) is not None
+    store.publish(JOB, work.name)
+    assert sorted(p.name for p in (tmp_path / "jobs" / JOB).iterdir()) == ["results", "scan"]
+    # A death between the results and their record: it is published again.
+    store.hold(JOB, _file(tmp_path))
+    store.publish(JOB, work.name)
+    assert sorted(p.name for p in (tmp_path / "jobs" / JOB).iterdir()) == ["results", "scan"]
+
+
+def _file(folder: Path) -> Path:
+    (folder / "late").write_bytes(b"late")
+    return folder / "late"
+
+
+def test_who_lost_the_job_or_it_was_erased_leaves_nothing_inferred(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, JOB, b"scan")
+    work = store.work(JOB)
+    (work / "inferred").write_bytes(b"slow")
+    store.work(JOB)  # of the worker that took over
+    with pytest.raises(FileNotFoundError):
+        store.hold(JOB, work / "inferred")
+    name = inferred(store, b"1")
+    store.erase(JOB)
+    assert store.held(JOB, name) is None
+    store.release(JOB)
+    assert not list(tmp_path.rglob(f"*{JOB}*"))
+
+
 def test_an_attempt_clears_what_the_one_before_left(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store, JOB, b"scan")
