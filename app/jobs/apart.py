@@ -7,8 +7,8 @@ child that computes does not keep the worker, which may be the API as well, from
 
 They speak JSON over a pair of sockets::
 
-    worker   {"warm": true}, {"scan", "out", "request", "guard"}, {"stop": true}
-    child    {"ready": true}, {"progress": [stage, fraction]}, {"report"}, {"problem"}, {"fault"}
+    worker   {"warm": true}, {"scan", "out", "request", "guard"}, the same with "inferred", {"stop": true}
+    child    {"ready": true}, {"progress": [stage, fraction]}, {"inferred": true}, {"report"}, {"problem"}, {"fault"}
 """
 
 import json
@@ -92,8 +92,8 @@ class Apart:
                     advice="Run `counterpart doctor`; the machine may be short of memory.",
                 ) from None
 
-    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
-        """Analyse a scan in the child; see `app.analyse.analyse`.
+    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+        """Have a scan inferred by the child; see `Engine.infer`.
 
         Raises
         ------
@@ -102,15 +102,18 @@ class Apart:
         Unexpected
             Something that is no `CounterpartError`.
         """
-        while not self._lock.acquire(timeout=LOOK_SECONDS):
-            progress("read", 0.0)
-        try:
-            return self._analyse(self._living(), scan, out, request, progress)
-        except OutOfMemory:
-            self._end()  # onnxruntime and Python keep what they once had
-            raise
-        finally:
-            self._lock.release()
+        self._ask({"scan": str(scan), "out": str(out), "request": asdict(request)}, "read", progress)
+
+    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+        """Have the results written by the child, which knows them still or reads what was inferred.
+
+        Raises
+        ------
+        ProcessDied, Unexpected
+            As of `infer`.
+        """
+        asked = {"scan": str(scan), "inferred": str(inferred), "out": str(out), "request": asdict(request)}
+        return Report.model_validate(self._ask(asked, "export", progress)["report"])
 
     def guard(self, *, on: bool) -> None:
         """Whether the child may not take more memory than there is for it at the beginning of a scan."""
@@ -121,17 +124,29 @@ class Apart:
         """End the child."""
         self._end()
 
-    def _analyse(self, child: "Child", scan: Path, out: Path, request: Request, progress: Progress) -> Report:
-        child.say({"scan": str(scan), "out": str(out), "request": asdict(request), "guard": self._guard})
-        told: tuple[str, float] = ("read", 0.0)
+    def _ask(self, asked: dict[str, Any], stage: str, progress: Progress) -> dict[str, Any]:
+        """The child's answer; `stage` is what it is at as long as it says nothing."""
+        while not self._lock.acquire(timeout=LOOK_SECONDS):
+            progress(stage, 0.0)
+        try:
+            return self._listen(self._living(), {**asked, "guard": self._guard}, stage, progress)
+        except OutOfMemory:
+            self._end()  # onnxruntime and Python keep what they once had
+            raise
+        finally:
+            self._lock.release()
+
+    def _listen(self, child: "Child", asked: dict[str, Any], stage: str, progress: Progress) -> dict[str, Any]:
+        child.say(asked)
+        told: tuple[str, float] = (stage, 0.0)
         while True:
             message = child.hear(LOOK_SECONDS)
-            if "report" in message:
-                return Report.model_validate(message["report"])
+            if "report" in message or "inferred" in message:
+                return message
             if message and "progress" not in message:
                 _raise(message)
-            stage, fraction = message.get("progress", told)
-            told = (stage, fraction)
+            now, fraction = message.get("progress", told)
+            told = (now, fraction)
             try:
                 progress(*told)
             except BaseException:

@@ -64,8 +64,11 @@ class Inference:
                 self._engine.warm_up()
                 return {"ready": True}
             guard(on=asked["guard"])
-            request = Request(**asked["request"])
-            report = self._engine.analyse(Path(asked["scan"]), Path(asked["out"]), request, self._progress)
+            scan, out, request = Path(asked["scan"]), Path(asked["out"]), Request(**asked["request"])
+            if "inferred" not in asked:
+                self._engine.infer(scan, out, request, self._progress)
+                return {"inferred": True}
+            report = self._engine.export(scan, Path(asked["inferred"]), out, request, self._progress)
             return {"report": report.model_dump(mode="json")}
         except CounterpartError as error:
             return {"problem": error.problem}

@@ -1,16 +1,24 @@
 """What turns one scan into results, and the models it does it with."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, Protocol
 
-from app.analyse import Progress, Request, analyse
+from app.analyse import UNPACKED, Progress, Request, export, infer
 from app.errors import NotReady
 from app.export.report import Report
+from app.inferred import Inferred, load, save
+from app.ingest import read
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.choice import permit
+from app.volume import Scan
+
+# What `Engine.infer` writes.
+INFERRED = "inferred"
 
 
 class ProcessDied(Exception):
@@ -57,14 +65,30 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Load every model and see it work: a real inference; raises what is wrong."""
 
-    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
-        """Analyse a scan into a folder; see `app.analyse.analyse`."""
+    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+        """Read a scan, ask the networks, and write what they made of it to `INFERRED` in a folder."""
+
+    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+        """Write the results of what was inferred, wherever it was, into a folder.
+
+        Where the same engine did it last, for the same folder, it has all it needs in memory.
+        """
 
     def guard(self, *, on: bool) -> None:
         """Whether the next scan may take all memory there is, and the worker with it, or is kept from it."""
 
     def close(self) -> None:
         """Let go of what it holds."""
+
+
+@dataclass(frozen=True, eq=False)
+class Last:
+    """A scan between inference and export, and the folder of the attempt that it belongs to."""
+
+    out: Path
+    scratch: TemporaryDirectory[str]
+    scan: Scan
+    inferred: Inferred
 
 
 class BundleEngine:
@@ -98,6 +122,7 @@ class BundleEngine:
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
         self._loaded: dict[str, Bundle] = {}
         self._lock = Lock()
+        self._last: Last | None = None
 
     def card(self, model: str) -> str | None:
         """Model card of a model's id, in Markdown; None where it has none."""
@@ -124,17 +149,46 @@ class BundleEngine:
             if self._noncommercial or not manifest.licence.non_commercial:
                 self._bundle(manifest)
 
-    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
-        """Analyse a scan into a folder; see `app.analyse.analyse`."""
-        return analyse(scan, out, self._bundle, self.manifests, request, progress)
+    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+        """Read a scan, ask the networks, and write what they made of it to `INFERRED` in a folder."""
+        self._forget()
+        # Beside it, for what an archive holds: whoever removes the folder removes both.
+        scratch = TemporaryDirectory(prefix=UNPACKED, dir=out)
+        try:
+            scanned, inferred = infer(scan, Path(scratch.name), self._bundle, self.manifests, request, progress)
+            save(inferred, out / INFERRED)
+        except BaseException:
+            scratch.cleanup()
+            raise
+        self._last = Last(out, scratch, scanned, inferred)
+
+    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+        """Write the results of what was inferred, from memory where it is there."""
+        last = self._last
+        try:
+            if last is not None and last.out == out:
+                return export(last.scan, last.inferred, out, progress)
+            progress("export", 0.0)
+            with TemporaryDirectory(prefix=UNPACKED, dir=out) as scratch:
+                again = read(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
+                return export(again, load(inferred), out, progress)
+        finally:
+            self._forget()
 
     def guard(self, *, on: bool) -> None:
         """It cannot: its memory is the worker's."""
 
     def close(self) -> None:
-        """Let go of the loaded bundles."""
+        """Let go of the loaded bundles, and of the last scan."""
+        self._forget()
         with self._lock:
             self._loaded.clear()
+
+    def _forget(self) -> None:
+        """Let go of the last scan."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.scratch.cleanup()
 
     def _bundle(self, manifest: Manifest) -> Bundle:
         permit(manifest, noncommercial=self._noncommercial)

@@ -1,9 +1,11 @@
-"""One job in the worker: analyse, report, stop when nobody wants the result."""
+"""One job in the worker: infer, export, stop when nobody wants the result."""
 
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -12,7 +14,7 @@ import structlog
 
 from app.analyse import OPTIONAL_FILES, RESULT_FILES, Request
 from app.errors import Cancelled, CounterpartError, InternalError, OutOfMemory, WorkerLost
-from app.jobs.engine import Engine, ProcessDied, Unexpected
+from app.jobs.engine import INFERRED, Engine, ProcessDied, Unexpected
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
 
@@ -25,6 +27,10 @@ CHECK_SECONDS = 0.2
 NOTE_SECONDS = 1.0
 # Where each stage begins and ends in the whole job; inference takes nearly all of the time.
 SHARES = {"read": (0.0, 0.05), "infer": (0.05, 0.95), "export": (0.95, 1.0)}
+
+
+# What a step of a job records.
+Outcome = dict[str, object]
 
 
 class Interrupted(BaseException):
@@ -71,34 +77,25 @@ class Runner:
         self._idle = Event()
         self._idle.set()
 
-    def analyse(self, job: str, request: Request) -> dict[str, object]:
-        """Analyse a job's scan into a folder aside.
-
-        Returns
-        -------
-        dict
-            `work`, the folder's name, `model`, and `results`, the files' names; or `problem`,
-            `CounterpartError.problem`.
+    @contextmanager
+    def begin(self, job: str, request: Request) -> Iterator["Attempt"]:
+        """What this worker does for one job; what it alone needed is gone in the end.
 
         Raises
         ------
         Interrupted
-            Nothing is to be recorded.
+            The process is asked to end: nothing is begun any more.
         """
         if self._draining.is_set():
             # Holding on to it keeps the queue from handing out the next one.
             self._stopping.wait()
             raise Interrupted
         self._idle.clear()
+        attempt = Attempt(job, request, self._engine, self._store, self._ledger, self._metrics, self._stopping)
         try:
-            while True:
-                try:
-                    return self._analyse(job, request)
-                except ProcessDied as died:
-                    log.warning("analysis died", job=job, code=str(died))
-                    if lost := self._ledger.killed(job):
-                        return {"problem": lost_workers(job, lost)}
+            yield attempt
         finally:
+            attempt.let_go()
             self._idle.set()
 
     def stop(self, drain_seconds: float) -> None:
@@ -109,62 +106,161 @@ class Runner:
         # A network evaluation cannot be broken off: it ends within seconds.
         self._idle.wait(CHECK_SECONDS + 5)
 
-    def _analyse(self, job: str, request: Request) -> dict[str, object]:
+
+@dataclass(eq=False)
+class Attempt:
+    """One worker's work on one job, or on what is left to do of it.
+
+    Attributes
+    ----------
+    job : str
+    request : Request
+    engine, store, ledger, metrics
+        As of `Runner`.
+    stopping : Event
+        Set when there is no more time.
+    scan, work : Path or None
+        What is read, and the folder that both steps write into where this worker takes both: the engine then goes
+        on from memory.
+    """
+
+    job: str
+    request: Request
+    engine: Engine
+    store: Store
+    ledger: Ledger
+    metrics: Metrics
+    stopping: Event
+    scan: Path | None = None
+    work: Path | None = None
+
+    def infer(self) -> Outcome:
+        """Ask the networks.
+
+        Returns
+        -------
+        dict
+            `inferred`, what the store keeps of it; or `problem`, `CounterpartError.problem`.
+
+        Raises
+        ------
+        Interrupted
+            Nothing is to be recorded.
+        """
+        return self._surviving(self._infer)
+
+    def export(self, inferred: str) -> Outcome:
+        """Write the results into a folder aside, where any worker can publish them.
+
+        Parameters
+        ----------
+        inferred : str
+            What `infer` returned, here or elsewhere.
+
+        Returns
+        -------
+        dict
+            `work`, the folder's name, `model`, and `results`, the files' names; or `problem`.
+
+        Raises
+        ------
+        Interrupted
+            Nothing is to be recorded.
+        """
+        return self._surviving(lambda: self._export(inferred))
+
+    def let_go(self) -> None:
+        """Remove what only this attempt needed; an unpacked scan may lie in it."""
+        if self.work is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.work = self.scan = None
+        self.store.let_go(self.job)
+
+    def _surviving(self, step: Callable[[], Outcome]) -> Outcome:
+        """What a step returns, or the problem that it met; begun again where it ended the engine's process."""
         start = time.perf_counter()
-        work, staged = None, None
-        try:
-            work = self._store.work(job)
-            self._engine.guard(on=self._ledger.suspected(job))
-            report = self._engine.analyse(self._store.scan(job), work, request, self._reporter(job))
-            staged = self._store.stage(job, work)
-        except Cancelled:
-            raise Interrupted from None
-        except ProcessDied:
-            raise
-        except Exception as error:  # noqa: BLE001  # whatever happens, the queue goes on
-            if not self._ledger.wanted(job):
+        while True:
+            try:
+                return step()
+            except Cancelled:
                 raise Interrupted from None
-            return {"problem": self._failed(job, error, time.perf_counter() - start)}
-        finally:
-            if work is not None and staged is None:
-                shutil.rmtree(work, ignore_errors=True)  # an unpacked scan may lie in it
-            self._store.let_go(job)
+            except ProcessDied as died:
+                self.let_go()
+                log.warning("analysis died", job=self.job, code=str(died))
+                if lost := self.ledger.killed(self.job):
+                    return {"problem": lost_workers(self.job, lost)}
+            except Exception as error:  # noqa: BLE001  # whatever happens, the queue goes on
+                if not self.ledger.wanted(self.job):
+                    raise Interrupted from None
+                return {"problem": self._failed(error, time.perf_counter() - start)}
+
+    def _prepare(self) -> tuple[Path, Path]:
+        """The scan, and the folder that this attempt writes into."""
+        if self.work is None or self.scan is None:
+            self.work = self.store.work(self.job)
+            self.scan = self.store.scan(self.job)
+        self.engine.guard(on=self.ledger.suspected(self.job))
+        return self.scan, self.work
+
+    def _infer(self) -> Outcome:
+        start = time.perf_counter()
+        scan, work = self._prepare()
+        self.engine.infer(scan, work, self.request, self._reporter())
+        name = self.store.hold(self.job, work / INFERRED)
+        # Whoever cancels looks for what is held after the job is cancelled, and this looks after it is held.
+        if not self.ledger.wanted(self.job):
+            self.store.release(self.job, name)
+            raise Interrupted
+        log.info("inferred", job=self.job, seconds=round(time.perf_counter() - start, 2))
+        return {"inferred": name}
+
+    def _export(self, inferred: str) -> Outcome:
+        start = time.perf_counter()
+        path = self.store.held(self.job, inferred)
+        if path is None:  # the store was restored from a back-up that was made after its database's, say
+            inferred = str(self._infer()["inferred"])
+            path = self.store.held(self.job, inferred)
+        assert path is not None, "it was just written"
+        scan, work = self._prepare()
+        report = self.engine.export(scan, path, work, self.request, self._reporter())
+        staged = self.store.stage(self.job, work)
+        self.work = None  # publishing takes it
         for stage, seconds in report.work.seconds.items():
-            self._metrics.stage_seconds.labels(stage).observe(seconds)
-        log.info("analysed", job=job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
+            self.metrics.stage_seconds.labels(stage).observe(seconds)
+        log.info("analysed", job=self.job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
         results = [name for name in (*RESULT_FILES, *OPTIONAL_FILES) if name not in report.absent]
         return {"work": staged, "model": report.model.id, "results": results}
 
-    def _failed(self, job: str, error: Exception, seconds: float) -> dict[str, str]:
+    def _failed(self, error: Exception, seconds: float) -> dict[str, str]:
         if isinstance(error, MemoryError):
             error = out_of_memory()
         if isinstance(error, CounterpartError):
-            log.info("failed", job=job, code=error.code, seconds=round(seconds, 2))
+            log.info("failed", job=self.job, code=error.code, seconds=round(seconds, 2))
             return error.problem
         fault = InternalError(
             f"The analysis met an unexpected {where(error)['exception']}.",
             expected="an analysis that ends in a result or a reason.",
             advice="Send the scan again; if it fails again, report the job's id: the log tells where it happened.",
         )
-        log.error("failed", job=job, code=fault.code, seconds=round(seconds, 2), **where(error))
+        log.error("failed", job=self.job, code=fault.code, seconds=round(seconds, 2), **where(error))
         return fault.problem
 
-    def _reporter(self, job: str) -> Callable[[str, float], None]:
+    def _reporter(self) -> Callable[[str, float], None]:
         stage_now, checked, noted = "", 0.0, 0.0
 
         def report(stage: str, fraction: float) -> None:
             nonlocal stage_now, checked, noted
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 raise Interrupted
             now, entered = time.monotonic(), stage != stage_now
             if entered or now - checked >= CHECK_SECONDS:
                 checked = now
-                if not self._ledger.wanted(job):
+                if not self.ledger.wanted(self.job):
                     raise Interrupted
             if entered or now - noted >= NOTE_SECONDS:
                 stage_now, noted = stage, now
                 begin, end = SHARES[stage]
-                self._ledger.note(job, stage, round(begin + (end - begin) * min(max(fraction, 0.0), 1.0), 3))
+                self.ledger.note(self.job, stage, round(begin + (end - begin) * min(max(fraction, 0.0), 1.0), 3))
 
         return report
 

@@ -1,8 +1,8 @@
 """Durable jobs on DBOS: with `intake`, `listing` and `records`, the only module that knows it.
 
-A job is a workflow of two steps, `analyse` and `publish`, each recorded when it is done. A process
-that dies leaves its job pending; whoever notices puts it back into the queue (`app.jobs.keeper`), and
-the next worker goes on after the last recorded step. Every claim of a job has a token of its own, so
+A job is a workflow of three steps, `infer`, `export` and `publish`, each recorded when it is done. A
+process that dies leaves its job pending; whoever notices puts it back into the queue (`app.jobs.keeper`),
+and the next worker goes on after the last recorded step. Every claim of a job has a token of its own, so
 that a worker which was only slow, not dead, can record nothing any more. Only ids and parameters go
 into the database, as JSON.
 """
@@ -10,6 +10,7 @@ into the database, as JSON.
 import logging
 import secrets
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -29,14 +30,14 @@ from app.jobs.metrics import Metrics
 from app.jobs.records import STATES
 from app.jobs.retention import Limits, surplus
 from app.jobs.roster import Roster
-from app.jobs.runner import Runner, lost_workers
+from app.jobs.runner import Outcome, Runner, lost_workers
 from app.jobs.store import STALE_SECONDS, Slot, Store
 
 log = structlog.get_logger("counterpart.jobs")
 
-# Which steps there are, and what they record. A change of it strands the jobs that are under way:
-# drain first. Code that keeps the steps keeps the number, so that an upgrade resumes them.
-STEPS_VERSION = "1"
+# Which steps there are, and what they record, the file of `app.inferred` among it. Code that keeps them keeps the
+# number, so that an upgrade resumes them.
+STEPS_VERSION = "2"
 POLLING_SECONDS = 0.1
 # Between two looks for uploads that never became a job: each reads the list of the whole store.
 SWEEP_SECONDS = 6 * 3600.0
@@ -92,15 +93,10 @@ class Jobs(Intake):
             )
         )
 
-        # How often a job may be begun is decided in `_analyse`, which knows a death from a restart.
+        # How often a job may be begun is decided in `_step`, which knows a death from a restart.
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def analyse_scan(job: str, request: dict[str, Any]) -> dict[str, Any]:
-            outcome = DBOS.run_step({"name": "analyse"}, self._analyse, job, Request(**request))
-            if "problem" in outcome:
-                raise _failure(cast("dict[str, str]", outcome["problem"]), self._metrics)
-            DBOS.run_step({"name": "publish"}, self._store.publish, job, str(outcome["work"]))
-            self._metrics.outcomes.labels("succeeded").inc()
-            return {"model": outcome["model"], "results": outcome.get("results")}
+            return self._work(job, Request(**request))
 
         if not worker:
             DBOS.listen_queues([])
@@ -158,6 +154,7 @@ class Jobs(Intake):
         if before != "cancelled":
             self._metrics.outcomes.labels("cancelled").inc()
             log.info("cancelled", job=job)
+        self._release(job)
 
     def erase(self, job: str) -> None:
         """Remove a job and every trace of it, whatever its state."""
@@ -238,15 +235,38 @@ class Jobs(Intake):
 
     # ---- inside ----
 
-    def _analyse(self, job: str, request: Request) -> dict[str, object]:
-        if lost := self._guilt(job):
-            outcome: dict[str, object] = {"problem": lost_workers(job, lost)}
-        else:
-            outcome = self._runner.analyse(job, request)
+    def _work(self, job: str, request: Request) -> dict[str, Any]:
+        """The steps of a job: what is recorded of one that was done is returned without doing it again."""
+        with self._runner.begin(job, request) as attempt:
+            inferred = DBOS.run_step({"name": "infer"}, self._step, job, attempt.infer)
+            self._end_if_failed(job, inferred)
+            name = str(inferred["inferred"])
+            exported = DBOS.run_step({"name": "export"}, self._step, job, lambda: attempt.export(name))
+            self._end_if_failed(job, exported)
+            DBOS.run_step({"name": "publish"}, self._store.publish, job, str(exported["work"]))
+        self._metrics.outcomes.labels("succeeded").inc()
+        return {"model": exported["model"], "results": exported["results"]}
+
+    def _step(self, job: str, step: Callable[[], Outcome]) -> Outcome:
+        lost = self._guilt(job)
+        outcome = {"problem": lost_workers(job, lost)} if lost else step()
         problem = cast("dict[str, str] | None", outcome.get("problem"))
-        known = {"code": problem["code"]} if problem else {"model": outcome["model"]}
-        DBOS.update_workflow_attributes(job, known, merge=True)  # the list can be asked for them
+        # The list can be asked for them.
+        if problem:
+            DBOS.update_workflow_attributes(job, {"code": problem["code"]}, merge=True)
+        elif "model" in outcome:
+            DBOS.update_workflow_attributes(job, {"model": outcome["model"]}, merge=True)
         return outcome
+
+    def _end_if_failed(self, job: str, outcome: Outcome) -> None:
+        if "problem" in outcome:
+            self._release(job)
+            raise _failure(cast("dict[str, str]", outcome["problem"]), self._metrics)
+
+    def _release(self, job: str) -> None:
+        """Remove what was inferred of a job that has no use for it; it goes with the job at the latest."""
+        with suppress(errors.StoreUnavailable):
+            self._store.release(job)
 
     def _guilt(self, job: str) -> int:
         lost = self._roster.blamed(job)

@@ -9,12 +9,14 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from app import errors
 from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request
 from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
+from app.jobs.engine import INFERRED
 from app.manifest import Manifest, Range
 from tests.support.bundle import tiny_manifest
 
@@ -32,7 +34,8 @@ def scan(**orders: object) -> bytes:
     **orders
         `seconds` of inference, `fail` (a class of `app.errors`), `crash` (text of a ValueError),
         `shout` (text on every stream that a library may write to), `die` (end the process), `hungry` (allocate so
-        many bytes), `deaf` (seconds without a word), and anything else to make it another scan.
+        many bytes), `deaf` (seconds without a word), `die_late`, `crash_late` and `slow_export` (the same in the
+        export), and anything else to make it another scan.
     """
     header = np.zeros(NIFTI1_BYTES, np.uint8)
     header[:4] = np.frombuffer(NIFTI1_BYTES.to_bytes(4, "little"), np.uint8)
@@ -48,6 +51,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.manifests: Sequence[Manifest] = [tiny_manifest()]
         self.seen: list[tuple[Path, Request]] = []
+        self.exported: list[tuple[str, Path]] = []
         self.broken: errors.CounterpartError | None = None
         self.slow = False
         self.guarded = False
@@ -66,10 +70,9 @@ class FakeEngine:
     def close(self) -> None:
         pass
 
-    def analyse(self, scan: Path, out: Path, request: Request, progress: Progress) -> Report:
+    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
         self.seen.append((scan, request))
-        first = scan / "000000" if scan.is_dir() else scan
-        orders = json.loads(first.read_bytes()[NIFTI1_BYTES:])
+        orders = read(scan)
         progress("read", 1.0)
         if "fail" in orders:
             raise getattr(errors, orders["fail"])("Found.", expected="expected.", advice="Advice.")
@@ -87,12 +90,32 @@ class FakeEngine:
             time.sleep(0.05 if seconds else 0)
         if "die" in orders:
             os._exit(9)
+        (out / INFERRED).write_text(f"{scan.parent.name} {len(self.seen)}")
+
+    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+        self.exported.append((inferred.read_text(), out))
+        orders = read(scan)
+        progress("export", 0.0)
+        if "die_late" in orders:
+            os._exit(9)
+        if "crash_late" in orders:
+            raise ValueError(orders["crash_late"])
+        for _ in range(int(orders.get("slow_export", 0) / 0.05)):
+            time.sleep(0.05)
+            progress("export", 0.5)
         report = _report(request)
         for name in RESULT_FILES:
             (out / name).write_bytes(name.encode() * 10)
         (out / "report.json").write_text(report.model_dump_json())
         progress("export", 1.0)
         return report
+
+
+def read(scan: Path) -> dict[str, Any]:
+    """The orders."""
+    first = scan / "000000" if scan.is_dir() else scan
+    orders: dict[str, Any] = json.loads(first.read_bytes()[NIFTI1_BYTES:])
+    return orders
 
 
 def shout(text: str) -> None:

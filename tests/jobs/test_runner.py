@@ -6,7 +6,7 @@ import pytest
 
 from app.analyse import RESULT_FILES, Request
 from app.jobs.metrics import Metrics
-from app.jobs.runner import Interrupted, Runner, where
+from app.jobs.runner import Interrupted, Outcome, Runner, where
 from app.jobs.store import Store
 from tests.api.support import FakeEngine, scan
 from tests.jobs.test_store import JOB, fill
@@ -45,17 +45,24 @@ def runner(folder: Path, ledger: Paper, **orders: object) -> Runner:
     return Runner(FakeEngine(), store, ledger, Metrics())
 
 
+def analyse(worker: Runner) -> Outcome:
+    """Both steps of a job, or the one that failed."""
+    with worker.begin(JOB, Request()) as attempt:
+        outcome = attempt.infer()
+        return outcome if "problem" in outcome else attempt.export(str(outcome["inferred"]))
+
+
 def test_progress_runs_over_the_whole_job(tmp_path: Path) -> None:
     ledger = Paper()
-    outcome = runner(tmp_path, ledger).analyse(JOB, Request())
-    assert ledger.notes == [("read", 0.05), ("infer", 0.05), ("export", 1.0)]
+    outcome = analyse(runner(tmp_path, ledger))
+    assert ledger.notes == [("read", 0.05), ("infer", 0.05), ("export", 0.95)]
     assert outcome["model"] == "tiny-0.0.1"
     assert outcome["results"] == [*RESULT_FILES]
     assert (tmp_path / "jobs" / JOB / str(outcome["work"]) / "mask.nii.gz").is_file()
 
 
 def test_a_fault_is_told_by_its_class_alone(tmp_path: Path) -> None:
-    outcome = runner(tmp_path, Paper(), crash="Zweistein").analyse(JOB, Request())
+    outcome = analyse(runner(tmp_path, Paper(), crash="Zweistein"))
     assert "Zweistein" not in str(outcome)
     assert "ValueError" in str(outcome["problem"])
 
@@ -64,14 +71,14 @@ def test_a_fault_is_told_by_its_class_alone(tmp_path: Path) -> None:
 def test_what_nobody_wants_is_left_long_before_its_end(tmp_path: Path, orders: dict[str, object]) -> None:
     start = time.monotonic()
     with pytest.raises(Interrupted):
-        runner(tmp_path, Paper(wanted=2), **orders).analyse(JOB, Request())
+        analyse(runner(tmp_path, Paper(wanted=2), **orders))
     assert time.monotonic() - start < 45
     assert [path.name for path in (tmp_path / "jobs" / JOB).iterdir()] == ["scan"]
 
 
 def test_a_fault_after_the_erasure_is_no_failure(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        runner(tmp_path, Paper(wanted=1), crash="the folder is gone").analyse(JOB, Request())
+        analyse(runner(tmp_path, Paper(wanted=1), crash="the folder is gone"))
 
 
 @pytest.mark.parametrize(("drain", "ends"), [(50.0, True), (0.0, False)])
@@ -81,7 +88,7 @@ def test_stopping_waits_a_while(tmp_path: Path, drain: float, ends: bool) -> Non
 
     def work() -> None:
         try:
-            outcomes.append(worker.analyse(JOB, Request()))
+            outcomes.append(analyse(worker))
         except Interrupted:
             outcomes.append(None)
 
@@ -93,7 +100,7 @@ def test_stopping_waits_a_while(tmp_path: Path, drain: float, ends: bool) -> Non
     assert [outcome is not None for outcome in outcomes] == [ends]
     # What the queue still hands out is not begun.
     with pytest.raises(Interrupted):
-        worker.analyse(JOB, Request())
+        analyse(worker)
 
 
 def test_a_place_has_no_text() -> None:
@@ -105,5 +112,5 @@ def test_a_place_has_no_text() -> None:
 
 
 def test_memory_that_runs_out_beside_the_networks_is_told_as_such(tmp_path: Path) -> None:
-    outcome = runner(tmp_path, Paper(), hungry=1 << 60).analyse(JOB, Request())
+    outcome = analyse(runner(tmp_path, Paper(), hungry=1 << 60))
     assert "'out_of_memory'" in str(outcome["problem"])
