@@ -54,6 +54,7 @@ class FakeEngine:
         self.exported: list[tuple[str, Path]] = []
         self.broken: errors.CounterpartError | None = None
         self.slow = False
+        self.slow_export = True
         self.guarded = False
         self.held = np.zeros(0, np.uint8)
 
@@ -90,7 +91,7 @@ class FakeEngine:
             time.sleep(0.05 if seconds else 0)
         if "die" in orders:
             os._exit(9)
-        (out / INFERRED).write_text(f"{scan.parent.name} {len(self.seen)}")
+        (out / INFERRED).write_text(f"{out.parent.name} {len(self.seen)}")
 
     def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
         self.exported.append((inferred.read_text(), out))
@@ -100,7 +101,7 @@ class FakeEngine:
             os._exit(9)
         if "crash_late" in orders:
             raise ValueError(orders["crash_late"])
-        for _ in range(int(orders.get("slow_export", 0) / 0.05)):
+        for _ in range(int(orders.get("slow_export", 0) / 0.05) if self.slow_export else 0):
             time.sleep(0.05)
             progress("export", 0.5)
         report = _report(request)

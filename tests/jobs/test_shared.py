@@ -1,7 +1,6 @@
 """PostgreSQL and a bucket: the same jobs, on any number of machines."""
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,27 +9,13 @@ from app.errors import StoreUnavailable
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect
 from app.jobs.roster import DEATHS, Roster
-from scripts.servers import BUCKET, find_postgres, postgres, s3
+from scripts.servers import BUCKET
 from tests.api.served import API, WORKER, served
 from tests.api.support import scan
 from tests.jobs.test_store import JOB, fill
 
 URL = "/v1/scans"
 WAIT = {"Prefer": "wait=120"}
-
-
-@pytest.fixture(scope="module")
-def database() -> Iterator[str]:
-    if find_postgres() is None:
-        pytest.skip("no PostgreSQL server: apt-get install postgresql")
-    with postgres() as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3() as environ:
-        yield environ
 
 
 @pytest.fixture
