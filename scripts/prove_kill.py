@@ -20,6 +20,7 @@ from pathlib import Path
 
 import httpx2
 
+from app.jobs.store import HELD
 from scripts.fleet import Node, digest, every_job, fleet, follow, make_scans, undisturbed
 from scripts.servers import postgres
 
@@ -105,7 +106,7 @@ def prove(folder: Path, kills: int, database: str | None, seed: int) -> bool:
             )
         left = sorted((folder / "killed" / "store" / "jobs").glob("*/*"))
         results = Counter(path.parts[-2] for path in left if path.name == "results")
-        attempts = [path for path in left if path.name.startswith("work-")]
+        attempts = [path for path in left if path.name.startswith(("work-", HELD))]
     outcomes = Counter(
         (job["problem"] or {}).get("code", job["state"]) if job["problem"] else job["state"] for job in states.values()
     )

@@ -35,8 +35,9 @@ from app.jobs.store import STALE_SECONDS, Slot, Store
 
 log = structlog.get_logger("counterpart.jobs")
 
-# Which steps there are, and what they record, the file of `app.inferred` among it. Code that keeps them keeps the
-# number, so that an upgrade resumes them.
+# Which steps there are, and what they record, the file of `app.inferred` among it. DBOS gives a job that was begun
+# under another number to nobody: drain before a change of it. Code that keeps the steps keeps the number, so
+# that an upgrade resumes them. What was not begun has no number yet, and waits for the new code.
 STEPS_VERSION = "2"
 POLLING_SECONDS = 0.1
 # Between two looks for uploads that never became a job: each reads the list of the whole store.

@@ -82,19 +82,18 @@ def test_a_worker_killed_before_the_export_has_its_scan_exported_without_the_net
     assert '"exception": "AssertionError"' in log.read_text()
 
 
-@pytest.mark.proof
-def test_another_machine_exports_what_a_killed_one_inferred(
-    archive: Path,
-    calm: dict[str, bytes],
-    tiny_models: Path,
-    database: str,
-    server: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def shared(database: str, server: dict[str, str], tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Settings of every machine of a cluster."""
     for name, value in server.items():
         monkeypatch.setenv(name, value)
-    shared = {"database": database, "store": f"s3://{BUCKET}/steps", "models": str(tiny_models)}
+    return {"database": database, "store": f"s3://{BUCKET}/steps", "models": str(tiny_models)}
+
+
+@pytest.mark.proof
+def test_another_machine_exports_what_a_killed_one_inferred(
+    archive: Path, calm: dict[str, bytes], shared: dict[str, str], tmp_path: Path
+) -> None:
     bucket = BucketStore(shared["store"], tmp_path / "looks")
 
     def machine(name: str, *command: str):  # type: ignore[no-untyped-def]
@@ -207,3 +206,23 @@ def test_the_usual_export_reads_nothing_again(
     with pytest.raises(FileNotFoundError):  # nothing of it stays in memory
         engine.export(archive, file, tmp_path, Request(), quiet)
     assert reads == ["again"]
+
+
+def test_what_other_steps_have_begun_is_left_to_their_code_and_what_waits_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = FakeEngine()
+    with monkeypatch.context() as older:
+        older.setattr("app.jobs.workflow.STEPS_VERSION", "1")
+        with started(tmp_path, engine) as jobs:
+            begun = exporting(jobs, engine, tmp_path)
+            waiting = submit(jobs, tmp_path, name="waiting")
+    engine.slow_export = False
+    with started(tmp_path, engine) as jobs:
+        reached(jobs, waiting, "succeeded")
+        assert jobs.get(begun).state == "queued"
+    with monkeypatch.context() as older:
+        older.setattr("app.jobs.workflow.STEPS_VERSION", "1")
+        with started(tmp_path, engine) as jobs:
+            reached(jobs, begun, "succeeded")
+    assert [text.split()[0] for text, _ in engine.exported] == [begun, waiting, begun]
