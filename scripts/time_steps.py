@@ -2,6 +2,8 @@
 """What a step of its own costs a scan: the file between inference and export, written, synced and read.
 
 python -m scripts.time_steps ../shared/data/t1_ds002748/sub-30_T1w.nii.gz
+
+Beside it stands what it saves: an inference, where a worker dies before its results are published.
 """
 
 import argparse
