@@ -15,7 +15,8 @@ from app.errors import CounterpartError, NoBrainMask
 from app.export.report import BrainReported, ModelUsed
 from app.manifest import Manifest, Part
 from app.pipeline.detect import Detection, Scores
-from app.pipeline.prepare import BoolArray, Placement, Slices
+from app.pipeline.placement import Placement
+from app.pipeline.prepare import BoolArray, Slices
 
 
 @dataclass(frozen=True, eq=False)

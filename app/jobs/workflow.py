@@ -250,7 +250,7 @@ class Jobs(Intake):
 
     def _step(self, job: str, step: Callable[[], Outcome]) -> Outcome:
         lost = self._guilt(job)
-        outcome = {"problem": lost_workers(job, lost)} if lost else step()
+        outcome: Outcome = {"problem": lost_workers(job, lost)} if lost else step()
         problem = cast("dict[str, str] | None", outcome.get("problem"))
         # The list can be asked for them.
         if problem:

@@ -16,7 +16,7 @@ from app.manifest import Manifest
 from app.runtime.bundle import Bundle
 from app.settings import Settings, read_settings
 
-analyse.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment]
+analyse.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment, attr-defined]
 
 HERE = "tests.jobs.interrupted"
 

@@ -97,7 +97,7 @@ def test_another_machine_exports_what_a_killed_one_inferred(
     bucket = BucketStore(shared["store"], tmp_path / "looks")
 
     def machine(name: str, *command: str):  # type: ignore[no-untyped-def]
-        return served(tmp_path / name, tmp_path / f"{name}.log", process(*command), **shared)
+        return served(tmp_path / name, tmp_path / f"{name}.log", process(*command), None, **shared)
 
     with machine("api", "calm", "--no-worker") as api:
         with machine("first", "killed", "--no-api") as first:
