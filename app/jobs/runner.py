@@ -27,8 +27,6 @@ CHECK_SECONDS = 0.2
 NOTE_SECONDS = 1.0
 # Where each stage begins and ends in the whole job; inference takes nearly all of the time.
 SHARES = {"read": (0.0, 0.05), "infer": (0.05, 0.95), "export": (0.95, 1.0)}
-
-
 # What a step of a job records.
 Outcome = dict[str, object]
 
@@ -227,7 +225,7 @@ class Attempt:
         self.work = None  # publishing takes it
         for stage, seconds in report.work.seconds.items():
             self.metrics.stage_seconds.labels(stage).observe(seconds)
-        log.info("analysed", job=self.job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
+        log.info("exported", job=self.job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
         results = [name for name in (*RESULT_FILES, *OPTIONAL_FILES) if name not in report.absent]
         return {"work": staged, "model": report.model.id, "results": results}
 
