@@ -28,6 +28,7 @@ def test_the_waits_between_a_cancel_and_the_end_of_the_inference_are_less_than_a
     [
         pytest.param({"seconds": 60}, id="stops between two evaluations"),
         pytest.param({"deaf": 60}, id="is killed in a long one"),
+        pytest.param({"slow_export": 60}, id="stops in the export"),
     ],
 )
 def test_the_worker_lets_go_within_a_second(tmp_path: Path, orders: dict[str, object]) -> None:
