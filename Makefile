@@ -46,7 +46,7 @@ unit: $(DEV)/.installed ## Tests alone; ARGS goes to pytest.
 	$(BIN)/python -m pytest $(ARGS)
 
 proofs: $(DEV)/.installed ## Kill -9, a cluster, the contract, in their short form: some minutes.
-	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs/test_shared.py
+	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs
 
 format: $(DEV)/.installed ## Rewrite the code as `make lint` wants it.
 	$(BIN)/ruff check --fix .
