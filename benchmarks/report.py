@@ -8,14 +8,14 @@ from benchmarks.rows import ROWS, SERVICE, Row
 from benchmarks.statistics import Summary, ratio, scale_factor
 
 NOTHING = "-"
-CONDITIONS = """Brackets are least and largest; a ratio is taken repeat by repeat. The service and its method in
-torch are timed from the volume in memory to the detection, resampling included; the others on prepared slices,
-without it, to their advantage; they start with the encoder and end with the anomaly map on the slices. What was
-measured on a sample is multiplied by slices / sample. The transformer has about as many parameters as the denoiser,
-and an evaluation of it is one position; the pixel-space network is the denoiser on one channel of pixels. Accuracy:
-mean over synthetic lesions of validation subjects, on up to four slices of each case with the lesion and four
-without, the same for every row, at the threshold that suits each case best. Operations count two for a multiply and
-an add, of convolutions and matrix products.""".replace("\n", " ")
+CONDITIONS = """Brackets are least and largest; a ratio is taken repeat by repeat. The service and its method in torch
+are timed from the volume in memory to the detection, resampling included; the others on prepared slices, without it,
+to their advantage; they start with the encoder and end with the anomaly map on the slices. What was measured on a
+sample is multiplied by slices / sample. The transformer has about as many parameters as the denoiser, and an
+evaluation of it is one position; the pixel-space network is the denoiser on one channel of pixels. Accuracy: mean
+over synthetic lesions of validation subjects, on up to four slices of each case with the lesion and four without, the
+same for every row, at the threshold that suits each case best; slice by slice and batched are one algorithm, judged
+once. Operations count two for a multiply and an add, of convolutions and matrix products.""".replace("\n", " ")
 AFTER_PHASES = (
     "From the file to the results, the bundle loaded: of the repeats, the one that took the median time. "
     "Time belongs to the innermost phase."

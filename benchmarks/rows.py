@@ -20,6 +20,8 @@ class Row:
         Slices in one evaluation.
     trained : bool
         Else there is nothing to say of its accuracy.
+    judged_as : str or None
+        The row whose accuracy it has: the same algorithm in other batches.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Row:
     sample: int | None
     batch: int
     trained: bool
+    judged_as: str | None = None
 
 
 SERVICE, OWN = "service", "torch-own"
@@ -35,9 +38,23 @@ ROWS = (
     Row(SERVICE, "this service (onnxruntime)", None, 16, trained=True),
     Row(OWN, "the service's method in torch", None, 16, trained=True),
     Row("ddim-batch", "the paper, 200 KL + 50 DDIM steps, torch, batched", 16, 16, trained=True),
-    Row("ddim-slice", "the paper, 200 KL + 50 DDIM steps, torch, slice by slice", 4, 1, trained=True),
+    Row(
+        "ddim-slice",
+        "the paper, 200 KL + 50 DDIM steps, torch, slice by slice",
+        4,
+        1,
+        trained=True,
+        judged_as="ddim-batch",
+    ),
     Row("ancestral-batch", "the paper, 200 KL + 500 ancestral steps, torch, batched", 16, 16, trained=True),
-    Row("ancestral-slice", "the paper, 200 KL + 500 ancestral steps, torch, slice by slice", 2, 1, trained=True),
+    Row(
+        "ancestral-slice",
+        "the paper, 200 KL + 500 ancestral steps, torch, slice by slice",
+        2,
+        1,
+        trained=True,
+        judged_as="ancestral-batch",
+    ),
     Row("pixel-250", "diffusion in pixel space, 250 steps, torch, batched", 8, 8, trained=False),
     Row("pixel-500", "diffusion in pixel space, 500 steps, torch, batched", 8, 8, trained=False),
     Row("transformer", "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),

@@ -72,10 +72,15 @@ def measure(rows: list[Row], job: Job, repeats: int) -> dict[str, Any]:
         turns["start"]["help"].append(help_seconds())
         for key, seconds in first_evaluations(job.scan, job.bundle.parent).items():
             turns["start"][key].append(seconds)
-    for name, worker in tqdm(workers.items(), desc="memory and accuracy"):
-        found[name] |= worker.ask("facts")
-        found[name]["accuracy"] = worker.ask("accuracy") if job.cases != 0 else None
+    for row in tqdm(rows, desc="memory and accuracy"):
+        worker = workers[row.name]
+        found[row.name] |= worker.ask("facts")
+        judged = job.cases != 0 and row.judged_as not in workers
+        found[row.name]["accuracy"] = worker.ask("accuracy") if judged else None
         worker.close()
+    for row in rows:
+        if row.judged_as in workers:
+            found[row.name]["accuracy"] = found[row.judged_as]["accuracy"]
     return {"rows": found, **turns}
 
 

@@ -52,6 +52,17 @@ def workflow_status(database: sa.Engine) -> sa.TableClause:
         sa.column("status", sa.Text),
         sa.column("priority", sa.Integer),
         sa.column("created_at", sa.BigInteger),  # milliseconds
+        sa.column("executor_id", sa.Text),
+        sa.column("application_version", sa.Text),
         sa.column("attributes", sa.JSON().with_variant(JSONB(), "postgresql")),
-        schema="dbos" if database.dialect.name == "postgresql" else None,
+        schema=_schema(database),
     )
+
+
+def recorded_steps(database: sa.Engine) -> sa.TableClause:
+    """DBOS's table of what steps returned."""
+    return sa.table("operation_outputs", sa.column("workflow_uuid", sa.Text), schema=_schema(database))
+
+
+def _schema(database: sa.Engine) -> str | None:
+    return "dbos" if database.dialect.name == "postgresql" else None

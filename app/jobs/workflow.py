@@ -32,6 +32,7 @@ from app.jobs.retention import Limits, surplus
 from app.jobs.roster import Roster
 from app.jobs.runner import Outcome, Runner, lost_workers
 from app.jobs.store import STALE_SECONDS, Slot, Store
+from app.jobs.upgrade import begin_again
 
 log = structlog.get_logger("counterpart.jobs")
 
@@ -187,6 +188,7 @@ class Jobs(Intake):
 
     def take_back(self, worker: str) -> list[str]:
         """Put the jobs of a dead worker back into the queue; two who do it at once do it once."""
+        self._begin_again(dead=worker)
         jobs = [
             status.workflow_id for status in self._statuses(status="PENDING", executor_id=worker, load_output=False)
         ]
@@ -197,7 +199,8 @@ class Jobs(Intake):
         return jobs
 
     def retain(self) -> None:
-        """Erase what is kept too long or takes too much."""
+        """Erase what is kept too long or takes too much; begin again what an older version handed back."""
+        self._begin_again()
         ended = self._list(status=[name for name, state in STATES.items() if state in ENDED], load_output=False)
         sizes = self._store.sizes() if self._limits.keep_gb else {}
         for job in surplus(ended, sizes, self._limits):
@@ -207,6 +210,10 @@ class Jobs(Intake):
         if time.monotonic() - self._swept >= SWEEP_SECONDS:
             self._swept = time.monotonic()
             self._sweep()
+
+    def _begin_again(self, dead: str | None = None) -> None:
+        for job in begin_again(self._database, WORKFLOW, STEPS_VERSION, dead):
+            log.info("begun again", job=job)
 
     def _sweep(self) -> None:
         """Remove uploads whose process died before their row was written: nobody was told of them."""

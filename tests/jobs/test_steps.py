@@ -7,12 +7,16 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 
 from app.analyse import DICOM_FILES, RESULT_FILES, Request
 from app.jobs.apart import Apart
 from app.jobs.bucket import BucketStore
+from app.jobs.database import connect, recorded_steps, workflow_status
 from app.jobs.engine import INFERRED, BundleEngine
+from app.jobs.listing import WORKFLOW
 from app.jobs.store import HELD, Store
+from app.jobs.upgrade import begin_again
 from app.jobs.workflow import Jobs
 from scripts.servers import BUCKET
 from tests.api.served import served
@@ -208,21 +212,42 @@ def test_the_usual_export_reads_nothing_again(
     assert reads == ["again"]
 
 
-def test_what_other_steps_have_begun_is_left_to_their_code_and_what_waits_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_other_steps_have_begun_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
-    with monkeypatch.context() as older:
-        older.setattr("app.jobs.workflow.STEPS_VERSION", "1")
-        with started(tmp_path, engine) as jobs:
-            begun = exporting(jobs, engine, tmp_path)
-            waiting = submit(jobs, tmp_path, name="waiting")
-    engine.slow_export = False
+    monkeypatch.setattr("app.jobs.workflow.STEPS_VERSION", "older")
     with started(tmp_path, engine) as jobs:
-        reached(jobs, waiting, "succeeded")
-        assert jobs.get(begun).state == "queued"
-    with monkeypatch.context() as older:
-        older.setattr("app.jobs.workflow.STEPS_VERSION", "1")
-        with started(tmp_path, engine) as jobs:
-            reached(jobs, begun, "succeeded")
-    assert [text.split()[0] for text, _ in engine.exported] == [begun, waiting, begun]
+        begun = exporting(jobs, engine, tmp_path)
+        waiting = submit(jobs, tmp_path, name="waiting")
+    engine.slow_export = False
+    monkeypatch.undo()
+    with started(tmp_path, engine) as jobs:
+        for job in (waiting, begun):
+            reached(jobs, job, "succeeded")
+    # Its inference too, though the older code had recorded it.
+    assert sorted(path.parents[1].name for path, _ in engine.seen) == sorted([begun, begun, waiting])
+    assert within(tmp_path / "jobs" / begun) == ["results", "scan"]
+
+
+def test_what_a_dead_worker_of_other_steps_held_begins_again_and_what_a_living_one_holds_does_not(
+    tmp_path: Path,
+) -> None:
+    rows = {"dead": "w1", "living": "w2", "handed back": "w2"}
+    with started(tmp_path, FakeEngine()) as jobs:
+        held = {name: submit(jobs, tmp_path, name=name) for name in rows}
+        for job in held.values():
+            reached(jobs, job, "succeeded")
+    database = connect(f"sqlite:///{tmp_path}/jobs.sqlite")
+    table, steps = workflow_status(database), recorded_steps(database)
+    with database.begin() as connection:
+        for name, worker in rows.items():
+            status = "ENQUEUED" if name == "handed back" else "PENDING"
+            row = table.update().where(table.c.workflow_uuid == held[name])
+            connection.execute(row.values(status=status, executor_id=worker, application_version="older"))
+    assert begin_again(database, WORKFLOW, "2") == [held["handed back"]]
+    assert begin_again(database, WORKFLOW, "2", "w1") == [held["dead"]]
+    assert begin_again(database, WORKFLOW, "2", "w1") == []
+    with database.connect() as connection:
+        left = {*connection.execute(sa.select(steps.c.workflow_uuid)).scalars()}
+        versions = dict(connection.execute(sa.select(table.c.workflow_uuid, table.c.application_version)).all())
+    assert left == {held["living"]}
+    assert versions == {held["living"]: "older", held["dead"]: "2", held["handed back"]: "2"}
