@@ -86,6 +86,8 @@ class Source:
         contradicts itself, none where it says nothing (NIfTI, MGH).
     contrast_agent : bool
         It says that one was given.
+    hounsfield : bool
+        NIfTI, MGH: its values look like Hounsfield units (`app.ingest.hounsfield`).
     sform_code : int
         NIfTI's code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     instances : tuple of Path
@@ -106,6 +108,7 @@ class Source:
     modality: Literal["MR", "CT"] | None = None
     sequences: tuple[str, ...] = ()
     contrast_agent: bool = False
+    hounsfield: bool = False
     sform_code: int = 1
     instances: tuple[Path, ...] = ()
     frames: tuple[int, ...] = ()

@@ -9,6 +9,7 @@ import numpy as np
 from nibabel.fileholders import FileHolder
 
 from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
+from app.ingest.hounsfield import looks_hounsfield
 from app.ingest.limits import Limits
 from app.ingest.sniff import HEAD_BYTES
 from app.volume import Affine, Scan, Source, Volume
@@ -84,7 +85,8 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     if array.ndim == 2:
         array = array[..., np.newaxis]  # (X, Y) -> (X, Y, 1)
     code = int(image.header["sform_code"]) or int(image.header["qform_code"])
-    return Scan(Volume(array, affine), Source(format="nifti", sform_code=code, notes=notes))
+    source = Source(format="nifti", hounsfield=looks_hounsfield(array), sform_code=code, notes=notes)
+    return Scan(Volume(array, affine), source)
 
 
 def _affine(image: Image) -> tuple[Affine, tuple[str, ...]]:

@@ -50,10 +50,10 @@ def choose(manifests: Sequence[Manifest], source: Source, model: str | None) -> 
     known = sorted(manifests, key=lambda m: (m.name, Version(m.version)))
     if model:
         return _named(known, source, model)
-    fits = [m for m in known if source.modality in (None, m.modality)]
+    fits = _of_its_modality(known, source)
     if known and not fits:
         raise WrongModality(
-            f"The scan's modality is {source.modality}, and no model knows it.",
+            f"{_said(source)}, and no model knows it.",
             expected=f"a scan for one of {_listed(known)}.",
             advice="Send another series, or install a model for this one.",
         )
@@ -85,6 +85,20 @@ def permit(manifest: Manifest, *, noncommercial: bool) -> None:
             expected="an operator who has said that this service is run for nothing else.",
             advice="Where that is so, set COUNTERPART_ALLOW_NONCOMMERCIAL=true; else choose another model.",
         )
+
+
+def _of_its_modality(known: Sequence[Manifest], source: Source) -> list[Manifest]:
+    """Those for what the scan says, or its values do; whatever there is for one that could be any MR."""
+    modality = source.modality or ("CT" if source.hounsfield else "MR")
+    fits = [m for m in known if m.modality == modality]
+    silent = source.modality is None and not source.hounsfield
+    return fits or [m for m in known if silent]
+
+
+def _said(source: Source) -> str:
+    if source.modality is None:
+        return "The file does not say its modality, its values look like Hounsfield units: it is CT"
+    return f"The scan's modality is {source.modality}"
 
 
 def _named(known: Sequence[Manifest], source: Source, model: str) -> Choice:
@@ -128,6 +142,8 @@ def _knows_agent(manifest: Manifest) -> bool:
 def _doubt(chosen: Manifest, source: Source) -> str:
     """Why a scan may be none for a model."""
     said, knows = source.sequences, chosen.sequence
+    if source.hounsfield:
+        return "The file does not say its modality: its values look like Hounsfield units, so it was taken for CT."
     if source.modality is None:
         return f"The file says neither its modality nor its sequence: it was taken for {chosen.modality}, {knows}."
     doubts = []

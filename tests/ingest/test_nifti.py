@@ -258,3 +258,17 @@ def test_limits_let_a_large_ct_pass() -> None:
     limits = Limits()
     assert limits.max_voxels >= 512 * 512 * 600
     assert limits.max_inflated_bytes >= 4 * 512 * 512 * 600
+
+
+@pytest.mark.parametrize(("air", "share", "expected"), [(-1000, 0.5, True), (-1024, 0.03, True), (-1000, 0.01, False)])
+def test_hounsfield_units_are_known_by_their_air(
+    tmp_path: Path,
+    read_scan: Read,
+    air: int,
+    share: float,
+    expected: bool,  # noqa: FBT001
+) -> None:
+    array = np.random.default_rng(0).integers(-150, 1500, (20, 20, 20)).astype(np.int16)
+    array.reshape(-1)[: int(share * array.size)] = air
+    assert read_scan(save(tmp_path / "s.nii.gz", array, np.eye(4))).source.hounsfield is expected
+    assert not read_scan(save(tmp_path / "m.nii.gz", np.maximum(array, 0), np.eye(4))).source.hounsfield

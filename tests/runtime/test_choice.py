@@ -22,6 +22,7 @@ T1_SCAN, SILENT, CT, NIFTI = (
     Source("dicom", "CT"),
     Source("nifti"),
 )
+HOUNSFIELD = Source("nifti", hounsfield=True)
 FLAIR_SCAN = Source("dicom", "MR", ("FLAIR",))
 T1, FLAIR = named("t1"), named("flair", sequence="FLAIR")
 HEAD = [named("t1", "1.9.0"), named("t1", "1.10.0"), named("ct", modality="CT", sequence="head")]
@@ -37,6 +38,8 @@ HEAD = [named("t1", "1.9.0"), named("t1", "1.10.0"), named("ct", modality="CT", 
         (NIFTI, "t1-1.9.0", "t1-1.9.0", "caller"),
         (T1_SCAN, "t1-1.9.0", "t1-1.9.0", "caller"),
         (NIFTI, "ct", "ct-1.0.0", "caller"),
+        (NIFTI, None, "t1-1.10.0", "default"),
+        (HOUNSFIELD, None, "ct-1.0.0", "default"),
     ],
 )
 def test_the_bundle_for_a_scan(source: Source, model: str | None, expected: str, by: str) -> None:
@@ -63,6 +66,18 @@ def test_one_bundle_alone_is_taken_for_a_scan_that_says_nothing_and_that_is_said
     assert (choice.manifest.id, choice.by) == ("t1-1.0.0", "default")
     assert choice.doubt == "The file says neither its modality nor its sequence: it was taken for MR, T1."
     assert choose([T1], SILENT, None).doubt == "The series does not say its sequence: it was taken for T1."
+
+
+def test_a_file_in_hounsfield_units_is_taken_for_ct_and_any_other_for_mr() -> None:
+    choice = choose(HEAD, HOUNSFIELD, None)
+    assert choice.doubt == (
+        "The file does not say its modality: its values look like Hounsfield units, so it was taken for CT."
+    )
+    # Not recognised: a CT without air; the only model there is may be meant.
+    assert choose(HEAD[2:], NIFTI, None).manifest.id == "ct-1.0.0"
+    with pytest.raises(WrongModality, match="its values look like Hounsfield units: it is CT"):
+        choose([T1], HOUNSFIELD, None)
+    assert choose(HEAD, HOUNSFIELD, "t1").manifest.name == "t1"
 
 
 def test_a_series_that_contradicts_itself_is_taken_for_what_is_trusted_most() -> None:
@@ -95,8 +110,8 @@ def test_who_names_a_model_vouches_for_a_silent_scan_and_is_told_of_another() ->
 
 def test_a_scan_that_says_nothing_is_not_guessed_at() -> None:
     with pytest.raises(UnknownModel, match="2 models fit") as caught:
-        choose(HEAD, NIFTI, None)
-    assert "ct-1.0.0 (CT, head), t1-1.9.0 (MR, T1), t1-1.10.0 (MR, T1)" in caught.value.expected
+        choose([T1, FLAIR], NIFTI, None)
+    assert "flair-1.0.0 (MR, FLAIR), t1-1.0.0 (MR, T1)" in caught.value.expected
     with pytest.raises(UnknownModel, match="2 models fit"):
         choose([T1, FLAIR], SILENT, None)
 
