@@ -31,6 +31,8 @@ P99_SECONDS = 0.05
 LET_GO_SECONDS = 1.0
 # Between two looks at the process.
 LOOK_SECONDS = 2.0
+# Analysed before anything is measured.
+WARM_UP_SCANS = 2
 # Flat: what the last third has beyond the middle one. The first is for warming up.
 MORE_MEMORY_MB, MORE_FILES = 32.0, 3
 
@@ -101,6 +103,7 @@ def prove(folder: Path, minutes: float) -> bool:
         node.wait_until_ready()
         jobs, ended = folder / "soak" / "store" / "jobs", threading.Event()
         traffic = Traffic(node.port, scan, jobs)
+        traffic.warm_up(WARM_UP_SCANS)
         start, before = time.monotonic(), look(node.process.pid)
         traffic.start()
         with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:

@@ -91,6 +91,14 @@ class Traffic:
         )
         self._threads = [threading.Thread(target=self._play, args=(role,), daemon=True) for role in roles]
 
+    def warm_up(self, scans: int) -> None:
+        """Have some scans analysed: a service that has seen none grows with the first, however long they take."""
+        with httpx2.Client(base_url=f"http://127.0.0.1:{self._port}", timeout=60) as client:
+            for seed in range(scans):
+                job = self._post(client, self._scan, seed=str(seed))
+                while client.get(f"{URL}/{job}").json()["state"] not in ENDED:
+                    time.sleep(0.2)
+
     def start(self) -> None:
         """Begin to call."""
         for thread in self._threads:
