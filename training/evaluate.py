@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,16 @@ from app.pipeline.findings import Result, dice, to_result
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config
-from training.data import load_scan, load_volume, subject_path
+from training.data import load_scan
 from training.foreign import all_foreign, heads
-from training.lesions import gold_shape, insert_lesion
+from training.lesions import Lesioned, gold_shape, insert_lesion, insert_sprites
 from training.splits import Split, load_split
 from training.tables import render
 
 GRADES = (0.35, -0.35)
 SEEDS = range(5)
+# In pictures: METHOD's 4 to 8 pixels are 15 to 30 mm across; the least is what the card says can be shown.
+SPRITES_MM = (8.0, 12.0, 16.0)
 # The bundle whose tables the README shows.
 README_BUNDLE = "t1"
 BATCH = 16
@@ -92,17 +95,25 @@ def evaluations(detection: Detection, manifest: Manifest) -> Row:
     return {"slices": slices, "slices_reversed": detection.reversed[0], "network_evaluations": total}
 
 
+def shapes_of(config: Config, split: Split) -> dict[str, Callable[..., Lesioned]]:
+    """By name, what inserts a lesion of some contrast and seed: real shapes, or sprites into pictures."""
+    if config.data.pictures is not None:
+        return {f"sprites of {mm:.0f} mm radius": partial(insert_sprites, radius_mm=mm) for mm in SPRITES_MM}
+    return {name: partial(insert_lesion, shape=gold_shape(name)) for name in split.shapes_test}
+
+
 def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
-    """Real lesion shapes in healthy test scans: each shape and contrast in five scans."""
+    """Lesion shapes in healthy test scans: each shape and contrast in five scans."""
+    shapes = shapes_of(config, split)
     cases = [
         (shape, contrast, seed, split.test[(5 * i + seed) % len(split.test)])
-        for i, shape in enumerate(split.shapes_test)
+        for i, shape in enumerate(shapes)
         for contrast in GRADES
         for seed in SEEDS
     ]
     rows = []
     for shape, contrast, seed, subject in tqdm(cases, desc="lesions", unit="scan"):
-        made = insert_lesion(load_volume(subject_path(config, subject)), gold_shape(shape), contrast, seed)
+        made = shapes[shape](load_scan(config, subject).volume, contrast=contrast, seed=seed)
         row: Row = {"shape": shape, "contrast": contrast, "seed": seed, "subject": subject, "truth_ml": made.truth_ml}
         try:
             _, result, _ = run_detection(made.volume, bundle)

@@ -18,6 +18,15 @@ from training.config import data_root
 SHAPE_BRAIN_MM = ((-64.0, -97.5, -54.0), (64.5, 57.0, 67.5))
 # A shape is moved by up to this much before it is inserted: another place for each seed.
 JITTER_MM = 4.0
+# Of a head in CT, what is brain: soft tissue within the skull, away from bone and air by this much.
+SOFT_TISSUE_HU = (5.0, 65.0)
+BRAIN_MARGIN = 2
+# What is smaller in a picture is no brain: the muscles of the neck, or its last bit under the vertex.
+LEAST_BRAIN_CM2 = 50.0
+# One sprite in so many pictures of a stack: they lie above one another in no order.
+SPRITE_EVERY = 3
+# Half axes of a sprite, as shares of its radius.
+SPRITE_AXES = (0.7, 1.4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +78,55 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
     placed = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
     changed, truth = lesion.insert_lesion(volume.array, brain, placed, volume.spacing, contrast)
     return Lesioned(Volume(changed, volume.affine), truth)
+
+
+def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int) -> Lesioned:
+    """Ellipses in some pictures of a head in CT, wherever there is brain enough.
+
+    Parameters
+    ----------
+    volume : Volume
+        A stack of pictures in Hounsfield units, the last axis upwards.
+    radius_mm : float
+        Of a circle of about the same area.
+    contrast : float
+        As of `insert_lesion`.
+    seed : int
+        Of places, axes and directions.
+    """
+    rng = np.random.default_rng([seed, 11])
+    brain = brain_in_ct(volume)
+    shape = np.zeros(volume.shape, np.float32)
+    index = np.indices(volume.shape[:2])
+    for z in range(int(rng.integers(SPRITE_EVERY)), volume.shape[2], SPRITE_EVERY):
+        pixels = radius_mm / volume.spacing[:2]
+        depth = ndimage.distance_transform_edt(brain[:, :, z])
+        places = np.argwhere(depth > pixels.mean() / 2)
+        if not len(places):
+            continue
+        offset = index - places[rng.integers(len(places))][:, None, None]
+        angle, stretch = rng.uniform(0, np.pi), rng.uniform(*SPRITE_AXES)
+        turned = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offset, 1)
+        axes = pixels * np.array([stretch, 1 / stretch])
+        shape[:, :, z] = ((turned / axes[:, None, None]) ** 2).sum(axis=0) <= 1
+    changed, truth = lesion.insert_lesion(volume.array, brain, shape, volume.spacing, contrast)
+    return Lesioned(Volume(changed, volume.affine), truth)
+
+
+def brain_in_ct(volume: Volume) -> npt.NDArray[np.bool_]:
+    """Soft tissue inside the skull, picture by picture, (X, Y, Z)."""
+    low, high = SOFT_TISSUE_HU
+    soft = (volume.array > low) & (volume.array < high)
+    brain = np.zeros(volume.shape, dtype=np.bool_)
+    least = LEAST_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
+    for z in range(volume.shape[2]):
+        inner = ndimage.binary_opening(soft[:, :, z], iterations=BRAIN_MARGIN)
+        parts, count = ndimage.label(inner)
+        if count:
+            largest = 1 + int(np.argmax(ndimage.sum_labels(inner, parts, range(1, count + 1))))
+            part = ndimage.binary_fill_holes(parts == largest) & (volume.array[:, :, z] < high)
+            brain[:, :, z] = part & (part.sum() >= least)
+    return brain
 
 
 def _shape_on_scan(

@@ -100,7 +100,7 @@ def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Pat
         ("healthy", "Healthy test subjects", healthy_table),
         (
             "lesions",
-            "Real lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
+            "Lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
             lesion_table,
         ),
         ("heads", "Heads from other scanners, the brain taken out", heads_table),
