@@ -18,7 +18,6 @@ import select
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import zipfile
@@ -28,6 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+
+from training.archives import unpack
 
 # Reading one file takes a second at most; a loaded machine takes its time.
 SECONDS_A_MUTANT = 30.0
@@ -112,8 +113,7 @@ MUTATIONS: tuple[Mutation, ...] = (flip, cut, extreme, insert, repeat, drop)
 def seeds(data: Path, scratch: Path) -> list[Path]:
     """Files to mutate: the archives' DICOM files, small NIfTI files, and a zip of a short series."""
     for path in sorted((data / "dicom").glob("*.tar.xz")):
-        with tarfile.open(path) as archive:
-            archive.extractall(scratch / path.name.removesuffix(".tar.xz"), filter="data")
+        unpack(path, scratch / path.name.removesuffix(".tar.xz"))
     files = [path for path in scratch.rglob("*.dcm") if path.stat().st_size <= LARGEST_SEED]
     # Of a series, a few slices are as good as all.
     few = [path for path in files if "1" in path.stem[-2:] or len(list(path.parent.glob("*.dcm"))) < 60]

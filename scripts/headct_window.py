@@ -8,7 +8,6 @@ units by the window of training/configs/headct.toml; the same of the archives' G
 size; the box of the validation blocks; and how far apart by number pictures are that resemble each other most.
 """
 
-import tarfile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from scipy import ndimage
 from app.ingest import read
 from app.pipeline.prepare import FWHM_PER_SIGMA, to_slices
 from app.volume import FloatArray, Volume
+from training.archives import unpack
 from training.config import ROOT, Config, data_root
 from training.data import load_scan
 from training.pictures import UInt8Array, in_units, open_pictures
@@ -88,8 +88,8 @@ def neighbour_distances(grey: UInt8Array, seed: int) -> npt.NDArray[np.int64]:
 
 def ge_head() -> Volume:
     """The human head CT of the DICOM archives, its tilted and uneven slices resampled."""
-    with TemporaryDirectory() as folder, tarfile.open(data_root() / "dicom" / GE) as archive:
-        archive.extractall(folder, filter="data")
+    with TemporaryDirectory() as folder:
+        unpack(data_root() / "dicom" / GE, Path(folder))
         return read(Path(folder), scratch=Path(folder), geometry="resample").volume
 
 

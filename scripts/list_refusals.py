@@ -8,13 +8,13 @@ of a folder that holds examples of all sorts.
 """
 
 import os
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from app.errors import CounterpartError
 from app.ingest import read
+from training.archives import unpack
 
 # Folders whose files have nothing to do with each other.
 OF_ALL_SORTS = ("pydicom", "pydicom-data", "transfer_syntax")
@@ -38,8 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, scratch = Path(folder) / "archives", Path(folder) / "scratch"
         for path in sorted((data / "dicom").glob("*.tar.xz")):
-            with tarfile.open(path) as archive:
-                archive.extractall(root / path.name.split("_")[0], filter="data")
+            unpack(path, root / path.name.split("_")[0])
         for path in inputs(root):
             try:
                 shape = read(path, scratch=scratch).volume.shape

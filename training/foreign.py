@@ -12,6 +12,7 @@ from PIL import Image
 
 from app.ingest import read
 from app.volume import FloatArray, Volume
+from training.archives import unpack
 from training.config import data_root
 from training.data import load_volume
 
@@ -67,8 +68,8 @@ def heads() -> Iterator[Foreign]:
         yield Foreign("IXI", path.name[:6], load_volume(path))
     yield Foreign("template", "MNI152", load_volume(root / "nifti_misc" / "MNI152_T1_2mm.nii.gz"))
     for kind, name in (("UIH", "uih_umr770_t1_sag_32of160"), ("studyforrest", "studyforrest_t1_defaced_96of384")):
-        with TemporaryDirectory() as folder, tarfile.open(root / "dicom" / f"{name}.tar.xz") as archive:
-            archive.extractall(folder, filter="data")
+        with TemporaryDirectory() as folder:
+            unpack(root / "dicom" / f"{name}.tar.xz", Path(folder))
             yield Foreign(kind, name, read(Path(folder), scratch=Path(folder)).volume)
 
 

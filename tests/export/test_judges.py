@@ -1,7 +1,6 @@
 """Every kind of object that is written, before judges of other makers."""
 
 import os
-import tarfile
 from pathlib import Path
 
 import nibabel as nib
@@ -20,6 +19,7 @@ from tests.support.judges import tool
 from tests.support.phantom import brain
 from tests.support.results import Point
 from tests.support.segmentation import segment_points
+from training.archives import unpack
 
 DATA = Path(os.environ.get("COUNTERPART_DATA", Path(__file__).parents[3] / "shared" / "data"))
 # What dciodvfy says of a private coding scheme, and of patient data that the source has not.
@@ -124,8 +124,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("archives")
     for name in ("uih_umr770", "studyforrest", "dicom2nifti"):
         (path,) = (DATA / "dicom").glob(f"{name}*.tar.xz")
-        with tarfile.open(path) as archive:
-            archive.extractall(folder, filter="data")
+        unpack(path, folder)
     return folder
 
 

@@ -1,6 +1,5 @@
 """What several files of ingestion start from."""
 
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from nibabel import affines
 
 from app.ingest import read
 from app.volume import Affine, Scan, Volume
+from training.archives import unpack
 
 Read = Callable[..., Scan]
 
@@ -29,8 +29,7 @@ def archives(real_scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """The DICOM archives of the real scans, unpacked; without them, what needs them is skipped."""
     folder = tmp_path_factory.mktemp("archives")
     for path in sorted((real_scans / "dicom").glob("*.tar.xz")):
-        with tarfile.open(path) as archive:
-            archive.extractall(folder / path.name.removesuffix(".tar.xz").split("_")[0], filter="data")
+        unpack(path, folder / path.name.removesuffix(".tar.xz").split("_")[0])
     return folder
 
 
