@@ -42,7 +42,8 @@ def test_sprites_change_the_brain_alone_and_by_their_contrast(head: Volume, cont
     assert not made.truth[~brain_in_ct(head)].any()
     assert not change[~brain_in_ct(head)].any()
     assert (np.sign(change[made.truth]) == np.sign(contrast)).all()
-    pictures = made.truth.any(axis=(0, 1))
+    pictures = np.any(made.truth, axis=(0, 1))
+    assert isinstance(pictures, np.ndarray)
     assert not pictures[:-1][pictures[1:]].any(), "in one picture of three"
 
 
