@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import ROWS, SERVICE, Row
+from benchmarks.rows import INT8, ROWS, SERVICE, Row
 from benchmarks.statistics import Summary, ratio, scale_factor
+from benchmarks.verdict import int8_verdict
 
 NOTHING = "-"
 CONDITIONS = """Brackets are least and largest; a ratio is taken repeat by repeat. The service and its method in torch
@@ -43,7 +44,8 @@ def main_table(document: dict[str, Any]) -> list[str]:
     rows = [row for row in ROWS if row.name in document["rows"]]
     heads = (
         "method", "whole T1 volume, s", "times the service", "slice, ms", "measured on", "evaluations a slice",
-        "GFLOP a slice", "GFLOP/s", "of float32 ceiling", "peak memory, MB", "cold start, s", "best Dice", "AUPRC",
+        "GFLOP a slice", "GFLOP/s", "of float32 ceiling", "of int8 ceiling", "peak memory, MB", "cold start, s",
+        "best Dice", "AUPRC",
     )  # fmt: skip
     return [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *(_line(row, document) for row in rows)]
 
@@ -65,10 +67,11 @@ def _line(row: Row, document: dict[str, Any]) -> str:
     if costs:
         work = slice_gigaflops(found, costs)
         reached = work * last["slices"] / float(np.median(seconds))
-        ceiling = float(np.median([c["float32"] for c in document["ceiling"]]))
-        cells += [f"{work:.2f}", f"{reached:.0f}", f"{reached / ceiling:.0%}"]
+        ceiling = {k: float(np.median([c[k] for c in document["ceiling"]])) for k in ("float32", "int8")}
+        cells += [f"{work:.2f}", f"{reached:.0f}", f"{reached / ceiling['float32']:.0%}"]
+        cells += [f"{reached / ceiling['int8']:.0%}" if row.name == INT8 else NOTHING]
     else:
-        cells += [NOTHING] * 3
+        cells += [NOTHING] * 4
     cells += [f"{found['peak_bytes'] / 1e6:.0f}", f"{found['cold_seconds']:.1f}"]
     return f"| {' | '.join([*cells, *_accuracy(found['accuracy'])])} |"
 
@@ -113,7 +116,8 @@ def render(document: dict[str, Any], figure: str) -> str:
         f"from the start of its process: on the golden pair {told(Summary.of(start['golden']))} s, on the scan "
         f"{told(Summary.of(start['scan']))} s."
     )
-    lines += [bound, "", "No row is measured on a CT series: this command has none for that yet.", ""]
+    lines += [bound, "", int8_verdict(document), ""]
+    lines += ["No row is measured on a CT series: this command has none for that yet.", ""]
     lines += ["## Where the seconds of one scan go", "", f"![Waterfall of one scan]({figure})", ""]
     lines += [*phase_table(document["phases"]), "", AFTER_PHASES, "", "## Start", "", begun]
     return "\n".join(lines) + "\n"

@@ -32,10 +32,13 @@ class Row:
     judged_as: str | None = None
 
 
-SERVICE, OWN = "service", "torch-own"
+SERVICE, INT8, OWN = "service", "service-int8", "torch-own"
+# Measured as served, through onnxruntime.
+SERVED = (SERVICE, INT8)
 
 ROWS = (
     Row(SERVICE, "this service (onnxruntime)", None, 16, trained=True),
+    Row(INT8, "this service in int8", None, 16, trained=True),
     Row(OWN, "the service's method in torch", None, 16, trained=True),
     Row("ddim-batch", "the paper, 200 KL + 50 DDIM steps, torch, batched", 16, 16, trained=True),
     Row(

@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from benchmarks.ceiling import Ceiling
 from benchmarks.figures import draw_waterfall
+from benchmarks.int8 import int8_graphs
 from benchmarks.report import render
-from benchmarks.rows import OWN, ROWS, Row
+from benchmarks.rows import INT8, OWN, ROWS, Row
 from benchmarks.startup import first_evaluations, help_seconds
 from benchmarks.trace import Span, totals, trace_scan
 from benchmarks.worker import Job, Worker
@@ -58,6 +59,8 @@ def measure(rows: list[Row], job: Job, repeats: int) -> dict[str, Any]:
 
     Each row works once before it is timed: first calls allocate and compile.
     """
+    if INT8 in (row.name for row in rows):
+        int8_graphs(job.bundle, job.config)  # made here, so that calibration is in no row's start or memory
     workers = {row.name: Worker(row, job) for row in rows}
     for worker in tqdm(workers.values(), desc="warming up"):
         worker.ask("time")

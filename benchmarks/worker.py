@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import SERVICE, Row
+from benchmarks.rows import INT8, SERVED, Row
 
 KIB = 1024
 
@@ -55,8 +55,12 @@ class Measured:
         self.row, self.job, self.counts = row, job, Counter[str]()
         with TemporaryDirectory() as scratch:
             self.volume = read(job.scan, scratch=Path(scratch)).volume
-        if row.name == SERVICE:
+        if row.name in SERVED:
             bundle = load_bundle(job.bundle)
+            if row.name == INT8:
+                from benchmarks.int8 import in_int8, int8_graphs
+
+                bundle = in_int8(bundle, int8_graphs(job.bundle, job.config))
             self.manifest, models = bundle.manifest, bundle.models
         else:
             from benchmarks.methods import Peers
@@ -65,7 +69,7 @@ class Measured:
             self.peers = Peers(job.bundle, Config.load(job.config), self.counts)
             self.manifest, models = self.peers.manifest, self.peers.models
         if row.sample is None:
-            self._whole(models)
+            self.whole(models)
             return
         slices = to_slices(self.volume, self.manifest.preparation)
         known = analysed_slices(slices, self.manifest.preparation)
@@ -76,12 +80,12 @@ class Measured:
         method = self.peers.method(row)
         self.work: Callable[[], object] = lambda: method(x, foreground)
 
-    def _whole(self, models: Any) -> None:
-        """`detect` on the whole volume, resampling included."""
+    def whole(self, models: Any) -> None:
+        """Measure `detect` with these models on the whole volume, resampling included."""
         from app.pipeline.detect import detect
 
         counted = models
-        if self.row.name == SERVICE:
+        if self.row.name in SERVED:
             from benchmarks.counted import counting
 
             counted = counting(models, self.counts)
@@ -105,13 +109,15 @@ class Measured:
     def facts(self) -> dict[str, Any]:
         """Peak memory so far, and what an evaluation costs."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-        gigaflops = {} if self.row.name == SERVICE else self.peers.gigaflops(self.row)
+        gigaflops = {} if self.row.name in SERVED else self.peers.gigaflops(self.row)
         return {"peak_bytes": peak, "gigaflops": gigaflops}
 
     def accuracy(self) -> dict[str, Any]:
         """Best-achievable Dice and AUPRC of each case, where the weights are trained."""
-        from benchmarks.accuracy import judge
-
+        if self.row.name == INT8:
+            from benchmarks.int8 import judge_both as judge
+        else:
+            from benchmarks.accuracy import judge
         return judge(self)
 
 

@@ -51,8 +51,8 @@ def test_the_service_is_measured_whole() -> None:
     row = cells(main_table(DOCUMENT)[2])
     assert row[1:6] == ["3.00 (3.00 to 4.00)", "1.0 (1.0 to 1.0)", "50.0 (50.0 to 66.7)", "all 60 slices", "3.0"]
     # (180 evaluations and 60 encodings) / 60 slices = 3.5 GFLOP; 60 slices in 3 s: 70 GFLOP/s of 100.
-    assert row[6:9] == ["3.50", "70", "70%"]
-    assert row[9:] == ["500", "2.0", "0.600", "0.450"]
+    assert row[6:10] == ["3.50", "70", "70%", "-"]
+    assert row[10:] == ["500", "2.0", "0.600", "0.450"]
 
 
 def test_a_sample_is_scaled_and_says_so() -> None:
@@ -77,7 +77,7 @@ def test_untrained_weights_have_no_accuracy() -> None:
 def test_what_was_not_counted_is_empty() -> None:
     document = copy.deepcopy(DOCUMENT)
     document["rows"]["service"]["gigaflops"] = {}
-    assert cells(main_table(document)[2])[6:9] == ["-", "-", "-"]
+    assert cells(main_table(document)[2])[6:10] == ["-", "-", "-", "-"]
     del document["rows"]["service"]
     assert cells(main_table(document)[2])[2] == "-"
 
