@@ -1,6 +1,7 @@
 """The bundle's networks in torch on a GPU: fixed batches, CUDA graphs, float16; on the CPU the same without graphs."""
 
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Replayed:
 
     def __init__(self, network: nn.Module, size: int, *, graphs: bool) -> None:
         self._network, self._size, self._graphs = network, size, graphs
-        self._device = next(network.parameters(), next(network.buffers())).device
+        self._device = next(chain(network.parameters(), network.buffers())).device
         self._inputs: list[torch.Tensor] = []
         self._graph: Any = None
         self._output: torch.Tensor | None = None

@@ -1,7 +1,6 @@
 """A folder under models/ -> networks that were checked: hashes, provider, golden pair."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
