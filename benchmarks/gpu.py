@@ -1,8 +1,8 @@
 """`python -m benchmarks.gpu --out FOLDER`: one whole T1, from its file to its written mask, on a GPU and on the CPU.
 
 Torch and, where it was built for CUDA, onnxruntime; with and without CUDA graphs, in float32 and float16. Each answer
-is compared with onnxruntime's on the CPU. Nothing is fetched: `--pack FOLDER` on a machine with a network writes what the
-other one lacks. There, in the checkout, with FOLDER beside it:
+is compared with onnxruntime's on the CPU. Nothing is fetched: `--pack FOLDER` on a machine with a network writes what
+the other one lacks. There, in the checkout, with FOLDER beside it:
 
     python3 -m pip install --no-index --no-deps --target /tmp/site FOLDER/wheels/*.whl
     PYTHONPATH=/tmp/site python3 -m benchmarks.gpu --scan FOLDER/scan.nii.gz --out OUT
