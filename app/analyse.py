@@ -31,9 +31,6 @@ from app.volume import Geometry, Scan, Volume
 # `app.errors.Cancelled`: it is called between network evaluations.
 Progress = Callable[[str, float], None]
 
-# Slices in one network evaluation: enough to keep two cores busy; more only costs memory.
-BATCH = 16
-
 RESULT_FILES = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png")
 # Beside them for a scan that came as DICOM, and for a head whose brain was taken out of it; where one is
 # absent, `Report.absent` says why.
@@ -220,7 +217,7 @@ def _compare(volume: Volume, bundle: Bundle, seed: int | None, progress: Progres
     depth_mm = abs(volume.affine[:3, :3]) @ volume.shape
     most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
     expected = network_evaluations(bundle.manifest, most, [most] * len(bundle.manifest.views))
-    return detect(volume, bundle.models.in_batches(BATCH, tick), bundle.manifest, seed)
+    return detect(volume, bundle.models.in_batches(bundle.batch, tick), bundle.manifest, seed)
 
 
 def _write_images(out: Path, scan: Scan, result: Result) -> None:

@@ -117,6 +117,9 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Write mask, anomaly map, counterpart, report and preview of one scan."""
+    from app.slim import import_nibabel
+
+    import_nibabel()
     from app.analyse import Request
     from app.cli_detect import beside, run, tell, tell_dice
     from app.settings import read_settings

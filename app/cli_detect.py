@@ -60,7 +60,7 @@ def run(scan: Path, out: Path, request: Request, settings: Settings) -> Report:
     def load(manifest: Manifest) -> Bundle:
         permit(manifest, noncommercial=settings.allow_noncommercial)
         chosen = next(bundle for bundle, known in manifests.items() if known == manifest)
-        return load_bundle(chosen, settings.provider, settings.threads)
+        return load_bundle(chosen, settings.provider, settings.threads, settings.gpu_batch)
 
     out.mkdir(parents=True, exist_ok=True)
     bar = Bar()

@@ -130,7 +130,7 @@ def check_bundles(settings: Settings) -> Iterator[Check]:
         name = f"model {path.name}"
         start = time.perf_counter()
         try:
-            bundle = load_bundle(path, settings.provider, settings.threads)
+            bundle = load_bundle(path, settings.provider, settings.threads, settings.gpu_batch)
         except CounterpartError as error:
             yield Check(name, "fail", f"{error.code}: {error.found}", error.advice)
             continue

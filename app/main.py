@@ -4,6 +4,7 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import structlog
 import uvicorn
@@ -129,9 +130,14 @@ def work(settings: Settings, engine: Engine | None = None) -> None:
 def make_engine(settings: Settings, *, worker: bool) -> Engine:
     """The bundles that the settings name; a worker loads and runs them in a process of their own."""
     models = str(settings.models) if settings.models else None
-    leave = settings.allow_noncommercial
-    arguments = {"models": models, "provider": settings.provider, "threads": settings.threads, "noncommercial": leave}
-    known = BundleEngine(models, settings.provider, settings.threads, noncommercial=leave)
+    arguments: dict[str, Any] = {
+        "models": models,
+        "provider": settings.provider,
+        "threads": settings.threads,
+        "noncommercial": settings.allow_noncommercial,
+        "gpu_batch": settings.gpu_batch,
+    }
+    known = BundleEngine(**arguments)
     return Apart(known, "app.jobs.engine:BundleEngine", arguments) if worker else known
 
 

@@ -269,6 +269,9 @@ class Manifest(Part):
     files: Files
     licence: Licence
     provenance: Provenance
+    precision: Literal["float32", "float16"] = Field(
+        default="float32", description="In which the denoiser computes; its inputs and outputs are float32."
+    )
 
     @property
     def id(self) -> str:

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     database: str | None = Field(None, description="URL of the jobs, as postgresql://...; by default SQLite.")
     provider: Literal["cpu", "cuda"] = Field("cpu", description="Where networks run; there is no fall-back.")
     threads: int = Field(0, ge=0, description="Threads of one network evaluation; 0 takes every core.")
+    gpu_batch: int = Field(
+        64, ge=0, description="Slices in one evaluation on CUDA, captured as a CUDA graph; 0 does without graphs."
+    )
     allow_noncommercial: bool = Field(
         False, description="Whether bundles for non-commercial research may be used, when asked for by name."
     )

@@ -1,6 +1,7 @@
 """The command line: exit statuses, what stands on which stream, and that results are those of the service's chain."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -229,6 +230,20 @@ def test_help_itself_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Write mask, anomaly map" in done.stdout  # the rest may be on the next line
+    assert done.stderr == "[]"
+
+
+def test_detect_on_a_nifti_file_does_not_pay_for_dicom(tiny_models: Path, scan: Path, tmp_path: Path) -> None:
+    """pydicom, requests and GDCM, which nibabel would bring."""
+    dicom = ("pydicom", "highdicom", "gdcm", "requests")
+    code = (
+        f"import sys\nfrom app.cli import main\nsys.argv = ['counterpart', 'detect', {str(scan)!r}, '-o', "
+        f"{str(tmp_path / 'out')!r}]\ntry:\n    main()\nexcept SystemExit:\n"
+        f"    sys.stderr.write(str([m for m in {dicom} if m in sys.modules]))"
+    )
+    environment = {**os.environ, "COUNTERPART_MODELS": str(tiny_models)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "mask.nii.gz" in {path.name for path in (tmp_path / "out").iterdir()}
     assert done.stderr == "[]"
 
 

@@ -7,6 +7,7 @@ from typing import BinaryIO, cast
 import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
+from nibabel.nifti1 import Nifti1Extensions
 
 from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
 from app.ingest.hounsfield import looks_hounsfield
@@ -16,6 +17,31 @@ from app.volume import Affine, Scan, Source, Volume
 
 Header = nib.Nifti1Header  # NIfTI-2's header derives from it
 Image = nib.Nifti1Image
+
+
+class _Unread(Nifti1Extensions):
+    """No extensions: nothing here needs them, and nibabel parses those that call themselves DICOM."""
+
+    @classmethod
+    def from_fileobj(cls, fileobj: object, size: int, byteswap: bool) -> "_Unread":  # noqa: ARG003, FBT001
+        return cls()
+
+
+class _Header1(nib.Nifti1Header):
+    exts_klass = _Unread
+
+
+class _Header2(nib.Nifti2Header):
+    exts_klass = _Unread
+
+
+class _Image1(nib.Nifti1Image):
+    header_class = _Header1
+
+
+class _Image2(nib.Nifti2Image):
+    header_class = _Header2
+
 
 _NIFTI2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # sizeof_hdr 540, little and big endian
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
@@ -73,7 +99,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     header = _header(file.read(HEAD_BYTES))
     announced = _announced(header, limits)
     check_present(file, announced)
-    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    kind = _Image2 if isinstance(header, nib.Nifti2Header) else _Image1
     try:
         image = kind.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)
         array = image.get_fdata(dtype=np.float32, caching="unchanged")

@@ -13,7 +13,7 @@ from app.export.report import Report
 from app.inferred import Inferred, load, save
 from app.ingest import read
 from app.manifest import Manifest
-from app.runtime.bundle import CARD, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
+from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.choice import permit
 from app.volume import Scan
 
@@ -104,6 +104,8 @@ class BundleEngine:
         Of one network evaluation; 0 takes every core.
     noncommercial : bool
         Whether bundles for non-commercial research may be used.
+    gpu_batch : int
+        As of `app.runtime.bundle.load_bundle`.
 
     Raises
     ------
@@ -112,11 +114,18 @@ class BundleEngine:
     """
 
     def __init__(
-        self, models: str | Path | None, provider: Literal["cpu", "cuda"], threads: int, *, noncommercial: bool = False
+        self,
+        models: str | Path | None,
+        provider: Literal["cpu", "cuda"],
+        threads: int,
+        *,
+        noncommercial: bool = False,
+        gpu_batch: int = GPU_BATCH,
     ) -> None:
         self.provider = provider
         self._noncommercial = noncommercial
         self._threads = threads
+        self._gpu_batch = gpu_batch
         self._folder = Path(models) if models else shipped_models()
         self._folders = {read_manifest(path).id: path for path in find_bundles(self._folder)}
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
@@ -195,5 +204,5 @@ class BundleEngine:
         with self._lock:
             if manifest.id not in self._loaded:
                 folder = self._folders[manifest.id]
-                self._loaded[manifest.id] = load_bundle(folder, self.provider, self._threads)
+                self._loaded[manifest.id] = load_bundle(folder, self.provider, self._threads, self._gpu_batch)
             return self._loaded[manifest.id]

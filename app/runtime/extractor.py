@@ -2,15 +2,16 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from pydantic import ValidationError
 
-from app.brain import Networks
+from app.brain import Network, Networks
 from app.errors import DamagedBundle
-from app.manifest import ExtractorManifest
-from app.runtime.files import check_hash
+from app.manifest import ExtractorManifest, File
+from app.runtime.files import check_hash, side_by_side
 from app.runtime.session import Provider, as_callable, open_session
 
 EXTRACTOR = "deepbet-1.0.2"
@@ -55,17 +56,20 @@ def load_extractor(folder: Path, provider: Provider = "cpu", threads: int = 0) -
     except (OSError, ValidationError) as error:
         raise _damaged(folder, f"Its {MANIFEST} is missing or invalid") from error
     files = manifest.files
-    for file in (files.coarse, files.fine, files.golden):
-        check_hash(folder, file, ADVICE)
-    coarse, fine = (
-        as_callable(open_session(folder / file.name, provider, threads)) for file in (files.coarse, files.fine)
-    )
-    networks = Networks(coarse, fine)
+    check_hash(folder, files.golden, ADVICE)
     with np.load(folder / files.golden.name, allow_pickle=False) as golden:
-        for name, run in (("coarse", coarse), ("fine", fine)):
-            off = float(np.abs(run(golden["x"]) - golden[name]).max())
-            if not off <= GOLDEN_TOLERANCE:
-                raise _damaged(folder, f"The golden pair of its {name} network comes out {off:.2g} off")
+        expected = dict(golden)
+
+    def loaded(name: str, file: File) -> Network:
+        check_hash(folder, file, ADVICE)
+        run: Network = as_callable(open_session(folder / file.name, provider, threads))
+        off = float(np.abs(run(expected["x"]) - expected[name]).max())
+        if not off <= GOLDEN_TOLERANCE:
+            raise _damaged(folder, f"The golden pair of its {name} network comes out {off:.2g} off")
+        return run
+
+    tasks = [partial(loaded, "coarse", files.coarse), partial(loaded, "fine", files.fine)]
+    networks = Networks(*side_by_side(provider, tasks))
     return Extractor(manifest, hashlib.sha256(text).hexdigest(), networks)
 
 

@@ -1,7 +1,10 @@
-"""Whether a file of a folder of weights is the one that its manifest names."""
+"""Files of weights: whether each is the one that its manifest names; several at once."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from app.errors import DamagedBundle
 from app.manifest import File
@@ -23,3 +26,13 @@ def check_hash(folder: Path, file: File, advice: str) -> None:
             expected=f"SHA-256 {file.sha256[:12]}...",
             advice=advice,
         )
+
+
+def side_by_side(provider: str, tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What the tasks give, or the error of the first of them that has one.
+
+    Hashing, opening and evaluating let go of the interpreter's lock. On CUDA one after the other: while one thread
+    captures a CUDA graph, none may allocate.
+    """
+    with ThreadPoolExecutor(1 if provider == "cuda" else len(tasks)) as pool:
+        return [done.result() for done in [pool.submit(task) for task in tasks]]

@@ -1,6 +1,8 @@
 """An ONNX graph as a callable on arrays, on exactly the provider that was asked for."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,9 +18,16 @@ Provider = Literal["cpu", "cuda"]
 ALLOCATION_FAILED = ("failed to allocate memory", "bad_alloc", "out of memory", "alloc_failed")
 
 PROVIDERS: dict[str, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# TF32 would keep 10 bits of a product, too few for the golden pair; the heuristic takes the same algorithm at
+# every start, where timing them takes another one now and then, and another rounding with it.
+CUDA_OPTIONS = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
+# How training's export names the first axis of every input.
+BATCH_AXIS = "n"
 
 
-def open_session(path: Path, provider: Provider, threads: int = 0) -> "onnxruntime.InferenceSession":
+def open_session(
+    path: Path, provider: Provider, threads: int = 0, *, batch: int = 0, graphs: bool = False
+) -> "onnxruntime.InferenceSession":
     """Load a graph on one provider, and on no other.
 
     Parameters
@@ -29,12 +38,17 @@ def open_session(path: Path, provider: Provider, threads: int = 0) -> "onnxrunti
         Where to run.
     threads : int
         Of one operator; 0 takes every core that this process may use.
+    batch : int
+        The only batch size that it will run, so that all shapes are known; 0 leaves it open.
+    graphs : bool
+        Whether CUDA captures the work of an evaluation once and replays it: for a fixed batch, with inputs and
+        outputs that stay where they are (`app.runtime.fixed`). The CPU has no such thing.
 
     Raises
     ------
     ProviderUnavailable
         onnxruntime is not installed, or would run elsewhere than asked: it lists CUDA where its
-        libraries are missing and then quietly runs on the CPU.
+        libraries are missing and then quietly runs on the CPU. Or CUDA cannot capture this graph.
     DamagedBundle
         The file is not a graph that this onnxruntime reads.
     """
@@ -47,11 +61,18 @@ def open_session(path: Path, provider: Provider, threads: int = 0) -> "onnxrunti
     # Threads that wait without spinning keep latency flat when scans share a machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    if provider == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()
+    if batch:
+        options.add_free_dimension_override_by_name(BATCH_AXIS, batch)
+    at_device: dict[str, str] = {}
+    if provider == "cuda":
+        at_device = CUDA_OPTIONS | {"enable_cuda_graph": str(int(graphs))}
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
     try:
-        session = ort.InferenceSession(str(path), options, providers=[wanted])
+        session = ort.InferenceSession(str(path), options, providers=[wanted], provider_options=[at_device])
     except Exception as error:  # onnxruntime raises many unrelated classes
+        if at_device and graphs:
+            raise _unavailable(provider, f"{path.name} could not be loaded with CUDA graphs") from error
         raise DamagedBundle(
             f"{path.name} could not be loaded ({type(error).__name__}).",
             expected="an ONNX graph that this onnxruntime reads.",
@@ -71,19 +92,32 @@ def as_callable(session: "onnxruntime.InferenceSession") -> Any:
     output = session.get_outputs()[0].name
 
     def run(*arrays: Any) -> FloatArray:
-        try:
+        with allocating():
             result: FloatArray = session.run([output], dict(zip(names, arrays, strict=True)))[0]
-        except Exception as error:
-            if not any(sign in str(error).lower() for sign in ALLOCATION_FAILED):
-                raise
-            raise OutOfMemory(
-                "onnxruntime could not allocate the memory of a network evaluation.",
-                expected="memory for one batch.",
-                advice="Give the worker more memory.",
-            ) from None
         return result
 
     return run
+
+
+@contextmanager
+def allocating() -> Iterator[None]:
+    """Tell an allocation that failed in onnxruntime from its other faults.
+
+    Raises
+    ------
+    OutOfMemory
+        It could not allocate.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not any(sign in str(error).lower() for sign in ALLOCATION_FAILED):
+            raise
+        raise OutOfMemory(
+            "onnxruntime could not allocate the memory of a network evaluation.",
+            expected="memory for one batch.",
+            advice="Give the worker more memory.",
+        ) from None
 
 
 def _onnxruntime() -> Any:
@@ -102,5 +136,6 @@ def _unavailable(provider: str, why: str) -> ProviderUnavailable:
     return ProviderUnavailable(
         f"The provider `{provider}` was asked for and is not available: {why}.",
         expected="onnxruntime-gpu with its CUDA and cuDNN for `cuda`, any onnxruntime for `cpu`.",
-        advice="Set COUNTERPART_PROVIDER=cpu, or install counterpart[gpu] in an environment without counterpart[cpu].",
+        advice="Set COUNTERPART_PROVIDER=cpu, or install counterpart[gpu] in an environment without counterpart[cpu]; "
+        "where CUDA graphs are at fault, COUNTERPART_GPU_BATCH=0 does without.",
     )

@@ -272,3 +272,18 @@ def test_hounsfield_units_are_known_by_their_air(
     array.reshape(-1)[: int(share * array.size)] = air
     assert read_scan(save(tmp_path / "s.nii.gz", array, np.eye(4))).source.hounsfield is expected
     assert not read_scan(save(tmp_path / "m.nii.gz", np.maximum(array, 0), np.eye(4))).source.hounsfield
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_what_an_extension_holds_is_not_looked_at(kind: type[nib.Nifti1Image], tmp_path: Path) -> None:
+    """One that calls itself DICOM and is none was refused where pydicom is installed, and told of nothing."""
+    array = np.arange(512, dtype=np.float32).reshape(8, 8, 8)
+    image = kind(array, np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"abcd\xff\xfe\xfd\xfc"))
+    content = bytearray(image.to_bytes())
+    code = image.header.sizeof_hdr + 8  # behind the flag and the extension's size
+    assert content[code : code + 4] == b"\x06\0\0\0"
+    content[code] = 2  # DICOM
+    (tmp_path / "scan.nii").write_bytes(content)
+    scan = single.read(tmp_path / "scan.nii", tmp_path, Limits())
+    np.testing.assert_array_equal(scan.volume.array, array)

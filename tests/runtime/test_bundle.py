@@ -5,6 +5,8 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 
 import numpy as np
 import onnxruntime
@@ -14,6 +16,7 @@ from app.errors import DamagedBundle, ProviderUnavailable
 from app.pipeline.detect import detect
 from app.pipeline.schedule import Schedule
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
+from app.runtime.files import side_by_side
 from app.runtime.session import open_session
 from tests.support.oracle import gaussian_models
 from tests.support.phantom import brain, with_lesion
@@ -156,6 +159,34 @@ def test_a_graph_that_gives_nan_is_refused(copy: Path) -> None:
         load_bundle(copy)
 
 
+# ---- side by side -------------------------------------------------------------------------------
+
+
+def test_files_are_loadedside_by_side() -> None:
+    """Both wait for each other: one after the other would never end."""
+    meet = Barrier(2, timeout=10)
+    assert sorted(side_by_side("cpu", [meet.wait, meet.wait])) == [0, 1]
+
+
+def test_on_cuda_files_are_loaded_one_after_the_other() -> None:
+    """No thread may allocate while another one captures a graph."""
+    running: list[int] = []
+
+    def task() -> int:
+        running.append(1)
+        sleep(0.01)
+        return running.pop() + len(running)
+
+    assert side_by_side("cuda", [task] * 4) == [1, 1, 1, 1]
+
+
+def test_of_several_faults_the_first_file_is_named(copy: Path) -> None:
+    for name in ("golden.npz", "decoder.onnx", "denoiser.onnx"):
+        (copy / name).unlink()
+    with pytest.raises(DamagedBundle, match=r"denoiser\.onnx is missing"):
+        load_bundle(copy)
+
+
 # ---- the provider ------------------------------------------------------------------------------
 
 
@@ -171,8 +202,9 @@ def test_a_session_that_fell_back_is_refused(tiny_models: Path, monkeypatch: pyt
     """A build with CUDA lists it even where its libraries are missing, and then runs on the CPU."""
 
     class FellBack:
-        def __init__(self, *_: object, providers: Sequence[str]) -> None:
+        def __init__(self, *_: object, providers: Sequence[str], provider_options: Sequence[dict[str, str]]) -> None:
             assert list(providers) == ["CUDAExecutionProvider"]
+            assert provider_options[0]["enable_cuda_graph"] == "0"
 
         def get_providers(self) -> list[str]:
             return ["CPUExecutionProvider"]

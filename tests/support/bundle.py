@@ -229,7 +229,7 @@ def _model(
 
     def value(shape: tuple[str | int, ...]) -> onnx.ValueInfoProto:
         kind = TensorProto.INT64 if shape[0] == "t" else TensorProto.FLOAT
-        return helper.make_tensor_value_info(str(shape[0]), kind, ["N", *shape[1:]])
+        return helper.make_tensor_value_info(str(shape[0]), kind, ["n", *shape[1:]])
 
     graph = helper.make_graph(
         nodes,

@@ -1,0 +1,41 @@
+"""A bundle whose denoiser computes in float16: kept only where its golden pair comes out."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from app.errors import DamagedBundle
+from app.runtime import bundle as runtime
+from app.runtime.bundle import load_bundle, read_manifest, shipped_models
+from training.float16 import convert
+
+pytestmark = pytest.mark.training
+
+HEADCT = shipped_models() / "headct-1.0.0"  # the one without an extractor: it loads faster
+
+
+def test_the_denoiser_alone_computes_in_float16(tmp_path: Path) -> None:
+    folder = convert(HEADCT, tmp_path)
+    manifest, before = read_manifest(folder), read_manifest(HEADCT)
+    assert (folder.name, manifest.id, manifest.precision) == ("headct-f16-1.0.0", folder.name, "float16")
+    assert manifest.files.encoder == before.files.encoder
+    assert manifest.kl == before.kl
+    sizes = [(path / "denoiser.onnx").stat().st_size for path in (folder, HEADCT)]
+    assert sizes[0] < 0.51 * sizes[1]
+    graph = onnx.load(folder / "denoiser.onnx").graph
+    float32 = onnx.TensorProto.FLOAT
+    assert {v.type.tensor_type.elem_type for v in (graph.input[0], graph.output[0])} == {float32}
+    converted, plain = load_bundle(folder, threads=1).models, load_bundle(HEADCT, threads=1).models
+    with np.load(folder / "golden.npz") as golden:
+        off = np.abs(converted.denoise(golden["z_t"], golden["t"]) - plain.denoise(golden["z_t"], golden["t"])).max()
+        np.testing.assert_array_equal(converted.encode(golden["x"]), plain.encode(golden["x"]))
+    assert 1e-5 < off < 5e-3  # it is float16, and near
+
+
+def test_one_that_is_too_far_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "FLOAT16_TOLERANCE", 1e-6)
+    with pytest.raises(DamagedBundle, match="golden pair of headct-f16"):
+        convert(HEADCT, tmp_path)
+    assert list(tmp_path.iterdir()) == []
