@@ -7,6 +7,7 @@ python -m scripts.time_load
 import hashlib
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -47,7 +48,7 @@ def main() -> None:
         for name in GRAPHS:
             path = shipped_models() / f"{name}.onnx"
             opened(path, optimise=True, save=str(cached))
-            plain = milliseconds(lambda p=path: opened(p, optimise=True))
+            plain = milliseconds(partial(opened, path, optimise=True))
             kept = milliseconds(lambda: opened(cached, optimise=False))
             check = milliseconds(lambda: hashlib.sha256(cached.read_bytes()).hexdigest())
             rows.append((plain, kept, check))
