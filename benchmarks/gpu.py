@@ -123,6 +123,9 @@ def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dic
     from app.pipeline.models import Models
     from benchmarks.trace import NETWORKS, Tracer, totals
 
+    def loaded(_: object) -> "Bundle":
+        return traced
+
     traces = []
     with TemporaryDirectory() as folder:
         out = Path(folder)
@@ -132,7 +135,7 @@ def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dic
             models = Models(*(tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS))
             traced = replace(bundle, models=models)
             with tracer.attached():
-                analyse(scan, out, lambda _, b=traced: b, (bundle.manifest,), Request(), lambda *_: None)
+                analyse(scan, out, loaded, (bundle.manifest,), Request(), lambda *_: None)
             seconds = time.perf_counter() - start
             if repeat:
                 traces.append((seconds, totals(tracer.finish())))
@@ -147,10 +150,10 @@ def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dic
 
 def read_answer(out: Path) -> dict[str, Any]:
     """What a run wrote."""
-    import nibabel as nib
     import numpy as np
+    from nibabel.nifti1 import Nifti1Image
 
-    images = {name: nib.load(out / f"{name}.nii.gz") for name in ("mask", "anomaly")}  # type: ignore[attr-defined]
+    images = {name: Nifti1Image.from_filename(out / f"{name}.nii.gz") for name in ("mask", "anomaly")}
     return {name: np.asarray(image.dataobj) for name, image in images.items()}
 
 
@@ -163,7 +166,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     masks = [answer["mask"] > 0 for answer in (found, expected)]
     maps = [np.nan_to_num(answer["anomaly"]) for answer in (found, expected)]
     off = np.abs(maps[0] - maps[1])
-    told = {
+    told: dict[str, Any] = {
         "dice": dice(*masks),
         "voxels": [int(mask.sum()) for mask in masks],
         "off_999": float(np.quantile(off, 0.999)),

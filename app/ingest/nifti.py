@@ -101,7 +101,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     check_present(file, announced)
     kind = _Image2 if isinstance(header, nib.Nifti2Header) else _Image1
     try:
-        image = kind.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)
+        image = kind.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)  # type: ignore[no-untyped-call]
         array = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (*HEADER_FAULTS, OSError):
         raise unreadable_header() from None
