@@ -1,18 +1,19 @@
 """Results as NIfTI on the scan's own grid, the same bytes every time."""
 
-import gzip
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from isal import igzip
 
 # qform holds a rotation and voxel sizes only; where a sheared affine differs from it by more than
 # this, the qform would place the voxels elsewhere and is switched off.
 QFORM_TOLERANCE_MM = 1e-3
 UNKNOWN_CODE = 0
-COMPRESSION_LEVEL = 4
+# Of igzip's 0 to 3: nine times as fast as zlib's 4, and a tenth larger.
+COMPRESSION_LEVEL = 1
 
 
 def write_nifti(
@@ -43,6 +44,6 @@ def write_nifti(
         image.header["pixdim"][1:4] = nib.affines.voxel_sizes(affine)
     temporary = path.with_name(path.name + ".part")
     # No file name and no time in the gzip header: the same result gives the same bytes.
-    with temporary.open("wb") as raw, gzip.GzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as packed:
-        packed.write(image.to_bytes())
+    with temporary.open("wb") as raw, igzip.IGzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as packed:
+        image.to_stream(packed)
     temporary.replace(path)

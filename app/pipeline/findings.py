@@ -64,18 +64,27 @@ def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Resul
     """Bring a detection back to the grid of the scan it came from."""
     placement = detection.slices.placement
     anomaly = placement.to_volume(detection.anomaly)
-    change = placement.to_volume(detection.counterpart - detection.slices.x[:, 0])
-    # Interpolation reaches half a pixel beyond the head: only what was analysed is changed.
-    change = np.where(np.isfinite(anomaly), change, np.float32(0)) * np.float32(placement.scale)
-    # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
-    changed = change != 0
-    seen = np.clip(volume.array[changed], placement.background, placement.background + placement.scale)
-    counterpart = volume.array.copy()
-    counterpart[changed] = seen + change[changed]
+    counterpart = _counterpart(volume, anomaly, detection)
     labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
     lesions = tuple(_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
     return Result(labels, anomaly, counterpart, volume.affine, lesions)
+
+
+def _counterpart(volume: Volume, anomaly: FloatArray, detection: Detection) -> FloatArray:
+    """The scan with what the model changed; slab by slab in the memory of the change."""
+    placement = detection.slices.placement
+    top = placement.background + placement.scale
+    counterpart = placement.to_volume(detection.counterpart - detection.slices.x[:, 0])
+    for change, scan, residual in zip(counterpart, volume.array, anomaly, strict=True):
+        # Interpolation reaches half a pixel beyond the head: only what was analysed is changed.
+        changed = np.isfinite(residual) & (np.nan_to_num(change) != 0)
+        # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
+        seen = np.clip(scan[changed], placement.background, top)
+        scaled = change[changed] * np.float32(placement.scale)
+        change[:] = scan
+        change[changed] = seen + scaled
+    return counterpart
 
 
 def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:

@@ -1,9 +1,10 @@
 """Where a stack of slices lies in a scan: one affine transform of voxel indices, there and back."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
@@ -11,6 +12,13 @@ from app.volume import Affine, FloatArray
 
 # Linear weights of less than this much known data give no value: NaN instead of a guess.
 KNOWN_WEIGHT = 0.5
+# An axis that leans less than this from another's: no pixel moves by a hundredth over the longest scan.
+AXIS_TILT = 1e-5
+# Voxels that are brought back at once.
+SLAB_VOXELS = 4_000_000
+
+# Rows of the scan's first axis -> values there, (rows, Y, Z).
+Slab = Callable[[slice], FloatArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +61,18 @@ class Placement:
         """
         out = np.full(self.source_shape, np.nan, dtype=np.float32)
         box = self._source_box()
-        offset = np.array([s.start for s in box], dtype=np.float64)
         to_stack = np.linalg.inv(self.affine) @ self.source_affine
-        matrix, translation = to_stack[:3, :3], to_stack[:3, :3] @ offset + to_stack[:3, 3]
+        start = affines.apply_affine(to_stack, [s.start for s in box])
         shape = tuple(s.stop - s.start for s in box)
         known = np.isfinite(stack)
-
-        def resample(values: FloatArray) -> FloatArray:
-            # One pixel of zeros around the stack: a voxel beyond the outermost slice centres is
-            # weighed down, and drops out at half a pixel.
-            padded = np.pad(values, 1)
-            result: FloatArray = ndimage.affine_transform(
-                padded, matrix, translation + 1, output_shape=shape, order=1, output=np.float32
-            )
-            return result
-
-        with ThreadPoolExecutor(2) as pool:  # scipy lets go of the interpreter's lock
-            values, weight = pool.map(resample, (np.where(known, stack, np.float32(0)), known.astype(np.float32)))
-        np.divide(values, weight, out=out[box], where=weight >= KNOWN_WEIGHT)
+        resample = _along_axes if _scaled_axes(to_stack[:3, :3]) else _anywhere
+        values, weight = (
+            resample(part, to_stack[:3, :3], start, shape)
+            for part in (np.where(known, stack, np.float32(0)), known.astype(np.float32))
+        )
+        for rows in _slabs(shape):
+            shares = weight(rows)
+            np.divide(values(rows), shares, out=out[box][rows], where=shares >= KNOWN_WEIGHT)
         return out
 
     def from_source(self, array: FloatArray) -> FloatArray:
@@ -88,7 +90,54 @@ class Placement:
         return x, y, z
 
 
-def onto(array: FloatArray, affine: Affine, target: Affine, shape: tuple[int, int, int]) -> FloatArray:
+def _slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The first axis in parts: what lies between the stack and the result is never whole in memory."""
+    rows = max(1, SLAB_VOXELS // max(1, shape[1] * shape[2]))
+    return (slice(i, min(i + rows, shape[0])) for i in range(0, shape[0], rows))
+
+
+def _scaled_axes(matrix: Affine) -> bool:
+    """Each axis of the one grid runs along one axis of the other, as in most scans."""
+    steps = np.abs(matrix)
+    return bool((steps > AXIS_TILT * steps.max(axis=0)).sum() == len(matrix))
+
+
+def _along_axes(stack: FloatArray, matrix: Affine, start: Affine, shape: tuple[int, ...]) -> Slab:
+    """Linear interpolation axis by axis, each a product of matrices; 0 beyond the stack."""
+    axes = np.abs(matrix).argmax(axis=0)  # of the stack, along the axes of the scan
+    x, y, z = (
+        _interpolation(matrix[axis, i] * np.arange(n) + start[axis], stack.shape[axis])
+        for i, (axis, n) in enumerate(zip(axes, shape, strict=True))
+    )
+    partly = (y @ (stack.transpose(axes) @ z.T)).reshape(len(x.T), -1)  # (columns, Y Z)
+    return lambda rows: (x[rows] @ partly).reshape(-1, *shape[1:])
+
+
+def _interpolation(at: Affine, count: int) -> FloatArray:
+    """Weights of `count` samples at each place, (places, count); less than 1 in all beside the outermost."""
+    return np.asarray(np.maximum(0, 1 - np.abs(at[:, None] - np.arange(count))), dtype=np.float32)
+
+
+def _anywhere(stack: FloatArray, matrix: Affine, start: Affine, shape: tuple[int, ...]) -> Slab:
+    """The same for a tilted scan."""
+    # One pixel of zeros around the stack: a voxel beyond the outermost slice centres is
+    # weighed down, and drops out at half a pixel.
+    padded = np.pad(stack, 1)
+
+    def resample(rows: slice) -> FloatArray:
+        size = (rows.stop - rows.start, *shape[1:])
+        offset = start + matrix[:, 0] * rows.start + 1
+        result: FloatArray = ndimage.affine_transform(
+            padded, matrix, offset, output_shape=size, order=1, output=np.float32
+        )
+        return result
+
+    return resample
+
+
+def onto(
+    array: FloatArray | npt.NDArray[np.uint8], affine: Affine, target: Affine, shape: tuple[int, int, int]
+) -> FloatArray:
     """Sample an array linearly on another grid; 0 outside."""
     to_source = np.linalg.inv(affine) @ target
     result: FloatArray = ndimage.affine_transform(

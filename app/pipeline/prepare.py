@@ -99,10 +99,11 @@ def _fitted(volume: Volume, preparation: Preparation, fit: Fit) -> Slices:
         background, scale, signal = _windowed(volume.array, preparation.window)
     # At the pictures' own resolution, skin is no line of its own around the skull.
     smooth = _anti_alias(signal, volume.spacing, preparation)
+    del signal  # of a series of 200 slices, 210 MB
     foreground = stands_out(smooth, fit.foreground_level)
     centre, extent = _bounds_mm(foreground, volume.affine)
     _check_extent(extent, preparation)
-    solid = foreground.astype(np.float32)
+    solid = foreground.view(np.uint8)
     dz = preparation.spacing_mm[0]
     rows, columns = (int(n) for n in np.ceil(extent[1::-1] / FIT_MM) + 3)
     affine, shape = _grid(centre, extent, (dz, FIT_MM, FIT_MM), (rows, columns))
@@ -134,7 +135,9 @@ def _windowed(array: FloatArray, window: tuple[float, float]) -> tuple[float, fl
     Cut before it is smoothed: bone would shine into the brain beside it.
     """
     low, high = window
-    return low, high - low, np.clip(array, np.float32(low), np.float32(high)) - np.float32(low)
+    shown = np.clip(array, np.float32(low), np.float32(high))
+    shown -= np.float32(low)
+    return low, high - low, shown
 
 
 def foreground_of(volume: Volume) -> BoolArray:
