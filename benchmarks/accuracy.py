@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 # Of each case: so many slices with the lesion, and as many without.
 SLICES = 4
-# Of each healthy validation subject, for the paper's threshold.
+# Of so many healthy validation subjects, for the paper's threshold.
 HEALTHY_SLICES = 4
+HEALTHY_SUBJECTS = 3
 
 
 def chosen_slices(truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -74,7 +75,7 @@ def _map(measured: "Measured", volume: Volume, x: Any, foreground: Any, picked: 
 def healthy_threshold(peers: Peers, config: Config) -> float:
     """The paper's: a percentile of the KL of healthy validation latents."""
     values = []
-    for subject in load_split(config.data.splits).validation:
+    for subject in load_split(config.data.splits).validation[:HEALTHY_SUBJECTS]:
         slices = to_slices(load_volume(subject_path(config, subject)), peers.manifest.preparation)
         known = analysed_slices(slices, peers.manifest.preparation)
         some = known[np.unique(np.linspace(0, len(known) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]]

@@ -1,7 +1,9 @@
 """A row's method as one function of slices; every evaluation of a network is counted."""
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,14 @@ from app.volume import FloatArray
 from benchmarks import paper, transformer
 from benchmarks.counted import counting
 from benchmarks.networks import TorchNetworks, load_networks
-from benchmarks.rows import Row
+from benchmarks.rows import OWN, ROWS, Row
 from training.config import Config
 
 PLANS = {"ddim": paper.DDIM_50, "ancestral": paper.ANCESTRAL}
 # Of the paper's mask: a latent above this percentile of healthy validation latents is free to change.
 PERCENTILE = 97.5
+
+OWN_ROW = next(row for row in ROWS if row.name == OWN)
 
 # x (N, 1, H, W), foreground (N, H, W) -> anomaly map (N, H, W).
 Method = Callable[[FloatArray, BoolArray], FloatArray]
@@ -50,6 +54,14 @@ class Peers:
         s = self.manifest.schedule
         self._schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
         self.threshold = 0.0
+        self.loop_seconds = 0.0
+
+    @contextmanager
+    def looping(self) -> Iterator[None]:
+        """What happens inside is the loop over noise levels."""
+        start = time.perf_counter()
+        yield
+        self.loop_seconds += time.perf_counter() - start
 
     def process(self, denoiser: torch.nn.Module) -> paper.Process:
         """A diffusion model with its own seed, whose evaluations are counted."""
@@ -75,8 +87,9 @@ class Peers:
             with torch.inference_mode():
                 process = self.process(self.networks.denoiser)
                 z0 = torch.from_numpy(self.models.encode(x))
-                mask = (paper.kl_map(z0, process, plan.kl).numpy() > self.threshold) & latents
-                imagined = paper.inpaint(z0, torch.from_numpy(mask), process, plan).numpy()
+                with self.looping():
+                    mask = (paper.kl_map(z0, process, plan.kl).numpy() > self.threshold) & latents
+                    imagined = paper.inpaint(z0, torch.from_numpy(mask), process, plan).numpy()
             return anomaly.residual(x[:, 0], self.models.decode(imagined)[:, 0], mask)
 
         return run
@@ -95,16 +108,17 @@ class Peers:
         )
         return unet.eval()
 
-    def pixel_method(self, steps: int) -> Method:
+    def pixel_method(self, steps: int, every: int) -> Method:
         """AnoDDPM (Wyatt et al. 2022): diffuse the image so far, and come all the way back."""
         unet = self.pixel_unet()
-        plan = paper.Plan((), tuple(range(steps, 0, -1)), "ancestral")
+        plan = paper.Plan((), tuple(range(steps, 0, -1)), "ancestral").thinned(every)
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
             with torch.inference_mode():
                 image = torch.from_numpy(x)
                 everywhere = torch.ones((len(x), *x.shape[2:]), dtype=torch.bool)
-                imagined = paper.inpaint(image, everywhere, self.process(unet), plan).numpy()
+                with self.looping():
+                    imagined = paper.inpaint(image, everywhere, self.process(unet), plan).numpy()
             return np.asarray(np.abs(x - imagined)[:, 0] * foreground, dtype=np.float32)
 
         return run
@@ -128,13 +142,13 @@ class Peers:
 
         return run
 
-    def method(self, row: Row) -> Method:
-        """What a row runs, a batch at a time."""
+    def method(self, row: Row, every: int = 1) -> Method:
+        """What a row runs, a batch at a time, with one in `every` of its noise levels."""
         kind, _, variant = row.name.partition("-")
         if kind in PLANS:
-            whole = self.paper_method(PLANS[kind])
+            whole = self.paper_method(PLANS[kind].thinned(every))
         elif kind == "pixel":
-            whole = self.pixel_method(int(variant))
+            whole = self.pixel_method(int(variant), every)
         else:
             whole = self.transformer_method()
 
@@ -164,6 +178,11 @@ class Peers:
         if row.name == "transformer":
             counted["denoise"] /= length  # an evaluation is one position
         return counted
+
+
+def network_gigaflops(folder: Path, config: Config) -> dict[str, float]:
+    """Of one evaluation of each of a bundle's networks on one slice."""
+    return Peers(folder, config, Counter()).gigaflops(OWN_ROW)
 
 
 def _gigaflops(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:

@@ -22,6 +22,11 @@ class Row:
         Else there is nothing to say of its accuracy.
     judged_as : str or None
         The row whose accuracy it has: the same algorithm in other batches.
+    every : int
+        Of its loop over noise levels, one step in so many is measured, and the loop's seconds are multiplied: all
+        steps cost alike.
+    costly : bool
+        Its accuracy takes minutes a case: measured only where it is asked for.
     """
 
     name: str
@@ -30,9 +35,12 @@ class Row:
     batch: int
     trained: bool
     judged_as: str | None = None
+    every: int = 1
+    costly: bool = False
 
 
-SERVICE, INT8, OWN = "service", "service-int8", "torch-own"
+SERVICE, INT8, OWN, TRANSFORMER = "service", "service-int8", "torch-own", "transformer"
+DDIM, ANCESTRAL = "200 KL + 50 DDIM steps", "200 KL + 500 ancestral steps"
 # Measured as served, through onnxruntime.
 SERVED = (SERVICE, INT8)
 
@@ -40,25 +48,11 @@ ROWS = (
     Row(SERVICE, "this service (onnxruntime)", None, 16, trained=True),
     Row(INT8, "this service in int8", None, 16, trained=True),
     Row(OWN, "the service's method in torch", None, 16, trained=True),
-    Row("ddim-batch", "the paper, 200 KL + 50 DDIM steps, torch, batched", 16, 16, trained=True),
-    Row(
-        "ddim-slice",
-        "the paper, 200 KL + 50 DDIM steps, torch, slice by slice",
-        4,
-        1,
-        trained=True,
-        judged_as="ddim-batch",
-    ),
-    Row("ancestral-batch", "the paper, 200 KL + 500 ancestral steps, torch, batched", 16, 16, trained=True),
-    Row(
-        "ancestral-slice",
-        "the paper, 200 KL + 500 ancestral steps, torch, slice by slice",
-        2,
-        1,
-        trained=True,
-        judged_as="ancestral-batch",
-    ),
-    Row("pixel-250", "diffusion in pixel space, 250 steps, torch, batched", 8, 8, trained=False),
-    Row("pixel-500", "diffusion in pixel space, 500 steps, torch, batched", 8, 8, trained=False),
-    Row("transformer", "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),
+    Row("ddim-batch", f"the paper, {DDIM}, torch, batched", 16, 16, trained=True, every=10),
+    Row("ddim-slice", f"the paper, {DDIM}, torch, slice by slice", 4, 1, True, "ddim-batch", every=10),
+    Row("ancestral-batch", f"the paper, {ANCESTRAL}, torch, batched", 16, 16, trained=True, every=20, costly=True),
+    Row("ancestral-slice", f"the paper, {ANCESTRAL}, torch, slice by slice", 2, 1, True, "ancestral-batch", every=20),
+    Row("pixel-250", "diffusion in pixel space, 250 steps, torch, batched", 8, 8, trained=False, every=25),
+    Row("pixel-500", "diffusion in pixel space, 500 steps, torch, batched", 8, 8, trained=False, every=50),
+    Row(TRANSFORMER, "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),
 )

@@ -1,7 +1,7 @@
 """Time against slices, resolution and scans at once: over HTTP, one and two workers."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,11 +13,10 @@ from tqdm import tqdm
 
 from app.ingest import read
 from app.volume import Volume
-from benchmarks.series import make_series, measure_series
-from benchmarks.served import Served, serve
+from benchmarks.served import serve
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
-SPACINGS_MM = (0.6, 0.8, 1.0, 1.5, 2.0)
+SPACINGS_MM = (0.7, 1.0, 1.5, 2.0)
 AT_ONCE = (1, 2, 4)
 WORKERS = (1, 2)
 
@@ -58,8 +57,8 @@ def write(volume: Volume, path: Path) -> Path:
     return path
 
 
-def measure_scaling(scan: Path, models: Path, data: Path, repeats: int) -> dict[str, Any]:
-    """Each measurement in turns, the services being started anew for memory's sake.
+def measure_scaling(scan: Path, models: Path, repeats: int, *, quick: bool = False) -> dict[str, Any]:
+    """Each measurement in turns.
 
     Parameters
     ----------
@@ -67,45 +66,36 @@ def measure_scaling(scan: Path, models: Path, data: Path, repeats: int) -> dict[
         A whole T1 volume.
     models : Path
         Folder of bundles.
-    data : Path
-        Root of the data: the CT series is made from it.
     repeats : int
         Turns.
+    quick : bool
+        The least of everything: to see that it works.
     """
+    found: dict[str, Any] = {"slices": [], "resolution": [], "together": []}
     with TemporaryDirectory() as made:
         folder = Path(made)
         volume = read(scan, scratch=folder).volume
         whole = write(volume, folder / "whole.nii.gz")
-        several = [
-            (kind, value, v.shape, write(v, folder / f"{kind}-{value}.nii.gz")) for kind, value, v in variants(volume)
-        ]
-        series = make_series(data, folder)
-        found: dict[str, Any] = {"series_mb": series.stat().st_size / 1e6, "series": _alone(series, models, repeats)}
-        found["volume"] = _alone(whole, models, repeats)
-        found |= {"slices": [], "resolution": [], "together": []}
+        several = list(variants(volume))[:: len(SHARES)] if quick else list(variants(volume))
+        files = [(kind, value, v.shape, write(v, folder / f"{kind}-{value}.nii.gz")) for kind, value, v in several]
+        del several, volume
         with serve(models) as served:
             served.analyse(whole)  # opens the networks
-            for kind, value, shape, path in tqdm(several, desc="slices and resolution"):
+            for kind, value, shape, path in tqdm(files, desc="slices and resolution"):
                 runs = [served.analyse(path) for _ in range(repeats)]
                 found[kind].append({"value": value, "shape": shape, "runs": runs, "peak_bytes": served.peak_bytes()})
         for workers in WORKERS:
-            found["together"] += _together(whole, models, workers, repeats)
+            found["together"] += _together(whole, models, workers, repeats, AT_ONCE[: 1 if quick else None])
     return found
 
 
-def _alone(scan: Path, models: Path, repeats: int) -> list[dict[str, object]]:
-    """A service that has just started, then the same scan again: the first one opens the networks."""
-    with serve(models) as served:
-        return [measure_series(served, scan) for _ in range(repeats + 1)]
-
-
-def _together(scan: Path, models: Path, workers: int, repeats: int) -> list[dict[str, Any]]:
+def _together(scan: Path, models: Path, workers: int, repeats: int, at_once: Sequence[int]) -> list[dict[str, Any]]:
     """Several scans at once, for so many workers that share the cores."""
     found = []
-    with ExitStack() as stack:
-        served: Served = stack.enter_context(serve(models, workers, threads=max(1, 2 // workers)))
-        served.together([scan] * workers)
-        for count in tqdm(AT_ONCE, desc=f"{workers} workers"):
-            runs = [served.together([scan] * count) for _ in range(repeats)]
-            found.append({"workers": workers, "scans": count, "seconds": runs, "peak_bytes": served.peak_bytes()})
+    with serve(models, workers, threads=max(1, len(os.sched_getaffinity(0)) // workers)) as served:
+        # Each worker opens its networks; which of them takes a scan is not ours to say.
+        served.together([scan] * (2 * workers))
+        for scans in tqdm(at_once, desc=f"{workers} workers"):
+            runs = [served.together([scan] * scans) for _ in range(repeats)]
+            found.append({"workers": workers, "scans": scans, "seconds": runs, "peak_bytes": served.peak_bytes()})
     return found

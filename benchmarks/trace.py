@@ -1,38 +1,43 @@
 """Where the seconds of one scan go: the pipeline's functions, wrapped from outside."""
 
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
+
+if TYPE_CHECKING:
+    from app.runtime.bundle import Bundle
 
 # Phase of each function, as its caller knows it. Renamed or moved: a test says so.
 PHASES = {
-    "app.analyse.read": "read",
+    "app.analyse.read": "decode the file",
     "app.ingest.single._inflated": "inflate",
     "app.analyse._take_out": "extract the brain",
-    "app.pipeline.detect.to_slices": "prepare",
+    "app.pipeline.detect.to_slices": "resample",
     "app.pipeline.anomaly.kl_map": "KL",
     "app.pipeline.detect.typical_kl": "gate",
     "app.pipeline.detect.reconstruction_error": "gate",
     "app.pipeline.anomaly.inpaint": "reverse",
-    "app.analyse.to_result": "back to the scan's grid",
+    "app.analyse.to_result": "resample back",
     "app.analyse._write_images": "write",
     "app.analyse.write_preview": "write",
     "app.analyse._write_dicom": "write",
 }
 OTHER = "everything else"
+# Not of the trace: a client's upload, measured over HTTP.
+RECEIVE = "receive"
 NETWORKS = ("encode", "denoise", "decode")
 # The gate takes KL maps of its own.
 LENT = ("denoise", "KL")
 ORDER = (
-    "read", "inflate", "extract the brain", "prepare", "encode", "KL", "gate", "reverse", "decode",
-    "back to the scan's grid", "write", OTHER,
+    RECEIVE, "inflate", "decode the file", "extract the brain", "resample", "encode", "KL", "gate", "reverse", "decode",
+    "resample back", "write", OTHER,
 )  # fmt: skip
 
 
@@ -53,6 +58,12 @@ class Tracer:
     ----------
     clock : callable
         Seconds.
+
+    Attributes
+    ----------
+    spans : list of Span
+    asked : dict
+        Slices that each network was asked for, by phase.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -60,6 +71,7 @@ class Tracer:
         self._since = 0.0
         self._open: list[tuple[str, bool]] = [(OTHER, False)]
         self.spans: list[Span] = []
+        self.asked: dict[str, Counter[str]] = defaultdict(Counter)
 
     def _cut(self) -> None:
         now = self._clock() - self._origin
@@ -84,7 +96,10 @@ class Tracer:
         def call(*args: Any, **kwargs: Any) -> Any:
             network = name in NETWORKS
             inside = self._open[-1][0]
-            with self.phase(inside if name in LENT and inside != OTHER else name, network=network):
+            phase = inside if name in LENT and inside != OTHER else name
+            if network:
+                self.asked[phase][name] += len(args[0])
+            with self.phase(phase, network=network):
                 return function(*args, **kwargs)
 
         return call
@@ -113,16 +128,32 @@ def totals(spans: list[Span]) -> dict[str, dict[str, float]]:
     return {phase: sums[phase] for phase in ORDER if phase in sums}
 
 
-def trace_scan(folder: Path, scan: Path, threads: int = 0) -> list[Span]:
+@dataclass(frozen=True)
+class Trace:
+    """One scan: its stretches of time, and the slices that each network was asked for, by phase."""
+
+    spans: list[Span]
+    asked: dict[str, dict[str, int]]
+
+    @property
+    def seconds(self) -> float:
+        """From file to results."""
+        return self.spans[-1].end
+
+
+def trace_scan(bundle: "Bundle", scan: Path) -> Trace:
     """Analyse a scan as `counterpart detect` does, its bundle loaded, and tell where the time went."""
     from app.analyse import Request, analyse
     from app.pipeline.models import Models
-    from app.runtime.bundle import load_bundle
 
-    bundle = load_bundle(folder, "cpu", threads)
     tracer = Tracer()
     networks = (tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS)
     traced = replace(bundle, models=Models(*networks))
     with TemporaryDirectory() as out, tracer.attached():
         analyse(scan, Path(out), lambda _: traced, (bundle.manifest,), Request(), lambda *_: None)
-    return tracer.finish()
+    return Trace(tracer.finish(), {phase: dict(counts) for phase, counts in tracer.asked.items()})
+
+
+def median_trace(traces: Sequence[Trace]) -> Trace:
+    """The repeat that took the median time: its parts belong together."""
+    return sorted(traces, key=lambda trace: trace.seconds)[(len(traces) - 1) // 2]

@@ -1,0 +1,79 @@
+"""A scan on the bundle's slices, and the parts of `app.pipeline.detect` as switches need them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from app.pipeline import anomaly
+from app.pipeline.detect import Seen, imagine, see, surprise
+from app.pipeline.models import Models
+from app.pipeline.noise import KeyedNoise
+from app.pipeline.prepare import Slices, analysed_slices
+from app.pipeline.schedule import Schedule
+from app.pipeline.views import turn
+from app.runtime.bundle import CPU_BATCH, Bundle
+from benchmarks.paper import DDIM_50
+
+# One in so many of the paper's noise levels is measured.
+THINNED = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A scan on the bundle's slices, and the networks."""
+
+    bundle: Bundle
+    slices: Slices
+
+    @cached_property
+    def models(self) -> Models:
+        """In batches, as the service calls them."""
+        return self.bundle.models.in_batches(CPU_BATCH, lambda _: None)
+
+    @cached_property
+    def known(self) -> Any:
+        """Indices of the slices that are analysed."""
+        return analysed_slices(self.slices, self.bundle.manifest.preparation)
+
+    def look(self, chosen: Any, view: int = 0) -> Seen:
+        """Some slices, encoded, in one view."""
+        manifest = self.bundle.manifest
+        s = manifest.schedule
+        noise = KeyedNoise(manifest.seed, manifest.latent_shape, view)
+        schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
+        diffusion = anomaly.Diffusion(schedule, self.models.denoise, noise)
+        shown = manifest.views[view]
+        x, foreground = turn(self.slices.x[chosen], shown), turn(self.slices.foreground[chosen], shown)
+        return see(x, foreground, chosen, self.models, diffusion)
+
+    @cached_property
+    def seen(self) -> Seen:
+        """The analysed slices in the plain view."""
+        return self.look(self.known)
+
+    def mask(self, seen: Seen) -> Any:
+        """Latents that the reverse process may change, by the bundle's threshold."""
+        kl, manifest = surprise(seen, self.bundle.manifest), self.bundle.manifest
+        return anomaly.latent_mask(
+            kl, seen.latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow
+        )
+
+    def reverse(self, seen: Seen, mask: Any, found: Any) -> None:
+        """Imagine the slices found."""
+        imagine(seen, mask, found, self.models, self.bundle.manifest.reverse.timesteps)
+
+    def ours(self) -> None:
+        """The loop over noise levels of every view."""
+        for view in range(len(self.bundle.manifest.views)):
+            seen = self.look(self.known, view)
+            mask = self.mask(seen)
+            self.reverse(seen, mask, np.flatnonzero(mask.any(axis=(1, 2))))
+
+    def papers(self) -> None:
+        """One in `THINNED` of the paper's noise levels, on one batch."""
+        some = self.known[:CPU_BATCH]
+        seen, plan = self.look(some), DDIM_50.thinned(THINNED)
+        anomaly.kl_map(seen.z0, some, seen.diffusion, plan.kl)
+        anomaly.inpaint(seen.z0, seen.latents, some, seen.diffusion, plan.reverse)

@@ -1,0 +1,78 @@
+"""The waterfall before and after, and the share of the ceiling in each phase."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from app.manifest import Manifest, View
+from app.runtime.bundle import Bundle, load_bundle
+from benchmarks.ceiling import Ceiling
+from benchmarks.int8 import open_gate
+from benchmarks.trace import Trace, median_trace, totals, trace_scan
+from training.config import Config
+
+BEFORE = (
+    "Before: the same scan through the same files and the same networks as the paper's users would run them: eager "
+    "torch, one slice at a time, 200 noise levels of KL and 50 DDIM steps for every slice, one view. After: the service."
+)
+# Above nothing at all: every latent of the foreground is free, which costs what the paper's own threshold costs.
+NO_THRESHOLD = 1e-12
+
+
+def paper_manifest(manifest: Manifest) -> Manifest:
+    """The bundle's decisions, with the paper's noise levels and one view; every scan passes."""
+    from benchmarks.paper import DDIM_50
+
+    return manifest.model_copy(
+        update={
+            "views": (View(),),
+            "kl": manifest.kl.model_copy(update={"timesteps": DDIM_50.kl, "threshold": NO_THRESHOLD}),
+            "reverse": manifest.reverse.model_copy(update={"timesteps": DDIM_50.reverse}),
+            "gate": open_gate(manifest.gate),
+        }
+    )
+
+
+def before(bundle: Bundle, config: Config) -> Bundle:
+    """The bundle as `BEFORE` says."""
+    from benchmarks.networks import load_networks
+
+    models = load_networks(bundle.folder, config).models()
+    return replace(bundle, models=models, manifest=paper_manifest(bundle.manifest), batch=1)
+
+
+def _told(trace: Trace) -> dict[str, Any]:
+    return {"spans": [asdict(s) for s in trace.spans], "phases": totals(trace.spans), "asked": trace.asked}
+
+
+def measure_waterfall(folder: Path, config: Path, scan: Path, repeats: int, *, quick: bool = False) -> dict[str, Any]:
+    """The service some times, its past once, and what a network evaluation costs.
+
+    Parameters
+    ----------
+    folder : Path
+        The bundle.
+    config : Path
+        That it was trained by.
+    scan : Path
+    repeats : int
+    quick : bool
+        Without the past.
+    """
+    from benchmarks.methods import network_gigaflops
+
+    bundle, settings, ceiling = load_bundle(folder), Config.load(config), Ceiling()
+    trace_scan(bundle, scan)  # first calls allocate
+    traces, reached = [], []
+    for _ in range(repeats):
+        traces.append(trace_scan(bundle, scan))
+        reached.append(ceiling.time())
+    found = {
+        "after": _told(median_trace(traces)),
+        "seconds": [trace.seconds for trace in traces],
+        "ceiling": reached,
+        "gigaflops": network_gigaflops(folder, settings),
+    }
+    if not quick:
+        found["before"] = _told(trace_scan(before(bundle, settings), scan))
+    return found
