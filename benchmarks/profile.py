@@ -15,11 +15,8 @@ from app.manifest import Manifest
 from app.runtime.bundle import CPU_BATCH, read_manifest
 
 RUNS = 8
-# Operators below this share of a network's time are one line.
-LEAST_SHARE = 0.03
 # Megabytes that are copied to find the memory's speed: many times the caches.
 COPIED = 256
-REST = "others"
 
 
 def memory_gigabytes() -> float:
@@ -78,18 +75,21 @@ def operators(events: Iterable[dict[str, Any]], runs: int) -> list[dict[str, Any
     return [{"operator": name, **kinds[name]} for name in sorted(kinds, key=lambda n: -kinds[n]["seconds"])]
 
 
+def shapes(call: dict[str, Any], side: str) -> list[list[int]]:
+    """Of the inputs or outputs of a call."""
+    return [next(iter(one.values()), []) for one in call.get(f"{side}_type_shape", ())]
+
+
 def operations(call: dict[str, Any]) -> float:
     """Of a convolution or a matrix product, two for a multiply and an add; 0 for anything else."""
-    inputs, outputs = (
-        [next(iter(one.values()), []) for one in call.get(f"{side}_type_shape", ())] for side in ("input", "output")
-    )
+    inputs, outputs = (shapes(call, side) for side in ("input", "output"))
     if not outputs or not inputs:
         return 0.0
     if call["op_name"] == "Conv" and len(inputs) > 1:
         return 2 * float(np.prod(outputs[0])) * float(np.prod(inputs[1][1:]))
     if any(word in call["op_name"] for word in ("MatMul", "Gemm", "Einsum")):
         # Weights that were packed beforehand have no shape here: each input value meets every column of the output.
-        return 2 * float(np.prod(inputs[0])) * outputs[0][-1]
+        return 2.0 * float(np.prod(inputs[0])) * outputs[0][-1]
     return 0.0
 
 
