@@ -80,7 +80,7 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
     return Lesioned(Volume(changed, volume.affine), truth)
 
 
-def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int) -> Lesioned:
+def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int, every: int = SPRITE_EVERY) -> Lesioned:
     """Ellipses in some pictures of a head in CT, wherever there is brain enough.
 
     Parameters
@@ -93,12 +93,14 @@ def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int)
         As of `insert_lesion`.
     seed : int
         Of places, axes and directions.
+    every : int
+        One sprite in so many pictures.
     """
     rng = np.random.default_rng([seed, 11])
     brain = brain_in_ct(volume)
     shape = np.zeros(volume.shape, np.float32)
     index = np.indices(volume.shape[:2])
-    for z in range(int(rng.integers(SPRITE_EVERY)), volume.shape[2], SPRITE_EVERY):
+    for z in range(int(rng.integers(every)), volume.shape[2], every):
         pixels = radius_mm / volume.spacing[:2]
         depth = ndimage.distance_transform_edt(brain[:, :, z])
         places = np.argwhere(depth > pixels.mean() / 2)
