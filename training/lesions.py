@@ -80,7 +80,14 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
     return Lesioned(Volume(changed, volume.affine), truth)
 
 
-def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int, every: int = SPRITE_EVERY) -> Lesioned:
+def insert_sprites(
+    volume: Volume,
+    radius_mm: float,
+    contrast: float,
+    seed: int,
+    every: int = SPRITE_EVERY,
+    brain: npt.NDArray[np.bool_] | None = None,
+) -> Lesioned:
     """Ellipses in some pictures of a head in CT, wherever there is brain enough.
 
     Parameters
@@ -95,9 +102,11 @@ def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int,
         Of places, axes and directions.
     every : int
         One sprite in so many pictures.
+    brain : (X, Y, Z) ndarray of bool, optional
+        Where they may lie; by default what is brain in CT.
     """
     rng = np.random.default_rng([seed, 11])
-    brain = brain_in_ct(volume)
+    brain = brain_in_ct(volume) if brain is None else brain
     shape = np.zeros(volume.shape, np.float32)
     index = np.indices(volume.shape[:2])
     for z in range(int(rng.integers(every)), volume.shape[2], every):

@@ -110,7 +110,8 @@ def reconstructing(name: str, config: Config) -> Callable[[FloatArray], FloatArr
 
     def run(x: FloatArray) -> FloatArray:
         with torch.inference_mode():
-            parts = torch.from_numpy(np.ascontiguousarray(x)).split(BATCH)
+            # A copy: numpy leaves the stride of a single channel open, and torch takes it for channels_last.
+            parts = torch.from_numpy(x.copy()).split(BATCH)
             seen: FloatArray = torch.cat([reconstruct(network, part) for part in parts]).numpy()
         return seen
 

@@ -140,6 +140,7 @@ def difference(first: Counts, second: Counts, of: Statistic) -> Interval:
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Mean over subjects or scans."""
     data = np.asarray(values, dtype=np.float64)
+    data = data[np.isfinite(data)]  # a scan without a lesion has no AUPRC
     draws = np.random.default_rng(seed).integers(len(data), size=(BOOTSTRAP, len(data)))
-    low, high = np.nanpercentile(np.nanmean(data[draws], axis=1), (2.5, 97.5))
-    return Interval(float(np.nanmean(data)), float(low), float(high))
+    low, high = np.percentile(data[draws].mean(axis=1), (2.5, 97.5))
+    return Interval(float(data.mean()), float(low), float(high))

@@ -100,7 +100,8 @@ def loss_of(name: str, network: nn.Module, codes: Callable[[torch.Tensor], torch
     def variational(x: torch.Tensor) -> torch.Tensor:
         seen, mean, log_variance, _ = network(x)
         kl = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum(1).mean()
-        return (F.l1_loss(seen, x, reduction="sum") / len(x) + kl) / x[0].numel()
+        loss: torch.Tensor = (F.l1_loss(seen, x, reduction="sum") / len(x) + kl) / x[0].numel()
+        return loss
 
     def next_code(x: torch.Tensor) -> torch.Tensor:
         known = codes(x)

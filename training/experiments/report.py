@@ -24,6 +24,10 @@ NAMES = {
     "transformer-ensemble": "transformer, ensemble",
     **{o.name: o.title for o in OPPONENTS.values()},
 }
+SEGMENTATION_HEAD = (
+    "| method | AUPRC | Dice | mean of each scan's AUPRC | Dice at each scan's best | shipped "
+    "| Counterpart ahead by: AUPRC, Dice |"
+)
 HEAD = """# Results
 
 Written by `python -m training.experiments`, on test subjects that chose nothing. Brackets are bootstrap 95 % intervals
@@ -61,8 +65,7 @@ def segmentation_tables(document: Row) -> list[str]:
         lines += [
             f"### {kind}, {count} scans",
             "",
-            "| method | AUPRC | Dice | mean of each scan's AUPRC | Dice at each scan's best | shipped "
-            "| Counterpart ahead by: AUPRC, Dice |",
+            SEGMENTATION_HEAD,
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for name, row in rows.items():
@@ -101,8 +104,8 @@ def imagewise_tables(document: Row) -> list[str]:
     methods = document["methods"]
     kinds = list(next(iter(methods.values()))["kinds"])
     lines = [
-        "AUROC against healthy test pictures; near is a sprite of grade 2, 4 to 8 pixels in radius. Sizes are not checked",
-        "here, so that models judge pictures that preparation would refuse.",
+        "AUROC against healthy test pictures; near is a sprite of grade 2, 4 to 8 pixels in radius.",
+        "Sizes are not checked here, so that models judge pictures that preparation would refuse.",
         "",
         "| method | " + " | ".join(kinds) + " | score, chosen on validation | ms a picture |",
         "| --- " * (len(kinds) + 3) + "|",
@@ -121,13 +124,8 @@ def imagewise_tables(document: Row) -> list[str]:
         lines.append(f"| {NAMES[name]} | {cell(near['auprc'])} | {rates} |")
     own = methods.get(OURS)
     if own:
-        lines += [
-            "",
-            "Every score of Counterpart's:",
-            "",
-            f"| score | {' | '.join(kinds)} |",
-            "| --- " * (len(kinds) + 1) + "|",
-        ]
+        lines += ["", "Every score of Counterpart's:", "", f"| score | {' | '.join(kinds)} |"]
+        lines.append("| --- " * (len(kinds) + 1) + "|")
         for score in next(iter(own["kinds"].values()))["every_score"]:
             cells = [f"{own['kinds'][kind]['every_score'][score]:.2f}" for kind in kinds]
             lines.append(f"| {score} | {' | '.join(cells)} |")
