@@ -6,11 +6,10 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from app.manifest import Manifest
 from app.pipeline import anomaly
-from app.pipeline.prepare import BoolArray, Slices, analysed_slices, foreground_of, to_slices
+from app.pipeline.prepare import BoolArray, Slices, analysed_slices, to_slices
 from app.volume import FloatArray, Volume
 from training.config import Config
 from training.data import load_scan
@@ -25,8 +24,6 @@ GRADES = {"grade 1": 0.10, "grade 2": 0.20, "grade 3": 0.35}
 # METHOD's radii for pictures of 64 x 64, in their pixels.
 RADIUS_PIXELS = (4.0, 8.0)
 PIXEL_MM = 3.8
-# Skin, skull and what lies between it and the brain, in MR.
-SHELL_MM = 18.0
 # On validation scans, what an opponent's post-processing is chosen by: enough of them.
 VALIDATION_CASES = 12
 
@@ -91,19 +88,9 @@ def sprites(config: Config) -> Insert:
     def insert(subject: str, contrast: float, seed: int) -> Lesioned:
         radius = np.random.default_rng([seed, 13]).uniform(*RADIUS_PIXELS) * PIXEL_MM
         volume = load_scan(config, subject).volume
-        brain = None if config.preparation.window else deep_in_head(volume)
-        return insert_sprites(volume, radius, contrast, seed, brain=brain)
+        return insert_sprites(volume, radius, contrast, seed, ct=config.preparation.window is not None)
 
     return insert
-
-
-def deep_in_head(volume: Volume) -> BoolArray:
-    """What lies so far within a head that it is brain, picture by picture, (X, Y, Z)."""
-    head = foreground_of(volume)
-    depth = [
-        ndimage.distance_transform_edt(np.pad(picture, 1), volume.spacing[:2]) for picture in head.transpose(2, 0, 1)
-    ]
-    return np.stack([d[1:-1, 1:-1] > SHELL_MM for d in depth], axis=2)
 
 
 def shapes(config: Config, part: Part) -> Insert:
