@@ -2,7 +2,7 @@
 
 import argparse
 
-from training.experiments import report
+from training.experiments.report import write
 from training.experiments.runner import PARTS
 
 
@@ -16,8 +16,8 @@ def main() -> None:
     options = parser.parse_args()
     for part in PARTS if "all" in options.parts else [p for p in options.parts if p in PARTS]:
         PARTS[part](options.methods)
-        report.write()
-    report.write()
+        write()
+    write()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from app.runtime.bundle import Bundle, load_bundle
 from training.config import ROOT, Config
 from training.data import data_hash
-from training.experiments import imagewise, methods, segmentation
+from training.experiments import figure, imagewise, methods, segmentation
 from training.experiments.cases import Case, for_choices, synthetic, tumours
 from training.experiments.methods import BATCH, OURS, Method
 from training.experiments.opponents import OPPONENTS, bundle_folder, load, train
@@ -27,6 +27,7 @@ from training.experiments.segmentation import Outcome
 from training.splits import FOLDER, load_split
 
 RESULTS = ROOT / "docs" / "results"
+FIGURE = ROOT / "docs" / "figures" / "results.png"
 AUTOENCODERS = ("dense-ae", "spatial-ae", "vae")
 # Healthy validation scans that the transformer's threshold comes from.
 CALIBRATION_SCANS = 4
@@ -175,9 +176,19 @@ def _scores(e: Experiment, method: str) -> imagewise.Scores:
     return imagewise.reconstruction_scores(methods.reconstructing(method, e.config))
 
 
+def show(_: list[str]) -> None:
+    """The figure."""
+    shown = []
+    for name in figure.SHOWN:
+        e = Experiment(name)
+        shown += figure.panels(e.config, e.models, e.manifest)
+    figure.draw(shown, FIGURE)
+
+
 PARTS: dict[str, Callable[[list[str]], None]] = {
     "imagewise": lambda wanted: pictures("imagewise", "headct", wanted),
     "sprites": lambda wanted: segment("sprites", "headct", lambda e: synthetic(e.config, e.manifest, "test"), wanted),
     "shapes": lambda wanted: segment("shapes", "t1", lambda e: synthetic(e.config, e.manifest, "test"), wanted),
     "tumours": lambda wanted: segment("tumours", "flair", lambda e: tumours(e.config, e.manifest), wanted),
+    "figure": show,
 }
