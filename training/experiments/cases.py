@@ -11,10 +11,10 @@ from app.manifest import Manifest
 from app.pipeline import anomaly
 from app.pipeline.prepare import BoolArray, Slices, analysed_slices, to_slices
 from app.volume import FloatArray, Volume
-from training.config import Config
-from training.data import load_scan
+from training.config import Config, data_root
+from training.data import load_scan, load_volume
 from training.lesions import Lesioned, gold_shape, insert_lesion, insert_sprites
-from training.splits import Split, load_split
+from training.splits import NO_SHAPES, Split, load_split
 from training.tumours import tumour_scans
 
 Part = Literal["validation", "test"]
@@ -126,3 +126,20 @@ def tumours(config: Config, manifest: Manifest) -> Iterator[Case]:
     """Outlined tumours in all pictures of the test patients, those without one included."""
     for scan in tumour_scans(config, load_split(config.data.splits).test):
         yield make_case(scan.subject, "tumours", scan.volume, scan.truth, manifest)
+
+
+def multiple_sclerosis(manifest: Manifest, sequence: Literal["T1", "FLAIR"]) -> Iterator[Case]:
+    """The two MS patients that are test cases, skull-stripped, with their consensus masks."""
+    folder = data_root() / "ms_open_ms_data"
+    for patient in NO_SHAPES:
+        volume = load_volume(folder / f"{patient}_{sequence}_mni_brain_u16.nii.gz")
+        yield make_case(patient, f"MS lesions, {sequence}", volume, gold_shape(patient).array > 0, manifest)
+
+
+def brats(manifest: Manifest) -> Iterator[Case]:
+    """Three high-grade gliomas, skull-stripped FLAIR: every label of the four is tumour."""
+    folder = data_root() / "brats2013"
+    for path in sorted(folder.glob("*_flair_u8.nii.gz")):
+        truth = load_volume(path.with_name(path.name.replace("flair_u8", "seg"))).array > 0
+        name = path.name.removesuffix("_1_flair_u8.nii.gz")
+        yield make_case(name, "BRATS 2013, FLAIR", load_volume(path), truth, manifest)

@@ -15,7 +15,9 @@ TITLES = {
     "imagewise": "1. Which picture is not healthy (MedNIST HeadCT)",
     "sprites": "2a. Synthetic lesions: sprites in MedNIST HeadCT",
     "shapes": "2b. Synthetic lesions: shapes of MS lesions in T1 volumes",
-    "tumours": "3. Real lesions: gliomas in FLAIR (TCGA-LGG, test patients)",
+    "tumours": "3a. Real lesions: gliomas in FLAIR (TCGA-LGG, test patients)",
+    "ms-t1": "3b. Real lesions: multiple sclerosis in T1; two patients, too few for a claim",
+    "stripped": "3c. Real lesions in skull-stripped FLAIR, which the gate of `flair` refuses; five patients",
 }
 NAMES = {
     OURS: "**Counterpart**",

@@ -20,7 +20,7 @@ from app.runtime.bundle import Bundle, load_bundle
 from training.config import ROOT, Config
 from training.data import data_hash
 from training.experiments import figure, imagewise, methods, segmentation
-from training.experiments.cases import Case, for_choices, synthetic, tumours
+from training.experiments.cases import Case, brats, for_choices, multiple_sclerosis, synthetic, tumours
 from training.experiments.methods import BATCH, OURS, Method
 from training.experiments.opponents import OPPONENTS, bundle_folder, load, train
 from training.experiments.segmentation import Outcome
@@ -190,5 +190,9 @@ PARTS: dict[str, Callable[[list[str]], None]] = {
     "sprites": lambda wanted: segment("sprites", "headct", lambda e: synthetic(e.config, e.manifest, "test"), wanted),
     "shapes": lambda wanted: segment("shapes", "t1", lambda e: synthetic(e.config, e.manifest, "test"), wanted),
     "tumours": lambda wanted: segment("tumours", "flair", lambda e: tumours(e.config, e.manifest), wanted),
+    "ms-t1": lambda wanted: segment("ms-t1", "t1", lambda e: multiple_sclerosis(e.manifest, "T1"), wanted),
+    "stripped": lambda wanted: segment(
+        "stripped", "flair", lambda e: [*multiple_sclerosis(e.manifest, "FLAIR"), *brats(e.manifest)], wanted
+    ),
     "figure": show,
 }
