@@ -10,7 +10,7 @@ from torch import nn
 
 from app.pipeline.models import Models
 from app.volume import FloatArray
-from benchmarks.networks import TorchNetworks
+from training.restore import TorchNetworks
 
 
 class Float16(nn.Module):

@@ -102,8 +102,8 @@ def load(variant: Variant, options: argparse.Namespace, reference: "Bundle", scr
             folder = convert(folder, scratch)
         return load_bundle(folder, options.provider, 0, options.batch if variant.graphs else 0)
     from benchmarks.device import on_device
-    from benchmarks.networks import load_networks
     from training.config import Config
+    from training.restore import load_networks
 
     networks = load_networks(options.bundle, Config.load(options.config))
     models = on_device(

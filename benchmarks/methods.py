@@ -16,11 +16,12 @@ from app.pipeline.prepare import BoolArray
 from app.pipeline.schedule import Schedule
 from app.runtime.bundle import read_manifest
 from app.volume import FloatArray
-from benchmarks import paper, transformer
+from benchmarks import paper
 from benchmarks.counted import counting
-from benchmarks.networks import TorchNetworks, load_networks
 from benchmarks.rows import OWN, ROWS, Row
 from training.config import Config
+from training.experiments import transformer
+from training.restore import TorchNetworks, load_networks
 
 PLANS = {"ddim": paper.DDIM_50, "ancestral": paper.ANCESTRAL}
 # Of the paper's mask: a latent above this percentile of healthy validation latents is free to change.
@@ -127,18 +128,18 @@ class Peers:
         """Codes that are unlikely, drawn anew; then decoded."""
         _, rows, columns = self.manifest.latent_shape
         codes = self.networks.decoder.codes
-        network = transformer.build_transformer(len(codes), rows * columns)
+        network = transformer.build_transformer(len(codes), rows * columns).eval()
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
             with torch.inference_mode():
-                z = torch.from_numpy(self.models.encode(x)) * self.networks.decoder.scale + self.networks.decoder.shift
-                flat = z.flatten(2).transpose(1, 2)  # (N, h w, C)
-                found = torch.cdist(flat, codes[None].expand(len(flat), -1, -1)).argmin(-1)
-                healed = transformer.heal(network, found, torch.Generator().manual_seed(self._config.seed))
+                grid = self.networks.decoder.nearest(torch.from_numpy(self.models.encode(x)))  # (N, h, w)
+                found = grid.flatten(1)
+                anew = transformer.unlikely(network, found)
+                healed = transformer.heal(network, found, anew, torch.Generator().manual_seed(self._config.seed))
                 self._counts["denoise"] += found.numel()
-                z = codes[healed].transpose(1, 2).reshape(z.shape)
-                z0 = (z - self.networks.decoder.shift) / self.networks.decoder.scale
-            return np.asarray(np.abs(x - self.models.decode(z0.numpy()))[:, 0] * foreground, dtype=np.float32)
+                self._counts["decode"] += len(x)
+                imagined = self.networks.decoder.decode_codes(healed.view_as(grid)).numpy()
+            return np.asarray(np.abs(x - imagined)[:, 0] * foreground, dtype=np.float32)
 
         return run
 

@@ -24,11 +24,12 @@ from app.pipeline.findings import Result, dice, to_result
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config
-from training.data import load_scan
+from training.data import HealthyScan, load_scan
 from training.foreign import all_foreign, heads
 from training.lesions import Lesioned, gold_shape, insert_lesion, insert_sprites
 from training.splits import Split, load_split
 from training.tables import render
+from training.tumour_scores import evaluate_tumours
 
 GRADES = (0.35, -0.35)
 SEEDS = range(5)
@@ -36,6 +37,8 @@ SEEDS = range(5)
 SPRITES_MM = (8.0, 12.0, 16.0)
 # The bundle whose tables the README shows.
 README_BUNDLE = "t1"
+# A scan with fewer healthy slices may get no sprite at all in them.
+LEAST_HEALTHY = 6
 BATCH = 16
 
 Row = dict[str, Any]
@@ -64,18 +67,23 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     for subject in tqdm(split.test, desc="healthy", unit="scan"):
         scan = load_scan(config, subject)
         volume = scan.volume
+        healthy = healthy_slices(scan)
+        if not len(healthy):
+            rows.append({"subject": subject, "outcome": "no_healthy_slice"})
+            continue
         try:
             detection, result, seconds = run_detection(volume, bundle)
         except CounterpartError as error:
             rows.append({"subject": subject, "outcome": error.code})
             continue
         # Of pictures, the slices with a tumour are none of the healthy ones.
-        mask = result.mask if scan.healthy is None else result.mask[:, :, scan.healthy]
+        mask = result.mask[:, :, healthy]
         rows.append(
             {
                 "subject": subject,
                 "outcome": "analysed",
                 "false_positive_ml": float(mask.sum()) * volume.voxel_ml,
+                "healthy_slices": len(healthy),
                 "findings": len(result.lesions),
                 "score": detection.scores.scan,
                 "typical": detection.scores.typical,
@@ -98,29 +106,40 @@ def evaluations(detection: Detection, manifest: Manifest) -> Row:
 def shapes_of(config: Config, split: Split) -> dict[str, Callable[..., Lesioned]]:
     """By name, what inserts a lesion of some contrast and seed: real shapes, or sprites into pictures."""
     if config.data.pictures is not None:
-        return {f"sprites of {mm:.0f} mm radius": partial(insert_sprites, radius_mm=mm) for mm in SPRITES_MM}
+        ct = config.bundle.modality == "CT"
+        return {f"sprites of {mm:.0f} mm radius": partial(insert_sprites, radius_mm=mm, ct=ct) for mm in SPRITES_MM}
     return {name: partial(insert_lesion, shape=gold_shape(name)) for name in split.shapes_test}
+
+
+def healthy_slices(scan: HealthyScan) -> npt.NDArray[np.int64]:
+    """Indices of the slices without anything ill: all, but of pictures."""
+    return np.flatnonzero(np.ones(scan.volume.shape[2]) if scan.healthy is None else scan.healthy)
 
 
 def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     """Lesion shapes in healthy test scans: each shape and contrast in five scans."""
     shapes = shapes_of(config, split)
+    subjects = [s for s in split.test if len(healthy_slices(load_scan(config, s))) >= LEAST_HEALTHY]
     cases = [
-        (shape, contrast, seed, split.test[(5 * i + seed) % len(split.test)])
+        (shape, contrast, seed, subjects[(5 * i + seed) % len(subjects)])
         for i, shape in enumerate(shapes)
         for contrast in GRADES
         for seed in SEEDS
     ]
     rows = []
     for shape, contrast, seed, subject in tqdm(cases, desc="lesions", unit="scan"):
-        made = shapes[shape](load_scan(config, subject).volume, contrast=contrast, seed=seed)
-        row: Row = {"shape": shape, "contrast": contrast, "seed": seed, "subject": subject, "truth_ml": made.truth_ml}
+        scan = load_scan(config, subject)
+        made = shapes[shape](scan.volume, contrast=contrast, seed=seed)
+        of = healthy_slices(scan)
+        truth = made.truth[:, :, of]
+        row: Row = {"shape": shape, "contrast": contrast, "seed": seed, "subject": subject}
+        row["truth_ml"] = float(truth.sum()) * made.volume.voxel_ml
         try:
             _, result, _ = run_detection(made.volume, bundle)
             row |= {
                 "outcome": "analysed",
-                "dice": dice(result.mask > 0, made.truth),
-                "best_dice": best_dice(result.anomaly, made.truth),
+                "dice": dice(result.mask[:, :, of] > 0, truth),
+                "best_dice": best_dice(result.anomaly[:, :, of], truth),
             }
         except CounterpartError as error:
             row |= {"outcome": error.code, "dice": 0.0, "best_dice": 0.0}
@@ -175,7 +194,12 @@ PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
     "lesions": evaluate_lesions,
     "heads": evaluate_heads,
     "foreign": evaluate_foreign,
+    "tumours": evaluate_tumours,
 }
+
+
+# Parts that not every bundle has data for: run when they are named, and again when they have been.
+BY_NAME = ("heads", "tumours")
 
 
 def main(path: Path, parts: Sequence[str]) -> None:
@@ -187,7 +211,8 @@ def main(path: Path, parts: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{config.name}.json"
     document: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    for part in parts or tuple(PARTS):
+    of_its_kind = (part for part in PARTS if part not in BY_NAME or document.get(part))
+    for part in parts or tuple(of_its_kind):
         document[part] = {"bundle_sha256": bundle.sha256, "rows": PARTS[part](config, bundle, split)}
         target.write_text(json.dumps(document, indent=1) + "\n")
     # The README has the tables of the bundle that ships for everyone.

@@ -9,6 +9,7 @@ from nibabel import affines
 from scipy import ndimage
 
 from app.pipeline import lesion
+from app.pipeline.fit import fill_by_slice
 from app.pipeline.prepare import foreground_of
 from app.volume import FloatArray, Volume
 from training.config import data_root
@@ -25,6 +26,8 @@ BRAIN_MARGIN = 2
 LEAST_BRAIN_CM2 = 50.0
 # One sprite in so many pictures of a stack: they lie above one another in no order.
 SPRITE_EVERY = 3
+# Skin, skull and the fluid under it, of an MR.
+SCALP_MM = 20.0
 # Half axes of a sprite, as shares of its radius.
 SPRITE_AXES = (0.7, 1.4)
 
@@ -80,25 +83,31 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
     return Lesioned(Volume(changed, volume.affine), truth)
 
 
-def insert_sprites(volume: Volume, radius_mm: float, contrast: float, seed: int) -> Lesioned:
-    """Ellipses in some pictures of a head in CT, wherever there is brain enough.
+def insert_sprites(
+    volume: Volume, radius_mm: float, contrast: float, seed: int, *, ct: bool = True, every: int = SPRITE_EVERY
+) -> Lesioned:
+    """Ellipses in some pictures of a head, wherever there is brain enough.
 
     Parameters
     ----------
     volume : Volume
-        A stack of pictures in Hounsfield units, the last axis upwards.
+        A stack of pictures, the last axis upwards.
     radius_mm : float
         Of a circle of about the same area.
     contrast : float
         As of `insert_lesion`.
     seed : int
         Of places, axes and directions.
+    ct : bool
+        Whether the values are Hounsfield units.
+    every : int
+        One sprite in so many pictures.
     """
     rng = np.random.default_rng([seed, 11])
-    brain = brain_in_ct(volume)
+    brain = brain_in_ct(volume) if ct else inner_head(volume)
     shape = np.zeros(volume.shape, np.float32)
     index = np.indices(volume.shape[:2])
-    for z in range(int(rng.integers(SPRITE_EVERY)), volume.shape[2], SPRITE_EVERY):
+    for z in range(int(rng.integers(every)), volume.shape[2], every):
         pixels = radius_mm / volume.spacing[:2]
         depth = ndimage.distance_transform_edt(brain[:, :, z])
         places = np.argwhere(depth > pixels.mean() / 2)
@@ -127,6 +136,14 @@ def brain_in_ct(volume: Volume) -> npt.NDArray[np.bool_]:
             part = ndimage.binary_fill_holes(parts == largest) & (volume.array[:, :, z] < high)
             brain[:, :, z] = part & (part.sum() >= least)
     return brain
+
+
+def inner_head(volume: Volume) -> npt.NDArray[np.bool_]:
+    """What lies deep enough in an MR of a head to be brain, picture by picture, (X, Y, Z)."""
+    filled = fill_by_slice(foreground_of(volume).transpose(2, 0, 1))
+    deep = [ndimage.distance_transform_edt(image, volume.spacing[:2]) > SCALP_MM for image in filled]
+    least = LEAST_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
+    return np.stack([image & (image.sum() >= least) for image in deep], axis=2)
 
 
 def _shape_on_scan(

@@ -24,7 +24,8 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# What decides a stage's weights: a later section may change without losing an earlier stage.
+# What decides a stage's weights: a later section may change without losing an earlier stage. What stands beside
+# the bundle (`training.experiments.opponents`) goes with its VQ-VAE.
 SECTIONS = {
     "vqvae": {"seed", "data", "preparation", "augmentation", "vqvae"},
     "denoiser": {"seed", "data", "preparation", "augmentation", "vqvae", "coarse_noise", "schedule", "denoiser"},
@@ -34,7 +35,9 @@ SECTIONS = {
 def fingerprint(config: Config, stage: str, data: str) -> str:
     """What a checkpoint belongs to: its part of the configuration, and the data."""
     words = {"preparation": NOT_OF_THE_SLICES}
-    decides = config.model_dump(mode="json", include=SECTIONS[stage], exclude=words, exclude_none=True)
+    decides = config.model_dump(
+        mode="json", include=SECTIONS.get(stage, SECTIONS["vqvae"]), exclude=words, exclude_none=True
+    )
     return hashlib.sha256(json.dumps([decides, data], sort_keys=True).encode()).hexdigest()
 
 

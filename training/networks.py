@@ -76,11 +76,18 @@ class Decode(nn.Module):
         self.register_buffer("shift", latent["shift"])
         self.register_buffer("scale", latent["scale"])
 
-    def forward(self, z0: torch.Tensor) -> torch.Tensor:
+    def nearest(self, z0: torch.Tensor) -> torch.Tensor:
+        """The code of each latent, (N, h, w)."""
         z = z0 * self.scale + self.shift
         flat = z.permute(0, 2, 3, 1)  # (N, h, w, C)
         # |z - e|^2 without the |z|^2 that is the same for every code.
         distance = (self.codes**2).sum(1) - 2 * flat @ self.codes.T  # (N, h, w, codes)
-        quantised = self.codes[distance.argmin(-1)].permute(0, 3, 1, 2)
-        x: torch.Tensor = self.decoder(quantised)
+        return distance.argmin(-1)
+
+    def decode_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (N, h, w) -> x (N, 1, H, W) in [0, 1]."""
+        x: torch.Tensor = self.decoder(self.codes[codes].permute(0, 3, 1, 2))
         return x.clamp(0, 1)
+
+    def forward(self, z0: torch.Tensor) -> torch.Tensor:
+        return self.decode_codes(self.nearest(z0))

@@ -13,7 +13,7 @@ from app.runtime.bundle import load_bundle, shipped_models
 from benchmarks import gpu
 from benchmarks.device import on_device
 from benchmarks.gpu import Variant, compare, why_not
-from benchmarks.networks import load_networks
+from training.restore import load_networks
 from benchmarks.pack import write_lesioned
 from training.config import ROOT, Config
 

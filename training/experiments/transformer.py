@@ -9,16 +9,15 @@ from monai.networks.nets.transformer import DecoderOnlyTransformer
 from torch import nn
 from torch.nn import functional as F
 
-# As many parameters as the denoiser has, to within a fifth.
-WIDTH, DEPTH, HEADS = 256, 6, 8
+# 1.5 million parameters: of what an hour of one core can teach it, the larger ones learn less.
+WIDTH, DEPTH, HEADS = 128, 6, 4
 # Codes less likely than this quantile of a slice's are imagined anew.
 QUANTILE = 0.005
 
 
 def build_transformer(codes: int, length: int) -> DecoderOnlyTransformer:
-    """One that begins with a token of its own, the last one."""
-    network = DecoderOnlyTransformer(codes + 1, length, WIDTH, DEPTH, HEADS, use_flash_attention=True)
-    return network.eval().requires_grad_(requires_grad=False)
+    """One that begins with a token of its own, the last one; untrained."""
+    return DecoderOnlyTransformer(codes + 1, length, WIDTH, DEPTH, HEADS, use_flash_attention=True)
 
 
 class Cached:
@@ -56,13 +55,30 @@ class Cached:
         return logits
 
 
-def heal(network: DecoderOnlyTransformer, codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Codes (N, L), the unlikely ones drawn anew, each after all before it: one forward pass, then L steps."""
-    start = torch.full((len(codes), 1), network.num_tokens - 1)
-    shifted = torch.cat([start, codes[:, :-1]], dim=1)
-    likely = nn.functional.log_softmax(network(shifted), dim=-1).gather(-1, codes[..., None])[..., 0]
-    anew = likely <= likely.quantile(QUANTILE, dim=1, keepdim=True)
-    step, token, healed = Cached(network, len(codes)), start[:, 0], codes.clone()
+def shifted(network: DecoderOnlyTransformer, codes: torch.Tensor) -> torch.Tensor:
+    """What is known before each code of (N, L): the token of the beginning, then all but the last."""
+    start = torch.full((len(codes), 1), network.num_tokens - 1, device=codes.device)
+    return torch.cat([start, codes[:, :-1]], dim=1)
+
+
+def log_likelihood(network: DecoderOnlyTransformer, codes: torch.Tensor) -> torch.Tensor:
+    """Of each code after those before it, (N, L)."""
+    every = nn.functional.log_softmax(network(shifted(network, codes)), dim=-1)
+    return every.gather(-1, codes[..., None])[..., 0]
+
+
+def unlikely(network: DecoderOnlyTransformer, codes: torch.Tensor) -> torch.Tensor:
+    """The least likely codes of each slice, (N, L)."""
+    likely = log_likelihood(network, codes)
+    return likely <= likely.quantile(QUANTILE, dim=1, keepdim=True)
+
+
+def heal(
+    network: DecoderOnlyTransformer, codes: torch.Tensor, anew: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Codes (N, L), some (N, L) drawn anew, each after all before it: one step for each code."""
+    step, healed = Cached(network, len(codes)), codes.clone()
+    token = shifted(network, codes)[:, 0]
     for at in range(codes.shape[1]):
         logits = step(token)[:, : network.num_tokens - 1]
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

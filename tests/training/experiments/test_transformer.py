@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from monai.networks.nets.transformer import DecoderOnlyTransformer  # noqa: E402
 
-from benchmarks.transformer import QUANTILE, Cached, heal  # noqa: E402
+from training.experiments.transformer import QUANTILE, Cached, heal, unlikely  # noqa: E402
 
 pytestmark = pytest.mark.training
 
@@ -29,8 +29,10 @@ def test_cached_steps_are_the_whole_pass(network: DecoderOnlyTransformer) -> Non
 
 def test_only_unlikely_codes_are_drawn_anew(network: DecoderOnlyTransformer) -> None:
     codes = torch.randint(0, CODES, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
-    healed = heal(network, codes, torch.Generator().manual_seed(3))
+    anew = unlikely(network, codes)
+    healed = heal(network, codes, anew, torch.Generator().manual_seed(3))
     assert int(healed.max()) < CODES  # never the token that begins
-    assert int((healed != codes).sum()) <= BATCH * (1 + int(QUANTILE * LENGTH))
-    again = heal(network, codes, torch.Generator().manual_seed(3))
+    assert int(anew.sum()) <= BATCH * (1 + int(QUANTILE * LENGTH))
+    assert torch.equal(healed[~anew], codes[~anew])
+    again = heal(network, codes, anew, torch.Generator().manual_seed(3))
     assert torch.equal(healed, again)

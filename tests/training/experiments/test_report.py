@@ -1,0 +1,40 @@
+"""The page says what the numbers say, and marks where Counterpart is not ahead."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.experiments import report
+
+
+def interval(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.05, "high": value + 0.05}
+
+
+def row(value: float, gap: float | None) -> dict[str, Any]:
+    made: dict[str, Any] = {k: interval(value) for k in ("auprc", "dice", "scan_auprc", "scan_dice")}
+    if gap is None:
+        return made | {"cases": 3, "scan_shipped": interval(0.33)}
+    return made | {"cases": 3, "behind": {"auprc": interval(gap), "dice": interval(gap)}}
+
+
+def test_a_lead_that_is_no_lead_is_bold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"choice": {"variant": "bright", "smoothing": 1.0}, "seconds_per_slice": 0.01, "parameters": 2_000_000}
+    rows = {"counterpart": row(0.6, None), "vae": row(0.2, 0.4), "intensity": row(0.59, 0.01)}
+    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    told = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
+    document = {"provenance": told, "kinds": {"grade 2": rows}, "methods": dict.fromkeys(rows, facts)}
+    (tmp_path / "shapes.json").write_text(json.dumps(document))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "RESULTS.md")
+    report.write()
+    page = (tmp_path / "RESULTS.md").read_text()
+    lines = {line.split(" | ")[0].strip("| "): line for line in reversed(page.splitlines())}
+    ahead, behind = lines["variational autoencoder"], lines["intensity threshold"]
+    assert "+0.40 (+0.35 to +0.45), +0.40" in ahead
+    assert "**+0.01 (-0.04 to +0.06)**" in behind
+    assert "0.33 (0.28 to 0.38)" in page
+    assert "t1-9.9.9" in page
+    assert "1. Which picture" not in page, "a part that was not measured is not told of"

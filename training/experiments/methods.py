@@ -1,0 +1,213 @@
+"""Each method as functions from a case to an anomaly map, and what of it is chosen on validation subjects."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from app.manifest import Manifest, Range
+from app.pipeline.detect import detect
+from app.pipeline.models import Models
+from app.volume import FloatArray
+from training.config import Config
+from training.data import UINT16_MAX, cached_slices
+from training.experiments import transformer
+from training.experiments.cases import Case
+from training.experiments.opponents import OPPONENTS, build, bundle_folder, load, reconstruct
+from training.restore import TorchNetworks, load_networks
+
+# Case -> (K, H, W).
+Maps = Callable[[Case], FloatArray]
+
+OURS = "counterpart"
+BATCH = 16
+# Gaussians over an opponent's map, in pixels, to choose from.
+SMOOTHING = (0.0, 1.0, 2.0)
+# The transformer: codes less likely than all but this share of healthy validation codes are drawn anew.
+UNLIKELY_PERCENT = 2.5
+# Its ensemble: the slice as it is and mirrored, each so often.
+DRAWS = 2
+LARGEST = float(np.finfo(np.float32).max)
+EVERYTHING = Range(low=-LARGEST, high=LARGEST)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a table.
+
+    Attributes
+    ----------
+    name, title : str
+    variants : dict of str to callable
+        Maps to choose from on validation subjects.
+    smoothing : tuple of float
+        Pixels, to choose from too.
+    parameters : int
+        Of its networks.
+    """
+
+    name: str
+    title: str
+    variants: dict[str, Maps]
+    smoothing: tuple[float, ...] = SMOOTHING
+    parameters: int = field(default=0)
+
+
+def absolute(off: FloatArray) -> FloatArray:
+    """How far, whichever way."""
+    return np.asarray(np.abs(off), dtype=np.float32)
+
+
+def smoothed(values: FloatArray, pixels: float) -> FloatArray:
+    """A Gaussian within each slice."""
+    if not pixels:
+        return values
+    result: FloatArray = ndimage.gaussian_filter(values, (0, pixels, pixels))
+    return result
+
+
+def ungated(manifest: Manifest) -> Manifest:
+    """One that refuses no scan for its looks: the maps are compared, not the gates."""
+    gate = manifest.gate
+    update = {"typical": (EVERYTHING,) * len(gate.typical), "reconstruction": EVERYTHING, "max_fraction_out": 1.0}
+    return manifest.model_copy(update={"gate": gate.model_copy(update=update)})
+
+
+def ours(models: Models, manifest: Manifest) -> Maps:
+    """The service's own map, of the whole scan."""
+    opened = ungated(manifest)
+
+    def maps(case: Case) -> FloatArray:
+        return detect(case.volume, models, opened).anomaly[case.known]
+
+    return maps
+
+
+def without_model(config: Config) -> dict[str, Method]:
+    """Thresholds on intensity, and on the difference from the mean healthy slice."""
+    mean = np.asarray(cached_slices(config, "train").mean(axis=0) / UINT16_MAX, dtype=np.float32)
+
+    def from_median(case: Case) -> FloatArray:
+        middle = [np.median(x[f]) if f.any() else 0.0 for x, f in zip(case.x[:, 0], case.foreground, strict=True)]
+        return absolute(case.x[:, 0] - np.asarray(middle, np.float32)[:, None, None])
+
+    intensity: dict[str, Maps] = {
+        "bright": lambda case: case.x[:, 0],
+        "dark": lambda case: -case.x[:, 0],
+        "far from the median": from_median,
+    }
+    return {
+        "intensity": Method("intensity", "intensity threshold", intensity),
+        "mean": Method("mean", "difference from the mean healthy slice", {"": lambda c: absolute(c.x[:, 0] - mean)}),
+    }
+
+
+def reconstructing(name: str, config: Config) -> Callable[[FloatArray], FloatArray]:
+    """Slices (N, 1, H, W) as an autoencoder makes them again."""
+    network = load(OPPONENTS[name], config)
+
+    def run(x: FloatArray) -> FloatArray:
+        with torch.inference_mode():
+            # A copy: numpy leaves the stride of a single channel open, and torch takes it for channels_last.
+            parts = torch.from_numpy(x.copy()).split(BATCH)
+            seen: FloatArray = torch.cat([reconstruct(network, part) for part in parts]).numpy()
+        return seen
+
+    return run
+
+
+def autoencoder(name: str, config: Config) -> Method:
+    """|x - x'| of one of the opponents."""
+    run = reconstructing(name, config)
+    size = _size(build(name, config))
+    return Method(name, OPPONENTS[name].title, {"": lambda c: absolute(c.x - run(c.x))[:, 0]}, parameters=size)
+
+
+def plain_vqvae(networks: TorchNetworks) -> Method:
+    """|x - D(z0)|: the bundle's VQ-VAE without any diffusion."""
+    models = networks.models().in_batches(BATCH, lambda _: None)
+
+    def maps(case: Case) -> FloatArray:
+        return absolute(case.x - models.decode(models.encode(case.x)))[:, 0]
+
+    size = _size(networks.encoder) + _size(networks.decoder)
+    return Method("vqvae", "VQ-VAE without diffusion", {"": maps}, parameters=size)
+
+
+class Transformer:
+    """Codes that are unlikely after those before them, drawn anew.
+
+    Parameters
+    ----------
+    networks : TorchNetworks
+        The bundle's VQ-VAE.
+    network : DecoderOnlyTransformer
+        Trained on its codes.
+    seed : int
+    """
+
+    def __init__(self, networks: TorchNetworks, network: torch.nn.Module, seed: int) -> None:
+        self.vqvae, self.network, self._seed = networks, network, seed
+        self.threshold = -np.inf
+
+    @torch.inference_mode()
+    def likelihood(self, x: torch.Tensor) -> torch.Tensor:
+        """log p of each code after those before it, (N, h, w)."""
+        codes = self.vqvae.decoder.nearest(self.vqvae.encoder(x))
+        return torch.cat(
+            [transformer.log_likelihood(self.network, part.flatten(1)) for part in codes.split(BATCH)]
+        ).view_as(codes)
+
+    def calibrate(self, healthy: list[FloatArray]) -> None:
+        """The threshold, from slices (N, 1, H, W) of healthy validation subjects."""
+        every = torch.cat([self.likelihood(torch.from_numpy(x)).flatten() for x in healthy])
+        self.threshold = float(np.percentile(every.numpy(), UNLIKELY_PERCENT))
+
+    @torch.inference_mode()
+    def _healed(self, x: torch.Tensor, draw: int) -> torch.Tensor:
+        codes = self.vqvae.decoder.nearest(self.vqvae.encoder(x))
+        healed = []
+        for part in codes.split(BATCH):
+            flat = part.flatten(1)
+            anew = transformer.log_likelihood(self.network, flat) < self.threshold
+            generator = torch.Generator().manual_seed(self._seed + draw)
+            healed.append(transformer.heal(self.network, flat, anew, generator).view_as(part))
+        return torch.cat([self.vqvae.decoder.decode_codes(part) for part in torch.cat(healed).split(BATCH)])
+
+    def residual(self, case: Case, draws: int, *, mirrored: bool) -> FloatArray:
+        """|x - D(healed codes)|, mean over draws and directions, (K, H, W)."""
+        x = torch.from_numpy(np.ascontiguousarray(case.x))
+        total = torch.zeros_like(x)
+        ways = (False, True) if mirrored else (False,)
+        for flip in ways:
+            for draw in range(draws):
+                seen = x.flip(-1) if flip else x
+                healed = self._healed(seen, draw)
+                total += (x - (healed.flip(-1) if flip else healed)).abs()
+        return (total / (draws * len(ways)))[:, 0].numpy()
+
+
+def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArray]) -> dict[str, Method]:
+    """The paper's opponent, alone and as an ensemble."""
+    network = load(OPPONENTS["transformer"], config)
+    made = Transformer(networks, network, config.seed)
+    made.calibrate(healthy)
+    size = _size(network) + _size(networks.encoder) + _size(networks.decoder)
+    one: Maps = lambda case: made.residual(case, 1, mirrored=False)  # noqa: E731
+    several: Maps = lambda case: made.residual(case, DRAWS, mirrored=True)  # noqa: E731
+    ensemble = f"the same, ensemble of {2 * DRAWS}"
+    return {
+        "transformer": Method("transformer", "autoregressive transformer", {"": one}, parameters=size),
+        "transformer-ensemble": Method("transformer-ensemble", ensemble, {"": several}, parameters=size),
+    }
+
+
+def vqvae_networks(config: Config) -> TorchNetworks:
+    """The bundle's networks in torch."""
+    return load_networks(bundle_folder(config), config)
+
+
+def _size(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())

@@ -1,0 +1,160 @@
+"""docs/RESULTS.md, from the numbers below docs/results/: nothing in it is typed by hand."""
+
+import json
+from typing import Any
+
+from training.config import ROOT
+from training.experiments.methods import OURS
+from training.experiments.opponents import OPPONENTS
+
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "RESULTS.md"
+FIGURE = ROOT / "docs" / "figures" / "results.png"
+
+TITLES = {
+    "imagewise": "1. Which picture is not healthy (MedNIST HeadCT)",
+    "sprites": "2a. Synthetic lesions: sprites in MedNIST HeadCT",
+    "shapes": "2b. Synthetic lesions: shapes of MS lesions in T1 volumes",
+    "tumours": "3a. Real lesions: gliomas in FLAIR (TCGA-LGG, test patients)",
+    "ms-t1": "3b. Real lesions: multiple sclerosis in T1; two patients, too few for a claim",
+    "stripped": "3c. Real lesions in skull-stripped FLAIR, which the gate of `flair` refuses; five patients",
+}
+NAMES = {
+    OURS: "**Counterpart**",
+    "intensity": "intensity threshold",
+    "mean": "difference from the mean healthy slice",
+    "vqvae": "VQ-VAE without diffusion",
+    "transformer-ensemble": "transformer, ensemble",
+    **{o.name: o.title for o in OPPONENTS.values()},
+}
+SEGMENTATION_HEAD = (
+    "| method | AUPRC | Dice | mean of each scan's AUPRC | Dice at each scan's best | shipped "
+    "| Counterpart ahead by: AUPRC, Dice |"
+)
+HEAD = """# Results
+
+Written by `python -m training.experiments`, on test subjects that chose nothing. Brackets are bootstrap 95 % intervals
+over subjects. Every method sees the same slices and is judged inside the same head without its edge. An opponent's
+smoothing, and which way an intensity counts, were chosen by AUPRC on synthetic lesions in healthy validation subjects.
+"Dice" is best-achievable: at the one threshold that suits all test scans of the row best. "Shipped" is the mean Dice of
+a scan at the bundle's own threshold, which comes from healthy validation subjects; the gate refuses nothing here.
+Milliseconds were taken beside other work on the same machine: [benchmarks](BENCHMARKS.md) has times to rely on.
+"""
+SHOWN = """The first test subjects of `t1` and `headct`, synthetic lesions of grade 3 and 2 in turns, bright and dark;
+of each scan the slice with most of the lesion. None was picked by its result. Orange is what Counterpart marks at the
+shipped threshold, green is the truth; the patient's left is on the right. T1: ds002748 (CC0), lesion shapes of Lesjak
+et al. 2018 (CC BY); CT: MedNIST (CC BY-SA 4.0, B. Erickson, Mayo Clinic)."""
+
+Row = dict[str, Any]
+
+
+def cell(interval: dict[str, float]) -> str:
+    """A number with its interval."""
+    return f"{interval['value']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
+
+
+def verdict(behind: dict[str, dict[str, float]] | None) -> str:
+    """Ours minus this method's, AUPRC and Dice; bold where an interval is not above zero."""
+    if behind is None:
+        return ""
+    told = []
+    for key in ("auprc", "dice"):
+        gap = behind[key]
+        text = f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
+        told.append(text if gap["low"] > 0 else f"**{text}**")
+    return ", ".join(told)
+
+
+def segmentation_tables(document: Row) -> list[str]:
+    """One table for each kind of case."""
+    lines = []
+    for kind, rows in document["kinds"].items():
+        count = next(iter(rows.values()))["cases"]
+        lines += [
+            f"### {kind}, {count} scans",
+            "",
+            SEGMENTATION_HEAD,
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, row in rows.items():
+            shipped = cell(row["scan_shipped"]) if "scan_shipped" in row else ""
+            lines.append(
+                f"| {NAMES[name]} | {cell(row['auprc'])} | {cell(row['dice'])} | {cell(row['scan_auprc'])} "
+                f"| {cell(row['scan_dice'])} | {shipped} | {verdict(row.get('behind'))} |"
+            )
+        lines.append("")
+    return [*lines, *budget_table(document["methods"])]
+
+
+def budget_table(methods: Row) -> list[str]:
+    """What each method cost, and what was chosen for it."""
+    own = methods.get(OURS, {}).get("seconds_per_slice")
+    lines = [
+        "| method | parameters, millions | ms a slice | times ours | chosen on validation | learnt from |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in methods.items():
+        opponent = OPPONENTS.get(name.removesuffix("-ensemble"))
+        budget = f"{opponent.steps} x {opponent.batch} slices" if opponent else ""
+        choice = row["choice"]
+        pixels = f"smoothed {choice['smoothing']:g} pixels" if name != OURS else ""
+        chosen = ", ".join(part for part in (choice["variant"], pixels) if part)
+        ratio = f"{row['seconds_per_slice'] / own:.2f}" if own else ""
+        lines.append(
+            f"| {NAMES[name]} | {row['parameters'] / 1e6:.1f} | {row['seconds_per_slice'] * 1e3:.1f} | {ratio} "
+            f"| {chosen} | {budget} |"
+        )
+    return lines
+
+
+def imagewise_tables(document: Row) -> list[str]:
+    """AUROC of each kind, and what a sensitivity costs."""
+    methods = document["methods"]
+    kinds = list(next(iter(methods.values()))["kinds"])
+    lines = [
+        "AUROC against healthy test pictures; near is a sprite of grade 2, 4 to 8 pixels in radius.",
+        "Sizes are not checked here, so that models judge pictures that preparation would refuse.",
+        "",
+        "| method | " + " | ".join(kinds) + " | score, chosen on validation | ms a picture |",
+        "| --- " * (len(kinds) + 3) + "|",
+    ]
+    for name, row in methods.items():
+        cells = [cell(row["kinds"][kind]["auroc"]) for kind in kinds]
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['score']} | {row['seconds'] * 1e3:.1f} |")
+    lines += [
+        "",
+        "| method | AUPRC of near | false positives at 95 %, 99 %, 99.9 % of near found |",
+        "| --- | --- | --- |",
+    ]
+    for name, row in methods.items():
+        near = row["kinds"]["near"]
+        rates = ", ".join(f"{near[f'fpr{s}']:.2f}" for s in ("0.95", "0.99", "0.999"))
+        lines.append(f"| {NAMES[name]} | {cell(near['auprc'])} | {rates} |")
+    own = methods.get(OURS)
+    if own:
+        lines += ["", "Every score of Counterpart's:", "", f"| score | {' | '.join(kinds)} |"]
+        lines.append("| --- " * (len(kinds) + 1) + "|")
+        for score in next(iter(own["kinds"].values()))["every_score"]:
+            cells = [f"{own['kinds'][kind]['every_score'][score]:.2f}" for kind in kinds]
+            lines.append(f"| {score} | {' | '.join(cells)} |")
+    return lines
+
+
+def write() -> None:
+    """The page, from the parts that have been measured."""
+    lines = [HEAD]
+    for part, title in TITLES.items():
+        path = RESULTS / f"{part}.json"
+        if not path.exists():
+            continue
+        document = json.loads(path.read_text())
+        table = imagewise_tables if part == "imagewise" else segmentation_tables
+        p = document["provenance"]
+        told = (
+            f"{p['bundle']} (`{p['bundle_sha256'][:12]}`), split {p['split']} (`{p['split_sha256'][:12]}`), "
+            f"data `{p['data_sha256'][:12]}`, seed {p['seed']}, code `{p['code']}`, {p['threads']} thread(s)."
+        )
+        lines += [f"## {title}", "", told, "", *table(document), ""]
+    if FIGURE.exists():
+        lines += ["## A dozen slices", "", SHOWN, "", "![Twelve slices](figures/results.png)"]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")

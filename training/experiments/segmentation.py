@@ -1,0 +1,143 @@
+"""Experiments 2 and 3: where the lesion is, by every method on the same slices."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from app.manifest import Manifest
+from app.pipeline.findings import dice, label_findings
+from app.volume import FloatArray
+from training.experiments.cases import Case
+from training.experiments.methods import OURS, Maps, Method, smoothed
+from training.experiments.metrics import Counts, average_precision, best_dice, difference, interval, mean_interval
+
+STATISTICS = {"auprc": average_precision, "dice": best_dice}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a method was chosen on validation subjects."""
+
+    variant: str
+    smoothing: float
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one method made of all cases.
+
+    Attributes
+    ----------
+    counts : dict of str to Counts
+        Of each kind of case; a row is a case.
+    per_scan : dict of str to dict of str to list of float
+        Of each kind, AUPRC and best Dice of every case, and Dice at the shipped threshold where there is one.
+    choice : Choice
+    seconds_per_slice : float
+    parameters : int
+    """
+
+    counts: dict[str, Counts]
+    per_scan: dict[str, dict[str, list[float]]]
+    choice: Choice
+    seconds_per_slice: float
+    parameters: int
+
+    def save(self, path: Path) -> None:
+        """Keep it for another run."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays: dict[str, npt.NDArray[Any]] = {f"positive {k}": c.positive for k, c in self.counts.items()}
+        arrays |= {f"negative {k}": c.negative for k, c in self.counts.items()}
+        arrays |= {f"scan {key} {k}": np.array(v) for k, s in self.per_scan.items() for key, v in s.items()}
+        arrays["facts"] = np.array([self.choice.smoothing, self.seconds_per_slice, self.parameters])
+        np.savez_compressed(path, allow_pickle=False, variant=np.array(self.choice.variant), **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> "Outcome":
+        """What an earlier run kept."""
+        with np.load(path, allow_pickle=False) as kept:
+            kinds = [name.removeprefix("positive ") for name in kept.files if name.startswith("positive ")]
+            counts = {k: Counts(kept[f"positive {k}"], kept[f"negative {k}"]) for k in kinds}
+            scans: dict[str, dict[str, list[float]]] = {k: {} for k in kinds}
+            for name in kept.files:
+                if name.startswith("scan "):
+                    _, key, kind = name.split(" ", 2)
+                    scans[kind][key] = kept[name].tolist()
+            smoothing, seconds, parameters = kept["facts"].tolist()
+            return cls(counts, scans, Choice(str(kept["variant"]), smoothing), seconds, int(parameters))
+
+
+def judged(values: FloatArray, case: Case) -> FloatArray:
+    """A map where it counts; NaN elsewhere."""
+    return np.where(case.judged, values, np.float32(np.nan))
+
+
+def choose(method: Method, cases: Sequence[Case]) -> Choice:
+    """The variant and smoothing of the highest AUPRC on validation cases."""
+    best, chosen = -1.0, Choice(next(iter(method.variants)), method.smoothing[0])
+    if len(method.variants) * len(method.smoothing) == 1:
+        return chosen
+    for variant, maps in method.variants.items():
+        plain = [maps(case) for case in cases]
+        for pixels in method.smoothing:
+            found = [judged(smoothed(p, pixels), c) for p, c in zip(plain, cases, strict=True)]
+            reached = Counts.of(found, [c.truth for c in cases]).statistic(average_precision)
+            if reached > best:
+                best, chosen = reached, Choice(variant, pixels)
+    return chosen
+
+
+def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case], manifest: Manifest) -> Outcome:
+    """Choose on validation cases, then judge on the test cases."""
+    choice = choose(method, validation)
+    maps: Maps = method.variants[choice.variant]
+    found, seconds = [], 0.0
+    for case in tqdm(test, desc=method.name, unit="scan"):
+        start = time.perf_counter()
+        values = smoothed(maps(case), choice.smoothing)
+        seconds += time.perf_counter() - start
+        found.append(judged(values, case))
+    counts, scans = {}, {}
+    for kind in dict.fromkeys(c.kind for c in test):
+        mine = [i for i, c in enumerate(test) if c.kind == kind]
+        counts[kind] = Counts.of([found[i] for i in mine], [test[i].truth for i in mine])
+        scans[kind] = _per_scan([test[i] for i in mine], counts[kind])
+        if method.name == OURS:
+            scans[kind]["shipped"] = [_shipped(found[i], test[i], manifest) for i in mine]
+    slices = sum(len(c.known) for c in test)
+    return Outcome(counts, scans, choice, seconds / slices, method.parameters)
+
+
+def _per_scan(cases: list[Case], counts: Counts) -> dict[str, list[float]]:
+    pairs = list(zip(counts.positive, counts.negative, strict=True))
+    return {
+        **{name: [of(p, n) for p, n in pairs] for name, of in STATISTICS.items()},
+        "truth_pixels": [float(c.truth.sum()) for c in cases],
+    }
+
+
+def _shipped(values: FloatArray, case: Case, manifest: Manifest) -> float:
+    labels, _ = label_findings(values, manifest.residual, manifest.preparation.voxel_ml)
+    return dice(labels > 0, case.truth)
+
+
+def table(outcomes: dict[str, Outcome]) -> dict[str, Any]:
+    """All numbers of an experiment, by kind and method, with ours minus each opponent's."""
+    own = outcomes.get(OURS)
+    document: dict[str, Any] = {}
+    for name, outcome in outcomes.items():
+        for kind, counts in outcome.counts.items():
+            row: dict[str, Any] = {key: asdict(interval(counts, of)) for key, of in STATISTICS.items()}
+            row |= {f"scan_{key}": asdict(mean_interval(v)) for key, v in outcome.per_scan[kind].items()}
+            if own is not None and name != OURS:
+                ours = own.counts[kind]
+                row["behind"] = {key: asdict(difference(ours, counts, of)) for key, of in STATISTICS.items()}
+            row["cases"] = len(counts.positive)
+            document.setdefault(kind, {})[name] = row
+    return document
