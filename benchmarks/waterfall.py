@@ -17,7 +17,7 @@ BEFORE = (
 
 def before(bundle: Bundle, config: Config) -> Bundle:
     """The bundle as `BEFORE` says."""
-    from benchmarks.networks import load_networks
+    from training.restore import load_networks
 
     models = load_networks(bundle.folder, config).models()
     return replace(bundle, models=models, batch=1)
