@@ -110,7 +110,7 @@ def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| patient | outcome | slices | analysed | tumour beyond the reach | Dice, shipped | best Dice | intensity, best |",
+        "| patient | outcome | slices | analysed | tumour not analysed | Dice, shipped | best Dice | intensity, best |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
