@@ -94,6 +94,34 @@ def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Both methods over all test patients, then each patient."""
+    names = {
+        "shipped_pooled": "Dice at the shipped threshold",
+        "best_pooled": "best-achievable Dice, one threshold for all",
+        "best_pooled_tumour_slices": "the same, slices with a tumour alone",
+        "best_per_slice": "best-achievable Dice, a threshold for each slice with a tumour",
+        "auprc": "AUPRC",
+    }
+    methods = {r["method"]: r for r in rows if "method" in r}
+    lines = ["| over all test patients | this bundle | FLAIR's intensity |", "| --- | --- | --- |"]
+    for key, name in names.items():
+        cells = ["{:.3f} ({:.3f} to {:.3f})".format(*m[key]) if key in m else "" for m in methods.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| patient | outcome | slices | analysed | tumour not analysed | Dice, shipped | best Dice | intensity, best |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['subject']} | {r['outcome']} | {r['slices']} | {r['slices_analysed']} | {r['tumour_not_analysed']:.0%} "
+        f"| {r['dice']:.2f} | {r['best_dice']:.2f} | {r['intensity_best_dice']:.2f} |"
+        for r in rows
+        if "subject" in r
+    ]
+    return lines
+
+
 def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path | None) -> None:
     """Write the evaluation's page, and its tables into the README, where one is given."""
     parts = (
@@ -105,6 +133,11 @@ def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Pat
         ),
         ("heads", "Heads from other scanners, the brain taken out", heads_table),
         ("foreign", "Scans of another kind", foreign_table),
+        (
+            "tumours",
+            "Outlined tumours of test patients, all their slices; what was not analysed counts as not found",
+            tumour_table,
+        ),
     )
     lines: list[str] = []
     for key, title, table in parts:

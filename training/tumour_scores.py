@@ -70,7 +70,8 @@ def average_precision(counts: IntArray) -> float:
 
 def with_tumour(counts: IntArray) -> IntArray:
     """The slices in which one was outlined."""
-    return counts[counts[:, 1].sum(axis=1) > 0]
+    ill: IntArray = counts[counts[:, 1].sum(axis=1) > 0]
+    return ill
 
 
 def interval_over_patients(maps: list[IntArray], draws: IntArray) -> Row:

@@ -1,0 +1,76 @@
+"""The shipped model for non-commercial use, as `counterpart serve` has it: refused until it is named and allowed."""
+
+import gzip
+import sys
+from pathlib import Path
+
+import httpx2
+import nibabel as nib
+import numpy as np
+import pytest
+
+from app.export.nifti import write_nifti
+from app.pipeline.findings import dice
+from app.runtime.bundle import find_bundles, shipped_models
+from tests.api.served import served
+from training.config import ROOT, Config
+from training.tumours import TumourScan, load_tumour_scan
+
+pytestmark = [
+    pytest.mark.data,
+    pytest.mark.skipif(
+        not any(path.name.startswith("flair-") for path in find_bundles(shipped_models())),
+        reason="flair is not shipped in this checkout",
+    ),
+]
+
+COUNTERPART = (sys.executable, "-c", "from app.cli import main; main()", "serve")
+# A test patient with a large tumour, all of it within the reach.
+PATIENT = "TCGA_HT_7882_19970125"
+LEAST_DICE = 0.75
+WAIT = {"Prefer": "wait=90"}
+
+
+@pytest.fixture(scope="module")
+def patient(real_scans: Path) -> TumourScan:
+    assert real_scans.exists()
+    return load_tumour_scan(Config.load(ROOT / "training" / "configs" / "flair.toml"), PATIENT)
+
+
+@pytest.fixture(scope="module")
+def scan(patient: TumourScan, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("scan") / "flair.nii.gz"
+    write_nifti(path, patient.volume.array, patient.volume.affine, 1, "")
+    return path.read_bytes()
+
+
+def _image(answer: httpx2.Response) -> nib.Nifti1Image:
+    image = nib.Nifti1Image.from_bytes(gzip.decompress(answer.content))
+    assert isinstance(image, nib.Nifti1Image)
+    return image
+
+
+def test_without_the_operators_leave_it_is_refused(scan: bytes, tmp_path: Path) -> None:
+    with served(tmp_path / "store", tmp_path / "log", COUNTERPART) as service:
+        answer = service.http.post("/v1/scans?model=flair", content=scan, headers=WAIT)
+    assert (answer.status_code, answer.json()["code"]) == (403, "non_commercial_model")
+    assert "COUNTERPART_ALLOW_NONCOMMERCIAL" in answer.json()["advice"]
+
+
+def test_allowed_and_named_it_finds_a_tumour_and_says_what_it_is_for(
+    scan: bytes, patient: TumourScan, tmp_path: Path
+) -> None:
+    with served(tmp_path / "store", tmp_path / "log", COUNTERPART, allow_noncommercial="true") as service:
+        unnamed = service.http.post("/v1/scans", content=scan, headers=WAIT).json()
+        job = service.http.post("/v1/scans?model=flair", content=scan, headers=WAIT).json()
+        assert job["state"] == "succeeded", job
+        url = f"/v1/scans/{job['id']}"
+        report = service.http.get(f"{url}/report.json").json()
+        mask, anomaly = (_image(service.http.get(f"{url}/{name}.nii.gz")) for name in ("mask", "anomaly"))
+    # Nobody named it: a file that says nothing is taken for T1, and refused or analysed as that.
+    assert not str((unnamed.get("model") or {}).get("id", "")).startswith("flair"), unnamed
+    assert report["model"]["id"] == "flair-1.0.0"
+    assert report["research_use_only"] is True
+    assert report["notice"].startswith("Research use only")
+    assert all(bytes(image.header["descrip"]).rstrip(b"\0").endswith(b"research use only") for image in (mask, anomaly))
+    assert dice(np.asarray(mask.dataobj) > 0, patient.truth) > LEAST_DICE
