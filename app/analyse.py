@@ -222,19 +222,17 @@ def _compare(volume: Volume, bundle: Bundle, seed: int | None, progress: Progres
 
 def _write_images(out: Path, scan: Scan, result: Result) -> None:
     """The three volumes, on the scan's own grid."""
-    code = scan.source.sform_code
-    what: dict[str, tuple[npt.NDArray[Any], str]] = {
-        "mask": (result.mask, "1 where the scan differs from its counterpart"),
-        "anomaly": (result.anomaly, "residual; NaN where not analysed"),
-        "counterpart": (result.counterpart, "imagined healthy counterpart"),
-    }
 
-    def write(name: str) -> None:
-        array, text = what[name]
-        write_nifti(out / f"{name}.nii.gz", array, result.affine, code, f"counterpart: {text}; research use only")
+    def write(name: str, array: npt.NDArray[Any], text: str) -> None:
+        what = f"counterpart: {text}; research use only"
+        write_nifti(out / f"{name}.nii.gz", array, result.affine, scan.source.sform_code, what)
 
-    with ThreadPoolExecutor(len(what)) as pool:  # zlib lets go of the interpreter's lock
-        list(pool.map(write, what))
+    # Alone: it is as large as the scan, and needed for nothing else.
+    write("counterpart", result.counterpart, "imagined healthy counterpart")
+    with ThreadPoolExecutor(2) as pool:  # igzip lets go of the interpreter's lock
+        mask = pool.submit(write, "mask", result.mask, "1 where the scan differs from its counterpart")
+        write("anomaly", result.anomaly, "residual; NaN where not analysed")
+        mask.result()
 
 
 def _write_brain(out: Path, scan: Scan, brain: Taken | NoBrainMask) -> dict[str, CounterpartError]:

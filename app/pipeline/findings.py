@@ -14,7 +14,7 @@ from app.pipeline.foreground import bounding_box
 from app.volume import FloatArray, Volume
 
 MaskArray = npt.NDArray[np.uint8]
-LabelArray = npt.NDArray[np.int32]
+LabelArray = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -36,39 +36,49 @@ class Result:
 
     Attributes
     ----------
-    labels : (X, Y, Z) ndarray of int32
+    labels : (X, Y, Z) ndarray of uint16, of int32 where there are more lesions than it can count
         Label of the lesion where the scan differs from its counterpart, 0 elsewhere.
     anomaly : (X, Y, Z) ndarray of float32
         Residual, weighed as the manifest says (its threshold gives the scale); NaN where nothing was analysed.
-    counterpart : (X, Y, Z) ndarray of float32
-        The scan in its own units, with what differs replaced by what the model imagines there.
     affine : (4, 4) ndarray
         The scan's own.
     lesions : tuple of Lesion
         Largest first.
+    volume : Volume
+        The scan.
+    detection : Detection
+        On the slices of the model.
     """
 
     labels: LabelArray
     anomaly: FloatArray
-    counterpart: FloatArray
     affine: npt.NDArray[np.float64]
     lesions: tuple[Lesion, ...]
+    volume: Volume
+    detection: Detection
 
     @cached_property
     def mask(self) -> MaskArray:
         """1 where the scan differs from its counterpart, (X, Y, Z)."""
         return (self.labels > 0).astype(np.uint8)
 
+    @property
+    def counterpart(self) -> FloatArray:
+        """The scan in its own units, with what differs replaced by what the model imagines there, (X, Y, Z).
+
+        As large as the scan, and made whenever it is asked for: nothing keeps it.
+        """
+        return _counterpart(self.volume, self.anomaly, self.detection)
+
 
 def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Result:
     """Bring a detection back to the grid of the scan it came from."""
     placement = detection.slices.placement
     anomaly = placement.to_volume(detection.anomaly)
-    counterpart = _counterpart(volume, anomaly, detection)
     labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
     lesions = tuple(_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
-    return Result(labels, anomaly, counterpart, volume.affine, lesions)
+    return Result(labels, anomaly, volume.affine, lesions, volume, detection)
 
 
 def _counterpart(volume: Volume, anomaly: FloatArray, detection: Detection) -> FloatArray:
@@ -120,9 +130,10 @@ def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> 
     keep = found & (sizes * voxel_ml >= settings.min_lesion_ml)
     keep[0] = False
     by_size = [i for i in np.argsort(-sizes, kind="stable") if keep[i]]
-    rank = np.zeros(count + 1, dtype=np.int32)
+    few = len(by_size) <= np.iinfo(np.uint16).max
+    rank = np.zeros(count + 1, dtype=np.uint16 if few else np.int32)
     rank[by_size] = np.arange(1, len(by_size) + 1)
-    found_labels = np.zeros(anomaly.shape, dtype=np.int32)
+    found_labels: LabelArray = np.zeros(anomaly.shape, dtype=rank.dtype)
     found_labels[box] = rank[labels]
     return found_labels, len(by_size)
 

@@ -15,7 +15,7 @@ KNOWN_WEIGHT = 0.5
 # An axis that leans less than this from another's: no pixel moves by a hundredth over the longest scan.
 AXIS_TILT = 1e-5
 # Voxels that are brought back at once.
-SLAB_VOXELS = 4_000_000
+SLAB_VOXELS = 1_000_000
 
 # Rows of the scan's first axis -> values there, (rows, Y, Z).
 Slab = Callable[[slice], FloatArray]

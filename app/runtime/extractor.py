@@ -62,7 +62,7 @@ def load_extractor(folder: Path, provider: Provider = "cpu", threads: int = 0) -
 
     def loaded(name: str, file: File) -> Network:
         check_hash(folder, file, ADVICE)
-        run: Network = as_callable(open_session(folder / file.name, provider, threads))
+        run: Network = as_callable(open_session(folder / file.name, provider, threads), seldom=True)
         off = float(np.abs(run(expected["x"]) - expected[name]).max())
         if not off <= GOLDEN_TOLERANCE:
             raise _damaged(folder, f"The golden pair of its {name} network comes out {off:.2g} off")

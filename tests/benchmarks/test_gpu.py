@@ -13,9 +13,9 @@ from app.runtime.bundle import load_bundle, shipped_models
 from benchmarks import gpu
 from benchmarks.device import on_device
 from benchmarks.gpu import Variant, compare, why_not
-from training.restore import load_networks
 from benchmarks.pack import write_lesioned
 from training.config import ROOT, Config
+from training.restore import load_networks
 
 pytestmark = pytest.mark.training
 

@@ -26,7 +26,7 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
     ----------
     source : SourceSeries
         What the mask was made from.
-    labels : (X, Y, Z) ndarray of int32
+    labels : (X, Y, Z) ndarray of integers
         Label of a finding on the scan's grid, columns along X and rows along Y; 0 beside them.
     report : Report
         Names the findings and the model.
