@@ -38,6 +38,7 @@ over subjects. Every method sees the same slices and is judged inside the same h
 smoothing, and which way an intensity counts, were chosen by AUPRC on synthetic lesions in healthy validation subjects.
 "Dice" is best-achievable: at the one threshold that suits all test scans of the row best. "Shipped" is the mean Dice of
 a scan at the bundle's own threshold, which comes from healthy validation subjects; the gate refuses nothing here.
+Slices that a bundle does not analyse count for no method; `docs/evaluation` counts what lies there as missed.
 Milliseconds were taken beside other work on the same machine: [benchmarks](BENCHMARKS.md) has times to rely on.
 """
 SHOWN = """The first test subjects of `t1` and `headct`, synthetic lesions of grade 3 and 2 in turns, bright and dark;
