@@ -14,7 +14,7 @@ from app.pipeline.foreground import bounding_box
 from app.volume import FloatArray, Volume
 
 MaskArray = npt.NDArray[np.uint8]
-LabelArray = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
+LabelArray = npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,10 @@ def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> 
     keep[0] = False
     by_size = [i for i in np.argsort(-sizes, kind="stable") if keep[i]]
     few = len(by_size) <= np.iinfo(np.uint16).max
-    rank = np.zeros(count + 1, dtype=np.uint16 if few else np.int32)
+    kind = np.dtype(np.uint16 if few else np.int32)
+    rank = np.zeros(count + 1, dtype=kind)
     rank[by_size] = np.arange(1, len(by_size) + 1)
-    found_labels: LabelArray = np.zeros(anomaly.shape, dtype=rank.dtype)
+    found_labels: LabelArray = np.zeros(anomaly.shape, dtype=kind)
     found_labels[box] = rank[labels]
     return found_labels, len(by_size)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from scipy import ndimage
 from app import __version__
 from app.export.report import RESEARCH_USE_ONLY, Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
 from app.manifest import Range
+from app.pipeline.detect import Detection
 from app.pipeline.findings import Lesion, Result
 from app.volume import Scan, Volume
 from tests.support.phantom import positions
@@ -36,7 +38,8 @@ def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[Result, Re
             Lesion(number, float(len(at) * volume.voxel_ml), 1.5, 0.5 + number, (x, y, z), (low, high), int(at[0, 2]))  # type: ignore[arg-type]
         )
     assert ndimage.label(labels, np.ones((3, 3, 3)))[1] == len(balls), "balls that touch are one lesion"
-    result = Result(labels, anomaly, volume.array, volume.affine, tuple(lesions))
+    nothing = cast("Detection", None)  # nobody asks such a result for its counterpart
+    result = Result(labels, anomaly, volume.affine, tuple(lesions), volume, nothing)
     return result, report_of(scan, result)
 
 
