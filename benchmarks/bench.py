@@ -56,9 +56,7 @@ class Bench:
     def mask(self, seen: Seen) -> Any:
         """Latents that the reverse process may change, by the bundle's threshold."""
         kl, manifest = surprise(seen, self.bundle.manifest), self.bundle.manifest
-        return anomaly.latent_mask(
-            kl, seen.latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow
-        )
+        return anomaly.latent_mask(kl, seen.latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
 
     def reverse(self, seen: Seen, mask: Any, found: Any) -> None:
         """Imagine the slices found."""

@@ -11,6 +11,8 @@ from app.ingest import read
 from app.pipeline.prepare import to_slices
 from app.runtime.bundle import load_bundle
 from benchmarks.ceiling import Ceiling
+from benchmarks.int8 import int8_graphs
+from training.config import Config
 
 
 @dataclass(frozen=True)
@@ -48,26 +50,27 @@ class Switch:
         return {"name": self.name, "reason": self.reason, "predicted": self.predicted, **timed}
 
 
-def measure_gains(
-    folder: Path, scan: Path, gigaflop: float, quantised: Path | None, repeats: int
-) -> list[dict[str, Any]]:
+def measure_gains(folder: Path, config: Path, scan: Path, repeats: int, *, with_int8: bool) -> list[dict[str, Any]]:
     """Every switch, one after the other.
 
     Parameters
     ----------
     folder : Path
         The bundle.
+    config : Path
+        That it was trained by.
     scan : Path
-    gigaflop : float
-        Of one evaluation of its denoiser on one slice.
-    quantised : Path or None
-        The denoiser in int8, where there is one.
     repeats : int
+    with_int8 : bool
+        Whether the denoiser in int8 is one of them.
     """
     from benchmarks import switches
     from benchmarks.bench import Bench
+    from benchmarks.methods import network_gigaflops
 
     bundle = load_bundle(folder)
+    gigaflop = network_gigaflops(folder, Config.load(config))["denoise"]
+    quantised = int8_graphs(folder, config)["denoiser"] if with_int8 else None
     with TemporaryDirectory() as scratch:
         volume = read(scan, scratch=Path(scratch)).volume
         bench = Bench(bundle, to_slices(volume, bundle.manifest.preparation))

@@ -15,11 +15,8 @@ from app.manifest import Manifest
 from app.runtime.bundle import CPU_BATCH, read_manifest
 
 RUNS = 8
-# Operators below this share of a network's time are one line.
-LEAST_SHARE = 0.03
 # Megabytes that are copied to find the memory's speed: many times the caches.
 COPIED = 256
-REST = "others"
 
 
 def memory_gigabytes() -> float:
@@ -80,9 +77,7 @@ def operators(events: Iterable[dict[str, Any]], runs: int) -> list[dict[str, Any
 
 def operations(call: dict[str, Any]) -> float:
     """Of a convolution or a matrix product, two for a multiply and an add; 0 for anything else."""
-    inputs, outputs = (
-        [next(iter(one.values()), []) for one in call.get(f"{side}_type_shape", ())] for side in ("input", "output")
-    )
+    inputs, outputs = _shapes(call, "input"), _shapes(call, "output")
     if not outputs or not inputs:
         return 0.0
     if call["op_name"] == "Conv" and len(inputs) > 1:
@@ -91,6 +86,10 @@ def operations(call: dict[str, Any]) -> float:
         # Weights that were packed beforehand have no shape here: each input value meets every column of the output.
         return 2 * float(np.prod(inputs[0])) * outputs[0][-1]
     return 0.0
+
+
+def _shapes(call: dict[str, Any], side: str) -> list[list[int]]:
+    return [next(iter(one.values()), []) for one in call.get(f"{side}_type_shape", ())]
 
 
 def measure_profile(folder: Path) -> dict[str, Any]:

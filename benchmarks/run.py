@@ -1,29 +1,35 @@
-"""The run: workers are started, asked in turns, and told of."""
+"""The run: its parts one after the other, the JSON after each of them, then figures and page."""
 
 import argparse
 import json
+import logging
 import os
 import platform
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from packaging.version import Version
-from tqdm import tqdm
 
-from benchmarks.ceiling import Ceiling
-from benchmarks.figures import draw_waterfall
-from benchmarks.int8 import int8_graphs
+import app
+from benchmarks.figures import draw_scaling, draw_waterfall
+from benchmarks.missing import Missing
+from benchmarks.parts import PARTS, Found, Plan
 from benchmarks.report import render
-from benchmarks.rows import INT8, OWN, ROWS, Row
-from benchmarks.startup import first_evaluations, help_seconds
-from benchmarks.trace import Span, totals, trace_scan
-from benchmarks.worker import Job, Worker
+from benchmarks.rows import INT8, ROWS, Row
+from benchmarks.worker import Job
 from training.config import ROOT, Config, data_root
 
-FIGURE = "figures/waterfall.png"
 SCAN = "sub-61"
+CT_CONFIG = ROOT / "training" / "configs" / "headct.toml"
+WATERFALL, SCALING = "figures/waterfall.png", "figures/scaling.png"
+# What parts of an earlier run must share with this one to stay.
+SAME = ("machine", "bundle", "scan")
+
+log = logging.getLogger(__name__)
 
 
 def newest_bundle(name: str, models: Path = ROOT / "models") -> Path:
@@ -40,56 +46,24 @@ def newest_bundle(name: str, models: Path = ROOT / "models") -> Path:
     return max(found, key=lambda p: Version(p.name.removeprefix(f"{name}-")))
 
 
-def chosen_rows(names: list[str] | None) -> list[Row]:
-    """Rows by name, in the table's order.
+def chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
+    """Names in the order of those known; all of them where none is asked for.
 
     Raises
     ------
     SystemExit
         A name is none.
     """
-    unknown = set(names or ()) - {row.name for row in ROWS}
+    unknown = set(names or ()) - set(known)
     if unknown:
-        raise SystemExit(f"No row {', '.join(sorted(unknown))}; there are {', '.join(row.name for row in ROWS)}.")
-    return [row for row in ROWS if not names or row.name in names]
+        raise SystemExit(f"No {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    return [name for name in known if not names or name in names]
 
 
-def measure(rows: list[Row], job: Job, repeats: int) -> dict[str, Any]:
-    """Every row, the ceiling, a trace and the start, once each turn.
-
-    Each row works once before it is timed: first calls allocate and compile.
-    """
-    if INT8 in (row.name for row in rows):
-        int8_graphs(job.bundle, job.config)  # made here, so that calibration is in no row's start or memory
-    workers = {row.name: Worker(row, job) for row in rows}
-    for worker in tqdm(workers.values(), desc="warming up"):
-        worker.ask("time")
-    ceiling = Ceiling()
-    found: dict[str, Any] = {name: {"repeats": [], "cold_seconds": w.cold_seconds} for name, w in workers.items()}
-    turns: dict[str, Any] = {"ceiling": [], "traces": [], "start": {"help": [], "golden": [], "scan": []}}
-    for _ in tqdm(range(repeats), desc="turns"):
-        for name, worker in tqdm(workers.items(), desc="rows", leave=False):
-            found[name]["repeats"].append(worker.ask("time"))
-        turns["ceiling"].append(ceiling.time())
-        turns["traces"].append(trace_scan(job.bundle, job.scan))
-        turns["start"]["help"].append(help_seconds())
-        for key, seconds in first_evaluations(job.scan, job.bundle.parent).items():
-            turns["start"][key].append(seconds)
-    for row in tqdm(rows, desc="memory and accuracy"):
-        worker = workers[row.name]
-        found[row.name] |= worker.ask("facts")
-        judged = job.cases != 0 and row.judged_as not in workers
-        found[row.name]["accuracy"] = worker.ask("accuracy") if judged else None
-        worker.close()
-    for row in rows:
-        if row.judged_as in workers:
-            found[row.name]["accuracy"] = found[row.judged_as]["accuracy"]
-    return {"rows": found, **turns}
-
-
-def median_trace(traces: list[list[Span]]) -> list[Span]:
-    """The repeat that took the median time: its parts belong together."""
-    return sorted(traces, key=lambda spans: spans[-1].end)[(len(traces) - 1) // 2]
+def chosen_rows(names: Sequence[str] | None) -> list[Row]:
+    """Rows by name, in the table's order."""
+    kept = chosen(names, [row.name for row in ROWS], "row")
+    return [row for row in ROWS if row.name in kept]
 
 
 def machine() -> str:
@@ -99,28 +73,98 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure, and write page, figure and JSON."""
+def make_plan(options: argparse.Namespace, data: Path) -> tuple[Plan, list[str]]:
+    """What can be measured here, and what is left out for want of data.
+
+    Raises
+    ------
+    SystemExit
+        There is no scan, or no bundle.
+    """
     config = Config.load(options.config)
-    name = config.data.pattern.format(subject=SCAN)
-    scan = options.scan or data_root() / config.data.folder / name
+    healthy = data / config.data.folder
+    scan = options.scan or healthy / config.data.pattern.format(subject=SCAN)
+    if not scan.exists():
+        raise SystemExit(
+            f"No scan {scan.name}: name one with --scan, or set COUNTERPART_DATA to the folder of the data."
+        )
     bundle = options.bundle or newest_bundle(config.name)
-    rows = chosen_rows(options.rows)
-    document = measure(rows, Job(bundle, options.config, scan, options.sample, options.cases), options.repeats)
-    spans = median_trace(document.pop("traces"))
-    document |= {
-        "machine": machine(),
-        "bundle": bundle.name,
-        "scan": scan.name,
-        "repeats": options.repeats,
-        "gigaflops": document["rows"].get(OWN, {}).get("gigaflops", {}),
-        "phases": totals(spans),
-        "spans": [asdict(span) for span in spans],
-    }
+    rows, cases, notes = chosen_rows(options.rows), 0 if options.quick else options.cases, []
+    if not healthy.is_dir():
+        rows, cases = [row for row in rows if row.name != INT8], 0
+        notes.append(
+            f"The data of the configuration ({config.data.folder}) is not here: int8, which is calibrated on it, and "
+            "accuracy, which is judged on it, are not measured."
+        )
+    sample, repeats = (1, 1) if options.quick else (options.sample, options.repeats)
+    try:
+        ct = Job(newest_bundle("headct", bundle.parent), CT_CONFIG, scan, sample, 0)
+    except SystemExit:
+        ct = None
+    job = Job(bundle, options.config, scan, sample, cases)
+    return Plan(job, ct, data, tuple(rows), repeats, options.quick, options.thorough), notes
+
+
+def measure(
+    plan: Plan, names: Sequence[str], document: Found, keep: Callable[[Found], None], parts: Mapping[str, Any] = PARTS
+) -> None:
+    """Every part asked for; what it found goes into the document, which is kept after each.
+
+    A part that fails leaves what an earlier run found, and says why.
+    """
+    states = document.setdefault("parts", {})
+    for name in names:
+        log.info("%s ...", name)
+        start = time.perf_counter()
+        try:
+            document |= parts[name](plan)
+        except Exception as error:  # the other parts are worth their minutes
+            told = str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {error}"
+            states[name] = {**states.get(name, {}), "failed": told}
+            log.warning("%s failed: %s", name, told, exc_info=not isinstance(error, Missing))
+        else:
+            when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+            states[name] = {"measured": when, "seconds": time.perf_counter() - start, "repeats": plan.repeats}
+        keep(document)
+
+
+def earlier(path: Path, same: Found) -> Found:
+    """The document of an earlier run, where it was of the same machine, bundle and scan; else nothing."""
+    if not path.is_file():
+        return {}
+    found: Found = json.loads(path.read_text())
+    return found if all(found.get(key) == same[key] for key in SAME) else {}
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and write page, figures and JSON."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = chosen(options.parts, list(PARTS), "part")
+    plan, notes = make_plan(options, data_root())
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "BENCHMARKS.json").write_text(json.dumps(document, indent=1, default=_plain) + "\n")
-    draw_waterfall(spans, options.out / FIGURE)
-    (options.out / "BENCHMARKS.md").write_text(render(document, FIGURE))
+    path = options.out / "BENCHMARKS.json"
+    same = {"machine": machine(), "bundle": plan.job.bundle.name, "scan": plan.job.scan.name}
+    document = {**earlier(path, same), **same, "version": app.__version__, "notes": notes}
+
+    def keep(document: Found) -> None:
+        whole = path.with_suffix(".part")
+        whole.write_text(json.dumps(document, indent=1, default=_plain) + "\n")
+        whole.replace(path)
+
+    if not options.render:
+        measure(plan, names, document, keep)
+    write_page(json.loads(json.dumps(document, default=_plain)), options.out)
+    if any("failed" in document["parts"].get(name, {}) for name in names):
+        raise SystemExit("Some parts failed: see the page; --parts measures them anew.")
+
+
+def write_page(document: Found, out: Path) -> None:
+    """Figures and page, of what was measured."""
+    if "waterfall" in document:
+        draw_waterfall(document["waterfall"], out / WATERFALL)
+    if "scaling" in document:
+        draw_scaling(document["scaling"], out / SCALING)
+    (out / "BENCHMARKS.md").write_text(render(document, WATERFALL, SCALING))
 
 
 def _plain(value: object) -> object:

@@ -57,4 +57,3 @@ def make_series(data: Path, folder: Path) -> Path:
         unpack(data / HEAD, Path(made) / "head")
         head = read(Path(made) / "head", scratch=Path(made), geometry="resample").volume
         return zipped(folder / "ct.zip", write_series(Path(made) / "series", make_volume(head), CT))
-

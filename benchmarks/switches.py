@@ -56,8 +56,8 @@ def skips(bench: Bench) -> Iterator[Switch]:
     theirs = DDIM_50.evaluations * len(known)
     ours = network_evaluations(manifest, len(known), [len(found)] * len(manifest.views))
     yield Switch(
-        f"{len(manifest.kl.timesteps)} + {len(manifest.reverse.timesteps)} noise levels in {len(manifest.views)} views, "
-        "not 200 + 50 in one",
+        f"{len(manifest.kl.timesteps)} + {len(manifest.reverse.timesteps)} noise levels in {len(manifest.views)} "
+        "views, not 200 + 50 in one",
         f"evaluations of the denoiser over the scan: {theirs} / {ours}",
         theirs / ours,
         bench.papers,
@@ -79,8 +79,8 @@ def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float], quanti
 
     yield Switch(
         f"{CPU_BATCH} slices in an evaluation, not one",
-        f"(call + work) / (call / {CPU_BATCH} + work) of a slice: a call takes {CALL_SECONDS * 1e3:.1f} ms, the work, at "
-        f"the ceiling, {work * 1e3:.1f} ms",
+        f"(call + work) / (call / {CPU_BATCH} + work) of a slice: a call takes {CALL_SECONDS * 1e3:.1f} ms, the work, "
+        f"at the ceiling, {work * 1e3:.1f} ms",
         (CALL_SECONDS + work) / (CALL_SECONDS / CPU_BATCH + work),
         lambda: [denoise(*(a[i : i + 1] for a in inputs)) for i in range(CPU_BATCH)],
         batch(denoise),
@@ -124,10 +124,14 @@ def files(bench: Bench, folder: Path) -> Iterator[Switch]:
     """How maps are written: three of them, of the size of the scan."""
     image = bench.slices.placement.to_volume(bench.slices.x[:, 0])
     cores = len(os.sched_getaffinity(0))
-    whole = np.round(image * np.iinfo(np.int16).max).astype(np.int16)
+    whole = np.round(np.nan_to_num(image) * np.iinfo(np.int16).max).astype(np.int16)
 
     def write(array: Any, name: str) -> None:
         write_nifti(folder / f"{name}.nii.gz", array, np.eye(4), 1, "benchmark")
+
+    def in_turns() -> None:
+        for name in "abc":
+            write(image, name)
 
     def together() -> None:
         with ThreadPoolExecutor(MAPS) as pool:
@@ -137,7 +141,7 @@ def files(bench: Bench, folder: Path) -> Iterator[Switch]:
         "three maps are compressed side by side",
         f"the lesser of maps and cores: {MAPS}, {cores}",
         float(min(MAPS, cores)),
-        lambda: [write(image, name) for name in "abc"],
+        in_turns,
         together,
     )
     yield Switch(

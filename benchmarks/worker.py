@@ -176,7 +176,7 @@ class Worker:
         answer: dict[str, Any] = self._wire.recv()
         return answer
 
-    def close(self) -> None:
-        """End the process."""
-        self._wire.send("stop")
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.terminate()
         self._process.join()
