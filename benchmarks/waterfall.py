@@ -11,7 +11,7 @@ from training.config import Config
 
 BEFORE = (
     "Before: the same scan, bundle and noise levels, with the networks as they come from training: eager torch, one "
-    "slice at a time. After: the service. The paper's 250 evaluations a slice, in place of these few, are a row of the table."
+    "slice at a time. After: the service. The paper's 250 evaluations a slice are a row of the table."
 )
 
 
