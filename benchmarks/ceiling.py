@@ -6,6 +6,8 @@ import numpy as np
 from onnx import TensorProto, helper
 
 SIDE = 2048
+# The best of so many: a ceiling that was disturbed would be none.
+TRIES = 4
 OPSET, IR_VERSION = 18, 10
 
 
@@ -47,7 +49,10 @@ class Ceiling:
         """Thousand million operations a second of each, an add and a multiply counting two."""
         reached = {}
         for kind, session in self._sessions.items():
-            start = time.perf_counter()
-            session.run(None, self._inputs[kind])
-            reached[kind] = 2 * SIDE**3 / (time.perf_counter() - start) / 1e9
+            seconds = []
+            for _ in range(TRIES):
+                start = time.perf_counter()
+                session.run(None, self._inputs[kind])
+                seconds.append(time.perf_counter() - start)
+            reached[kind] = 2 * SIDE**3 / min(seconds) / 1e9
         return reached

@@ -82,7 +82,7 @@ def shapes(call: dict[str, Any], side: str) -> list[list[int]]:
 
 def operations(call: dict[str, Any]) -> float:
     """Of a convolution or a matrix product, two for a multiply and an add; 0 for anything else."""
-    inputs, outputs = (shapes(call, side) for side in ("input", "output"))
+    inputs, outputs = _shapes(call, "input"), _shapes(call, "output")
     if not outputs or not inputs:
         return 0.0
     if call["op_name"] == "Conv" and len(inputs) > 1:
@@ -91,6 +91,10 @@ def operations(call: dict[str, Any]) -> float:
         # Weights that were packed beforehand have no shape here: each input value meets every column of the output.
         return 2.0 * float(np.prod(inputs[0])) * outputs[0][-1]
     return 0.0
+
+
+def _shapes(call: dict[str, Any], side: str) -> list[list[int]]:
+    return [next(iter(one.values()), []) for one in call.get(f"{side}_type_shape", ())]
 
 
 def measure_profile(folder: Path) -> dict[str, Any]:

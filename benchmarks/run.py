@@ -138,7 +138,8 @@ def earlier(path: Path, same: Found) -> Found:
 
 def run(options: argparse.Namespace) -> None:
     """Measure, and write page, figures and JSON."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("benchmarks").setLevel(logging.INFO)
     names = chosen(options.parts, list(PARTS), "part")
     plan, notes = make_plan(options, data_root())
     options.out.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def files(bench: Bench, folder: Path) -> Iterator[Switch]:
     def write(array: Any, name: str) -> None:
         write_nifti(folder / f"{name}.nii.gz", array, np.eye(4), 1, "benchmark")
 
-    def in_turn() -> None:
+    def in_turns() -> None:
         for name in "abc":
             write(image, name)
 
@@ -141,7 +141,7 @@ def files(bench: Bench, folder: Path) -> Iterator[Switch]:
         "three maps are compressed side by side",
         f"the lesser of maps and cores: {MAPS}, {cores}",
         float(min(MAPS, cores)),
-        in_turn,
+        in_turns,
         together,
     )
     yield Switch(

@@ -57,9 +57,13 @@ def feed(count: int) -> dict[str, npt.NDArray[Any]]:
 
 
 @pytest.fixture
-def quantised(tmp_path: Path) -> Path:
-    target = tmp_path / "int8.onnx"
+def quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made from another folder, which stays empty: onnxruntime leaves files where it is called."""
+    target, elsewhere = tmp_path / "int8.onnx", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     quantise(chain(tmp_path / "float32.onnx"), target, [feed(8), feed(4)], Kept(1, 1))
+    assert list(elsewhere.iterdir()) == []
     return target
 
 

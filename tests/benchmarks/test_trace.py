@@ -37,23 +37,26 @@ def test_time_belongs_to_the_innermost_phase() -> None:
 
 def test_the_denoiser_belongs_to_whoever_asks_it() -> None:
     tracer = Tracer()
-    denoise = tracer.wrap(lambda: sum(range(1000)), "denoise")
+    denoise = tracer.wrap(lambda z: sum(range(1000)) + len(z), "denoise")
     reverse = tracer.wrap(denoise, "reverse")
-    gate = tracer.wrap(tracer.wrap(lambda: None, "decode"), "gate")
-    reverse()
-    gate()
+    gate = tracer.wrap(tracer.wrap(len, "decode"), "gate")
+    reverse("three")
+    reverse("2.")
+    gate("one")
     phases = {(s.phase, s.network) for s in tracer.finish()}
     assert ("reverse", True) in phases
     assert ("decode", True) in phases
+    assert tracer.asked == {"reverse": {"denoise": 7}, "decode": {"decode": 3}}
     assert not any(phase == "denoise" for phase, _ in phases)
 
 
 def test_the_gates_own_kl_maps_are_the_gates() -> None:
     tracer = Tracer()
-    denoise = tracer.wrap(lambda: sum(range(1000)), "denoise")
+    denoise = tracer.wrap(lambda z: sum(range(1000)) + len(z), "denoise")
     kl_map = tracer.wrap(denoise, "KL")
-    tracer.wrap(kl_map, "gate")()
-    kl_map()
+    tracer.wrap(kl_map, "gate")("abc")
+    kl_map("ab")
+    assert tracer.asked == {"gate": {"denoise": 3}, "KL": {"denoise": 2}}
     phases = {(s.phase, s.network) for s in tracer.finish()}
     assert {("gate", True), ("KL", True)} <= phases
 
