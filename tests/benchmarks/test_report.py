@@ -240,8 +240,6 @@ def test_the_figures_are_drawn(tmp_path: Path) -> None:
     for path in (tmp_path / "new" / "waterfall.png", tmp_path / "scaling.png"):
         assert path.read_bytes().startswith(b"\x89PNG")
 
-    def broken(_: Plan) -> dict[str, Any]:
-        raise OSError("gone")
 
 def test_the_trace_that_is_shown_took_the_median_time() -> None:
     traces = [Trace([Span("write", 0.0, end, network=False)], {}) for end in (5.0, 3.0, 4.0)]
