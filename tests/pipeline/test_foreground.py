@@ -87,4 +87,4 @@ def test_nothing_found_is_an_empty_map() -> None:
         min_lesion_ml=0.0,
     )
     labels, number = label_findings(texture((5, 6, 7), 1), settings, 0.001)
-    assert (labels.shape, labels.dtype, int(labels.sum()), number) == ((5, 6, 7), np.dtype(np.int32), 0, 0)
+    assert (labels.shape, labels.dtype, int(labels.sum()), number) == ((5, 6, 7), np.dtype(np.uint16), 0, 0)
