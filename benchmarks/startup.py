@@ -15,8 +15,8 @@ import_nibabel()  # as the command does
 from app.runtime import session
 made = session.as_callable
 
-def noted(opened):
-    run = made(opened)
+def noted(opened, **options):
+    run = made(opened, **options)
     def call(*arrays):
         print("evaluated", time.monotonic(), flush=True)
         return run(*arrays)

@@ -120,7 +120,8 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0, gpu_
         check_hash(folder, file, ADVICE)
         path = folder / file.name
         if not fixed:
-            return as_callable(open_session(path, provider, threads))
+            # The denoiser is called over and over in between and keeps its memory; the other two let go of theirs.
+            return as_callable(open_session(path, provider, threads), seldom=file is not files.denoiser)
         network = FixedBatch(lambda size: open_session(path, provider, threads, batch=size, graphs=True), fixed)
         network.open()
         return network

@@ -93,7 +93,7 @@ def as_callable(session: "onnxruntime.InferenceSession", *, seldom: bool = False
     Parameters
     ----------
     seldom : bool
-        On a CPU, memory goes back after each call: for a network that is asked once a scan.
+        On a CPU, memory goes back after each call: for a network that is not asked again and again.
     """
     options = _onnxruntime().RunOptions()
     if seldom and "CUDAExecutionProvider" not in session.get_providers():
