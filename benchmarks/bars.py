@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import SERVICE, TRANSFORMER
+from benchmarks.rows import ENSEMBLE, MEMBERS, SERVICE, TRANSFORMER
 from benchmarks.statistics import Summary, ratio, scale_factor
 
 # How many times the service's time the others take, at least, on a whole T1 volume.
 FASTER = (
     ("ddim-slice", 20.0, "plain torch, 50 DDIM steps, slice by slice"),
     ("ddim-batch", 8.0, "the same in batches"),
-    (TRANSFORMER, 50.0, "the transformer"),
+    (TRANSFORMER, 50.0, "the transformer, alone"),
+    (ENSEMBLE, 50.0, f"the transformer, as an ensemble of {MEMBERS}"),
 )
 MOST_LOST = 0.01
 VOLUME_SECONDS, OTHER_SECONDS, CT_SECONDS, CT_BYTES = 15.0, 3.0, 20.0, 1.5e9

@@ -18,7 +18,7 @@ from app.runtime.bundle import read_manifest
 from app.volume import FloatArray
 from benchmarks import paper
 from benchmarks.counted import counting
-from benchmarks.rows import OWN, ROWS, Row
+from benchmarks.rows import OWN, ROWS, TRANSFORMER, Row
 from training.config import Config
 from training.experiments import transformer
 from training.restore import TorchNetworks, load_networks
@@ -125,13 +125,13 @@ class Peers:
         return run
 
     def transformer_method(self) -> Method:
-        """Codes that are unlikely, drawn anew; then decoded."""
+        """Codes that are unlikely, drawn anew; then decoded: one member of its ensemble."""
         _, rows, columns = self.manifest.latent_shape
         codes = self.networks.decoder.codes
         network = transformer.build_transformer(len(codes), rows * columns).eval()
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.looping():
                 grid = self.networks.decoder.nearest(torch.from_numpy(self.models.encode(x)))  # (N, h, w)
                 found = grid.flatten(1)
                 anew = transformer.unlikely(network, found)
@@ -145,7 +145,7 @@ class Peers:
 
     def method(self, row: Row, every: int = 1) -> Method:
         """What a row runs, a batch at a time, with one in `every` of its noise levels."""
-        kind, _, variant = row.name.partition("-")
+        kind, variant = kind_of(row), row.name.rpartition("-")[2]
         if kind in PLANS:
             whole = self.paper_method(PLANS[kind].thinned(every))
         elif kind == "pixel":
@@ -171,14 +171,19 @@ class Peers:
         }
         if row.name.startswith("pixel"):
             asked["denoise"] = (self.pixel_unet(), (x, t))
-        if row.name == "transformer":
+        if kind_of(row) == TRANSFORMER:
             length = int(np.prod(self.manifest.latent_shape[1:]))
             network = transformer.build_transformer(len(self.networks.decoder.codes), length)
             asked["denoise"] = (network, (torch.zeros(1, length, dtype=torch.int64),))
         counted = {name: _gigaflops(network, inputs) for name, (network, inputs) in asked.items()}
-        if row.name == "transformer":
+        if kind_of(row) == TRANSFORMER:
             counted["denoise"] /= length  # an evaluation is one position
         return counted
+
+
+def kind_of(row: Row) -> str:
+    """What its variants have in common."""
+    return row.name.partition("-")[0]
 
 
 def network_gigaflops(folder: Path, config: Config) -> dict[str, float]:

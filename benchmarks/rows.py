@@ -23,8 +23,8 @@ class Row:
     judged_as : str or None
         The row whose accuracy it has: the same algorithm in other batches.
     every : int
-        Of its loop over noise levels, one step in so many is measured, and the loop's seconds are multiplied: all
-        steps cost alike.
+        Of its loop over noise levels, or over the members of its ensemble, one in so many is measured, and the loop's
+        seconds are multiplied: all cost alike.
     costly : bool
         Its accuracy takes minutes a case: measured only where it is asked for.
     """
@@ -40,6 +40,8 @@ class Row:
 
 
 SERVICE, INT8, OWN, TRANSFORMER = "service", "service-int8", "torch-own", "transformer"
+# As many as `training.experiments.transformer` has, which imports torch.
+ENSEMBLE, MEMBERS = "transformer-ensemble", 4
 DDIM, ANCESTRAL = "200 KL + 50 DDIM steps", "200 KL + 500 ancestral steps"
 # Measured as served, through onnxruntime.
 SERVED = (SERVICE, INT8)
@@ -55,4 +57,5 @@ ROWS = (
     Row("pixel-250", "diffusion in pixel space, 250 steps, torch, batched", 8, 8, trained=False, every=25),
     Row("pixel-500", "diffusion in pixel space, 500 steps, torch, batched", 8, 8, trained=False, every=50),
     Row(TRANSFORMER, "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),
+    Row(ENSEMBLE, f"the same, its ensemble of {MEMBERS}", 16, 16, trained=False, every=MEMBERS),
 )

@@ -11,10 +11,11 @@ pytest.importorskip("matplotlib")
 from benchmarks.bars import bars, bars_table, volume_seconds
 from benchmarks.figures import draw_scaling, draw_waterfall
 from benchmarks.report import ABSENT, render
-from benchmarks.rows import ROWS, UNTRAINED
+from benchmarks.rows import ENSEMBLE, MEMBERS, ROWS, UNTRAINED
 from benchmarks.run import chosen_rows, newest_bundle
 from benchmarks.tables import gains_table, main_table, overlap, phase_table, profile_table
 from benchmarks.trace import Span, Trace, median_trace
+from training.experiments import transformer
 
 
 def found(seconds: list[float], sample: int, evaluations: int, every: int = 1) -> dict[str, Any]:
@@ -154,7 +155,7 @@ def test_untrained_weights_have_no_accuracy() -> None:
     row = row_of("pixel-250")
     assert row[0].endswith("(untrained weights)")
     assert row[-2:] == [UNTRAINED, UNTRAINED]
-    assert [r.name for r in ROWS if not r.trained] == ["pixel-250", "pixel-500", "transformer"]
+    assert [r.name for r in ROWS if not r.trained] == ["pixel-250", "pixel-500", "transformer", "transformer-ensemble"]
 
 
 def test_what_was_not_counted_is_empty() -> None:
@@ -249,6 +250,11 @@ def test_the_trace_that_is_shown_took_the_median_time() -> None:
 def test_rows_and_bundles_are_chosen_by_name(tmp_path: Path) -> None:
     assert chosen_rows(None) == list(ROWS)
     assert [r.name for r in chosen_rows(["transformer", "service"])] == ["service", "transformer"]
+
+
+def test_ensemble_as_in_the_experiments() -> None:
+    ensemble = next(row for row in ROWS if row.name == ENSEMBLE)
+    assert ensemble.every == MEMBERS == transformer.MEMBERS
     with pytest.raises(SystemExit, match="No row fast; there are service,"):
         chosen_rows(["fast"])
     for version in ("1.9.0", "1.10.0"):

@@ -27,8 +27,6 @@ BATCH = 16
 SMOOTHING = (0.0, 1.0, 2.0)
 # The transformer: codes less likely than all but this share of healthy validation codes are drawn anew.
 UNLIKELY_PERCENT = 2.5
-# Its ensemble: the slice as it is and mirrored, each so often.
-DRAWS = 2
 LARGEST = float(np.finfo(np.float32).max)
 EVERYTHING = Range(low=-LARGEST, high=LARGEST)
 
@@ -196,8 +194,8 @@ def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArr
     made.calibrate(healthy)
     size = _size(network) + _size(networks.encoder) + _size(networks.decoder)
     one: Maps = lambda case: made.residual(case, 1, mirrored=False)  # noqa: E731
-    several: Maps = lambda case: made.residual(case, DRAWS, mirrored=True)  # noqa: E731
-    ensemble = f"the same, ensemble of {2 * DRAWS}"
+    several: Maps = lambda case: made.residual(case, transformer.DRAWS, mirrored=True)  # noqa: E731
+    ensemble = f"the same, ensemble of {transformer.MEMBERS}"
     return {
         "transformer": Method("transformer", "autoregressive transformer", {"": one}, parameters=size),
         "transformer-ensemble": Method("transformer-ensemble", ensemble, {"": several}, parameters=size),

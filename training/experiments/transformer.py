@@ -13,6 +13,9 @@ from torch.nn import functional as F
 WIDTH, DEPTH, HEADS = 128, 6, 4
 # Codes less likely than this quantile of a slice's are imagined anew.
 QUANTILE = 0.005
+# Its ensemble: the slice as it is and mirrored, each drawn so often.
+DRAWS = 2
+MEMBERS = 2 * DRAWS
 
 
 def build_transformer(codes: int, length: int) -> DecoderOnlyTransformer:
