@@ -60,7 +60,7 @@ OPPONENTS = {
         Opponent("dense-ae", "dense autoencoder", 3000, 32, 1e-3),
         Opponent("spatial-ae", "spatial autoencoder", 3000, 32, 1e-3),
         Opponent("vae", "variational autoencoder", 3000, 32, 1e-3),
-        Opponent("transformer", "autoregressive transformer on the codes", 1000, 16, 1e-3),
+        Opponent("transformer", "autoregressive transformer on the codes", 1000, 4, 1e-3),
     )
 }
 
