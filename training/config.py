@@ -189,3 +189,8 @@ class Config(Part):
     def run_folder(self) -> Path:
         """Checkpoints, cached slices and curves of this bundle; ignored by git."""
         return ROOT / "runs" / f"{self.name}-{self.version}"
+
+    @property
+    def bundle_folder(self) -> Path:
+        """Where its bundle lies, once it is made."""
+        return ROOT / "models" / f"{self.name}-{self.version}"

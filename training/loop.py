@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training.config import NOT_OF_THE_SLICES, Config
+from training.restore import stage_weights
 
 CHECKPOINT_EVERY = 200
 # A loss far from its mean is one odd batch; the bar shows an exponential mean.
@@ -113,6 +114,9 @@ class Run:
                     self._log(done, {**shown, **validate()})
                 if done % CHECKPOINT_EVERY == 0 or done == steps:
                     self.save(done)
+        if not steps:
+            # Nothing to learn: the weights that it started from are this stage's.
+            self.save(0)
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         path = self.config.run_folder / f"{self.name}.csv"
@@ -127,21 +131,27 @@ class Run:
 def start_from(config: Config, version: str, name: str, module: nn.Module) -> None:
     """Load the last weights that a stage had in an earlier version of the bundle, where one is named.
 
+    They come from that version's run, or from the bundle itself: there, a denoiser's are the averaged ones.
+
     Raises
     ------
     SystemExit
-        That version was not trained here.
+        That version was neither trained here nor is it among the bundles.
     """
     if not version:
         return
-    path = config.model_copy(update={"version": version}).run_folder / f"{name}.pt"
-    if not path.exists():
+    earlier = config.model_copy(update={"version": version})
+    path = earlier.run_folder / f"{name}.pt"
+    if path.exists():
+        module.load_state_dict(torch.load(path, map_location=device(), weights_only=True)["modules"][name])
+        return
+    if not earlier.bundle_folder.is_dir():
         raise SystemExit(
-            f"{path} is missing: train version {version} from its own commit first, "
+            f"Neither {path} nor {earlier.bundle_folder} is there: train version {version} from its own commit first, "
+            "take its bundle from that commit, "
             'or set warm_start = "" to start anew, with more steps.'
         )
-    state = torch.load(path, map_location=device(), weights_only=True)
-    module.load_state_dict(state["modules"][name])
+    module.load_state_dict(stage_weights(earlier.bundle_folder, config, name))
 
 
 def load_modules(config: Config, name: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -67,6 +67,34 @@ def load_networks(folder: Path, config: Config) -> TorchNetworks:
     return networks
 
 
+def stage_weights(folder: Path, config: Config, stage: str) -> Weights:
+    """What a stage of training goes on from: the weights of a bundle's VQ-VAE, or of its denoiser.
+
+    Parameters
+    ----------
+    stage : {"vqvae", "denoiser"}
+
+    Raises
+    ------
+    SystemExit
+        As `load_networks`.
+    """
+    networks = load_networks(folder, config)
+    if stage == "denoiser":
+        weights: Weights = networks.denoiser.state_dict()
+        return weights
+    vqvae = build_vqvae(config)
+    vqvae.encoder.load_state_dict(networks.encoder.encoder.state_dict())
+    vqvae.decoder.load_state_dict(networks.decoder.decoder.state_dict())
+    codebook = vqvae.quantizer.quantizer
+    # A bundle has no moving averages: each code starts as the mean of one latent, itself.
+    codebook.embedding.weight.data = networks.decoder.codes.clone()
+    codebook.ema_w.copy_(networks.decoder.codes)
+    codebook.ema_cluster_size.fill_(1.0)
+    restored: Weights = vqvae.state_dict()
+    return restored
+
+
 def _named(graph: onnx.GraphProto) -> Weights:
     return {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
 

@@ -94,7 +94,7 @@ def train(config: Config) -> None:
     warmup, steps = config.denoiser.warmup, config.denoiser.steps
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimiser,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))) + 1e-3),
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step / max(steps, 1), 1))) + 1e-3),
     )
     split = load_split(config.data.splits)
     modules = {"denoiser": denoiser, "averaged": averaged}

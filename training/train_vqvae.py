@@ -79,7 +79,7 @@ def train(config: Config) -> None:
     start_from(config, config.vqvae.warm_start, "vqvae", vqvae)
     optimiser = torch.optim.AdamW(vqvae.parameters(), lr=config.vqvae.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / config.vqvae.steps, 1))) + 1e-3
+        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(config.vqvae.steps, 1), 1))) + 1e-3
     )
     split = load_split(config.data.splits)
     run = Run("vqvae", config, data_hash(config, split.train), {"vqvae": vqvae}, optimiser, schedule)

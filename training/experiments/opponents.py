@@ -57,9 +57,9 @@ class Opponent:
 OPPONENTS = {
     o.name: o
     for o in (
-        Opponent("dense-ae", "dense autoencoder", 3000, 32, 1e-3),
-        Opponent("spatial-ae", "spatial autoencoder", 3000, 32, 1e-3),
-        Opponent("vae", "variational autoencoder", 3000, 32, 1e-3),
+        Opponent("dense-ae", "dense autoencoder", 1500, 32, 1e-3),
+        Opponent("spatial-ae", "spatial autoencoder", 1500, 32, 1e-3),
+        Opponent("vae", "variational autoencoder", 1500, 32, 1e-3),
         Opponent("transformer", "autoregressive transformer on the codes", 1000, 4, 1e-3),
     )
 }
