@@ -6,15 +6,35 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import ENSEMBLE, MEMBERS, SERVICE, TRANSFORMER
+from benchmarks.rows import (
+    ENSEMBLE,
+    KNOWN,
+    MEMBERS,
+    PUBLISHED,
+    PUBLISHED_ENSEMBLE,
+    PUBLISHED_KNOWN,
+    PUBLISHED_KNOWN_ENSEMBLE,
+    PUBLISHED_MEMBERS,
+    SERVICE,
+    TRANSFORMER,
+)
 from benchmarks.statistics import Summary, ratio, scale_factor
 
 # How many times the service's time the others take, at least, on a whole T1 volume.
 FASTER = (
     ("ddim-slice", 20.0, "plain torch, 50 DDIM steps, slice by slice"),
     ("ddim-batch", 8.0, "the same in batches"),
-    (TRANSFORMER, 50.0, "the transformer, alone"),
-    (ENSEMBLE, 50.0, f"the transformer, as an ensemble of {MEMBERS}"),
+    (TRANSFORMER, 50.0, "the transformer of the experiments, alone"),
+    (ENSEMBLE, 50.0, f"the transformer of the experiments, an ensemble of {MEMBERS}"),
+    (KNOWN, 50.0, "the transformer of the experiments, alone, known codes fed at once"),
+    (PUBLISHED, 50.0, "one of the published size, alone"),
+    (PUBLISHED_ENSEMBLE, 50.0, f"one of the published size, an ensemble of {PUBLISHED_MEMBERS}"),
+    (PUBLISHED_KNOWN, 50.0, "one of the published size, alone, known codes fed at once"),
+    (
+        PUBLISHED_KNOWN_ENSEMBLE,
+        50.0,
+        f"one of the published size, an ensemble of {PUBLISHED_MEMBERS}, known codes fed at once",
+    ),
 )
 MOST_LOST = 0.01
 VOLUME_SECONDS, OTHER_SECONDS, CT_SECONDS, CT_BYTES = 15.0, 3.0, 20.0, 1.5e9

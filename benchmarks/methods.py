@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
+from monai.networks.nets.transformer import DecoderOnlyTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.pipeline import anomaly
@@ -18,7 +19,7 @@ from app.runtime.bundle import read_manifest
 from app.volume import FloatArray
 from benchmarks import paper
 from benchmarks.counted import counting
-from benchmarks.rows import OWN, ROWS, TRANSFORMER, Row
+from benchmarks.rows import OWN, ROWS, TRANSFORMER, Row, kind_of
 from training.config import Config
 from training.experiments import transformer
 from training.restore import TorchNetworks, load_networks
@@ -124,19 +125,26 @@ class Peers:
 
         return run
 
-    def transformer_method(self) -> Method:
-        """Codes that are unlikely, drawn anew; then decoded: one member of its ensemble."""
+    def transformer(self, row: Row) -> DecoderOnlyTransformer:
+        """Of the row's size, untrained."""
         _, rows, columns = self.manifest.latent_shape
-        codes = self.networks.decoder.codes
-        network = transformer.build_transformer(len(codes), rows * columns).eval()
+        size = transformer.PUBLISHED if "published" in row.name else transformer.TRAINED
+        return transformer.build_transformer(len(self.networks.decoder.codes), rows * columns, size).eval()
+
+    def transformer_method(self, row: Row) -> Method:
+        """Codes that are unlikely, drawn anew; then decoded: one member of its ensemble."""
+        network, known = self.transformer(row), "known" in row.name
+        heal = transformer.heal_known if known else transformer.heal
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
             with torch.inference_mode(), self.looping():
                 grid = self.networks.decoder.nearest(torch.from_numpy(self.models.encode(x)))  # (N, h, w)
                 found = grid.flatten(1)
                 anew = transformer.unlikely(network, found)
-                healed = transformer.heal(network, found, anew, torch.Generator().manual_seed(self._config.seed))
+                healed = heal(network, found, anew, transformer.uniforms(found, self._config.seed))
+                # Of the likelihood, then of the healing.
                 self._counts["denoise"] += found.numel()
+                self._counts["denoise"] += transformer.positions_fed(anew) if known else found.numel()
                 self._counts["decode"] += len(x)
                 imagined = self.networks.decoder.decode_codes(healed.view_as(grid)).numpy()
             return np.asarray(np.abs(x - imagined)[:, 0] * foreground, dtype=np.float32)
@@ -151,7 +159,7 @@ class Peers:
         elif kind == "pixel":
             whole = self.pixel_method(int(variant), every)
         else:
-            whole = self.transformer_method()
+            whole = self.transformer_method(row)
 
         def batched(x: FloatArray, foreground: BoolArray) -> FloatArray:
             starts = range(0, len(x), row.batch)
@@ -172,18 +180,13 @@ class Peers:
         if row.name.startswith("pixel"):
             asked["denoise"] = (self.pixel_unet(), (x, t))
         if kind_of(row) == TRANSFORMER:
-            length = int(np.prod(self.manifest.latent_shape[1:]))
-            network = transformer.build_transformer(len(self.networks.decoder.codes), length)
+            network = self.transformer(row)
+            length = network.max_seq_len
             asked["denoise"] = (network, (torch.zeros(1, length, dtype=torch.int64),))
         counted = {name: _gigaflops(network, inputs) for name, (network, inputs) in asked.items()}
         if kind_of(row) == TRANSFORMER:
             counted["denoise"] /= length  # an evaluation is one position
         return counted
-
-
-def kind_of(row: Row) -> str:
-    """What its variants have in common."""
-    return row.name.partition("-")[0]
 
 
 def network_gigaflops(folder: Path, config: Config) -> dict[str, float]:

@@ -21,18 +21,20 @@ from benchmarks.waterfall import BEFORE
 
 ABSENT = "Not measured in this run."
 CONDITIONS = """Brackets are least and largest; a ratio is taken repeat by repeat. The service and its method in torch
-are timed from the volume in memory to the detection, resampling included; the others on prepared slices, without it,
-to their advantage; they start with the encoder and end with the anomaly map on the slices. What was measured on a
-sample is multiplied by slices / sample; where one in so many noise levels was measured, the seconds of that loop are
-multiplied too, for each level costs the same. The transformer has a cache of keys and values, and an evaluation of it
-is one position; the pixel-space network is the denoiser on one channel of pixels. Accuracy: mean over synthetic
-lesions of validation subjects, on up to four slices of each case with the lesion and four without, the same for every
-row, with all noise levels, at the threshold that suits each case best; slice by slice and batched are one algorithm,
-judged once. Operations count two for a multiply and an add, of convolutions and matrix products; ceilings are one
-matrix product through onnxruntime, in the same turns. The CT series is made of a real head, resampled and with noise;
-the service takes it from upload to mask, the other rows on its slices as its bundle prepares them, once.""".replace(
-    "\n", " "
-)
+are timed from the volume in memory to the detection, resampling included; the others on prepared slices, without it, to
+their advantage; they start with the encoder and end with the anomaly map on the slices. What was measured on a sample
+is multiplied by slices / sample; where one in so many noise levels was measured, the seconds of that loop are
+multiplied too, for each level costs the same. An ensemble is one member's seconds multiplied. The transformer has a
+cache of keys and values, and an evaluation of it is one position; each code is judged by a forward pass, then 2.5 % of
+a slice's are drawn anew: position by position, or with the known codes between two draws fed at once, which draws the
+same codes. Its published size is that of King's College's code (width 256, 12 layers, 8 heads; its attention is a
+linear approximation, here it is exact) and its ensemble the eight orderings that a public summary of Pinaya et al. 2021
+tells of. The pixel-space network is the denoiser on one channel of pixels. Accuracy: mean over synthetic lesions of
+validation subjects, on up to four slices of each case with the lesion and four without, the same for every row, with
+all noise levels, at the threshold that suits each case best; slice by slice and batched are one algorithm, judged once.
+Operations count two for a multiply and an add, of convolutions and matrix products; ceilings are one matrix product
+through onnxruntime, in the same turns. The CT series is made of a real head, resampled and with noise; the service
+takes it from upload to mask, the other rows on its slices as its bundle prepares them, once.""".replace("\n", " ")
 AFTER_PHASES = (
     "From the file to the results, the bundle loaded: of the repeats, the one that took the median time; before, once. "
     "Time belongs to the innermost phase; `everything else` is what no traced function does."

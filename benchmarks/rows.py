@@ -42,6 +42,12 @@ class Row:
 SERVICE, INT8, OWN, TRANSFORMER = "service", "service-int8", "torch-own", "transformer"
 # As many as `training.experiments.transformer` has, which imports torch.
 ENSEMBLE, MEMBERS = "transformer-ensemble", 4
+# Names say it: of the published size, the known codes fed at once, an ensemble.
+KNOWN, PUBLISHED = "transformer-known", "transformer-published"
+PUBLISHED_KNOWN = "transformer-published-known"
+# Eight orderings, by a public summary of the full text of arXiv 2102.11650, which was not at hand itself.
+PUBLISHED_ENSEMBLE, PUBLISHED_MEMBERS = "transformer-published-ensemble", 8
+PUBLISHED_KNOWN_ENSEMBLE = "transformer-published-known-ensemble"
 DDIM, ANCESTRAL = "200 KL + 50 DDIM steps", "200 KL + 500 ancestral steps"
 # Measured as served, through onnxruntime.
 SERVED = (SERVICE, INT8)
@@ -58,4 +64,16 @@ ROWS = (
     Row("pixel-500", "diffusion in pixel space, 500 steps, torch, batched", 8, 8, trained=False, every=50),
     Row(TRANSFORMER, "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),
     Row(ENSEMBLE, f"the same, its ensemble of {MEMBERS}", 16, 16, trained=False, every=MEMBERS),
+    Row(KNOWN, "the transformer, known codes fed at once", 8, 1, trained=False),
+    Row(PUBLISHED, "the transformer in the published size, cached, batched", 4, 4, trained=False),
+    Row(PUBLISHED_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 4, 4, False, every=PUBLISHED_MEMBERS),
+    Row(PUBLISHED_KNOWN, "the published size, known codes fed at once", 4, 1, trained=False),
+    Row(
+        PUBLISHED_KNOWN_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 4, 1, False, every=PUBLISHED_MEMBERS
+    ),
 )
+
+
+def kind_of(row: Row) -> str:
+    """What its variants have in common."""
+    return row.name.partition("-")[0]

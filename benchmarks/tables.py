@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bars import other_seconds, told, volume_seconds, warm_seconds
-from benchmarks.rows import ROWS, SERVICE, Row
+from benchmarks.rows import ROWS, SERVICE, TRANSFORMER, Row, kind_of
 from benchmarks.statistics import Summary, ratio
 from benchmarks.trace import ORDER, RECEIVE
 
@@ -58,7 +58,7 @@ def _line(row: Row, document: dict[str, Any]) -> list[str]:
         told(Summary.of(seconds)),
         told(ratio(seconds, volume_seconds(service)), 1) if service else NOTHING,
         told(Summary.of(seconds).times(1000 / last["slices"]), 1),
-        _measured_on(last),
+        _measured_on(last, "members" if kind_of(row) == TRANSFORMER else "noise levels"),
         _ct_cell(row, document.get("ct")),
         f"{_asked(last, 'denoise') / last['sample']:.1f}",
     ]
@@ -75,8 +75,8 @@ def _line(row: Row, document: dict[str, Any]) -> list[str]:
     return [*cells, *_accuracy(found["accuracy"])]
 
 
-def _measured_on(repeat: dict[str, Any]) -> str:
-    thinned = f", 1 of {repeat['every']} noise levels" if repeat["every"] > 1 else ""
+def _measured_on(repeat: dict[str, Any], looped: str) -> str:
+    thinned = f", 1 of {repeat['every']} {looped}" if repeat["every"] > 1 else ""
     if repeat["sample"] == repeat["slices"]:
         return f"all {repeat['slices']} slices{thinned}"
     return f"{repeat['sample']} of {repeat['slices']} slices{thinned}, scaled"

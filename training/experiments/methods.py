@@ -25,8 +25,6 @@ OURS = "counterpart"
 BATCH = 16
 # Gaussians over an opponent's map, in pixels, to choose from.
 SMOOTHING = (0.0, 1.0, 2.0)
-# The transformer: codes less likely than all but this share of healthy validation codes are drawn anew.
-UNLIKELY_PERCENT = 2.5
 LARGEST = float(np.finfo(np.float32).max)
 EVERYTHING = Range(low=-LARGEST, high=LARGEST)
 
@@ -161,18 +159,18 @@ class Transformer:
     def calibrate(self, healthy: list[FloatArray]) -> None:
         """The threshold, from slices (N, 1, H, W) of healthy validation subjects."""
         every = torch.cat([self.likelihood(torch.from_numpy(x)).flatten() for x in healthy])
-        self.threshold = float(np.percentile(every.numpy(), UNLIKELY_PERCENT))
+        self.threshold = float(np.quantile(every.numpy(), transformer.QUANTILE))
 
     @torch.inference_mode()
     def _healed(self, x: torch.Tensor, draw: int) -> torch.Tensor:
         codes = self.vqvae.decoder.nearest(self.vqvae.encoder(x))
-        healed = []
-        for part in codes.split(BATCH):
-            flat = part.flatten(1)
-            anew = transformer.log_likelihood(self.network, flat) < self.threshold
-            generator = torch.Generator().manual_seed(self._seed + draw)
-            healed.append(transformer.heal(self.network, flat, anew, generator).view_as(part))
-        return torch.cat([self.vqvae.decoder.decode_codes(part) for part in torch.cat(healed).split(BATCH)])
+        flat, healed = codes.flatten(1), []
+        by = transformer.uniforms(flat, self._seed + draw)
+        for known, chances in zip(flat.split(BATCH), by.split(BATCH), strict=True):
+            anew = transformer.log_likelihood(self.network, known) < self.threshold
+            healed.append(transformer.heal_known(self.network, known, anew, chances))
+        parts = torch.cat(healed).view_as(codes).split(BATCH)
+        return torch.cat([self.vqvae.decoder.decode_codes(part) for part in parts])
 
     def residual(self, case: Case, draws: int, *, mirrored: bool) -> FloatArray:
         """|x - D(healed codes)|, mean over draws and directions, (K, H, W)."""

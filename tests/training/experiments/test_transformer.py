@@ -1,12 +1,22 @@
-"""The cache changes nothing: position by position, the logits are those of MONAI's whole forward pass."""
+"""The cache changes nothing, nor does feeding what is known at once: logits are those of MONAI's whole forward pass."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from monai.networks.nets.transformer import DecoderOnlyTransformer  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from training.experiments.transformer import QUANTILE, Cached, heal, unlikely  # noqa: E402
+from training.experiments.transformer import (  # noqa: E402
+    QUANTILE,
+    Cached,
+    heal,
+    heal_known,
+    log_likelihood,
+    positions_fed,
+    uniforms,
+    unlikely,
+)
 
 pytestmark = pytest.mark.training
 
@@ -20,19 +30,56 @@ def network() -> DecoderOnlyTransformer:
     return made.eval().requires_grad_(requires_grad=False)
 
 
-def test_cached_steps_are_the_whole_pass(network: DecoderOnlyTransformer) -> None:
-    tokens = torch.randint(0, CODES, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module")
+def codes() -> Tensor:
+    made: Tensor = torch.randint(0, CODES, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
+    return made
+
+
+@pytest.mark.parametrize("sizes", [(1,) * LENGTH, (LENGTH,), (7, 1, 1, 30, 1), (1, 39)])
+def test_chunks_are_the_whole_pass(network: DecoderOnlyTransformer, codes: Tensor, sizes: tuple[int]) -> None:
     step = Cached(network, BATCH)
-    found = torch.stack([step(tokens[:, at]) for at in range(LENGTH)], dim=1)
-    torch.testing.assert_close(found, network(tokens), atol=1e-5, rtol=1e-5)
+    found = torch.stack([step(chunk) for chunk in codes.split(sizes, dim=1)], dim=1)
+    ends = torch.tensor(sizes).cumsum(0) - 1
+    torch.testing.assert_close(found, network(codes)[:, ends], atol=1e-5, rtol=1e-5)
 
 
-def test_only_unlikely_codes_are_drawn_anew(network: DecoderOnlyTransformer) -> None:
-    codes = torch.randint(0, CODES, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
+def test_only_unlikely_codes_are_drawn_anew(network: DecoderOnlyTransformer, codes: Tensor) -> None:
     anew = unlikely(network, codes)
-    healed = heal(network, codes, anew, torch.Generator().manual_seed(3))
+    healed = heal(network, codes, anew, uniforms(codes, 3))
     assert int(healed.max()) < CODES  # never the token that begins
     assert int(anew.sum()) <= BATCH * (1 + int(QUANTILE * LENGTH))
     assert torch.equal(healed[~anew], codes[~anew])
-    again = heal(network, codes, anew, torch.Generator().manual_seed(3))
-    assert torch.equal(healed, again)
+    assert torch.equal(healed, heal(network, codes, anew, uniforms(codes, 3)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.025, 0.3, 1.0])
+def test_known_codes_at_once_draw_the_same(network: DecoderOnlyTransformer, codes: Tensor, share: float) -> None:
+    likely = log_likelihood(network, codes)
+    anew = likely < likely.quantile(share) if share < 1 else torch.ones_like(codes, dtype=torch.bool)
+    before = codes.clone()
+    found = heal_known(network, codes, anew, uniforms(codes, 5))
+    assert torch.equal(found, heal(network, codes, anew, uniforms(codes, 5)))
+    assert torch.equal(codes, before)
+    assert torch.equal(found, codes) == (share == 0)
+
+
+@pytest.mark.parametrize("at", [0, LENGTH - 1])
+def test_first_and_last_position(network: DecoderOnlyTransformer, codes: Tensor, at: int) -> None:
+    anew = torch.zeros_like(codes, dtype=torch.bool)
+    anew[:, at] = True
+    for seed in range(4):
+        by = uniforms(codes, seed)
+        assert torch.equal(heal_known(network, codes, anew, by), heal(network, codes, anew, by))
+    assert positions_fed(anew) == BATCH * (at + 1)
+    assert positions_fed(torch.zeros_like(anew)) == 0
+
+
+def test_codes_are_drawn_as_often_as_they_are_likely(network: DecoderOnlyTransformer) -> None:
+    many = torch.zeros(4000, LENGTH, dtype=torch.int64)
+    first = torch.zeros_like(many[:, :1], dtype=torch.bool).expand(-1, LENGTH).clone()
+    first[:, 0] = True
+    drawn = heal_known(network, many, first, uniforms(many, 0))[:, 0]
+    start = torch.full((1, 1), CODES)
+    expected = network(start)[0, 0, :CODES].softmax(-1)
+    assert torch.allclose(drawn.bincount(minlength=CODES) / len(many), expected, atol=0.03)
