@@ -134,7 +134,7 @@ def _facts(part: str, name: str, outcome: Outcome, provenance: Document) -> Docu
 
 
 def missing(part: str, wanted: list[str], names: Iterable[str], now: Document, pair: str) -> list[str]:
-    """Which methods have to run.
+    """Which methods have to run, in the order of what is asked.
 
     Parameters
     ----------
