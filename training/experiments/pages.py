@@ -16,6 +16,8 @@ EVALUATION = ROOT / "docs" / "evaluation"
 # Where the Dice of a bundle is to be found.
 DICE_OF = {"t1": "shapes", "headct": "sprites", "flair": "tumours"}
 BUNDLES = tuple(DICE_OF)
+# No scan of another kind to this bundle, but single pictures of its own.
+OWN_KIND = {"headct": "MedNIST HeadCT, slice"}
 
 Row = dict[str, Any]
 
@@ -184,7 +186,8 @@ def foreign_table(evaluated: dict[str, Row]) -> list[str]:
         for row in evaluated[name]["foreign"]["rows"]:
             outcomes = Counter(row["outcomes"])
             told = f"{outcomes.total() - outcomes['analysed']} of {outcomes.total()}"
-            refused.setdefault(row["kind"], {})[name] = told
+            own = row["kind"] == OWN_KIND.get(name)
+            refused.setdefault(row["kind"], {})[name] = f"its own kind: {told}" if own else told
     heads = [f"refused by {name} (`{evaluated[name]['foreign']['bundle_sha256'][:12]}`)" for name in names]
     lines = [f"| scans of another kind | {' | '.join(heads)} |", "| --- " * (len(names) + 1) + "|"]
     lines += [f"| {kind} | {' | '.join(row.get(name, '') for name in names)} |" for kind, row in refused.items()]
