@@ -1,4 +1,4 @@
-"""A dozen slices at a glance: image, healthy counterpart, anomaly map, mask, truth; of data that may be shown."""
+"""A dozen slices at a glance, of data that may be shown; and what evaluations of the network buy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,3 +94,26 @@ def _draw_line(line: Any, panel: Panel) -> None:
         painted[mask] = 0.35 * painted[mask] + 0.65 * np.array(colour)
         axis.imshow(painted, origin="lower")
     line[0].set_ylabel(panel.label, fontsize="x-small")
+
+
+def draw_curve(document: dict[str, Any], path: Path) -> None:
+    """Dice and AUPRC over evaluations a slice, a panel for each bundle; a ring around what it does."""
+    bundles = document["bundles"]
+    figure, axes = plt.subplots(1, len(bundles), figsize=(5 * len(bundles), 4), layout="constrained", squeeze=False)
+    for axis, told in zip(axes[0], bundles.values(), strict=True):
+        points = sorted(told["points"].items(), key=lambda each: each[1]["evaluations_per_slice"])
+        at = [row["evaluations_per_slice"] for _, row in points]
+        for colour, key, title in (("C0", "dice", "best-achievable Dice"), ("C1", "auprc", "AUPRC")):
+            values = np.array([row[key]["value"] for _, row in points])
+            axis.scatter(at, values, color=colour, s=18, label=title)
+            # The best that so many evaluations have reached.
+            axis.step(at, np.maximum.accumulate(values), where="post", color=colour, linewidth=1)
+            own = told["points"][told["shipped"]]
+            axis.scatter(own["evaluations_per_slice"], own[key]["value"], s=110, facecolors="none", edgecolors="k")
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set(xlabel="network evaluations a slice", title=told["provenance"]["bundle"], ylim=(0, 1))
+    axes[0, 0].legend(loc="lower right", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -5,7 +5,7 @@ import tarfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,48 +184,58 @@ def likelihood_scores(made: Transformer) -> Scores:
     return scores
 
 
-def score_all(scores: Scores, pictures: Pictures) -> tuple[dict[str, FloatArray], float]:
-    """Every score of every picture, and seconds a picture."""
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Pictures of one kind and all their scores, (N,) each; seconds a picture."""
+
+    pictures: Pictures
+    scores: dict[str, FloatArray]
+    seconds: float
+
+    def also(self, more: dict[str, FloatArray]) -> "Scored":
+        """With more scores."""
+        return replace(self, scores=self.scores | more)
+
+
+def score_all(scores: Scores, pictures: Pictures) -> Scored:
+    """Every score of every picture."""
     start = time.perf_counter()
     parts = [
         scores(pictures.x[i : i + BATCH], pictures.foreground[i : i + BATCH])
         for i in tqdm(range(0, len(pictures.x), BATCH), desc=pictures.kind, leave=False)
     ]
     seconds = (time.perf_counter() - start) / len(pictures.x)
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, seconds
+    return Scored(pictures, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, seconds)
 
 
-def choose_score(scores: Scores, healthy: Pictures, near: Pictures) -> str:
+def choose_score(healthy: Scored, near: Scored) -> str:
     """The one that tells validation pictures with a sprite from those without best."""
-    (plain, _), (ill, _) = score_all(scores, healthy), score_all(scores, near)
-    return max(plain, key=lambda name: _counts(ill[name], near, plain[name], healthy).statistic(auroc))
+    return max(healthy.scores, key=lambda name: counted(name, near, healthy).statistic(auroc))
 
 
-def _counts(high: FloatArray, anomalous: Pictures, low: FloatArray, healthy: Pictures) -> Counts:
+def counted(name: str, anomalous: Scored, healthy: Scored) -> Counts:
     """By subject: near pictures belong to the healthy ones' subjects, each foreign stack is one of its own."""
-    subjects = sorted({*anomalous.subjects, *healthy.subjects})
+    ill, well = np.array(anomalous.pictures.subjects), np.array(healthy.pictures.subjects)
     values, truths = [], []
-    for subject in subjects:
-        mine, others = np.array(anomalous.subjects) == subject, np.array(healthy.subjects) == subject
+    for subject in sorted({*ill, *well}):
+        mine, others = ill == subject, well == subject
         # A picture without anything in it is not like the healthy ones.
-        both = np.concatenate([high[mine], low[others]])
+        both = np.concatenate([anomalous.scores[name][mine], healthy.scores[name][others]])
         values.append(np.where(np.isnan(both), np.float32(np.inf), both))
         truths.append(np.arange(len(both)) < mine.sum())
     return Counts.of(values, truths)
 
 
-def judge(scores: Scores, chosen: str, healthy: Pictures, anomalous: list[Pictures]) -> dict[str, Any]:
+def judge(chosen: str, healthy: Scored, anomalous: list[Scored]) -> dict[str, Any]:
     """AUROC, AUPRC and false-positive rates of the chosen score on test pictures, by kind."""
-    plain, seconds = score_all(scores, healthy)
-    rows: dict[str, Any] = {"score": chosen, "seconds": seconds, "kinds": {}}
-    for pictures in anomalous:
-        found, _ = score_all(scores, pictures)
-        counts = _counts(found[chosen], pictures, plain[chosen], healthy)
+    rows: dict[str, Any] = {"score": chosen, "seconds": healthy.seconds, "kinds": {}}
+    for found in anomalous:
+        counts = counted(chosen, found, healthy)
         row: dict[str, Any] = {
             "auroc": asdict(interval(counts, auroc)),
             "auprc": asdict(interval(counts, average_precision)),
         }
         row |= {f"fpr{s:g}": counts.statistic(false_positive_rate(s)) for s in SENSITIVITIES}
-        every = {n: _counts(found[n], pictures, plain[n], healthy).statistic(auroc) for n in plain}
-        rows["kinds"][pictures.kind] = row | {"pictures": len(pictures.x), "every_score": every}
+        every = {name: counted(name, found, healthy).statistic(auroc) for name in healthy.scores}
+        rows["kinds"][found.pictures.kind] = row | {"pictures": len(found.pictures.x), "every_score": every}
     return rows

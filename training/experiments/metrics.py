@@ -50,6 +50,16 @@ class Counts:
         both = np.concatenate(rows)
         return cls(both[: len(filled)], both[len(filled) :])
 
+    def coarse(self, bins: int) -> "Counts":
+        """The same in fewer bins, each with about as many of the positives; the lowest bin stays alone.
+
+        What counts is how many negatives lie above each positive: a bin ends right below its positives.
+        """
+        found = self.positive.sum(axis=0)[1:].cumsum()
+        group = np.ceil(found / max(found[-1] if found.size else 0, 1) * bins).astype(np.int64)
+        starts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(group, prepend=-1))])
+        return Counts(np.add.reduceat(self.positive, starts, axis=1), np.add.reduceat(self.negative, starts, axis=1))
+
     def statistic(self, of: Statistic) -> float:
         """Over all subjects together."""
         return of(self.positive.sum(axis=0), self.negative.sum(axis=0))

@@ -4,10 +4,12 @@ import json
 from typing import Any
 
 from training.config import ROOT
+from training.experiments import pages
+from training.experiments.kept import RESULTS, with_provenance
 from training.experiments.methods import OURS
 from training.experiments.opponents import OPPONENTS
+from training.experiments.pages import cell
 
-RESULTS = ROOT / "docs" / "results"
 PAGE = ROOT / "docs" / "RESULTS.md"
 FIGURE = ROOT / "docs" / "figures" / "results.png"
 
@@ -49,11 +51,6 @@ et al. 2018 (CC BY); CT: MedNIST (CC BY-SA 4.0, B. Erickson, Mayo Clinic)."""
 Row = dict[str, Any]
 
 
-def cell(interval: dict[str, float]) -> str:
-    """A number with its interval."""
-    return f"{interval['value']:.2f} ({interval['low']:.2f} to {interval['high']:.2f})"
-
-
 def verdict(behind: dict[str, dict[str, float]] | None) -> str:
     """Ours minus this method's, AUPRC and Dice; bold where an interval is not above zero."""
     if behind is None:
@@ -64,6 +61,11 @@ def verdict(behind: dict[str, dict[str, float]] | None) -> str:
         text = f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
         told.append(text if gap["low"] > 0 else f"**{text}**")
     return ", ".join(told)
+
+
+def version(row: Row) -> str:
+    """With which code a row was measured."""
+    return f"`{row['provenance']['code']}`"
 
 
 def segmentation_tables(document: Row) -> list[str]:
@@ -91,8 +93,8 @@ def budget_table(methods: Row) -> list[str]:
     """What each method cost, and what was chosen for it."""
     own = methods.get(OURS, {}).get("seconds_per_slice")
     lines = [
-        "| method | parameters, millions | ms a slice | times ours | chosen on validation | learnt from |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| method | parameters, millions | ms a slice | times ours | chosen on validation | learnt from | code |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in methods.items():
         opponent = OPPONENTS.get(name.removesuffix("-ensemble"))
@@ -103,7 +105,7 @@ def budget_table(methods: Row) -> list[str]:
         ratio = f"{row['seconds_per_slice'] / own:.2f}" if own else ""
         lines.append(
             f"| {NAMES[name]} | {row['parameters'] / 1e6:.1f} | {row['seconds_per_slice'] * 1e3:.1f} | {ratio} "
-            f"| {chosen} | {budget} |"
+            f"| {chosen} | {budget} | {version(row)} |"
         )
     return lines
 
@@ -124,13 +126,13 @@ def imagewise_tables(document: Row) -> list[str]:
         lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['score']} | {row['seconds'] * 1e3:.1f} |")
     lines += [
         "",
-        "| method | AUPRC of near | false positives at 95 %, 99 %, 99.9 % of near found |",
-        "| --- | --- | --- |",
+        "| method | AUPRC of near | false positives at 95 %, 99 %, 99.9 % of near found | code |",
+        "| --- | --- | --- | --- |",
     ]
     for name, row in methods.items():
         near = row["kinds"]["near"]
         rates = ", ".join(f"{near[f'fpr{s}']:.2f}" for s in ("0.95", "0.99", "0.999"))
-        lines.append(f"| {NAMES[name]} | {cell(near['auprc'])} | {rates} |")
+        lines.append(f"| {NAMES[name]} | {cell(near['auprc'])} | {rates} | {version(row)} |")
     own = methods.get(OURS)
     if own:
         lines += ["", "Every score of Counterpart's:", "", f"| score | {' | '.join(kinds)} |"]
@@ -141,21 +143,24 @@ def imagewise_tables(document: Row) -> list[str]:
     return lines
 
 
+def part_section(part: str, document: Row) -> list[str]:
+    """A part under its title, with what it belongs to."""
+    document = with_provenance(document)
+    table = imagewise_tables if part == "imagewise" else segmentation_tables
+    return [f"## {TITLES[part]}", "", pages.belongs(document["provenance"]), "", *table(document), ""]
+
+
 def write() -> None:
     """The page, from the parts that have been measured."""
+    known = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     lines = [HEAD]
-    for part, title in TITLES.items():
-        path = RESULTS / f"{part}.json"
-        if not path.exists():
-            continue
-        document = json.loads(path.read_text())
-        table = imagewise_tables if part == "imagewise" else segmentation_tables
-        p = document["provenance"]
-        told = (
-            f"{p['bundle']} (`{p['bundle_sha256'][:12]}`), split {p['split']} (`{p['split_sha256'][:12]}`), "
-            f"data `{p['data_sha256'][:12]}`, seed {p['seed']}, code `{p['code']}`, {p['threads']} thread(s)."
-        )
-        lines += [f"## {title}", "", told, "", *table(document), ""]
+    for part in TITLES:
+        if part in known:
+            lines += part_section(part, known[part])
+            if part == "imagewise":
+                lines += pages.reliability_section(known[part]["methods"].get(OURS, {}))
+    lines += pages.curve_section(known.get("curve"))
+    lines += pages.calibration_section(known)
     if FIGURE.exists():
         lines += ["## A dozen slices", "", SHOWN, "", "![Twelve slices](figures/results.png)"]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")

@@ -3,11 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from app.manifest import Manifest
@@ -48,29 +46,6 @@ class Outcome:
     choice: Choice
     seconds_per_slice: float
     parameters: int
-
-    def save(self, path: Path) -> None:
-        """Keep it for another run."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays: dict[str, npt.NDArray[Any]] = {f"positive {k}": c.positive for k, c in self.counts.items()}
-        arrays |= {f"negative {k}": c.negative for k, c in self.counts.items()}
-        arrays |= {f"scan {key} {k}": np.array(v) for k, s in self.per_scan.items() for key, v in s.items()}
-        arrays["facts"] = np.array([self.choice.smoothing, self.seconds_per_slice, self.parameters])
-        np.savez_compressed(path, allow_pickle=False, variant=np.array(self.choice.variant), **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> "Outcome":
-        """What an earlier run kept."""
-        with np.load(path, allow_pickle=False) as kept:
-            kinds = [name.removeprefix("positive ") for name in kept.files if name.startswith("positive ")]
-            counts = {k: Counts(kept[f"positive {k}"], kept[f"negative {k}"]) for k in kinds}
-            scans: dict[str, dict[str, list[float]]] = {k: {} for k in kinds}
-            for name in kept.files:
-                if name.startswith("scan "):
-                    _, key, kind = name.split(" ", 2)
-                    scans[kind][key] = kept[name].tolist()
-            smoothing, seconds, parameters = kept["facts"].tolist()
-            return cls(counts, scans, Choice(str(kept["variant"]), smoothing), seconds, int(parameters))
 
 
 def judged(values: FloatArray, case: Case) -> FloatArray:

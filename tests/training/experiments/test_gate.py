@@ -1,0 +1,64 @@
+"""Large lesions are as large as they say, and the gate is asked as it is served."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from app.manifest import Manifest
+from app.volume import Volume
+from training.config import ROOT
+from training.experiments import gate
+from training.experiments.pages import large_lines
+
+pytestmark = pytest.mark.training
+
+
+def test_a_ball_has_its_volume_and_place() -> None:
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = (-60, -80, -40)
+    grid = np.zeros((60, 70, 60), np.float32)
+    grid[0, 0, 0] = 1
+    found = gate.ball(30.0, Volume(grid, affine))
+    assert found.array.sum() * found.voxel_ml == pytest.approx(30, rel=0.03)
+    centre = np.argwhere(found.array > 0).mean(axis=0) * 2 + affine[:3, 3]
+    assert np.abs(centre - gate.CENTRE_MM).max() < 1
+
+
+def test_the_gate_alone_is_the_gate_that_is_served() -> None:
+    folder = next((ROOT / "models").glob("t1-*"))
+    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    asked = gate.alone(manifest)
+    assert asked.gate == manifest.gate
+    assert asked.kl.timesteps == manifest.kl.timesteps
+    assert asked.kl.threshold > 1e30
+    assert len(asked.views) == 1
+
+
+def rows(refused: int) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [
+        {"subject": f"sub-{i % 4}", "shape": "ball", "truth_ml": 25.0 + i, "outcome": "analysed"} for i in range(20)
+    ]
+    for row in made[:refused]:
+        row["outcome"] = "out_of_distribution"
+    return [*made, {"subject": "sub-0", "shape": "ball", "truth_ml": 19.0, "outcome": "out_of_distribution"}]
+
+
+def test_only_large_lesions_count() -> None:
+    found = gate.summary(rows(refused=4))
+    assert (found["scans"], found["too_small"], found["refused"]) == (20, 1, 4)
+    assert found["share"]["value"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("refused", "told"), [(1, "5%, which is reached"), (4, "5%, which is missed")])
+def test_the_page_compares_with_the_aim(refused: int, told: str) -> None:
+    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    p = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
+    made = rows(refused)
+    page = "\n".join(large_lines({"provenance": p, "summary": gate.summary(made), "rows": made}))
+    assert told in page
+    assert "of 20 healthy test scans with a synthetic lesion of 25 to 44 ml (ball; bright and dark, grade 3)" in page
+    assert f"{refused} are refused" in page
+    assert large_lines(None) == []

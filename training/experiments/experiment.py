@@ -1,0 +1,100 @@
+"""One bundle of the experiments: its networks, all methods that are compared with it, and what numbers belong to."""
+
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from app.runtime.bundle import Bundle, load_bundle
+from training.config import ROOT, Config
+from training.data import data_hash
+from training.experiments import methods
+from training.experiments.cases import Case, Part, for_choices
+from training.experiments.methods import BATCH, OURS, Method
+from training.experiments.opponents import OPPONENTS, bundle_folder, train
+from training.splits import FOLDER, load_split
+
+AUTOENCODERS = ("dense-ae", "spatial-ae", "vae")
+# Healthy validation scans that the transformer's threshold comes from.
+CALIBRATION_SCANS = 4
+
+Document = dict[str, Any]
+
+
+def code_version() -> str:
+    """The commit, and whether anything was changed since."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+    told = subprocess.run(  # noqa: S603
+        [git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, check=False
+    )
+    return told.stdout.decode().strip() or "unknown"
+
+
+class Experiment:
+    """One bundle and all that is compared with it.
+
+    Parameters
+    ----------
+    name : str
+        Of the bundle.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
+        self.bundle: Bundle = load_bundle(bundle_folder(self.config))
+        self.manifest = self.bundle.manifest
+        self.models = self.bundle.models.in_batches(BATCH, lambda _: None)
+        self.choices: list[Case] = []
+
+    def makers(self) -> dict[str, Callable[[], Method]]:
+        """Every method by name, made when it is asked for: an opponent that is not trained yet is trained then."""
+        plain = methods.without_model
+        made: dict[str, Callable[[], Method]] = {
+            OURS: lambda: Method(
+                OURS, "Counterpart", {"": methods.ours(self.models, self.manifest)}, (0.0,), self._size()
+            ),
+            "intensity": lambda: plain(self.config)["intensity"],
+            "mean": lambda: plain(self.config)["mean"],
+            "vqvae": lambda: methods.plain_vqvae(methods.vqvae_networks(self.config)),
+        }
+        made |= {name: partial(self._autoencoder, name) for name in AUTOENCODERS}
+        return made | {name: partial(self._transformer, name) for name in ("transformer", "transformer-ensemble")}
+
+    def _size(self) -> int:
+        networks = methods.vqvae_networks(self.config)
+        return sum(p.numel() for n in (networks.encoder, networks.denoiser, networks.decoder) for p in n.parameters())
+
+    def _autoencoder(self, name: str) -> Method:
+        train(OPPONENTS[name], self.config)
+        return methods.autoencoder(name, self.config)
+
+    def _transformer(self, name: str) -> Method:
+        train(OPPONENTS["transformer"], self.config)
+        healthy = [c.x.copy() for c in self.validation()[:CALIBRATION_SCANS]]
+        return methods.transformers(self.config, methods.vqvae_networks(self.config), healthy)[name]
+
+    def validation(self) -> list[Case]:
+        """What an opponent's post-processing is chosen by; made once."""
+        self.choices = self.choices or for_choices(self.config, self.manifest)
+        return self.choices
+
+    def provenance(self, part: Part = "test") -> Document:
+        """What numbers on a part of the split belong to."""
+        split = load_split(self.config.data.splits)
+        subjects = split.test if part == "test" else split.validation
+        return {
+            "bundle": self.manifest.id,
+            "bundle_sha256": self.bundle.sha256,
+            "data_sha256": data_hash(self.config, subjects),
+            "split": self.config.data.splits,
+            "split_sha256": hashlib.sha256((FOLDER / self.config.data.splits).read_bytes()).hexdigest(),
+            "seed": self.config.seed,
+            "code": code_version(),
+            "threads": torch.get_num_threads(),
+        }
