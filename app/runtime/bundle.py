@@ -28,7 +28,9 @@ ADVICE = "Install the bundle again."
 GOLDEN_TOLERANCE = 2e-3
 # Of the predicted noise, which has unit variance, where the denoiser computes in float16.
 FLOAT16_TOLERANCE = 1e-2
-# Of the predicted noise, where the denoiser's convolutions compute in int8. INT8_COMMENT
+# Where its convolutions compute in int8. Another CPU rounds the float parts in between otherwise, and the last digit
+# decides between two steps of a quantised activation: then half of the pixels move, by up to 0.04 (decision 17). Sums
+# that overflow, or weights that were read wrongly, are off by much more.
 INT8_TOLERANCE = 0.1
 # Share of decoded pixels that may differ more: one latent on the border of two codes flips a patch.
 GOLDEN_FLIPPED = 0.02
@@ -133,7 +135,9 @@ def load_bundle(
     precision: Precision = "int8" if in_int8 else manifest.precision
 
     def opened(file: File) -> Any:
-        check_hash(folder, file, ADVICE)
+        # What the denoiser in int8 has in common with the other one it reads from that one's file.
+        for each in (file, files.denoiser) if file is in_int8 else (file,):
+            check_hash(folder, each, ADVICE)
         path = folder / file.name
         if not fixed:
             # The denoiser is called over and over in between and keeps its memory; the other two let go of theirs.
@@ -148,9 +152,8 @@ def load_bundle(
         return load_extractor(shipped_models() / EXTRACTOR, provider, threads) if alone else None
 
     def not_opened() -> None:
-        # The denoiser in int8 takes from the other one's file what both have in common.
-        for file in (files.denoiser, files.denoiser_int8, files.golden):
-            if file is not None and file is not denoiser:
+        for file in (files.golden, files.denoiser_int8):
+            if file is not None and file is not in_int8:
                 check_hash(folder, file, ADVICE)
 
     networks = (partial(opened, file) for file in (files.encoder, denoiser, files.decoder))

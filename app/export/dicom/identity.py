@@ -80,10 +80,12 @@ def device_uid(report: Report) -> str:
 
 
 def parameters(report: Report) -> dict[str, str]:
-    """What decided the outcome beside the code: bundle, seed, thresholds."""
+    """What decided the outcome beside the code: bundle, precision, seed, thresholds."""
+    precision = {"precision": report.model.precision} if report.model.precision else {}
     return {
         "bundle": report.model.id,
         "bundle_sha256": report.model.sha256,
+        **precision,
         "seed": str(report.model.seed),
         "threshold": f"{report.threshold:.6g}",
         "extent_threshold": f"{report.extent_threshold:.6g}",
