@@ -18,7 +18,17 @@ from training import quantise as module
 from training.config import ROOT, Config
 from training.examine import graph_models
 from training.export import INT8, denoiser_graph, graphs_folder, int8_error, write_int8
-from training.quantise import Healthy, Kept, healthy, kept_layers, noise_error, noise_levels, quantise, share_weights
+from training.quantise import (
+    Feed,
+    Healthy,
+    Kept,
+    healthy,
+    kept_layers,
+    noise_error,
+    noise_levels,
+    quantise,
+    share_weights,
+)
 
 pytestmark = pytest.mark.training
 
@@ -117,7 +127,8 @@ def test_weights_in_common_are_read_from_the_other_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     whole = chain(tmp_path / "denoiser.onnx", {n: wide(rng) for n in ("first", "middle", "last")})
     path = tmp_path / INT8
-    inputs = {"z_t": rng.uniform(-1, 1, (2, WIDE, 4, 4)).astype(np.float32), "t": np.full(2, 10, np.int64)}
+    z_t = rng.uniform(-1, 1, (2, WIDE, 4, 4)).astype(np.float32)
+    inputs: Feed = {"z_t": z_t, "t": np.full(2, 10, np.int64)}
     quantise(whole, path, [inputs], Kept(1, 1))
     before, alone = path.stat().st_size, as_callable(open_session(path, "cpu", 1))(*inputs.values())
     share_weights(path, whole)
@@ -130,7 +141,7 @@ WIDE = 64
 
 
 def wide(rng: np.random.Generator) -> npt.NDArray[np.float32]:
-    return rng.standard_normal((WIDE, WIDE), dtype=np.float32) / WIDE
+    return rng.standard_normal((WIDE, WIDE), dtype=np.float32) / np.float32(WIDE)
 
 
 # ---- the stages --------------------------------------------------------------------------------
