@@ -135,6 +135,7 @@ def infer(
         id=manifest.id,
         sha256=bundle.sha256,
         provider=bundle.provider,
+        precision=bundle.precision,
         seed=manifest.seed if request.seed is None else request.seed,
         licence=manifest.licence.licence,
         choice=ModelChoice(by=choice.by, sure=not choice.doubt, doubt=choice.doubt or None),

@@ -135,7 +135,9 @@ def check_bundles(settings: Settings) -> Iterator[Check]:
             yield Check(name, "fail", f"{error.code}: {error.found}", error.advice)
             continue
         seconds = time.perf_counter() - start
-        yield Check(name, "ok", f"hashes, {bundle.provider} session and golden pair in {seconds:.1f} s")
+        yield Check(
+            name, "ok", f"hashes, {bundle.provider} session in {bundle.precision} and golden pair in {seconds:.1f} s"
+        )
 
 
 def check_store(settings: Settings) -> Check:

@@ -4,6 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# In which a denoiser computes, its convolutions above all; its inputs and outputs are float32.
+Precision = Literal["float32", "float16", "int8"]
+
 
 class Part(BaseModel):
     """A frozen part of a manifest; an unknown field, or a number that is none, is an error, not a surprise."""
@@ -191,6 +194,11 @@ class File(Part):
 class Files(Part):
     encoder: File
     denoiser: File
+    denoiser_int8: File | None = Field(
+        default=None,
+        description="On a CPU, in place of the denoiser: the same, its convolutions in int8; thresholds were "
+        "calibrated with it.",
+    )
     decoder: File
     golden: File
 
@@ -270,7 +278,8 @@ class Manifest(Part):
     licence: Licence
     provenance: Provenance
     precision: Literal["float32", "float16"] = Field(
-        default="float32", description="In which the denoiser computes; its inputs and outputs are float32."
+        default="float32",
+        description="In which `files.denoiser` computes; its inputs and outputs are float32.",
     )
 
     @property
@@ -303,6 +312,8 @@ class Manifest(Part):
             raise ValueError("the gate needs one range for each of its time steps")
         if self.preparation.window is not None and self.modality != "CT":
             raise ValueError("a window is in Hounsfield units, which only a CT has")
+        if self.precision == "float16" and self.files.denoiser_int8 is not None:
+            raise ValueError("a bundle in float16 has no denoiser in int8")
         if any(side % self.latent.downsampling for side in self.preparation.shape):
             raise ValueError("the slice shape must be a multiple of the down-sampling")
         return self

@@ -11,7 +11,6 @@ from app.ingest import read
 from app.pipeline.prepare import to_slices
 from app.runtime.bundle import load_bundle
 from benchmarks.ceiling import Ceiling
-from benchmarks.int8 import int8_graphs
 from training.config import Config
 
 
@@ -50,7 +49,7 @@ class Switch:
         return {"name": self.name, "reason": self.reason, "predicted": self.predicted, **timed}
 
 
-def measure_gains(folder: Path, config: Path, scan: Path, repeats: int, *, with_int8: bool) -> list[dict[str, Any]]:
+def measure_gains(folder: Path, config: Path, scan: Path, repeats: int) -> list[dict[str, Any]]:
     """Every switch, one after the other.
 
     Parameters
@@ -61,8 +60,6 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int, *, with_
         That it was trained by.
     scan : Path
     repeats : int
-    with_int8 : bool
-        Whether the denoiser in int8 is one of them.
     """
     from benchmarks import switches
     from benchmarks.bench import Bench
@@ -70,13 +67,12 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int, *, with_
 
     bundle = load_bundle(folder)
     gigaflop = network_gigaflops(folder, Config.load(config))["denoise"]
-    quantised = int8_graphs(folder, config)["denoiser"] if with_int8 else None
     with TemporaryDirectory() as scratch:
         volume = read(scan, scratch=Path(scratch)).volume
         bench = Bench(bundle, to_slices(volume, bundle.manifest.preparation))
         kinds: tuple[Iterable[Switch], ...] = (
             switches.skips(bench),
-            switches.evaluations(bench, gigaflop, Ceiling().time(), quantised),
+            switches.evaluations(bench, gigaflop, Ceiling().time()),
             switches.files(bench, Path(scratch)),
             switches.imports(),
         )

@@ -195,7 +195,7 @@ def measure(options: argparse.Namespace, tell: Callable[[str], None]) -> dict[st
         "batch": options.batch,
         "threads": torch.get_num_threads(),
     }
-    reference = load_bundle(options.bundle, "cpu")
+    reference = load_bundle(options.bundle, "cpu", quantised=False)
     document["reference"], expected = run(reference, options.scan, 1)
     tell(f"{'onnxruntime on the CPU':45} {document['reference']['median']:7.3f} s")
     document["variants"] = []

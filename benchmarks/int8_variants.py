@@ -6,6 +6,7 @@ validation slices, and accuracy on synthetic lesions.
 
 import argparse
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,26 +14,53 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from app.pipeline.models import Denoise
 from app.runtime.bundle import Bundle, load_bundle
-from benchmarks import int8
-from benchmarks.int8 import CALLS, Feed, Healthy, Kept, Settings
+from app.runtime.session import as_callable, open_session
+from benchmarks.accuracy import judge
 from benchmarks.rows import ROWS, SERVICE
 from benchmarks.run import SCAN, machine, newest_bundle
 from benchmarks.statistics import Summary
 from benchmarks.worker import Job, Measured
 from training.config import ROOT, Config, data_root
+from training.quantise import KEPT, Feed, Healthy, Kept, healthy, noise_error, quantise
 
 BATCH, REPEATS = 16, 9
-SUBJECTS, SLICES = 4, 4
+VALIDATION_SLICES = 16
+CALLS = {"encoder": "encode", "denoiser": "denoise", "decoder": "decode"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a bundle is quantised: its convolutions, for everything between them stays float32.
+
+    Attributes
+    ----------
+    encoder, denoiser, decoder : Kept or None
+        None leaves the whole network in float32.
+    method : str
+        Of onnxruntime's calibration: MinMax, Percentile or Entropy.
+    """
+
+    encoder: Kept | None = None
+    denoiser: Kept | None = KEPT
+    decoder: Kept | None = None
+    method: str = "MinMax"
+
+    @property
+    def networks(self) -> dict[str, Kept]:
+        """Those in int8."""
+        asked = {"encoder": self.encoder, "denoiser": self.denoiser, "decoder": self.decoder}
+        return {name: kept for name, kept in asked.items() if kept is not None}
+
+
 VARIANTS: dict[str, Settings | None] = {
     "float32": None,
-    "denoiser, 1 + 1 layers kept": Settings(None, Kept(1, 1), None),
-    "denoiser, 1 + 1, percentile": Settings(None, Kept(1, 1), None, method="Percentile"),
-    "denoiser, 1 + 4": Settings(None, Kept(1, 4), None),
-    "denoiser, 4 + 7": Settings(None, Kept(4, 7), None),
-    "denoiser 1 + 4, encoder 1 + 1": Settings(decoder=None),
-    "all three: 1 + 4, 1 + 1, 1 + 1": Settings(),
+    "denoiser, 1 + 1 layers kept": Settings(denoiser=Kept(1, 1)),
+    "denoiser, 1 + 1, percentile": Settings(denoiser=Kept(1, 1), method="Percentile"),
+    "denoiser, 1 + 4": Settings(denoiser=Kept(1, 4)),
+    f"denoiser, {KEPT.first} + {KEPT.last}: as served": Settings(),
+    f"denoiser {KEPT.first} + {KEPT.last}, encoder 1 + 1": Settings(encoder=Kept(1, 1)),
+    f"all three: {KEPT.first} + {KEPT.last}, 1 + 1, 1 + 1": Settings(encoder=Kept(1, 1), decoder=Kept(1, 1)),
 }
 HEADS = ("variant", "encode, ms", "denoise, ms", "decode, ms", "error of the noise", "best Dice", "AUPRC", "refused")
 EXPLAINED = """`1 + 4`: the first convolution and the last four stay float32, as does all that is no convolution.
@@ -40,6 +68,17 @@ Milliseconds of one evaluation of 16 slices: median, least and largest of nine i
 squared difference of the noise predicted for healthy validation slices from float32's, as a share of float32's own
 error, at the noise level of the KL map and the worst one. Accuracy as in `benchmarks`; a refused case counts as
 empty.""".replace("\n", " ")
+
+
+def in_int8(exact: Bundle, settings: Settings, seen: Healthy, folder: Path) -> Bundle:
+    """The bundle, with some of its networks quantised into a folder."""
+    folder.mkdir()
+    calls = {}
+    for name, kept in settings.networks.items():
+        path = folder / f"{name}.onnx"
+        quantise(exact.folder / getattr(exact.manifest.files, name).name, path, seen.feeds(name), kept, settings.method)
+        calls[CALLS[name]] = as_callable(open_session(path, exact.provider))
+    return replace(exact, models=replace(exact.models, **calls))
 
 
 def batch_of(feeds: list[Feed]) -> list[Any]:
@@ -63,22 +102,11 @@ def milliseconds(bundles: dict[str, Bundle], seen: Healthy) -> dict[str, dict[st
     return found
 
 
-def noise_error(denoise: Denoise, exact: Denoise, seen: Healthy) -> dict[int, float]:
-    """Squared difference from float32's noise as a share of float32's own squared error, by noise level."""
-    added: dict[int, list[float]] = {}
-    own: dict[int, list[float]] = {}
-    for z_t, t, epsilon in zip(seen.z_t, seen.t, seen.epsilon, strict=True):
-        expected = exact(z_t, t)
-        added.setdefault(int(t[0]), []).append(float(np.mean((denoise(z_t, t) - expected) ** 2)))
-        own.setdefault(int(t[0]), []).append(float(np.mean((expected - epsilon) ** 2)))
-    return {t: float(np.mean(added[t]) / np.mean(own[t])) for t in added}
-
-
 def judged(bundle: Bundle, job: Job) -> dict[str, Any]:
     """Accuracy of a variant, in this process."""
     measured = Measured(next(row for row in ROWS if row.name == SERVICE), job)
     measured.whole(bundle.models)
-    return int8.judge_both(measured)
+    return judge(measured)
 
 
 def line(name: str, times: dict[str, Summary], errors: dict[int, float], kl: int, found: dict[str, Any]) -> str:
@@ -100,14 +128,13 @@ def main() -> None:
     folder = options.bundle or newest_bundle(config.name)
     scan = data_root() / config.data.folder / config.data.pattern.format(subject=SCAN)
     job = Job(folder, options.config, scan, cases=options.cases)
-    exact = load_bundle(folder)
-    seen = int8.healthy(exact, options.config, "validation", SUBJECTS, SLICES)
-    with TemporaryDirectory() as cache:
+    exact = load_bundle(folder, quantised=False)
+    trained = healthy(config, exact.models.encode, "train")
+    seen = healthy(config, exact.models.encode, "validation", VALIDATION_SLICES)
+    with TemporaryDirectory() as made:
         bundles = {
-            name: int8.in_int8(exact, int8.int8_graphs(folder, options.config, settings, Path(cache)))
-            if settings
-            else exact
-            for name, settings in tqdm(VARIANTS.items(), desc="quantising")
+            name: in_int8(exact, settings, trained, Path(made, str(number))) if settings else exact
+            for number, (name, settings) in enumerate(tqdm(VARIANTS.items(), desc="quantising"))
         }
         times = milliseconds(bundles, seen)
         kl = exact.manifest.kl.timesteps[0]

@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from benchmarks.ceiling import Ceiling
 from benchmarks.gains import measure_gains
-from benchmarks.int8 import int8_graphs
 from benchmarks.missing import Missing
 from benchmarks.profile import measure_profile
-from benchmarks.rows import INT8, SERVED, Row
+from benchmarks.rows import SERVED, Row
 from benchmarks.scaling import measure_scaling
 from benchmarks.series import make_series
 from benchmarks.served import fresh
@@ -69,9 +68,6 @@ def apart(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
 def measure_rows(plan: Plan) -> Found:
     """Every row, the ceiling and the start, once each turn."""
     job = plan.job
-    if INT8 in (row.name for row in plan.rows):
-        # Made here, so that calibration is in no row's start or memory.
-        apart(int8_graphs, job.bundle, job.config)
     workers: dict[str, Worker] = {}
     try:
         for row in tqdm(plan.rows, desc="starting rows"):
@@ -120,9 +116,8 @@ def measure_operators(plan: Plan) -> Found:
 
 def measure_switches(plan: Plan) -> Found:
     """The gains."""
-    job, with_int8 = plan.job, any(row.name == INT8 for row in plan.rows)
-    found = apart(measure_gains, job.bundle, job.config, job.scan, plan.repeats, with_int8=with_int8)
-    return {"gains": found}
+    job = plan.job
+    return {"gains": apart(measure_gains, job.bundle, job.config, job.scan, plan.repeats)}
 
 
 def measure_volume(plan: Plan) -> Found:

@@ -15,8 +15,11 @@ from app.manifest import Manifest
 from app.runtime.bundle import CPU_BATCH, read_manifest
 
 RUNS = 8
+IN_INT8 = "QLinearConv"
 # Megabytes that are copied to find the memory's speed: many times the caches.
 COPIED = 256
+# Which input of a convolution holds its weights; in int8 its other inputs' scales and zero points stand before.
+WEIGHTS = {"Conv": 1, IN_INT8: 3}
 
 
 def memory_gigabytes() -> float:
@@ -85,8 +88,9 @@ def operations(call: dict[str, Any]) -> float:
     inputs, outputs = _shapes(call, "input"), _shapes(call, "output")
     if not outputs or not inputs:
         return 0.0
-    if call["op_name"] == "Conv" and len(inputs) > 1:
-        return 2 * float(np.prod(outputs[0])) * float(np.prod(inputs[1][1:]))
+    weights = WEIGHTS.get(call["op_name"])
+    if weights is not None and len(inputs) > weights:
+        return 2 * float(np.prod(outputs[0])) * float(np.prod(inputs[weights][1:]))
     if any(word in call["op_name"] for word in ("MatMul", "Gemm", "Einsum")):
         # Weights that were packed beforehand have no shape here: each input value meets every column of the output.
         return 2.0 * float(np.prod(inputs[0])) * outputs[0][-1]
@@ -98,9 +102,9 @@ def _shapes(call: dict[str, Any], side: str) -> list[list[int]]:
 
 
 def measure_profile(folder: Path) -> dict[str, Any]:
-    """Each network of a bundle, and the memory's speed."""
+    """Each network of a bundle as it is served, and the memory's speed."""
     manifest = read_manifest(folder)
     wanted = feeds(manifest)
-    files = {name: folder / getattr(manifest.files, name).name for name in wanted}
-    found = {name: profile_network(path, wanted[name]) for name, path in files.items()}
+    served = manifest.files.model_copy(update={"denoiser": manifest.files.denoiser_int8 or manifest.files.denoiser})
+    found = {name: profile_network(folder / getattr(served, name).name, feed) for name, feed in wanted.items()}
     return {"networks": found, "memory": memory_gigabytes(), "batch": CPU_BATCH}

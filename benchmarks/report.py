@@ -110,7 +110,7 @@ def _profile(document: dict[str, Any]) -> list[str]:
         "caches hold some. An operator that reaches half of a ceiling is called bound by it; one that "
         "reaches neither waits for its threads, or has too little work to fill them."
     )
-    return [*profile_table(found, ceilings(ceiling)["float32"]), "", after]
+    return [*profile_table(found, ceilings(ceiling)), "", after]
 
 
 def _gains(document: dict[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ class Row:
     costly: bool = False
 
 
-SERVICE, INT8, OWN, TRANSFORMER = "service", "service-int8", "torch-own", "transformer"
+SERVICE, FLOAT32, OWN, TRANSFORMER = "service", "service-float32", "torch-own", "transformer"
 # As many as `training.experiments.transformer` has, which imports torch.
 ENSEMBLE, MEMBERS = "transformer-ensemble", 4
 # Names say it: of the published size, the known codes fed at once, an ensemble.
@@ -50,11 +50,11 @@ PUBLISHED_ENSEMBLE, PUBLISHED_MEMBERS = "transformer-published-ensemble", 8
 PUBLISHED_KNOWN_ENSEMBLE = "transformer-published-known-ensemble"
 DDIM, ANCESTRAL = "200 KL + 50 DDIM steps", "200 KL + 500 ancestral steps"
 # Measured as served, through onnxruntime.
-SERVED = (SERVICE, INT8)
+SERVED = (SERVICE, FLOAT32)
 
 ROWS = (
     Row(SERVICE, "this service (onnxruntime)", None, 16, trained=True),
-    Row(INT8, "this service in int8", None, 16, trained=True),
+    Row(FLOAT32, "this service in float32", None, 16, trained=True),
     Row(OWN, "the service's method in torch", None, 16, trained=True),
     Row("ddim-batch", f"the paper, {DDIM}, torch, batched", 16, 16, trained=True, every=10),
     Row("ddim-slice", f"the paper, {DDIM}, torch, slice by slice", 4, 1, True, "ddim-batch", every=10),

@@ -15,11 +15,12 @@ import numpy as np
 from packaging.version import Version
 
 import app
+from app.runtime.bundle import read_manifest
 from benchmarks.figures import draw_scaling, draw_waterfall
 from benchmarks.missing import Missing
 from benchmarks.parts import PARTS, Found, Plan
 from benchmarks.report import render
-from benchmarks.rows import INT8, ROWS, Row
+from benchmarks.rows import FLOAT32, ROWS, Row
 from benchmarks.worker import Job
 from training.config import ROOT, Config, data_root
 
@@ -90,11 +91,14 @@ def make_plan(options: argparse.Namespace, data: Path) -> tuple[Plan, list[str]]
         )
     bundle = options.bundle or newest_bundle(config.name)
     rows, cases, notes = chosen_rows(options.rows), 0 if options.quick else options.cases, []
+    if read_manifest(bundle).files.denoiser_int8 is None:
+        rows = [row for row in rows if row.name != FLOAT32]
+        notes.append("The bundle has no denoiser in int8: the service computes in float32, and has one row.")
     if not healthy.is_dir():
-        rows, cases = [row for row in rows if row.name != INT8], 0
+        cases = 0
         notes.append(
-            f"The data of the configuration ({config.data.folder}) is not here: int8, which is calibrated on it, and "
-            "accuracy, which is judged on it, are not measured."
+            f"The data of the configuration ({config.data.folder}) is not here: accuracy, which is judged on it, is "
+            "not measured."
         )
     sample, repeats = (1, 1) if options.quick else (options.sample, options.repeats)
     try:

@@ -13,7 +13,6 @@ import numpy as np
 from app.export.nifti import write_nifti
 from app.pipeline.detect import network_evaluations
 from app.runtime.bundle import CPU_BATCH, load_bundle
-from app.runtime.session import as_callable, open_session
 from benchmarks.bench import THINNED, Bench
 from benchmarks.gains import Switch
 from benchmarks.paper import DDIM_50
@@ -66,11 +65,11 @@ def skips(bench: Bench) -> Iterator[Switch]:
     )
 
 
-def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float], quantised: Path | None) -> Iterator[Switch]:
-    """How the denoiser is evaluated, on one batch."""
+def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float]) -> Iterator[Switch]:
+    """How the denoiser is evaluated, on one batch: in float32, and last in int8, where the bundle has that."""
     folder, manifest, cores = bench.bundle.folder, bench.bundle.manifest, len(os.sched_getaffinity(0))
     feed = feeds(manifest)["denoiser"]
-    inputs, denoise = tuple(feed.values()), bench.bundle.models.denoise
+    inputs, denoise = tuple(feed.values()), load_bundle(folder, quantised=False).models.denoise
     path = folder / manifest.files.denoiser.name
     work = gigaflop / ceiling["float32"]
 
@@ -85,7 +84,7 @@ def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float], quanti
         lambda: [denoise(*(a[i : i + 1] for a in inputs)) for i in range(CPU_BATCH)],
         batch(denoise),
     )
-    alone = load_bundle(folder, "cpu", 1).models.denoise
+    alone = load_bundle(folder, "cpu", 1, quantised=False).models.denoise
     yield Switch(f"{cores} threads, not one", "the number of cores", float(cores), batch(alone), batch(denoise))
     plain = without_layout(path)
     yield Switch(
@@ -95,16 +94,16 @@ def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float], quanti
         lambda: plain.run(None, feed),
         batch(denoise),
     )
-    if quantised:
+    if manifest.files.denoiser_int8 is not None:
         profile = profile_network(path, feed)
         share = sum(o["seconds"] for o in profile if o["operator"] == "Conv") / sum(o["seconds"] for o in profile)
         faster = ceiling["int8"] / ceiling["float32"]
         yield Switch(
-            "the denoiser's convolutions in int8 (kept only where the verdict above says so)",
+            "the denoiser's convolutions in int8",
             f"Amdahl: {share:.0%} of its time are convolutions, and the int8 ceiling is {faster:.1f} times float32's",
             1 / (1 - share + share / faster),
             batch(denoise),
-            batch(as_callable(open_session(quantised, "cpu"))),
+            batch(bench.bundle.models.denoise),
         )
 
 

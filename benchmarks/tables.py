@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bars import other_seconds, told, volume_seconds, warm_seconds
+from benchmarks.profile import IN_INT8
 from benchmarks.rows import ROWS, SERVICE, TRANSFORMER, Row, kind_of
 from benchmarks.statistics import Summary, ratio
 from benchmarks.trace import ORDER, RECEIVE
@@ -135,15 +136,15 @@ def phase_table(found: dict[str, Any], received: float | None) -> list[str]:
     return table(heads, lines)
 
 
-def profile_table(found: dict[str, Any], most: float) -> list[str]:
+def profile_table(found: dict[str, Any], most: dict[str, float]) -> list[str]:
     """Kinds of operator of each network, and what bounds each.
 
     Parameters
     ----------
     found : dict
         The profile.
-    most : float
-        The float32 ceiling, GFLOP/s.
+    most : dict of str to float
+        The ceilings of float32 and of int8, GFLOP/s.
     """
     lines = []
     for network, operators in found["networks"].items():
@@ -151,7 +152,8 @@ def profile_table(found: dict[str, Any], most: float) -> list[str]:
         large = [o for o in operators if o["seconds"] >= LEAST_SHARE * whole]
         for o in large:
             flops, moved = o["gigaflop"] / o["seconds"], o["gigabytes"] / o["seconds"]
-            shares = {"arithmetic": flops / most, "memory": moved / found["memory"]}
+            ceiling = most["int8" if o["operator"] == IN_INT8 else "float32"]
+            shares = {"arithmetic": flops / ceiling, "memory": moved / found["memory"]}
             told_ = [f"{flops:.0f}, {shares['arithmetic']:.0%}" if flops else NOTHING, f"{moved:.1f}"]
             lines.append([network, o["operator"], f"{o['seconds'] / whole:.0%}", *told_, _bound(shares)])
         rest = whole - sum(o["seconds"] for o in large)

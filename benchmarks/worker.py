@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import INT8, SERVED, Row
+from benchmarks.rows import FLOAT32, SERVED, Row
 
 KIB = 1024
 
@@ -56,11 +56,7 @@ class Measured:
         with TemporaryDirectory() as scratch:
             self.volume = read(job.scan, scratch=Path(scratch)).volume
         if row.name in SERVED:
-            bundle = load_bundle(job.bundle)
-            if row.name == INT8:
-                from benchmarks.int8 import in_int8, int8_graphs
-
-                bundle = in_int8(bundle, int8_graphs(job.bundle, job.config))
+            bundle = load_bundle(job.bundle, quantised=row.name != FLOAT32)
             self.manifest, models = bundle.manifest, bundle.models
         else:
             from benchmarks.methods import Peers
@@ -124,10 +120,8 @@ class Measured:
 
     def accuracy(self) -> dict[str, Any]:
         """Best-achievable Dice and AUPRC of each case, where the weights are trained."""
-        if self.row.name == INT8:
-            from benchmarks.int8 import judge_both as judge
-        else:
-            from benchmarks.accuracy import judge
+        from benchmarks.accuracy import judge
+
         return judge(self)
 
 

@@ -163,6 +163,7 @@ def test_the_report_says_where_it_comes_from(bundle: Bundle, done: tuple[Path, R
         "id": "tiny-0.0.1",
         "sha256": bundle.sha256,
         "provider": "cpu",
+        "precision": "float32",
         "seed": bundle.manifest.seed,
         "licence": "Apache-2.0",
         "choice": {

@@ -44,6 +44,20 @@ def test_a_manifest_from_before_heads_were_fitted_is_read() -> None:
     assert before.licence.non_commercial is False
 
 
+def test_a_manifest_from_before_int8_is_read() -> None:
+    before = reread(lambda m: m["files"].pop("denoiser_int8"))
+    assert before == tiny_manifest()
+    assert before.files.denoiser_int8 is None
+
+
+def test_float16_has_no_int8_beside_it() -> None:
+    other = {"name": "denoiser.int8.onnx", "sha256": "0" * 64}
+    made = reread(lambda m: m["files"].update(denoiser_int8=other))
+    assert made.files.denoiser_int8 is not None
+    with pytest.raises(ValidationError, match="a bundle in float16 has no denoiser in int8"):
+        reread(lambda m: (m["files"].update(denoiser_int8=other), m.update(precision="float16")))
+
+
 def test_a_head_may_be_fitted() -> None:
     fit = reread(lambda m: m["preparation"].update(fit=FIT)).preparation.fit
     assert fit is not None

@@ -12,12 +12,17 @@ from app.runtime.bundle import CARD, MANIFEST, load_bundle
 from training.calibrate import calibration_path
 from training.card import write_card
 from training.config import ROOT, Config
-from training.export import check_parity, graphs_folder, trained_networks
+from training.export import INT8, check_parity, graphs_folder, trained_networks
 from training.figures import draw_curves, draw_validation
 from training.splits import load_split
 
 FILES = {"encoder": "encoder.onnx", "denoiser": "denoiser.onnx", "decoder": "decoder.onnx", "golden": "golden.npz"}
 MAX_BYTES = 25_000_000
+
+
+def bundle_files(config: Config) -> dict[str, str]:
+    """Names of the files of a bundle, by their part in its manifest."""
+    return FILES | ({"denoiser_int8": INT8} if config.export.int8 else {})
 
 
 def sha256(path: Path) -> str:
@@ -44,7 +49,7 @@ def make_manifest(config: Config, folder: Path, provenance: dict[str, dict[str, 
             "seed": config.seed,
             "views": config.detection.views,
             **calibrated,
-            "files": Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in FILES.items()}),
+            "files": Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in bundle_files(config).items()}),
             "licence": Licence(
                 data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial
             ),
@@ -70,7 +75,8 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
     parity = check_parity(config, networks, graphs_folder(config))
     folder = models / f"{config.name}-{config.version}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES.values():
+    (folder / INT8).unlink(missing_ok=True)
+    for name in bundle_files(config).values():
         shutil.copyfile(graphs_folder(config) / name, folder / name)
     manifest = make_manifest(config, folder, provenance)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")

@@ -111,6 +111,7 @@ class DenoiserConfig(Part):
 
 class ExportConfig(Part):
     averaged: bool = Field(description="Whether the averaged weights of the denoiser are served, or its last ones.")
+    int8: bool = Field(default=False, description="Whether it computes in int8 on a CPU (`training.quantise`).")
 
 
 class DetectionConfig(Part):

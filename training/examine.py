@@ -17,7 +17,7 @@ from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray, Volume
 from training.config import Config
 from training.data import HealthyScan
-from training.export import graphs_folder
+from training.export import denoiser_graph, graphs_folder
 
 BATCH = 16
 
@@ -63,11 +63,10 @@ class Examined:
 
 
 def graph_models(config: Config) -> Models:
-    """The exported graphs: thresholds come from what will be served."""
+    """The exported graphs: thresholds come from what will be served, in int8 where a CPU gets that."""
     folder = graphs_folder(config)
-    encode, denoise, decode = (
-        as_callable(open_session(folder / f"{name}.onnx", "cpu")) for name in ("encoder", "denoiser", "decoder")
-    )
+    paths = (folder / "encoder.onnx", denoiser_graph(config), folder / "decoder.onnx")
+    encode, denoise, decode = (as_callable(open_session(path, "cpu")) for path in paths)
     return Models(encode, denoise, decode).in_batches(BATCH, lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: trained networks -> ONNX graphs that give the same numbers."""
+"""Stage 3: trained networks -> ONNX graphs that give the same numbers; for CPUs, a denoiser in int8 that is near."""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import nn
 
 from app.pipeline.schedule import Schedule
-from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_TOLERANCE
+from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_INT8, GOLDEN_TOLERANCE
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray
 from training.config import Config
@@ -20,19 +20,30 @@ from training.data import UINT16_MAX, cached_slices
 from training.latents import load_vqvae
 from training.loop import load_modules
 from training.networks import Decode, Encode, build_denoiser
+from training.quantise import KEPT, healthy, noise_error, quantise, share_weights
 
 OPSET = 18
 PARITY_SLICES = 16
+INT8 = "denoiser.int8.onnx"
+# Error of the noise that int8 may add to float32's own, squared: thresholds are the same for both.
+MOST_INT8_ERROR = 0.01
 GRAPHS = {"encoder": (("x",), "z0"), "denoiser": (("z_t", "t"), "epsilon"), "decoder": (("z0",), "x")}
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest difference between onnxruntime and torch on real validation slices."""
+    """Largest difference between onnxruntime and torch on real validation slices.
+
+    Attributes
+    ----------
+    int8 : float or None
+        Of the denoiser in int8: what it adds to the squared error of the noise, as a share of float32's own.
+    """
 
     encoder: float
     denoiser: float
     decoder_flipped: float
+    int8: float | None = None
 
 
 def trained_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, dict[str, str]]]:
@@ -54,6 +65,11 @@ def trained_networks(config: Config) -> tuple[dict[str, nn.Module], dict[str, di
 def graphs_folder(config: Config) -> Path:
     """Where the exported graphs wait for the bundle."""
     return config.run_folder / "onnx"
+
+
+def denoiser_graph(config: Config) -> Path:
+    """The denoiser that a CPU is served."""
+    return graphs_folder(config) / (INT8 if config.export.int8 else "denoiser.onnx")
 
 
 def write_graph(name: str, network: nn.Module, example: tuple[torch.Tensor, ...], path: Path) -> None:
@@ -104,6 +120,41 @@ def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, np.
     return {"x": x, "z0": z0, "z_t": z_t, "t": t, "epsilon": epsilon, "decoded": decoded}
 
 
+def write_int8(config: Config) -> None:
+    """Quantise the exported denoiser, where the configuration asks for it."""
+    folder, target = graphs_folder(config), graphs_folder(config) / INT8
+    if not config.export.int8:
+        target.unlink(missing_ok=True)
+        return
+    encode = as_callable(open_session(folder / "encoder.onnx", "cpu"))
+    quantise(folder / "denoiser.onnx", target, healthy(config, encode, "train").feeds("denoiser"), KEPT)
+    share_weights(target, folder / "denoiser.onnx")
+
+
+def int8_error(config: Config) -> float | None:
+    """As of `Parity`, at the worst noise level of serving; fail above the stated share.
+
+    Raises
+    ------
+    SystemExit
+        int8 is another denoiser.
+    """
+    if not config.export.int8:
+        return None
+    folder = graphs_folder(config)
+    encode, exact, denoise = (
+        as_callable(open_session(path, "cpu"))
+        for path in (folder / "encoder.onnx", folder / "denoiser.onnx", denoiser_graph(config))
+    )
+    worst = max(noise_error(denoise, exact, healthy(config, encode, "validation", PARITY_SLICES)).values())
+    if worst > MOST_INT8_ERROR:
+        raise SystemExit(
+            f"In int8 the denoiser adds {worst:.1%} to the error of the noise; at most {MOST_INT8_ERROR:.0%} may be "
+            "served: keep more convolutions in float32 (`training.quantise.KEPT`)."
+        )
+    return worst
+
+
 def check_parity(config: Config, networks: dict[str, nn.Module], folder: Path) -> Parity:
     """Compare onnxruntime with torch on real validation slices; fail above the stated tolerance.
 
@@ -132,6 +183,7 @@ def check_parity(config: Config, networks: dict[str, nn.Module], folder: Path) -
         encoder=worst(run["encoder"](x), z0),
         denoiser=worst(run["denoiser"](z_t, t), epsilon),
         decoder_flipped=float(np.mean(np.abs(run["decoder"](z0) - decoded) > GOLDEN_TOLERANCE)),
+        int8=int8_error(config),
     )
     if max(parity.encoder, parity.denoiser) > GOLDEN_TOLERANCE or parity.decoder_flipped > GOLDEN_FLIPPED:
         raise SystemExit(f"onnxruntime {onnxruntime.__version__} and torch {torch.__version__} disagree: {parity}")
@@ -139,7 +191,7 @@ def check_parity(config: Config, networks: dict[str, nn.Module], folder: Path) -
 
 
 def export(config: Config) -> Parity:
-    """Write the three graphs and the golden pair, and compare them with torch."""
+    """Write the graphs and the golden pair, and compare them with torch."""
     networks, _ = trained_networks(config)
     golden = golden_pair(config, networks)
     folder = graphs_folder(config)
@@ -147,6 +199,9 @@ def export(config: Config) -> Parity:
     for name, (inputs, _) in GRAPHS.items():
         example = tuple(torch.from_numpy(golden[i]) for i in inputs)
         write_graph(name, networks[name], example, folder / f"{name}.onnx")
+    write_int8(config)
+    if config.export.int8:
+        golden[GOLDEN_INT8] = as_callable(open_session(denoiser_graph(config), "cpu"))(golden["z_t"], golden["t"])
     np.savez_compressed(folder / "golden.npz", allow_pickle=False, **golden)
     return check_parity(config, networks, folder)
 

@@ -1,7 +1,7 @@
 """`python -m training.float16 models/t1-1.3.0 -o FOLDER`: the same bundle for a GPU, its denoiser in float16.
 
 Inputs and outputs stay float32, and so do encoder and decoder: they are a hundredth of the work, and in float16 one
-latent in ten would fall on another code. Thresholds stay those of the float32 bundle.
+latent in ten would fall on another code. Thresholds stay those of the bundle; a denoiser in int8 is left out.
 """
 
 import argparse
@@ -32,11 +32,13 @@ def convert(bundle: Path, out: Path) -> Path:
     name = manifest.name + SUFFIX
     folder = out / f"{name}-{manifest.version}"
     shutil.copytree(bundle, folder)
+    if (in_int8 := manifest.files.denoiser_int8) is not None:
+        (folder / in_int8.name).unlink()
     path = folder / manifest.files.denoiser.name
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # of weights too small for float16
         onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
     denoiser = manifest.files.denoiser.model_copy(update={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
-    files = manifest.files.model_copy(update={"denoiser": denoiser})
+    files = manifest.files.model_copy(update={"denoiser": denoiser, "denoiser_int8": None})
     written = Manifest.model_validate(
         manifest.model_copy(update={"name": name, "files": files, "precision": "float16"}).model_dump()
     )

@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field
 
 from app import __version__
-from app.manifest import Manifest, Part, Range
+from app.manifest import Manifest, Part, Precision, Range
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import Result
 from app.volume import Scan
@@ -30,6 +30,9 @@ class ModelUsed(Part):
     id: str
     sha256: str = Field(description="Of the bundle's manifest, which holds the hashes of its files.")
     provider: str
+    precision: Precision | None = Field(
+        default=None, description="In which the denoiser computed. Null in a report of an older version."
+    )
     seed: int
     licence: str
     choice: ModelChoice | None = Field(default=None, description="Null in a report of an older version.")

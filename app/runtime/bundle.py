@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from app.errors import DamagedBundle
-from app.manifest import File, Manifest
+from app.manifest import File, Manifest, Precision
 from app.pipeline.models import Models
 from app.runtime.extractor import EXTRACTOR, Extractor, load_extractor
 from app.runtime.files import check_hash, side_by_side
@@ -20,12 +20,18 @@ from app.runtime.session import Provider, as_callable, open_session
 
 MANIFEST = "manifest.json"
 CARD = "MODEL_CARD.md"
+# Of the golden pair: what the denoiser in int8 gave.
+GOLDEN_INT8 = "epsilon_int8"
 ADVICE = "Install the bundle again."
 # Largest difference from the golden pair: float32 on another machine or provider sums in another
 # order; a wrong graph is off by whole units.
 GOLDEN_TOLERANCE = 2e-3
 # Of the predicted noise, which has unit variance, where the denoiser computes in float16.
 FLOAT16_TOLERANCE = 1e-2
+# Where its convolutions compute in int8. Another CPU rounds the float parts in between otherwise, and the last digit
+# decides between two steps of a quantised activation: then half of the pixels move, by up to 0.04 (decision 17). Sums
+# that overflow, or weights that were read wrongly, are off by much more.
+INT8_TOLERANCE = 0.1
 # Share of decoded pixels that may differ more: one latent on the border of two codes flips a patch.
 GOLDEN_FLIPPED = 0.02
 # Slices in one network evaluation: on two cores enough to keep them busy, and more only costs memory; on a GPU, where
@@ -51,6 +57,8 @@ class Bundle:
         What takes a brain out of its head, for a model that knows brains alone.
     batch : int
         Slices in one network evaluation.
+    precision : {"float32", "float16", "int8"}
+        In which its denoiser computes.
     """
 
     folder: Path
@@ -60,6 +68,7 @@ class Bundle:
     provider: Provider
     extractor: Extractor | None = None
     batch: int = CPU_BATCH
+    precision: Precision = "float32"
 
 
 def shipped_models() -> Path:
@@ -93,8 +102,12 @@ def read_manifest(folder: Path) -> Manifest:
         ) from error
 
 
-def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0, gpu_batch: int = GPU_BATCH) -> Bundle:
+def load_bundle(
+    folder: Path, provider: Provider = "cpu", threads: int = 0, gpu_batch: int = GPU_BATCH, *, quantised: bool = True
+) -> Bundle:
     """Load a bundle and see it work: every hash, the provider, and a real inference.
+
+    On a CPU the denoiser in int8 is loaded, where the bundle has one (decision 17).
 
     Parameters
     ----------
@@ -104,6 +117,8 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0, gpu_
         As of `app.runtime.session.open_session`.
     gpu_batch : int
         Slices in one evaluation on CUDA, captured as a CUDA graph; 0 does without, and takes batches as they come.
+    quantised : bool
+        Whether the denoiser may be the one in int8; else it is that of CUDA, to compare them.
 
     Raises
     ------
@@ -115,13 +130,18 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0, gpu_
     manifest = read_manifest(folder)
     files = manifest.files
     fixed = gpu_batch if provider == "cuda" else 0
+    in_int8 = files.denoiser_int8 if quantised and provider == "cpu" else None
+    denoiser = in_int8 or files.denoiser
+    precision: Precision = "int8" if in_int8 else manifest.precision
 
     def opened(file: File) -> Any:
-        check_hash(folder, file, ADVICE)
+        # What the denoiser in int8 has in common with the other one it reads from that one's file.
+        for each in (file, files.denoiser) if file is in_int8 else (file,):
+            check_hash(folder, each, ADVICE)
         path = folder / file.name
         if not fixed:
             # The denoiser is called over and over in between and keeps its memory; the other two let go of theirs.
-            return as_callable(open_session(path, provider, threads), seldom=file is not files.denoiser)
+            return as_callable(open_session(path, provider, threads), seldom=file is not denoiser)
         network = FixedBatch(lambda size: open_session(path, provider, threads, batch=size, graphs=True), fixed)
         network.open()
         return network
@@ -131,23 +151,32 @@ def load_bundle(folder: Path, provider: Provider = "cpu", threads: int = 0, gpu_
         alone = manifest.preparation.brain_only
         return load_extractor(shipped_models() / EXTRACTOR, provider, threads) if alone else None
 
-    def golden() -> None:
-        check_hash(folder, files.golden, ADVICE)
+    def not_opened() -> None:
+        for file in (files.golden, files.denoiser_int8):
+            if file is not None and file is not in_int8:
+                check_hash(folder, file, ADVICE)
 
-    networks = (partial(opened, file) for file in (files.encoder, files.denoiser, files.decoder))
-    *made, brain, _ = side_by_side(provider, [*networks, extractor, golden])
+    networks = (partial(opened, file) for file in (files.encoder, denoiser, files.decoder))
+    *made, brain, _ = side_by_side(provider, [*networks, extractor, not_opened])
     models = Models(*made)
-    _check_golden(models, folder / files.golden.name, manifest.precision)
+    _check_golden(models, folder / files.golden.name, precision)
     digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    return Bundle(folder, manifest, digest, models, provider, brain, fixed or CPU_BATCH)
+    return Bundle(folder, manifest, digest, models, provider, brain, fixed or CPU_BATCH, precision)
 
 
-def _check_golden(models: Models, path: Path, precision: str) -> None:
+def _check_golden(models: Models, path: Path, precision: Precision) -> None:
     """A real inference of each network, compared with what training saw."""
-    allowed = FLOAT16_TOLERANCE if precision == "float16" else GOLDEN_TOLERANCE
+    allowed = {"float32": GOLDEN_TOLERANCE, "float16": FLOAT16_TOLERANCE, "int8": INT8_TOLERANCE}[precision]
+    noise = GOLDEN_INT8 if precision == "int8" else "epsilon"
     with np.load(path, allow_pickle=False) as golden:
+        if noise not in golden:
+            raise DamagedBundle(
+                f"The golden pair of {path.parent.name} has no `{noise}`.",
+                expected="what each of its networks gave when it was exported.",
+                advice=ADVICE,
+            )
         encoded = _worst(models.encode(golden["x"]), golden["z0"])
-        predicted = _worst(models.denoise(golden["z_t"], golden["t"]), golden["epsilon"])
+        predicted = _worst(models.denoise(golden["z_t"], golden["t"]), golden[noise])
         decoded = models.decode(golden["z0"])
         flipped = float(np.mean(np.abs(decoded - golden["decoded"]) > GOLDEN_TOLERANCE))
     if not encoded <= GOLDEN_TOLERANCE or not predicted <= allowed or not flipped <= GOLDEN_FLIPPED:

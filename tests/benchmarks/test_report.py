@@ -10,6 +10,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks.bars import FASTER, bars, bars_table, volume_seconds
 from benchmarks.figures import draw_scaling, draw_waterfall
+from benchmarks.profile import IN_INT8
 from benchmarks.report import ABSENT, render
 from benchmarks.rows import (
     ENSEMBLE,
@@ -209,11 +210,14 @@ def test_the_phases_sum_to_the_scan_and_have_their_share_of_the_ceiling() -> Non
 
 
 def test_an_operator_is_bound_by_the_ceiling_that_it_reaches() -> None:
-    lines = profile_table(DOCUMENT["profile"], 100.0)
+    lines = profile_table(DOCUMENT["profile"], {"float32": 100.0, "int8": 400.0})
     assert cells(lines[2]) == ["denoiser", "Conv", "60%", "75, 75%", "1.0", "arithmetic"]
     assert cells(lines[3]) == ["denoiser", "Mul", "30%", "-", "10.0", "memory"]
     assert cells(lines[4])[-1].startswith("neither")
     assert cells(lines[5])[1:3] == ["all others", "1%"]
+    conv = {"operator": IN_INT8, "seconds": 0.6, "gigaflop": 45.0, "gigabytes": 0.6}
+    in_int8 = {**DOCUMENT["profile"], "networks": {"denoiser": [conv]}}
+    assert cells(profile_table(in_int8, {"float32": 100.0, "int8": 400.0})[2])[3] == "75, 19%"
 
 
 def test_gains_stand_beside_what_was_predicted() -> None:

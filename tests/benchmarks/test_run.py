@@ -17,6 +17,7 @@ from benchmarks.parts import Plan
 from benchmarks.profile import operations, operators
 from benchmarks.run import earlier, make_plan, measure
 from benchmarks.worker import Job
+from tests.support.bundle import add_int8, write_tiny_bundle
 from training.config import ROOT
 
 CONFIG = ROOT / "training" / "configs" / "t1.toml"
@@ -61,11 +62,25 @@ def test_without_the_data_a_scan_of_ones_own_is_enough(tmp_path: Path) -> None:
     options.scan.touch()
     plan, notes = make_plan(options, tmp_path)
     assert plan.job.cases == 0
-    assert "service-int8" not in [row.name for row in plan.rows]
-    assert len(notes) == 1
-    assert "t1_ds002748" in notes[0]
+    assert len(notes) == 2 - ("service-float32" in [row.name for row in plan.rows])
+    assert "t1_ds002748" in notes[-1]
     assert plan.ct is not None
     assert plan.ct.bundle.name.startswith("headct-")
+
+
+def test_float32_is_a_row_of_its_own_where_int8_is_served(tmp_path: Path) -> None:
+    options = Namespace(
+        config=CONFIG, scan=tmp_path / "mine.nii.gz", bundle=write_tiny_bundle(tmp_path), rows=["service-float32"],
+        quick=False, thorough=False, cases=4, sample=None, repeats=3,
+    )  # fmt: skip
+    options.scan.touch()
+    plan, notes = make_plan(options, tmp_path)
+    assert plan.rows == ()
+    assert notes[0] == "The bundle has no denoiser in int8: the service computes in float32, and has one row."
+    add_int8(options.bundle)
+    plan, notes = make_plan(options, tmp_path)
+    assert [row.name for row in plan.rows] == ["service-float32"]
+    assert len(notes) == 1
 
 
 def test_a_switch_is_measured_in_turns_after_a_first_time() -> None:
@@ -99,6 +114,11 @@ def test_operators_are_summed_without_the_first_evaluation() -> None:
     # 2 * 640 outputs * 27 weights each.
     assert found[0]["gigaflop"] == pytest.approx(2 * 640 * 27 / 1e9)
     assert found[1] == {"operator": "Add", "seconds": pytest.approx(20e-6), "gigaflop": 0.0, "gigabytes": 2e-6}
+
+
+def test_a_convolution_in_int8_has_its_weights_behind_scales() -> None:
+    shapes = ([[2, 3, 8, 8], [1], [1], [5, 3, 3, 3], [5], [5]], [2, 5, 8, 8])
+    assert operations(event("a", "QLinearConv", 1, shapes)["args"]) == 2 * 640 * 27
 
 
 def test_products_are_counted_where_their_weights_were_packed() -> None:

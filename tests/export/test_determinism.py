@@ -56,6 +56,7 @@ def other_patient(slices: list[FileDataset]) -> None:
     [
         {"model": MODEL.model_copy(update={"sha256": "b" * 64})},
         {"model": MODEL.model_copy(update={"seed": 8})},
+        {"model": MODEL.model_copy(update={"precision": "int8"})},
         {"code_version": "0.0.0"},
         {"threshold": 0.41},
         {"extent_threshold": 0.19},

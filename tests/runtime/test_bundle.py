@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier
 from time import sleep
@@ -15,9 +16,11 @@ import pytest
 from app.errors import DamagedBundle, ProviderUnavailable
 from app.pipeline.detect import detect
 from app.pipeline.schedule import Schedule
-from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
+from app.runtime.bundle import INT8_TOLERANCE, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.files import side_by_side
 from app.runtime.session import open_session
+from app.volume import FloatArray
+from tests.support.bundle import INT8, INT8_STEP, add_int8, write_tiny_bundle
 from tests.support.oracle import gaussian_models
 from tests.support.phantom import brain, with_lesion
 
@@ -37,7 +40,7 @@ def rewrite_manifest(folder: Path) -> None:
     """Give the manifest the hashes of the files that lie there now."""
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
-    for file in data["files"].values():
+    for file in filter(None, data["files"].values()):
         file["sha256"] = hashlib.sha256((folder / file["name"]).read_bytes()).hexdigest()
     path.write_text(json.dumps(data))
 
@@ -93,6 +96,80 @@ def test_bundles_are_found_by_their_manifest(copy: Path) -> None:
 
 def test_the_shipped_models_are_beside_the_code() -> None:
     assert shipped_models().name in {"models", "_models"}
+
+
+# ---- in int8 ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_int8(write_tiny_bundle(tmp_path_factory.mktemp("int8")))
+
+
+def test_on_a_cpu_the_denoiser_in_int8_is_served(in_int8: Path, bundle: Bundle) -> None:
+    loaded = load_bundle(in_int8, threads=1)
+    assert (loaded.precision, bundle.precision, loaded.manifest.precision) == ("int8", "float32", "float32")
+    z_t = np.random.default_rng(8).standard_normal((4, *loaded.manifest.latent_shape), dtype=np.float32)
+    t = np.array([100, 200, 500, 900])
+    found, exact = loaded.models.denoise(z_t, t), bundle.models.denoise(z_t, t)
+    np.testing.assert_array_equal(found, np.round(found / INT8_STEP) * INT8_STEP)
+    assert INT8_STEP / 4 < np.abs(found - exact).max() <= INT8_STEP / 2 + 1e-5
+    np.testing.assert_array_equal(loaded.models.encode(z_image()), bundle.models.encode(z_image()))
+
+
+def z_image() -> FloatArray:
+    return np.random.default_rng(9).random((2, 1, 64, 56), dtype=np.float32)
+
+
+def test_float32_is_loaded_where_it_is_asked_for(in_int8: Path, bundle: Bundle) -> None:
+    loaded = load_bundle(in_int8, threads=1, quantised=False)
+    assert loaded.precision == "float32"
+    z_t = np.random.default_rng(8).standard_normal((2, *loaded.manifest.latent_shape), dtype=np.float32)
+    t = np.array([100, 900])
+    np.testing.assert_array_equal(loaded.models.denoise(z_t, t), bundle.models.denoise(z_t, t))
+
+
+def test_int8_gives_the_same_bytes_again(in_int8: Path) -> None:
+    scan = with_lesion(brain(), (25.0, 10.0, 20.0))
+    again = [
+        detect(scan, loaded.models.in_batches(16, lambda _: None), loaded.manifest)
+        for loaded in (load_bundle(in_int8, threads=1), load_bundle(in_int8, threads=1))
+    ]
+    assert again[0].latent_mask.any()
+    for name in ("kl", "anomaly", "latent_mask"):
+        assert getattr(again[0], name).tobytes() == getattr(again[1], name).tobytes(), name
+
+
+@pytest.mark.parametrize("name", ["denoiser.onnx", INT8])
+def test_both_denoisers_must_be_those_of_the_manifest(in_int8: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(in_int8, tmp_path / "tiny-0.0.1"))
+    (folder / name).write_bytes((folder / name).read_bytes() + b" ")
+    for quantised in (True, False):
+        with pytest.raises(DamagedBundle, match=f"{name} is not the file of the manifest"):
+            load_bundle(folder, quantised=quantised)
+
+
+@pytest.mark.parametrize(("off", "fits"), [(0.9, True), (1.1, False)])
+def test_int8_has_a_tolerance_of_its_own(in_int8: Path, tmp_path: Path, off: float, fits: bool) -> None:  # noqa: FBT001
+    folder = Path(shutil.copytree(in_int8, tmp_path / "tiny-0.0.1"))
+    with np.load(folder / "golden.npz") as golden:
+        arrays = dict(golden)
+    arrays["epsilon_int8"] = arrays["epsilon_int8"] + np.float32(off * INT8_TOLERANCE)
+    np.savez(folder / "golden.npz", allow_pickle=False, **arrays)
+    rewrite_manifest(folder)
+    load_bundle(folder, quantised=False)
+    with nullcontext() if fits else pytest.raises(DamagedBundle, match=r"comes out .* and 0\.\d+ off"):
+        load_bundle(folder)
+
+
+def test_a_golden_pair_without_int8_is_refused(in_int8: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(in_int8, tmp_path / "tiny-0.0.1"))
+    with np.load(folder / "golden.npz") as golden:
+        arrays = {name: array for name, array in golden.items() if name != "epsilon_int8"}
+    np.savez(folder / "golden.npz", allow_pickle=False, **arrays)
+    rewrite_manifest(folder)
+    with pytest.raises(DamagedBundle, match="has no `epsilon_int8`"):
+        load_bundle(folder)
 
 
 # ---- a damaged one -----------------------------------------------------------------------------

@@ -38,6 +38,9 @@ CHANNELS = len(SIGNS)
 SCHEDULE = NoiseSchedule(steps=1000, beta_start=0.0015, beta_end=0.0195)
 GOLDEN_TIMES = (450, 550)
 
+INT8 = "denoiser.int8.onnx"
+# Of the noise in int8: [-8, 8) in 256 steps. 1 in int8 weights of 7 bits is 64 steps of 1 / 64.
+INT8_STEP, INT8_ZERO, INT8_ONE = 16 / 256, 128, 64
 FILES = {"encoder": "encoder.onnx", "denoiser": "denoiser.onnx", "decoder": "decoder.onnx", "golden": "golden.npz"}
 
 Array = npt.NDArray[np.generic]
@@ -117,6 +120,25 @@ def write_tiny_bundle(folder: Path) -> Path:
     return bundle
 
 
+def add_int8(bundle: Path) -> Path:
+    """Give a tiny bundle a denoiser in int8, which computes its noise in steps of `INT8_STEP`."""
+    path = bundle / "manifest.json"
+    manifest = Manifest.model_validate_json(path.read_bytes())
+    graph = _denoiser(in_int8=True)
+    onnx.checker.check_model(graph, full_check=True)
+    (bundle / INT8).write_bytes(graph.SerializeToString(deterministic=True))
+    with np.load(bundle / "golden.npz") as golden:
+        arrays = dict(golden)
+    session = onnxruntime.InferenceSession(bundle / INT8, providers=["CPUExecutionProvider"])
+    arrays["epsilon_int8"] = session.run(None, {name: arrays[name] for name in ("z_t", "t")})[0]
+    np.savez(bundle / "golden.npz", allow_pickle=False, **arrays)
+    made = {"denoiser_int8": INT8, "golden": "golden.npz"}
+    files = {part: File(name=name, sha256=_sha256(bundle / name)) for part, name in made.items()}
+    changed = manifest.model_copy(update={"files": manifest.files.model_copy(update=files)})
+    path.write_text(changed.model_dump_json(indent=2))
+    return bundle
+
+
 def _golden(bundle: Path) -> dict[str, Array]:
     """Two slices of the phantom, and what the graphs make of them."""
 
@@ -170,8 +192,11 @@ def _encoder() -> onnx.ModelProto:
     )
 
 
-def _denoiser() -> onnx.ModelProto:
-    """E[eps | z_t] of the prior N(MEANS, SDS^2): eps = slope_t (z_t - mean_t), slope and mean by t."""
+def _denoiser(*, in_int8: bool = False) -> onnx.ModelProto:
+    """E[eps | z_t] of the prior N(MEANS, SDS^2): eps = slope_t (z_t - mean_t), slope and mean by t.
+
+    In int8 it goes through a convolution that changes nothing but for the rounding.
+    """
     a = Schedule.linear(SCHEDULE.steps, SCHEDULE.beta_start, SCHEDULE.beta_end).alpha_bar[:, None]
     slope = np.sqrt(1 - a) / (a * np.array(SDS) ** 2 + 1 - a)  # (T, C)
     mean = np.sqrt(a) * np.array(MEANS)  # (T, C)
@@ -180,15 +205,41 @@ def _denoiser() -> onnx.ModelProto:
             helper.make_node("Gather", ["slopes", "t"], ["slope"], axis=0),
             helper.make_node("Gather", ["means", "t"], ["mean"], axis=0),
             helper.make_node("Sub", ["z_t", "mean"], ["centred"]),
-            helper.make_node("Mul", ["centred", "slope"], ["epsilon"]),
+            helper.make_node("Mul", ["centred", "slope"], ["exact" if in_int8 else "epsilon"]),
+            *(_rounded() if in_int8 else []),
         ],
         [("z_t", CHANNELS, *LATENT), ("t",)],
         ("epsilon", CHANNELS, *LATENT),
         {
             "slopes": slope.astype(np.float32)[:, :, None, None],
             "means": mean.astype(np.float32)[:, :, None, None],
+            **(_rounding() if in_int8 else {}),
         },
     )
+
+
+def _rounded() -> list[onnx.NodeProto]:
+    """A convolution in int8, as onnxruntime's quantisation writes it: between roundings, which it fuses."""
+    steps = ["step", "zero"]
+    return [
+        helper.make_node("QuantizeLinear", ["exact", *steps], ["exact_steps"]),
+        helper.make_node("DequantizeLinear", ["exact_steps", *steps], ["exact_rounded"]),
+        helper.make_node("DequantizeLinear", ["weight", "weight_step", "weight_zero"], ["weight_rounded"], axis=0),
+        helper.make_node("Conv", ["exact_rounded", "weight_rounded"], ["same"], kernel_shape=[1, 1]),
+        helper.make_node("QuantizeLinear", ["same", *steps], ["same_steps"]),
+        helper.make_node("DequantizeLinear", ["same_steps", *steps], ["epsilon"]),
+    ]
+
+
+def _rounding() -> dict[str, Array]:
+    """Constants of `_rounded`."""
+    return {
+        "step": np.array(INT8_STEP, dtype=np.float32),
+        "zero": np.array(INT8_ZERO, dtype=np.uint8),
+        "weight": (INT8_ONE * np.eye(CHANNELS)).astype(np.int8)[:, :, None, None],
+        "weight_step": np.full(CHANNELS, 1 / INT8_ONE, dtype=np.float32),
+        "weight_zero": np.zeros(CHANNELS, dtype=np.int8),
+    }
 
 
 def _decoder() -> onnx.ModelProto:

@@ -1,5 +1,7 @@
 """A bundle whose denoiser computes in float16: kept only where its golden pair comes out."""
 
+import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import onnx
 import pytest
 
 from app.errors import DamagedBundle
+from app.manifest import File
 from app.runtime import bundle as runtime
 from app.runtime.bundle import load_bundle, read_manifest, shipped_models
 from training.float16 import convert
@@ -32,6 +35,20 @@ def test_the_denoiser_alone_computes_in_float16(tmp_path: Path) -> None:
         off = np.abs(converted.denoise(golden["z_t"], golden["t"]) - plain.denoise(golden["z_t"], golden["t"])).max()
         np.testing.assert_array_equal(converted.encode(golden["x"]), plain.encode(golden["x"]))
     assert 1e-5 < off < 5e-3  # it is float16, and near
+
+
+def test_a_denoiser_in_int8_is_left_out(tmp_path: Path) -> None:
+    bundle = tmp_path / HEADCT.name
+    shutil.copytree(HEADCT, bundle)
+    (bundle / "denoiser.int8.onnx").write_bytes(b"of a CPU")
+    plain = read_manifest(HEADCT)
+    other = File(name="denoiser.int8.onnx", sha256=hashlib.sha256(b"of a CPU").hexdigest())
+    both = plain.model_copy(update={"files": plain.files.model_copy(update={"denoiser_int8": other})})
+    (bundle / "manifest.json").write_text(both.model_dump_json())
+    folder = convert(bundle, tmp_path / "f16")
+    assert read_manifest(folder).files.denoiser_int8 is None
+    assert not (folder / "denoiser.int8.onnx").exists()
+    assert load_bundle(folder, threads=1).precision == "float16"
 
 
 def test_one_that_is_too_far_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

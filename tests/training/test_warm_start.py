@@ -24,7 +24,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_denoiser_starts_from_the_averaged_weights_of_a_bundle(elsewhere: Path) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_a_denoiser_starts_from_the_averaged_weights_of_a_bundle() -> None:
     denoiser = build_denoiser(CONFIG)
     start_from(CONFIG, CONFIG.version, "denoiser", denoiser)
     shipped = load_networks(CONFIG.bundle_folder, CONFIG).denoiser
@@ -33,7 +34,8 @@ def test_a_denoiser_starts_from_the_averaged_weights_of_a_bundle(elsewhere: Path
         assert float((denoiser.eval()(z, t) - shipped(z, t)).abs().max()) < 1e-6
 
 
-def test_a_vqvae_starts_with_the_codes_of_a_bundle_and_keeps_them_while_it_learns(elsewhere: Path) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_a_vqvae_starts_with_the_codes_of_a_bundle_and_keeps_them_while_it_learns() -> None:
     vqvae = build_vqvae(CONFIG)
     start_from(CONFIG, CONFIG.version, "vqvae", vqvae)
     shipped = load_networks(CONFIG.bundle_folder, CONFIG)
@@ -50,12 +52,14 @@ def test_a_vqvae_starts_with_the_codes_of_a_bundle_and_keeps_them_while_it_learn
     assert float(moved.median()) < 0.05 * float(before.norm(dim=1).median())
 
 
-def test_a_version_that_is_nowhere_is_refused_with_a_way_out(elsewhere: Path) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_a_version_that_is_nowhere_is_refused_with_a_way_out() -> None:
     with pytest.raises(SystemExit, match=r"train version 0\.0\.1 from its own commit first"):
         start_from(CONFIG, "0.0.1", "denoiser", nn.Linear(1, 1))
 
 
-def test_a_stage_of_no_steps_keeps_what_it_started_from(elsewhere: Path) -> None:
+@pytest.mark.usefixtures("elsewhere")
+def test_a_stage_of_no_steps_keeps_what_it_started_from() -> None:
     network = nn.Linear(2, 1)
     optimiser = torch.optim.SGD(network.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)

@@ -69,9 +69,14 @@ def tracking(report: Report, series_uid: str, label: int) -> tuple[str, str]:
     The UID belongs to this analysis: nothing says that the next one's first lesion is the same.
     """
     finding = report.findings[label - 1]
-    model = report.model
-    what = (series_uid, model.sha256, str(model.seed), report.code_version, finding.model_dump_json())
+    what = (series_uid, *analysis(report), finding.model_dump_json())
     return f"Lesion {label}", derived_uid("lesion", *what)
+
+
+def analysis(report: Report) -> tuple[str, ...]:
+    """What tells one analysis of a series from another; a report of an older version names no precision."""
+    model = report.model
+    return (model.sha256, str(model.seed), report.code_version, *filter(None, (model.precision,)))
 
 
 def device_uid(report: Report) -> str:
@@ -80,10 +85,12 @@ def device_uid(report: Report) -> str:
 
 
 def parameters(report: Report) -> dict[str, str]:
-    """What decided the outcome beside the code: bundle, seed, thresholds."""
+    """What decided the outcome beside the code: bundle, precision, seed, thresholds."""
+    precision = {"precision": report.model.precision} if report.model.precision else {}
     return {
         "bundle": report.model.id,
         "bundle_sha256": report.model.sha256,
+        **precision,
         "seed": str(report.model.seed),
         "threshold": f"{report.threshold:.6g}",
         "extent_threshold": f"{report.extent_threshold:.6g}",

@@ -34,6 +34,7 @@ from app.export.dicom.identity import (
     MANUFACTURER,
     SITE,
     TYPE,
+    analysis,
     common,
     derived_uid,
     device_uid,
@@ -128,7 +129,7 @@ def _algorithm(report: Report) -> AlgorithmIdentification:
 def _analysis(source: SourceSeries, report: Report) -> MeasurementsAndQualitativeEvaluations:
     """TID 1501: what was analysed, and what came out as a whole."""
     low, high = report.analysed.z_mm
-    uid = derived_uid("analysis", source.uid, report.model.sha256, str(report.model.seed), report.code_version)
+    uid = derived_uid("analysis", source.uid, *analysis(report))
     return MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(uid=uid, identifier="Analysis"),
         finding_sites=[FindingSite(SITE)],
