@@ -67,6 +67,7 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int, *, with_
     from benchmarks import switches
     from benchmarks.bench import Bench
     from benchmarks.methods import network_gigaflops
+    from benchmarks.switches_host import hosts
 
     bundle = load_bundle(folder)
     gigaflop = network_gigaflops(folder, Config.load(config))["denoise"]
@@ -79,5 +80,6 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int, *, with_
             switches.evaluations(bench, gigaflop, Ceiling().time(), quantised),
             switches.files(bench, Path(scratch)),
             switches.imports(),
+            hosts(bench, Path(scratch)),
         )
         return [switch.measure(repeats) for kind in kinds for switch in kind]
