@@ -17,7 +17,7 @@ def test_compressed_slices_are_the_same_however_they_are_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    volume = Volume(np.arange(20 * 24 * 5, dtype=np.float32).reshape(20, 24, 5), np.eye(4))
+    volume = Volume(np.arange(40 * 36 * 5, dtype=np.float32).reshape(40, 36, 5), np.eye(4))
     near, wavelets = switches_host.decoding(volume, tmp_path)
     assert near.predicted == 2
     whole, parts = near.without(), near.with_it()
