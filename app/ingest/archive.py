@@ -16,6 +16,8 @@ from app.ingest.limits import Limits
 from app.ingest.sniff import HEAD_BYTES, sniff
 
 CHUNK_BYTES = 1 << 20
+# Its stub calls the class an exception.
+InflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 # bzip2 and LZMA inflate without a bound in Python's zipfile: one chunk can become gigabytes.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
@@ -64,7 +66,7 @@ def unpack(path: Path, scratch: Path, limits: Limits) -> list[Path]:
             raise  # the disk's fault, not the archive's
         # An entry that would begin before the archive's first byte.
         raise _damaged() from None
-    except (zipfile.BadZipFile, zlib.error, isal_zlib.error, struct.error, EOFError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, InflateError, struct.error, EOFError, ValueError, NotImplementedError):
         # The library's text can hold names, which can hold a patient's.
         raise _damaged() from None
 

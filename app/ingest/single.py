@@ -4,12 +4,12 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from isal import igzip, isal_zlib
+from isal import igzip
 
 from app.errors import CounterpartError, NotAnImageFormat
 from app.ingest import mgh, nifti
 from app.ingest.announced import truncated
-from app.ingest.archive import CHUNK_BYTES
+from app.ingest.archive import CHUNK_BYTES, InflateError
 from app.ingest.limits import Limits
 from app.ingest.quiet import quiet
 from app.ingest.sniff import ACCEPTED, HEAD_BYTES, Format, sniff
@@ -66,7 +66,7 @@ def is_gzipped_volume(path: Path) -> bool:
     try:
         with igzip.open(path) as stream:
             return sniff(stream.read(HEAD_BYTES)) in _FORMATS
-    except (CounterpartError, OSError, EOFError, isal_zlib.error):
+    except (CounterpartError, OSError, EOFError, InflateError):
         return False
 
 
@@ -83,7 +83,7 @@ def _inflated(path: Path, scratch: Path, limits: Limits) -> BinaryIO:
                 out.write(chunk)
                 left -= len(chunk)
             stream.read(1)  # the end of the stream, where its checksum is compared
-    except (OSError, EOFError, isal_zlib.error) as failure:
+    except (OSError, EOFError, InflateError) as failure:
         out.close()
         if isinstance(failure, OSError) and not isinstance(failure, igzip.BadGzipFile):
             raise  # the disk's fault, not the file's

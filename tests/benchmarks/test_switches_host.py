@@ -22,7 +22,8 @@ def test_compressed_slices_are_the_same_however_they_are_decoded(
     assert near.predicted == 2
     whole, parts = near.without(), near.with_it()
     np.testing.assert_array_equal(whole, volume.array)
-    for i, part in enumerate(parts):  # type: ignore[arg-type]
+    assert isinstance(parts, list)
+    for i, part in enumerate(parts):
         np.testing.assert_array_equal(part, volume.array[..., i::2])
     assert wavelets.predicted == pytest.approx(1 / (0.13 + 0.435))
     np.testing.assert_array_equal([a for a, _ in wavelets.without()], [a for a, _ in wavelets.with_it()])  # type: ignore[attr-defined]

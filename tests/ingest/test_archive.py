@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from isal import isal_zlib
 
 from app.errors import NoImageInArchive, SeveralSeries, TruncatedFile, UnsafeArchive
 from app.ingest import Limits, archive
@@ -144,9 +145,14 @@ def test_a_zipped_series_is_read_as_its_folder(tmp_path: Path, read_scan: Read, 
 
 
 def test_entries_are_inflated_by_igzip_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[object] = []
-    inflater = archive.isal_zlib.decompressobj
-    monkeypatch.setattr(archive.isal_zlib, "decompressobj", lambda bits: made.append(bits) or inflater(bits))
+    made: list[int] = []
+    inflater = isal_zlib.decompressobj
+
+    def noted(bits: int) -> object:
+        made.append(bits)
+        return inflater(bits)
+
+    monkeypatch.setattr(isal_zlib, "decompressobj", noted)
     head = b"\0" * 128 + b"DICM"
     files = {"noise": head + np.random.default_rng(0).bytes(3_000_000), "zeros": head + bytes(3_000_000)}
     unpacked = archive.unpack(make_zip(tmp_path / "a.zip", files), tmp_path / "scratch", Limits())
