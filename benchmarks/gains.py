@@ -64,6 +64,7 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int) -> list[
     from benchmarks import switches
     from benchmarks.bench import Bench
     from benchmarks.methods import network_gigaflops
+    from benchmarks.switches_host import hosts
 
     bundle = load_bundle(folder)
     gigaflop = network_gigaflops(folder, Config.load(config))["denoise"]
@@ -75,5 +76,6 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int) -> list[
             switches.evaluations(bench, gigaflop, Ceiling().time()),
             switches.files(bench, Path(scratch)),
             switches.imports(),
+            hosts(bench, Path(scratch)),
         )
         return [switch.measure(repeats) for kind in kinds for switch in kind]

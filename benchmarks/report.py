@@ -121,7 +121,7 @@ def _gains(document: dict[str, Any]) -> list[str]:
         more = overlap(document["scaling"], document["waterfall"])
     after = (
         "Times are those without it over those with it, of the same work in turns; the prediction is a formula or a "
-        "constant in `benchmarks.switches`, written before it was measured."
+        "constant in `benchmarks.switches` or `switches_host`, written before it was measured."
     )
     return [*gains_table([*document["gains"], *([more] if more else [])]), "", after]
 

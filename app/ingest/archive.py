@@ -9,11 +9,15 @@ import zlib
 from pathlib import Path
 from typing import IO, NoReturn
 
+from isal import isal_zlib
+
 from app.errors import NotAnImageFormat, TruncatedFile, UnreadableScan, UnsafeArchive
 from app.ingest.limits import Limits
 from app.ingest.sniff import HEAD_BYTES, sniff
 
 CHUNK_BYTES = 1 << 20
+# Its stub calls the class an exception.
+InflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 # bzip2 and LZMA inflate without a bound in Python's zipfile: one chunk can become gigabytes.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
@@ -62,7 +66,7 @@ def unpack(path: Path, scratch: Path, limits: Limits) -> list[Path]:
             raise  # the disk's fault, not the archive's
         # An entry that would begin before the archive's first byte.
         raise _damaged() from None
-    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, zlib.error, InflateError, struct.error, EOFError, ValueError, NotImplementedError):
         # The library's text can hold names, which can hold a patient's.
         raise _damaged() from None
 
@@ -102,6 +106,7 @@ def _inflate(archive: zipfile.ZipFile, scratch: Path, limits: Limits) -> list[Pa
     left, files = limits.max_inflated_bytes, []
     for number, entry in enumerate(entries):
         with archive.open(entry) as source:
+            _inflate_fast(source, entry)
             head = source.read(HEAD_BYTES)
             if not _may_hold_image(head):
                 continue
@@ -109,6 +114,13 @@ def _inflate(archive: zipfile.ZipFile, scratch: Path, limits: Limits) -> list[Pa
             left -= _copy(head, source, target, left, limits)
         files.append(target)
     return files
+
+
+def _inflate_fast(source: IO[bytes], entry: zipfile.ZipInfo) -> None:
+    """Let igzip inflate an entry: twice as fast as zlib, of which a series of slices has half a second."""
+    if entry.compress_type == zipfile.ZIP_DEFLATED:
+        # Private to zipfile, which lets no one choose; where it is called otherwise, zlib goes on.
+        source._decompressor = isal_zlib.decompressobj(-isal_zlib.MAX_WBITS)  # type: ignore[attr-defined]
 
 
 def _copy(head: bytes, source: IO[bytes], target: Path, left: int, limits: Limits) -> int:

@@ -24,6 +24,7 @@ for _decoder in (JPEGLSLosslessDecoder, JPEGLSNearLosslessDecoder):
         _decoder.remove_plugin("gdcm")
 
 StoredPixels = npt.NDArray[np.generic]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
             stack[k], padding = _values(dataset, tiles[frame.index], frame.index)
         except Exception:  # noqa: BLE001 - a broken rescale or look-up table raises anything
             raise _damaged(k + 1, len(frames)) from None
-        stack[k][padding] = np.nan
-        padded += int(padding.sum())
+        if padding is not None:
+            stack[k][padding] = np.nan
+            padded += int(padding.sum())
         inverted |= _is_inverted(dataset)
     if padded:
         _fill_padding(stack)
@@ -112,8 +114,8 @@ def _check_decodable(dataset: pydicom.FileDataset, number: int, count: int) -> N
         )
 
 
-def _values(dataset: pydicom.Dataset, stored: StoredPixels, index: int) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
-    """One frame in its own units, and where it is padding."""
+def _values(dataset: pydicom.Dataset, stored: StoredPixels, index: int) -> tuple[FloatArray, BoolArray | None]:
+    """One frame in its own units, and where it is padding, if its file names any."""
     padding = _padding(dataset, stored)
     if _is_inverted(dataset):
         # The stored range turned over (PS3.3 C.7.6.3.1.2), the same for every slice.
@@ -128,15 +130,15 @@ def _is_inverted(dataset: pydicom.Dataset) -> bool:
     return bool(dataset.get("PhotometricInterpretation") == "MONOCHROME1" and dataset.get("Modality") != "CT")
 
 
-def _padding(dataset: pydicom.Dataset, stored: StoredPixels) -> npt.NDArray[np.bool_]:
-    """Pixels outside the image (PS3.3 C.7.5.1.1.2)."""
+def _padding(dataset: pydicom.Dataset, stored: StoredPixels) -> BoolArray | None:
+    """Pixels outside the image (PS3.3 C.7.5.1.1.2); None where no number marks them."""
     value = dataset.get("PixelPaddingValue")
     if value is None:
-        return np.zeros(stored.shape, dtype=bool)
+        return None
     limit = dataset.get("PixelPaddingRangeLimit")
     # A signed value is often written with the unsigned representation: the bits count.
     ends = np.array([value, value if limit is None else limit], dtype=np.int64).astype(stored.dtype)
-    inside: npt.NDArray[np.bool_] = (stored >= ends.min()) & (stored <= ends.max())
+    inside: BoolArray = (stored >= ends.min()) & (stored <= ends.max())
     return inside
 
 

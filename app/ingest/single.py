@@ -1,15 +1,15 @@
 """One file that is one volume (NIfTI, MGH), plain or gzipped -> a scan."""
 
-import gzip
 import tempfile
-import zlib
 from pathlib import Path
 from typing import BinaryIO, Protocol
+
+from isal import igzip
 
 from app.errors import CounterpartError, NotAnImageFormat
 from app.ingest import mgh, nifti
 from app.ingest.announced import truncated
-from app.ingest.archive import CHUNK_BYTES
+from app.ingest.archive import CHUNK_BYTES, InflateError
 from app.ingest.limits import Limits
 from app.ingest.quiet import quiet
 from app.ingest.sniff import ACCEPTED, HEAD_BYTES, Format, sniff
@@ -64,9 +64,9 @@ def read(path: Path, scratch: Path, limits: Limits) -> Scan:
 def is_gzipped_volume(path: Path) -> bool:
     """Whether a NIfTI or MGH header is inside a gzipped file."""
     try:
-        with gzip.open(path) as stream:
+        with igzip.open(path) as stream:
             return sniff(stream.read(HEAD_BYTES)) in _FORMATS
-    except (CounterpartError, OSError, EOFError, zlib.error):
+    except (CounterpartError, OSError, EOFError, InflateError):
         return False
 
 
@@ -75,7 +75,7 @@ def _inflated(path: Path, scratch: Path, limits: Limits) -> BinaryIO:
     scratch.mkdir(parents=True, exist_ok=True)
     out = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - closed by the caller
     try:
-        with gzip.open(path) as stream:
+        with igzip.open(path) as stream:
             head = stream.read(HEAD_BYTES)
             left = _inside(head).announced_bytes(head, limits) - len(head)
             out.write(head)
@@ -83,9 +83,9 @@ def _inflated(path: Path, scratch: Path, limits: Limits) -> BinaryIO:
                 out.write(chunk)
                 left -= len(chunk)
             stream.read(1)  # the end of the stream, where its checksum is compared
-    except (OSError, EOFError, zlib.error) as failure:
+    except (OSError, EOFError, InflateError) as failure:
         out.close()
-        if isinstance(failure, OSError) and not isinstance(failure, gzip.BadGzipFile):
+        if isinstance(failure, OSError) and not isinstance(failure, igzip.BadGzipFile):
             raise  # the disk's fault, not the file's
         raise truncated("The gzip stream ends early or is damaged.") from None
     except CounterpartError:

@@ -1,6 +1,8 @@
 """Where a stack of slices lies in a scan: one affine transform of voxel indices, there and back."""
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +18,8 @@ KNOWN_WEIGHT = 0.5
 AXIS_TILT = 1e-5
 # Voxels that are brought back at once.
 SLAB_VOXELS = 1_000_000
+# Slabs at once, each a dozen megabytes: more would cost memory on a large machine, for a tenth of a second.
+MOST_THREADS = 4
 
 # Rows of the scan's first axis -> values there, (rows, Y, Z).
 Slab = Callable[[slice], FloatArray]
@@ -46,13 +50,16 @@ class Placement:
     background: float
     scale: float
 
-    def to_volume(self, stack: FloatArray) -> FloatArray:
+    def to_volume(self, stack: FloatArray, threads: int = 0) -> FloatArray:
         """Bring values on the slices to the scan's own grid, linearly.
 
         Parameters
         ----------
         stack : (N, H, W) ndarray
             One value a pixel; NaN where nothing is known.
+        threads : int
+            Of a scan whose axes lean against the slices'; 0 takes the cores, up to `MOST_THREADS`. They do not
+            change the values.
 
         Returns
         -------
@@ -65,14 +72,21 @@ class Placement:
         start = affines.apply_affine(to_stack, [s.start for s in box])
         shape = tuple(s.stop - s.start for s in box)
         known = np.isfinite(stack)
-        resample = _along_axes if _scaled_axes(to_stack[:3, :3]) else _anywhere
+        straight = _scaled_axes(to_stack[:3, :3])
+        resample = _along_axes if straight else _anywhere
         values, weight = (
             resample(part, to_stack[:3, :3], start, shape)
             for part in (np.where(known, stack, np.float32(0)), known.astype(np.float32))
         )
-        for rows in _slabs(shape):
+
+        def bring(rows: slice) -> None:
             shares = weight(rows)
             np.divide(values(rows), shares, out=out[box][rows], where=shares >= KNOWN_WEIGHT)
+
+        # Products of matrices take every core by themselves; scipy lets go of the interpreter's lock.
+        several = 1 if straight else threads or min(MOST_THREADS, len(os.sched_getaffinity(0)))
+        with ThreadPoolExecutor(several) as pool:
+            list(pool.map(bring, _slabs(shape)))
         return out
 
     def from_source(self, array: FloatArray) -> FloatArray:

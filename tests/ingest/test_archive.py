@@ -6,9 +6,10 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from isal import isal_zlib
 
 from app.errors import NoImageInArchive, SeveralSeries, TruncatedFile, UnsafeArchive
-from app.ingest import Limits
+from app.ingest import Limits, archive
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.support.dicom import write_series, zipped
@@ -20,9 +21,9 @@ def nifti(volume: Volume) -> bytes:
 
 
 def make_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> Path:
-    with zipfile.ZipFile(path, "w", method) as archive:
+    with zipfile.ZipFile(path, "w", method) as made:
         for name, content in files.items():
-            archive.writestr(name, content)
+            made.writestr(name, content)
     return path
 
 
@@ -47,10 +48,10 @@ def test_names_are_never_used_as_paths(tmp_path: Path, read_scan: Read, volume: 
 
 def test_links_are_left_out(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
     path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
-    with zipfile.ZipFile(path, "a") as archive:
+    with zipfile.ZipFile(path, "a") as made:
         link = zipfile.ZipInfo("link.nii")
         link.external_attr = (stat.S_IFLNK | 0o777) << 16
-        archive.writestr(link, nifti)
+        made.writestr(link, nifti)
     assert read_scan(path).volume.shape == (32, 34, 14)  # two NIfTI files would be SeveralSeries
 
 
@@ -141,3 +142,19 @@ def test_a_zipped_series_is_read_as_its_folder(tmp_path: Path, read_scan: Read, 
     folder, packed = read_scan(tmp_path / "s"), read_scan(zipped(tmp_path / "s.zip", files))
     np.testing.assert_array_equal(folder.volume.array, packed.volume.array)
     np.testing.assert_array_equal(folder.volume.affine, packed.volume.affine)
+
+
+def test_entries_are_inflated_by_igzip_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    inflater = isal_zlib.decompressobj
+
+    def noted(bits: int) -> object:
+        made.append(bits)
+        return inflater(bits)
+
+    monkeypatch.setattr(isal_zlib, "decompressobj", noted)
+    head = b"\0" * 128 + b"DICM"
+    files = {"noise": head + np.random.default_rng(0).bytes(3_000_000), "zeros": head + bytes(3_000_000)}
+    unpacked = archive.unpack(make_zip(tmp_path / "a.zip", files), tmp_path / "scratch", Limits())
+    assert [path.read_bytes() for path in unpacked] == list(files.values())
+    assert made == [-15, -15]

@@ -135,3 +135,13 @@ def test_mirrored_and_turned_grids_are_the_general_way_in_any_slabs(
     assert np.isfinite(general).any()
     np.testing.assert_array_equal(np.isnan(quick), np.isnan(general))
     np.testing.assert_allclose(quick, general, atol=1e-6)
+
+
+def test_threads_do_not_change_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "SLAB_VOXELS", 20_000)
+    shape, spacing = (40, 44, 30), (3.7, 4.1, 5.0)
+    slices = to_slices(brain(shape, tilted(grid(shape, spacing), 7.0, -4.0, 11.0)), PREPARATION)
+    stack = np.where(slices.foreground, slices.x[:, 0], np.float32(np.nan))
+    alone, several, default = (slices.placement.to_volume(stack, threads) for threads in (1, 3, 0))
+    assert np.isfinite(alone).any()
+    assert alone.tobytes() == several.tobytes() == default.tobytes()
