@@ -156,11 +156,20 @@ class Residual(Part):
     )
     weighted_by_kl: bool = Field(default=False, description="Multiplied by the up-sampled KL over its threshold.")
     erosion: int = Field(default=0, description="Pixels at the foreground's edge that are not judged.")
+    median_pixels: int = Field(
+        default=1, ge=1, description="Side of the median over the anomaly map within a slice; 1 for none."
+    )
     smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map; 0 for none.")
     threshold: float = Field(description="A finding rises above it somewhere ...")
     extent_threshold: float = Field(description="... and reaches as far as the anomaly map stays above this.")
     healthy_false_positive_ml: float = Field(description="Median volume of what is found in healthy validation scans.")
     min_lesion_ml: float = Field(description="Smaller connected findings are dropped.")
+
+    @model_validator(mode="after")
+    def _odd(self) -> "Residual":
+        if self.median_pixels % 2 == 0:
+            raise ValueError("the square of a median has a middle: an odd side")
+        return self
 
 
 class Gate(Part):

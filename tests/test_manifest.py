@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from app.manifest import Manifest, Range
+from app.manifest import Manifest, Range, Residual
 from tests.support.bundle import tiny_manifest
 
 Change = Callable[[dict[str, Any]], object]
@@ -119,3 +119,9 @@ REFUSED: dict[str, Change] = {
 def test_a_manifest_that_contradicts_itself_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         reread(REFUSED[name])
+
+
+def test_the_median_needs_a_middle() -> None:
+    residual = tiny_manifest().residual.model_dump() | {"median_pixels": 4}
+    with pytest.raises(ValidationError, match="an odd side"):
+        Residual.model_validate(residual)

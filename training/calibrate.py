@@ -177,6 +177,7 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
         contrast_floor=d.contrast_floor,
         weighted_by_kl=d.weighted_by_kl,
         erosion=d.erosion,
+        median_pixels=d.median_pixels,
         smoothing_mm=d.smoothing_mm,
         threshold=1.0,
         extent_threshold=d.extent_share,

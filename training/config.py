@@ -129,6 +129,7 @@ class DetectionConfig(Part):
     contrast_floor: float
     weighted_by_kl: bool
     erosion: int
+    median_pixels: int = Field(default=1, description="Side of the median over the anomaly map; 1 for none.")
     smoothing_mm: float
     false_positive_ml: float = Field(description="Median volume of findings that healthy scans may show.")
     extent_share: float = Field(description="How far a finding reaches: share of the threshold.")

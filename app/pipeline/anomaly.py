@@ -227,6 +227,23 @@ def local_contrast(image: FloatArray) -> FloatArray:
     return np.asarray(np.sqrt(np.maximum(variance, 0)), dtype=np.float32)
 
 
+def median(values: FloatArray, pixels: int) -> FloatArray:
+    """Median over a square of so many pixels within each slice (Behrendt et al. 2023, arXiv 2312.04215).
+
+    What an edge leaves is a line or a speck, and falls; a lesion is a plateau, and stays.
+
+    Parameters
+    ----------
+    values : (N, H, W) ndarray
+    pixels : int
+        Side of the square, odd; 1 leaves the values as they are.
+    """
+    if pixels == 1:
+        return values
+    result: FloatArray = ndimage.median_filter(values, size=(1, pixels, pixels))
+    return result
+
+
 def erode(foreground: BoolArray, pixels: int) -> BoolArray:
     """Foreground without its outermost pixels, slice by slice: there, partial volume looks like a difference."""
     if not pixels:

@@ -168,6 +168,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     residual = mean_view([c.residual for c in compared], manifest.views)
 
     judged = anomaly.erode(foreground, manifest.residual.erosion)
+    residual = anomaly.median(residual, manifest.residual.median_pixels)
     residual = smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
     count = len(slices.x)
     return Detection(

@@ -96,6 +96,18 @@ def test_the_geometric_mean_is_over_noise_levels() -> None:
     assert (got <= plain * (1 + 1e-6)).all()
 
 
+def test_the_median_takes_specks_and_lines_away_and_leaves_plateaus_in_their_own_slice() -> None:
+    values = np.zeros((2, 12, 12), dtype=np.float32)
+    values[0, 2, 2] = 9.0  # a speck
+    values[0, :, 9] = 5.0  # a line, one pixel wide
+    values[1, 3:9, 3:9] = 2.0
+    got = anomaly.median(values, 3)
+    assert got[0].max() == 0.0
+    assert got[1, 4:8, 4:8].min() == 2.0
+    assert got.dtype == np.float32
+    assert anomaly.median(values, 1) is values
+
+
 def test_smoothing_weighs_foreground_latents_alone() -> None:
     kl = np.full((5, 8, 6), 3.0, dtype=np.float32)
     inside = np.zeros(kl.shape, dtype=bool)

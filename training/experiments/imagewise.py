@@ -86,9 +86,11 @@ def healthy_and_near(config: Config, manifest: Manifest, part: Part) -> tuple[Pi
     split = load_split(config.data.splits)
     plain, near = [], []
     for i, subject in enumerate(split.validation if part == "validation" else split.test):
-        volume = load_scan(config, subject).volume
+        scan = load_scan(config, subject)
+        volume = scan.volume
         slices = to_slices(volume, manifest.preparation)
-        known = analysed_slices(slices, manifest.preparation)
+        # Of pictures no two are neighbours: none that shows too little is judged for lying between two others.
+        known = scan.known(slices, manifest.preparation)
         plain.append((slices.x[known], slices.foreground[known], subject))
         radius = np.random.default_rng([i, 17]).uniform(*RADIUS_PIXELS) * config.data.pictures.pixel_mm
         made = insert_sprites(volume, radius, GRADES[NEAR_GRADE] * (-1) ** i, i, every=1)
@@ -152,7 +154,8 @@ def our_scores(models: Models, manifest: Manifest) -> Scores:
                     level = anomaly.kl_map(seen.z0, seen.known, diffusion, (t,))
                     found |= of_map(f"KL at t = {t}", anomaly.upsample(level, (x.shape[2], x.shape[3])), foreground)
         found |= of_map("KL", mean_view(kls, manifest.views), foreground)
-        return found | of_map("residual", mean_view(residuals, manifest.views), judged)
+        residual = anomaly.median(mean_view(residuals, manifest.views), manifest.residual.median_pixels)
+        return found | of_map("residual", residual, judged)
 
     return scores
 
