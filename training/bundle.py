@@ -87,7 +87,9 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
     bundle = load_bundle(folder)
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    draw_curves(config, figures / f"{config.name}-curves.png")
+    # One that learnt nothing new has the curves of the version that it starts from.
+    if config.vqvae.steps and config.denoiser.steps:
+        draw_curves(config, figures / f"{config.name}-curves.png")
     # Pictures of non-commercial data stay out of the repository.
     shown = config.run_folder if config.bundle.non_commercial else figures
     draw_validation(config, bundle, shown / f"{config.name}-validation.png")

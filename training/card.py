@@ -78,7 +78,9 @@ def _weighing(manifest: Manifest) -> str:
     """What the residual is divided and multiplied by, in words."""
     settings = manifest.residual
     divided = f", over {settings.contrast_floor:g} plus the local contrast" if settings.contrast_floor else ""
-    return divided + (", weighted by KL" if settings.weighted_by_kl else "")
+    side = settings.median_pixels
+    median = f", median of {side} x {side} pixels" if side > 1 else ""
+    return divided + (", weighted by KL" if settings.weighted_by_kl else "") + median
 
 
 def _fit(manifest: Manifest) -> str:

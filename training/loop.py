@@ -116,6 +116,7 @@ class Run:
                     self.save(done)
         if not steps:
             # Nothing to learn: the weights that it started from are this stage's.
+            self._log(0, validate())
             self.save(0)
 
     def _log(self, step: int, row: dict[str, float]) -> None:
