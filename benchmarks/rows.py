@@ -65,8 +65,8 @@ ROWS = (
     Row(TRANSFORMER, "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),
     Row(ENSEMBLE, f"the same, its ensemble of {MEMBERS}", 16, 16, trained=False, every=MEMBERS),
     Row(KNOWN, "the transformer, known codes fed at once", 8, 1, trained=False),
-    Row(PUBLISHED, "the transformer in the published size, cached, batched", 4, 4, trained=False),
-    Row(PUBLISHED_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 4, 4, False, every=PUBLISHED_MEMBERS),
+    Row(PUBLISHED, "the transformer in the published size, cached, batched", 8, 8, trained=False),
+    Row(PUBLISHED_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 8, 8, False, every=PUBLISHED_MEMBERS),
     Row(PUBLISHED_KNOWN, "the published size, known codes fed at once", 4, 1, trained=False),
     Row(
         PUBLISHED_KNOWN_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 4, 1, False, every=PUBLISHED_MEMBERS

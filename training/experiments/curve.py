@@ -24,7 +24,7 @@ from training.splits import load_split
 
 PART = "curve"
 # Of each bundle, so many cases: half of grade 2, half of grade 3.
-CASES = {"t1": 6, "headct": 8}
+CASES = {"t1": 4, "headct": 8}
 KINDS = ("grade 2", "grade 3")
 # A point this close to the best in both is as good.
 CLOSE = 0.01
@@ -46,20 +46,18 @@ class Point:
 
 
 ONE, TWO = (20,), (50, 20)
-FOUR = (100, 70, 45, 20)
 EIGHT = (200, 160, 125, 95, 70, 50, 35, 20)
-NEAR_LEVELS = (5, 10, 20)
 POINTS = (
     Point(1, (10,), ONE),
     Point(1, (10,), TWO),
-    Point(1, NEAR_LEVELS, TWO),
-    Point(1, (10,), FOUR),
     Point(1, (10,), EIGHT),
-    Point(2, (10,), ONE),
-    Point(2, (10,), TWO),
-    Point(4, (10,), ONE),
+    Point(1, (5,), ONE),
+    Point(1, (3,), ONE),
+    Point(1, (3, 5, 10), ONE),
+    Point(2, (5,), ONE),
+    Point(4, (5,), ONE),
+    Point(4, (3,), ONE),
     Point(4, (10,), TWO),
-    Point(4, NEAR_LEVELS, TWO),
 )
 
 
