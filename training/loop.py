@@ -116,8 +116,8 @@ class Run:
                     self.save(done)
         if not steps:
             # Nothing to learn: the weights that it started from are this stage's.
-            self._log(0, validate())
             self.save(0)
+            self._log(0, validate())
 
     def _log(self, step: int, row: dict[str, float]) -> None:
         path = self.config.run_folder / f"{self.name}.csv"
