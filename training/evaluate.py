@@ -217,7 +217,7 @@ def main(path: Path, parts: Sequence[str]) -> None:
         target.write_text(json.dumps(document, indent=1) + "\n")
     # The README has the tables of the bundle that ships for everyone.
     readme = ROOT / "README.md" if config.name == README_BUNDLE else None
-    render(document, bundle.manifest, target.with_suffix(".md"), readme)
+    render(document, bundle.manifest, target.with_suffix(".md"), readme, bundle.sha256)
 
 
 if __name__ == "__main__":

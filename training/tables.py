@@ -10,6 +10,7 @@ import numpy as np
 
 from app.manifest import Manifest
 
+EARLIER = "Measured with an earlier version of this bundle."
 MARKERS = ("<!-- evaluation:begin -->", "<!-- evaluation:end -->")
 BOOTSTRAP = 2000
 
@@ -122,8 +123,11 @@ def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path | None) -> None:
-    """Write the evaluation's page, and its tables into the README, where one is given."""
+def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path | None, sha256: str) -> None:
+    """Write the evaluation's page, and its tables into the README, where one is given.
+
+    A part that was not measured with this very bundle, of this hash, says so.
+    """
     parts = (
         ("healthy", "Healthy test subjects", healthy_table),
         (
@@ -142,7 +146,9 @@ def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Pat
     lines: list[str] = []
     for key, title, table in parts:
         if key in document:
-            lines += [f"### {title}", "", *table(document[key]["rows"]), ""]
+            lines += [f"### {title}", ""]
+            lines += [] if document[key]["bundle_sha256"] == sha256 else [EARLIER, ""]
+            lines += [*table(document[key]["rows"]), ""]
     body = "\n".join(lines)
     head = f"# Evaluation of {manifest.id}\n\nWritten by `python -m training.evaluate`; brackets are bootstrap 95 % "
     path.write_text(f"{head}intervals.\n\n{body}")

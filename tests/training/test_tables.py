@@ -1,8 +1,10 @@
 """Tables say what the rows of an evaluation say."""
 
+from pathlib import Path
 from typing import Any
 
-from training.tables import heads_table
+from tests.support.bundle import tiny_manifest
+from training.tables import EARLIER, heads_table, render
 
 
 def test_heads_are_counted_by_where_they_come_from() -> None:
@@ -16,3 +18,14 @@ def test_heads_are_counted_by_where_they_come_from() -> None:
         "| IXI | 2 of 3 | 2.50 (1.00 to 4.00) | out_of_distribution 1 |",
         "| UIH | 0 of 1 |  | brain_not_extracted 1 |",
     ]
+
+
+def test_a_part_of_an_earlier_bundle_says_so(tmp_path: Path) -> None:
+    rows = [{"kind": "T2", "outcomes": {"out_of_distribution": 2}}]
+    head = {"kind": "UIH", "name": "d", "outcome": "analysed", "found_ml": 1.0}
+    document = {"foreign": {"bundle_sha256": "a", "rows": rows}, "heads": {"bundle_sha256": "b", "rows": [head]}}
+    render(document, tiny_manifest(), tmp_path / "page.md", None, "a")
+    heads, foreign = (tmp_path / "page.md").read_text().split("### Scans of another kind")
+    assert EARLIER in heads
+    assert EARLIER not in foreign
+    assert "| T2 | 2 of 2 | out_of_distribution 2 |" in foreign
