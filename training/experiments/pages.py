@@ -125,10 +125,15 @@ def curve_table(told: Row) -> list[str]:
     return [*lines, "", "Bold is what the bundle does."]
 
 
+def evaluations() -> dict[str, Row]:
+    """What `training.evaluate` has written of each bundle."""
+    found = {name: EVALUATION / f"{name}.json" for name in BUNDLES}
+    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+
+
 def calibration_section(known: dict[str, Row]) -> list[str]:
     """What thresholds and gate, which come from healthy subjects alone, do on test subjects."""
-    found = {name: EVALUATION / f"{name}.json" for name in BUNDLES}
-    evaluated = {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+    evaluated = evaluations()
     if not evaluated:
         return []
     return [

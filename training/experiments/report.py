@@ -5,6 +5,7 @@ from typing import Any
 
 from training.config import ROOT
 from training.experiments import pages
+from training.experiments.bars import bars_section
 from training.experiments.kept import RESULTS, with_provenance
 from training.experiments.methods import OURS
 from training.experiments.opponents import OPPONENTS
@@ -153,7 +154,7 @@ def part_section(part: str, document: Row) -> list[str]:
 def write() -> None:
     """The page, from the parts that have been measured."""
     known = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    lines = [HEAD]
+    lines = [HEAD, *bars_section(known, pages.evaluations(), NAMES)]
     for part in TITLES:
         if part in known:
             lines += part_section(part, known[part])

@@ -41,6 +41,8 @@ def test_a_lead_that_is_no_lead_is_bold(tmp_path: Path, monkeypatch: pytest.Monk
     assert "t1-9.9.9" in page
     assert "1. Which picture" not in page, "a part that was not measured is not told of"
     assert "Calibration that holds" not in page
+    assert page.index("## Bars that were set") < page.index("## 2b.")
+    assert "| shapes, grade 2: Counterpart above every opponent | above 1 of 2 that ran, 3 scans; not above: " in page
     ends = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip(" |") for line in page.splitlines()}
     assert (ends["variational autoencoder"], ends["intensity threshold"]) == ("`newer`", "`abc`"), "by row"
 
