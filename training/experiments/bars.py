@@ -135,7 +135,7 @@ def _title(names: dict[str, str], name: str) -> str:
 def _lead(text: str, rows: Row, names: dict[str, str]) -> Bar:
     if OURS not in rows:
         return Bar(text, "Counterpart did not run")
-    above, below, absent = [], [], []
+    above, below, absent = list[str](), list[str](), list[str]()
     for name in dict.fromkeys([*names, *rows]):
         gaps = [spread(at(rows, name, "behind", key)) for key in ("auprc", "dice")]
         if name != OURS:

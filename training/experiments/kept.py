@@ -22,6 +22,7 @@ RESULTS = ROOT / "docs" / "results"
 SAME = ("bundle_sha256", "data_sha256", "split_sha256")
 # What differs from row to row of a document.
 OF_A_ROW = ("seed", "code", "threads")
+OF_A_RUN = ("whole_seconds", "learnt_from")
 # Bins of an outcome that is kept: AUPRC and Dice move by less than 0.005.
 STORED_BINS = 256
 
@@ -129,7 +130,7 @@ def _facts(part: str, name: str, outcome: Outcome, provenance: Document) -> Docu
         "seconds_per_slice": outcome.seconds_per_slice,
         "parameters": outcome.parameters,
         "outcome": str(outcome_path(part, name).relative_to(RESULTS)),
-        "provenance": {key: provenance[key] for key in (*OF_A_ROW, "whole_seconds") if key in provenance},
+        "provenance": {key: provenance[key] for key in (*OF_A_ROW, *OF_A_RUN) if key in provenance},
     }
 
 

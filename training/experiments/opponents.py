@@ -65,6 +65,12 @@ OPPONENTS = {
 }
 
 
+def budget(method: str) -> str:
+    """What a method of the tables learnt from, in words; nothing where it did not learn here."""
+    opponent = OPPONENTS.get(method.removesuffix("-ensemble"))
+    return f"{opponent.steps} x {opponent.batch} slices" if opponent else ""
+
+
 def build(name: str, config: Config) -> nn.Module:
     """An opponent's network, untrained."""
     if name == "spatial-ae":

@@ -98,8 +98,7 @@ def budget_table(methods: Row) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in methods.items():
-        opponent = OPPONENTS.get(name.removesuffix("-ensemble"))
-        budget = f"{opponent.steps} x {opponent.batch} slices" if opponent else ""
+        budget = row.get("provenance", {}).get("learnt_from", "")
         choice = row["choice"]
         pixels = f"smoothed {choice['smoothing']:g} pixels" if name != OURS else ""
         chosen = ", ".join(part for part in (choice["variant"], pixels) if part)

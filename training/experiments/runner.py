@@ -13,7 +13,7 @@ from training.experiments import curve, figure, fusion, gate, imagewise, kept, m
 from training.experiments.cases import Case, brats, multiple_sclerosis, synthetic, tumours
 from training.experiments.experiment import AUTOENCODERS, Document, Experiment
 from training.experiments.methods import OURS
-from training.experiments.opponents import OPPONENTS, load, train
+from training.experiments.opponents import OPPONENTS, budget, load, train
 
 FIGURE = ROOT / "docs" / "figures" / "results.png"
 CURVE = ROOT / "docs" / "figures" / "evaluations.png"
@@ -28,7 +28,7 @@ def segment(part: str, name: str, cases: Callable[[Experiment], Iterable[Case]],
         start = time.perf_counter()
         test = test or list(cases(e))
         outcome = segmentation.run_method(makers[method](), e.validation(), test, e.manifest)
-        told = now | {"whole_seconds": time.perf_counter() - start}
+        told = now | {"whole_seconds": time.perf_counter() - start, "learnt_from": budget(method)}
         kept.save_outcome(kept.outcome_path(part, method), outcome, told)
         kept.write(part, {"provenance": now, **kept.merged(part, makers, now)})
     kept.write(part, {"provenance": now, **kept.merged(part, makers, now)})

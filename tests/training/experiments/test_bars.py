@@ -27,7 +27,8 @@ def found(known: dict[str, Any], begins: str, **kept: Any) -> Bar:
 
 
 def test_nothing_measured_is_told_of_every_bar() -> None:
-    for known in ({}, {"shapes": {}}, {"tumours": {"kinds": {"tumours": {}}, "methods": {}}}):
+    documents: list[dict[str, Any]] = [{}, {"shapes": {}}, {"tumours": {"kinds": {"tumours": {}}, "methods": {}}}]
+    for known in documents:
         told = bars(known, {"flair": {"healthy": {"rows": []}}}, NAMES)
         assert {bar.verdict for bar in told} == {"not measured"}
     assert found({}, "far-OOD, CXR").found == "imagewise did not run"
