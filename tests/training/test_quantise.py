@@ -119,7 +119,7 @@ def test_the_error_of_the_noise_is_a_share_of_float32s_own() -> None:
 
 
 def test_every_noise_level_of_serving_is_calibrated() -> None:
-    assert noise_levels(Config.load(ROOT / "training" / "configs" / "t1.toml")) == [10, 20, 50, 100, 400]
+    assert noise_levels(Config.load(ROOT / "training" / "configs" / "t1.toml")) == [5, 10, 20, 100, 400]
 
 
 def test_weights_in_common_are_read_from_the_other_file(tmp_path: Path) -> None:
