@@ -58,11 +58,18 @@ class HealthyScan:
         """Indices of the slices that are healthy and show enough, (K,)."""
         if self.healthy is None:
             return analysed_slices(slices, preparation)
+        enough = foreground_cm2(slices, preparation) >= preparation.min_foreground_cm2
+        return np.flatnonzero(enough & self.healthy_slices(slices))
+
+    def healthy_slices(self, slices: Slices) -> BoolArray:
+        """Which slices show nothing that is known to be ill, (N,)."""
+        if self.healthy is None:
+            return np.ones(len(slices.x), dtype=np.bool_)
         # Which picture a slice is; above and below the head there may be pictures without one.
         heights = slices.placement.affine[2, 0] * np.arange(len(slices.x)) + slices.placement.affine[2, 3]
         pictures = np.rint((heights - self.volume.affine[2, 3]) / self.volume.affine[2, 2]).astype(np.int64)
-        enough = foreground_cm2(slices, preparation) >= preparation.min_foreground_cm2
-        return np.flatnonzero(enough & self.healthy[pictures])
+        found: BoolArray = self.healthy[pictures]
+        return found
 
 
 def load_scan(config: Config, subject: str) -> HealthyScan:

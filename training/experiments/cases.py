@@ -13,7 +13,7 @@ from app.pipeline.prepare import BoolArray, Slices, analysed_slices, to_slices
 from app.volume import FloatArray, Volume
 from training.config import Config, data_root
 from training.data import load_scan, load_volume
-from training.lesions import Lesioned, gold_shape, insert_lesion, insert_sprites
+from training.lesions import SPRITE_EVERY, Lesioned, gold_shape, insert_lesion, insert_sprites
 from training.splits import NO_SHAPES, Split, load_split
 from training.tumours import tumour_scans
 
@@ -68,10 +68,26 @@ class Case:
         return self.slices.foreground[self.known]
 
 
-def make_case(subject: str, kind: str, volume: Volume, truth: BoolArray, manifest: Manifest) -> Case:
-    """A case from a scan and its truth, (X, Y, Z) on the scan's grid."""
+def make_case(
+    subject: str,
+    kind: str,
+    volume: Volume,
+    truth: BoolArray,
+    manifest: Manifest,
+    healthy: Callable[[Slices], BoolArray] | None = None,
+) -> Case:
+    """A case from a scan and its truth, (X, Y, Z) on the scan's grid.
+
+    Parameters
+    ----------
+    healthy : callable, optional
+        Which slices (N,) show nothing but the truth. The others are not judged: a tumour there would count as a
+        false positive.
+    """
     slices = to_slices(volume, manifest.preparation)
     known = analysed_slices(slices, manifest.preparation)
+    if healthy is not None:
+        known = known[healthy(slices)[known]]
     placed = slices.placement.from_source(truth.astype(np.float32))[known] > 0.5
     judged = anomaly.erode(slices.foreground[known], manifest.residual.erosion)
     return Case(subject, kind, volume, slices, known, placed, judged)
@@ -84,11 +100,13 @@ Insert = Callable[[str, float, int], Lesioned]
 def sprites(config: Config) -> Insert:
     """Ellipses in pictures, 4 to 8 pixels in radius."""
     assert config.data.pictures is not None, "sprites are for pictures"
+    # Of a patient with a tumour few pictures are healthy: each of them gets one.
+    every = 1 if config.data.pictures.kind == "lgg" else SPRITE_EVERY
 
     def insert(subject: str, contrast: float, seed: int) -> Lesioned:
         radius = np.random.default_rng([seed, 13]).uniform(*RADIUS_PIXELS) * PIXEL_MM
         volume = load_scan(config, subject).volume
-        return insert_sprites(volume, radius, contrast, seed, ct=config.preparation.window is not None)
+        return insert_sprites(volume, radius, contrast, seed, ct=config.preparation.window is not None, every=every)
 
     return insert
 
@@ -106,14 +124,17 @@ def shapes(config: Config, part: Part) -> Insert:
 
 
 def synthetic(config: Config, manifest: Manifest, part: Part) -> Iterator[Case]:
-    """Synthetic lesions of each grade in each subject of a part, bright and dark in turns."""
+    """Synthetic lesions of each grade in the healthy slices of each subject of a part, bright and dark in turns."""
     split: Split = load_split(config.data.splits)
     subjects = split.validation if part == "validation" else split.test
     insert = sprites(config) if config.data.pictures is not None else shapes(config, part)
     for grade, (kind, contrast) in enumerate(GRADES.items()):
         for i, subject in enumerate(subjects):
             made = insert(subject, contrast * (-1) ** (i + grade), i)
-            yield make_case(subject, kind, made.volume, made.truth, manifest)
+            healthy = load_scan(config, subject).healthy_slices
+            case = make_case(subject, kind, made.volume, made.truth, manifest, healthy)
+            if len(case.known):  # a patient may have a tumour in every slice that is analysed
+                yield case
 
 
 def for_choices(config: Config, manifest: Manifest) -> list[Case]:

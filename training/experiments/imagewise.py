@@ -4,7 +4,7 @@ import io
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,12 @@ from training.experiments.metrics import (
     false_positive_rate,
     interval,
 )
+from training.foreign import lgg
 from training.lesions import insert_sprites
 from training.pictures import BLOCK, in_units, picture_affine
 from training.splits import load_split
 
-HEALTHY, NEAR = "healthy", "near"
+HEALTHY, NEAR, OTHER_HEADS = "healthy", "near", "heads in FLAIR"
 NEAR_GRADE = "grade 2"
 # Noise levels beside the KL map's own; the paper's begin at 400.
 LEVELS = (100, 400)
@@ -130,6 +131,21 @@ def foreign(config: Config, manifest: Manifest) -> Iterator[Pictures]:
         yield _joined(label, parts, refused)
 
 
+def other_heads(config: Config, manifest: Manifest) -> Pictures:
+    """FLAIR of TCGA-LGG, heads of another modality: what a score is chosen by, beside the near ones, and not tested."""
+    opened = anything(manifest).preparation
+    parts, refused = [], 0
+    for shown in lgg():
+        volume = Volume(in_units(shown.volume.array.astype(np.uint8), config), shown.volume.affine)
+        try:
+            slices = to_slices(volume, opened)
+            known = analysed_slices(slices, opened)
+            parts.append((slices.x[known], slices.foreground[known], shown.name))
+        except CounterpartError:
+            refused += 1
+    return _joined(OTHER_HEADS, parts, refused)
+
+
 def our_scores(models: Models, manifest: Manifest) -> Scores:
     """KL and residual as the service sees them, mean over views; and the KL at higher noise, as the paper has it."""
     s = manifest.schedule
@@ -211,9 +227,18 @@ def score_all(scores: Scores, pictures: Pictures) -> Scored:
     return Scored(pictures, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, seconds)
 
 
-def choose_score(healthy: Scored, near: Scored) -> str:
-    """The one that tells validation pictures with a sprite from those without best."""
-    return max(healthy.scores, key=lambda name: counted(name, near, healthy).statistic(auroc))
+def validation_aurocs(healthy: Scored, anomalous: Sequence[Scored]) -> dict[str, dict[str, float]]:
+    """AUROC of every score on validation pictures, by kind."""
+    return {
+        found.pictures.kind: {name: counted(name, found, healthy).statistic(auroc) for name in healthy.scores}
+        for found in anomalous
+    }
+
+
+def choose_score(aurocs: dict[str, dict[str, float]]) -> str:
+    """The best on validation pictures, mean over the kinds: one score is to see a lesion and what is no head of CT."""
+    names = next(iter(aurocs.values()))
+    return max(names, key=lambda name: float(np.mean([of[name] for of in aurocs.values()])))
 
 
 def counted(name: str, anomalous: Scored, healthy: Scored) -> Counts:
