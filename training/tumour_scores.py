@@ -20,8 +20,8 @@ from training.splits import Split
 from training.tumours import TumourScan, tumour_scans
 
 BATCH = 16
-# Of the range [0, 1], of maps and of intensities alike.
-BINS = 1000
+# Of v / (1 + v): a residual over local contrast has no upper end, and an intensity of 1 lies in the middle.
+BINS = 2000
 BOOTSTRAP = 1000
 METHODS = ("counterpart", "intensity")
 
@@ -40,7 +40,8 @@ class Seen:
 
 def counted(values: FloatArray, truth: BoolArray) -> IntArray:
     """Voxels of each slice by value, beside the tumour and in it, (Z, 2, BINS); not analysed counts as 0."""
-    bins = np.clip(np.nan_to_num(values) * BINS, 0, BINS - 1).astype(np.int64)
+    known = np.maximum(np.nan_to_num(values), 0)
+    bins = (known / (1 + known) * BINS).astype(np.int64)
     keys = (np.arange(values.shape[2]) * 2 + truth) * BINS + bins
     return np.bincount(keys.ravel(), minlength=values.shape[2] * 2 * BINS).reshape(-1, 2, BINS)
 

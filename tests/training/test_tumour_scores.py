@@ -24,6 +24,12 @@ def test_best_dice_and_average_precision() -> None:
     assert slice_dice(counts) == pytest.approx(4 / 5)  # hit, miss, hit: 2 * 2 / (3 + 2)
 
 
+def test_values_above_one_keep_their_order() -> None:
+    """A residual over local contrast has no upper end."""
+    assert average_precision(counted(VALUES * 20, TRUTH)) == average_precision(counted(VALUES, TRUTH))
+    assert pooled_dice(counted(VALUES * 20, TRUTH)) == pooled_dice(counted(VALUES, TRUTH))
+
+
 def test_intervals_are_over_patients() -> None:
     perfect = counted(TRUTH.astype(np.float32), TRUTH)
     blind = counted(np.zeros_like(VALUES), TRUTH)

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from app.manifest import Manifest, Range
+from app.pipeline import anomaly
 from app.pipeline.detect import detect
 from app.pipeline.models import Models
 from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, cached_slices
 from training.experiments import transformer
-from training.experiments.cases import Case
+from training.experiments.cases import VALIDATION_CASES, Case
 from training.experiments.opponents import OPPONENTS, build, bundle_folder, load, reconstruct
 from training.restore import TorchNetworks, load_networks
 
@@ -26,6 +28,8 @@ BATCH = 16
 # Gaussians over an opponent's map, in pixels, to choose from.
 SMOOTHING = (0.0, 1.0, 2.0)
 LARGEST = float(np.finfo(np.float32).max)
+# Of the transformer's map.
+WHOLE, WITHIN = "everywhere", "where codes were drawn anew"
 EVERYTHING = Range(low=-LARGEST, high=LARGEST)
 
 
@@ -162,27 +166,36 @@ class Transformer:
         self.threshold = float(np.quantile(every.numpy(), transformer.QUANTILE))
 
     @torch.inference_mode()
-    def _healed(self, x: torch.Tensor, draw: int) -> torch.Tensor:
+    def _healed(self, x: torch.Tensor, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slices from codes of which the unlikely ones are drawn anew, and which ones were, (N, h, w)."""
         codes = self.vqvae.decoder.nearest(self.vqvae.encoder(x))
-        flat, healed = codes.flatten(1), []
+        flat, healed, chosen = codes.flatten(1), [], []
         by = transformer.uniforms(flat, self._seed + draw)
         for known, chances in zip(flat.split(BATCH), by.split(BATCH), strict=True):
             anew = transformer.log_likelihood(self.network, known) < self.threshold
             healed.append(transformer.heal_known(self.network, known, anew, chances))
+            chosen.append(anew)
         parts = torch.cat(healed).view_as(codes).split(BATCH)
-        return torch.cat([self.vqvae.decoder.decode_codes(part) for part in parts])
+        images = torch.cat([self.vqvae.decoder.decode_codes(part) for part in parts])
+        return images, torch.cat(chosen).view_as(codes)
 
-    def residual(self, case: Case, draws: int, *, mirrored: bool) -> FloatArray:
-        """|x - D(healed codes)|, mean over draws and directions, (K, H, W)."""
+    def residuals(self, case: Case, draws: int, *, mirrored: bool) -> dict[str, FloatArray]:
+        """|x - D(healed codes)|, mean over draws and directions, (K, H, W): as it is, and where codes were drawn anew.
+
+        The second is what Pinaya et al. do: the mask of the codes, up-sampled, keeps the autoencoder's own error out.
+        """
         x = torch.from_numpy(np.ascontiguousarray(case.x))
-        total = torch.zeros_like(x)
+        total = {WHOLE: torch.zeros_like(x), WITHIN: torch.zeros_like(x)}
         ways = (False, True) if mirrored else (False,)
         for flip in ways:
             for draw in range(draws):
                 seen = x.flip(-1) if flip else x
-                healed = self._healed(seen, draw)
-                total += (x - (healed.flip(-1) if flip else healed)).abs()
-        return (total / (draws * len(ways)))[:, 0].numpy()
+                healed, anew = self._healed(seen, draw)
+                mask = torch.from_numpy(anomaly.upsample(anew.numpy().astype(np.float32), (x.shape[2], x.shape[3])))
+                off, inside = (seen - healed).abs(), mask[:, None]
+                for name, values in ((WHOLE, off), (WITHIN, off * inside)):
+                    total[name] += values.flip(-1) if flip else values
+        return {name: (values / (draws * len(ways)))[:, 0].numpy() for name, values in total.items()}
 
 
 def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArray]) -> dict[str, Method]:
@@ -191,12 +204,20 @@ def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArr
     made = Transformer(networks, network, config.seed)
     made.calibrate(healthy)
     size = _size(network) + _size(networks.encoder) + _size(networks.decoder)
-    one: Maps = lambda case: made.residual(case, 1, mirrored=False)  # noqa: E731
-    several: Maps = lambda case: made.residual(case, transformer.DRAWS, mirrored=True)  # noqa: E731
+
+    def method(name: str, title: str, draws: int, *, mirrored: bool) -> Method:
+        # Both maps come from the same draws: of a case that is asked for both, one pass is enough.
+        seen = lru_cache(maxsize=VALIDATION_CASES)(partial(made.residuals, draws=draws, mirrored=mirrored))
+
+        def only(variant: str) -> Maps:
+            return lambda case: seen(case)[variant]
+
+        return Method(name, title, {variant: only(variant) for variant in (WHOLE, WITHIN)}, parameters=size)
+
     ensemble = f"the same, ensemble of {transformer.MEMBERS}"
     return {
-        "transformer": Method("transformer", "autoregressive transformer", {"": one}, parameters=size),
-        "transformer-ensemble": Method("transformer-ensemble", ensemble, {"": several}, parameters=size),
+        "transformer": method("transformer", "autoregressive transformer", 1, mirrored=False),
+        "transformer-ensemble": method("transformer-ensemble", ensemble, transformer.DRAWS, mirrored=True),
     }
 
 

@@ -20,7 +20,7 @@ TITLES = {
     "shapes": "2b. Synthetic lesions: shapes of MS lesions in T1 volumes",
     "tumours": "3a. Real lesions: gliomas in FLAIR (TCGA-LGG, test patients)",
     "ms-t1": "3b. Real lesions: multiple sclerosis in T1; two patients, too few for a claim",
-    "stripped": "3c. Real lesions in skull-stripped FLAIR, which the gate of `flair` refuses; five patients",
+    "stripped": "3c. Real lesions in skull-stripped FLAIR, which `flair` does not know; five patients",
 }
 NAMES = {
     OURS: "**Counterpart**",

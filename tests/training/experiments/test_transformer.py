@@ -1,5 +1,9 @@
 """The cache changes nothing, nor does feeding what is known at once: logits are those of MONAI's whole forward pass."""
 
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -7,6 +11,7 @@ torch = pytest.importorskip("torch")
 from monai.networks.nets.transformer import DecoderOnlyTransformer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from training.experiments.methods import WHOLE, WITHIN, Transformer  # noqa: E402
 from training.experiments.transformer import (  # noqa: E402
     QUANTILE,
     Cached,
@@ -17,6 +22,10 @@ from training.experiments.transformer import (  # noqa: E402
     uniforms,
     unlikely,
 )
+
+if TYPE_CHECKING:
+    from training.experiments.cases import Case
+    from training.restore import TorchNetworks
 
 pytestmark = pytest.mark.training
 
@@ -83,3 +92,25 @@ def test_codes_are_drawn_as_often_as_they_are_likely(network: DecoderOnlyTransfo
     start = torch.full((1, 1), CODES)
     expected = network(start)[0, 0, :CODES].softmax(-1)
     assert torch.allclose(drawn.bincount(minlength=CODES) / len(many), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_the_masked_map_is_the_other_one_where_codes_were_drawn_anew(
+    network: DecoderOnlyTransformer, *, mirrored: bool
+) -> None:
+    rows, columns, side = 5, 8, 4
+    bins = torch.arange(CODES) / CODES
+    decoder = SimpleNamespace(
+        nearest=lambda z: (z[:, 0, ::side, ::side] * CODES).long().clamp(max=CODES - 1),
+        decode_codes=lambda k: bins[k][:, None].repeat_interleave(side, 2).repeat_interleave(side, 3),
+    )
+    made = Transformer(cast("TorchNetworks", SimpleNamespace(encoder=lambda x: x, decoder=decoder)), network, seed=1)
+    x = np.random.default_rng(3).random((2, 1, rows * side, columns * side), dtype=np.float32)
+    case = cast("Case", SimpleNamespace(x=x))
+    nothing = made.residuals(case, 1, mirrored=mirrored)
+    assert not nothing[WITHIN].any()
+    assert nothing[WHOLE].any(), "what the codes cannot show is there all the same"
+    made.threshold = np.inf
+    everything = made.residuals(case, 2, mirrored=mirrored)
+    np.testing.assert_allclose(everything[WITHIN], everything[WHOLE], atol=1e-6)
+    assert np.abs(everything[WHOLE] - nothing[WHOLE]).max() > 0.1
