@@ -57,6 +57,36 @@ def reliability_section(own: Row) -> list[str]:
     return [*lines, "", "![Predicted and observed share](figures/reliability.png)", ""]
 
 
+def bounds_section(document: Row | None) -> list[str]:
+    """Which step loses a lesion."""
+    if not document:
+        return []
+    lines = [
+        "## What bounds the synthetic lesions",
+        "",
+        "Healthy validation subjects, a diagnosis and no result: one step after another is given the truth. Where the",
+        "known mask lifts a row, the KL map is what loses the lesion; where the known counterpart does, it is what is",
+        "imagined; what is missing then is the autoencoder's, and pixels beside the lesion in its latents. Without a",
+        "mask, its error everywhere else is on the map too. AUPRC, Dice (best-achievable).",
+        "",
+    ]
+    for told in document["bundles"].values():
+        grades = told["grades"]
+        lines += [belongs(told["provenance"]), f"Code `{told['provenance']['code']}`.", ""]
+        lines += [f"| given | {' | '.join(f'{g}, {len_of(rows)} cases' for g, rows in grades.items())} |"]
+        lines += ["| --- " * (len(grades) + 1) + "|"]
+        for step in next(iter(grades.values())):
+            cells = [f"{cell(rows[step]['auprc'])}, {cell(rows[step]['dice'])}" for rows in grades.values()]
+            lines.append(f"| {step} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def len_of(rows: Row) -> int:
+    """Cases of a grade."""
+    return int(next(iter(rows.values()))["cases"])
+
+
 def knee(points: dict[str, Row]) -> str:
     """The fewest evaluations at which neither Dice nor AUPRC is further from the best than `CLOSE`."""
     best = {key: max(row[key]["value"] for row in points.values()) for key in ("dice", "auprc")}

@@ -168,6 +168,7 @@ def write() -> None:
             lines += part_section(part, known[part])
             if part == "imagewise":
                 lines += pages.reliability_section(known[part]["methods"].get(OURS, {}))
+    lines += pages.bounds_section(known.get("bounds"))
     lines += pages.curve_section(known.get("curve"))
     lines += pages.calibration_section(known)
     if FIGURE.exists():

@@ -9,7 +9,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 
 from training.config import ROOT
-from training.experiments import curve, figure, fusion, gate, imagewise, kept, methods, reliability, segmentation
+from training.experiments import (
+    bounds,
+    curve,
+    figure,
+    fusion,
+    gate,
+    imagewise,
+    kept,
+    methods,
+    reliability,
+    segmentation,
+)
 from training.experiments.cases import Case, brats, multiple_sclerosis, synthetic, tumours
 from training.experiments.experiment import AUTOENCODERS, Document, Experiment
 from training.experiments.methods import OURS
@@ -112,6 +123,7 @@ PARTS: dict[str, Callable[[list[str]], None]] = {
         "stripped", "flair", lambda e: [*multiple_sclerosis(e.manifest, "FLAIR"), *brats(e.manifest)], wanted
     ),
     "curve": evaluations,
+    "bounds": lambda _: bounds.run(),
     "gate": lambda _: gate.run(),
     "figure": show,
 }
