@@ -37,9 +37,7 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             w=w,
             codes=config.vqvae.codes,
             codes_used=int(curve["val_codes_used"][-1]),
-            vq_batch=config.vqvae.batch,
-            batch=config.denoiser.batch,
-            after=f" after those of {manifest.name}-{p}" if (p := manifest.provenance.warm_start) else "",
+            learnt=_learnt(config, manifest),
             l1=curve["val_l1_foreground"][-1],
             parity=parity,
             flipped=parity.decoder_flipped,
@@ -62,6 +60,17 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
             high=manifest.preparation.extent_mm[1],
         )
     )
+
+
+def _learnt(config: Config, manifest: Manifest) -> str:
+    """What the networks learnt in this version, and whose weights they began with."""
+    p = manifest.provenance
+    earlier = f"{manifest.name}-{p.warm_start}"
+    if not p.vqvae_steps and not p.denoiser_steps:
+        return f"none in this version: the networks are those of {earlier} (docs/decisions/0005)"
+    after = f" after those of {earlier}" if p.warm_start else ""
+    vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae.batch}"
+    return f"{vqvae}, denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{after}, seed {p.seed}, a CPU"
 
 
 def _int8(parity: Parity) -> str:

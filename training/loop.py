@@ -129,10 +129,11 @@ class Run:
             writer.writerow([step, *(f"{v:.6g}" for v in row.values())])
 
 
-def start_from(config: Config, version: str, name: str, module: nn.Module) -> None:
+def start_from(config: Config, version: str, name: str, module: nn.Module, *, steps: int) -> None:
     """Load the last weights that a stage had in an earlier version of the bundle, where one is named.
 
-    They come from that version's run, or from the bundle itself: there, a denoiser's are the averaged ones.
+    They come from that version's run, or from the bundle itself: there, a denoiser's are the averaged ones. A stage
+    without steps of its own has them in its own bundle too.
 
     Raises
     ------
@@ -146,13 +147,15 @@ def start_from(config: Config, version: str, name: str, module: nn.Module) -> No
     if path.exists():
         module.load_state_dict(torch.load(path, map_location=device(), weights_only=True)["modules"][name])
         return
-    if not earlier.bundle_folder.is_dir():
+    folders = [earlier.bundle_folder] + ([config.bundle_folder] if not steps else [])
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
         raise SystemExit(
-            f"Neither {path} nor {earlier.bundle_folder} is there: train version {version} from its own commit first, "
+            f"Neither {path} nor {folders[-1]} is there: train version {version} from its own commit first, "
             "take its bundle from that commit, "
             'or set warm_start = "" to start anew, with more steps.'
         )
-    module.load_state_dict(stage_weights(earlier.bundle_folder, config, name))
+    module.load_state_dict(stage_weights(found, config, name))
 
 
 def load_modules(config: Config, name: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def train(config: Config) -> None:
     held_out = cached_slices(config, "validation")
     schedule = Schedule.linear(config.schedule.steps, config.schedule.beta_start, config.schedule.beta_end)
     denoiser = build_denoiser(config).to(device()).to(memory_format=torch.channels_last)
-    start_from(config, config.denoiser.warm_start, "denoiser", denoiser)
+    start_from(config, config.denoiser.warm_start, "denoiser", denoiser, steps=config.denoiser.steps)
     averaged = AveragedModel(denoiser, avg_fn=warming_average(config.denoiser.ema_decay))
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=config.denoiser.learning_rate, weight_decay=1e-4)
     warmup, steps = config.denoiser.warmup, config.denoiser.steps

@@ -76,7 +76,7 @@ def train(config: Config) -> None:
     held_out = cached_slices(config, "validation")
     batches = Batches(stack, config.vqvae.batch, config.seed, config.augmentation)
     vqvae = build_vqvae(config).to(device(), memory_format=torch.channels_last)
-    start_from(config, config.vqvae.warm_start, "vqvae", vqvae)
+    start_from(config, config.vqvae.warm_start, "vqvae", vqvae, steps=config.vqvae.steps)
     optimiser = torch.optim.AdamW(vqvae.parameters(), lr=config.vqvae.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(config.vqvae.steps, 1), 1))) + 1e-3

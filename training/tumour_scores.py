@@ -41,7 +41,7 @@ class Seen:
 def counted(values: FloatArray, truth: BoolArray) -> IntArray:
     """Voxels of each slice by value, beside the tumour and in it, (Z, 2, BINS); not analysed counts as 0."""
     known = np.maximum(np.nan_to_num(values), 0)
-    bins = (known / (1 + known) * BINS).astype(np.int64)
+    bins = np.minimum(known / (1 + known) * BINS, BINS - 1).astype(np.int64)
     keys = (np.arange(values.shape[2]) * 2 + truth) * BINS + bins
     return np.bincount(keys.ravel(), minlength=values.shape[2] * 2 * BINS).reshape(-1, 2, BINS)
 

@@ -27,6 +27,7 @@ def test_best_dice_and_average_precision() -> None:
 def test_values_above_one_keep_their_order() -> None:
     """A residual over local contrast has no upper end."""
     assert average_precision(counted(VALUES * 20, TRUTH)) == average_precision(counted(VALUES, TRUTH))
+    assert counted(np.where(VALUES > 0.85, np.inf, VALUES), TRUTH).sum(axis=2).tolist() == [[2, 2], [4, 0]]
     assert pooled_dice(counted(VALUES * 20, TRUTH)) == pooled_dice(counted(VALUES, TRUTH))
 
 

@@ -27,7 +27,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.usefixtures("elsewhere")
 def test_a_denoiser_starts_from_the_averaged_weights_of_a_bundle() -> None:
     denoiser = build_denoiser(CONFIG)
-    start_from(CONFIG, CONFIG.version, "denoiser", denoiser)
+    start_from(CONFIG, CONFIG.version, "denoiser", denoiser, steps=1)
     shipped = load_networks(CONFIG.bundle_folder, CONFIG).denoiser
     z, t = torch.randn(1, *(3, 48, 40), generator=torch.Generator().manual_seed(0)), torch.tensor([10])
     with torch.no_grad():
@@ -35,9 +35,19 @@ def test_a_denoiser_starts_from_the_averaged_weights_of_a_bundle() -> None:
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_a_stage_without_steps_finds_its_weights_in_its_own_bundle() -> None:
+    """From a clean checkout, where the earlier version is no more."""
+    denoiser, again = build_denoiser(CONFIG), build_denoiser(CONFIG)
+    start_from(CONFIG, "0.0.1", "denoiser", denoiser, steps=0)
+    start_from(CONFIG, CONFIG.version, "denoiser", again, steps=1)
+    for mine, shipped in zip(denoiser.parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, shipped)
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_a_vqvae_starts_with_the_codes_of_a_bundle_and_keeps_them_while_it_learns() -> None:
     vqvae = build_vqvae(CONFIG)
-    start_from(CONFIG, CONFIG.version, "vqvae", vqvae)
+    start_from(CONFIG, CONFIG.version, "vqvae", vqvae, steps=1)
     shipped = load_networks(CONFIG.bundle_folder, CONFIG)
     x = torch.rand(2, 1, 96, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -55,7 +65,7 @@ def test_a_vqvae_starts_with_the_codes_of_a_bundle_and_keeps_them_while_it_learn
 @pytest.mark.usefixtures("elsewhere")
 def test_a_version_that_is_nowhere_is_refused_with_a_way_out() -> None:
     with pytest.raises(SystemExit, match=r"train version 0\.0\.1 from its own commit first"):
-        start_from(CONFIG, "0.0.1", "denoiser", nn.Linear(1, 1))
+        start_from(CONFIG, "0.0.1", "denoiser", nn.Linear(1, 1), steps=1)
 
 
 @pytest.mark.usefixtures("elsewhere")

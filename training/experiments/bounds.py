@@ -1,7 +1,7 @@
 """Which step loses a lesion: the latent mask, what is imagined under it, or the autoencoder.
 
-Synthetic lesions of healthy validation subjects: here the truth is known, and so is the true healthy counterpart. One
-step after another is given it.
+Synthetic lesions in healthy slices of validation subjects: here the truth is known, and so is the healthy counterpart.
+One step after another is given it.
 """
 
 import time
@@ -30,14 +30,16 @@ from training.experiments.segmentation import judged
 
 PART = "bounds"
 # Of each bundle, so many cases of each grade.
-CASES = {"t1": 6, "headct": 10, "flair": 11}
-SHIPPED, MASK, COUNTERPART, UNMASKED = (
+CASES = {"t1": 4, "headct": 10, "flair": 10}
+SHIPPED, NO_FALSE, NO_MISSED, MASK, COUNTERPART, UNMASKED, FLOOR = STEPS = (
     "as shipped",
-    "the latent mask is the lesion's",
-    "and the counterpart is the healthy slice, encoded and decoded",
-    "that counterpart, without any mask",
+    "no false alarms: the latent mask without what is no lesion",
+    "no misses: the latent mask and all of the lesion",
+    "the latent mask is the lesion",
+    "the same, and the counterpart is the healthy slice, encoded and decoded",
+    "that counterpart everywhere, without a mask",
+    "the lesion's latent mask itself, up-sampled: no image at all",
 )
-STEPS = (SHIPPED, MASK, COUNTERPART, UNMASKED)
 
 
 def touched(truth: BoolArray, shape: tuple[int, ...]) -> BoolArray:
@@ -47,6 +49,14 @@ def touched(truth: BoolArray, shape: tuple[int, ...]) -> BoolArray:
     return np.asarray(blocks.any(axis=(2, 4)), dtype=np.bool_)
 
 
+def healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
+    """The judged slices without the lesion, (K, 1, H, W), as bright beside it as they are with it."""
+    plain = to_slices(load_scan(config, case.subject).volume, manifest.preparation).x[case.known]
+    beside = (case.foreground & ~case.truth)[:, None]
+    # A lesion moves the percentile that a scan is divided by.
+    return np.asarray(plain * (np.median(case.x[beside]) / np.median(plain[beside])), dtype=np.float32)
+
+
 def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) -> dict[str, FloatArray]:
     """The anomaly map of each step, (K, H, W).
 
@@ -54,7 +64,7 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
     ----------
     case : Case
     healthy : (K, 1, H, W) ndarray
-        The judged slices without the lesion.
+        Of `healthy_slices`.
     """
     s = manifest.schedule
     schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
@@ -72,20 +82,27 @@ def _residuals(
     seen: Seen, case: Case, healthy: FloatArray, view: View, models: Models, manifest: Manifest
 ) -> dict[str, FloatArray]:
     """The residual of each step in one view."""
-    lesion = touched(turn(case.truth, view), seen.latents.shape)
-    certain = np.where(lesion, np.float32(2 * manifest.kl.threshold), np.float32(0))
+    lesion = touched(turn(case.truth, view), seen.latents.shape) & seen.latents
+    kl = surprise(seen, manifest)
+    high = np.float32(2 * manifest.kl.threshold)
     counterpart = models.decode(models.encode(turn(healthy, view)))[:, 0]
+
+    def under(kl: FloatArray) -> FloatArray:
+        return compare(seen, np.asarray(kl, dtype=np.float32), models, manifest).residual
 
     def against(mask: BoolArray) -> FloatArray:
         off = anomaly.residual(seen.x[:, 0], counterpart, mask)
         floor = manifest.residual.contrast_floor
-        return anomaly.weigh(off, counterpart, certain, seen.latents, floor, by_kl=False)
+        return anomaly.weigh(off, counterpart, kl, seen.latents, floor, by_kl=False)
 
     return {
-        SHIPPED: compare(seen, surprise(seen, manifest), models, manifest).residual,
-        MASK: compare(seen, certain, models, manifest).residual,
-        COUNTERPART: against(lesion & seen.latents),
+        SHIPPED: under(kl),
+        NO_FALSE: under(np.where(lesion, kl, 0)),
+        NO_MISSED: under(np.where(lesion, high, kl)),
+        MASK: under(np.where(lesion, high, 0)),
+        COUNTERPART: against(lesion),
         UNMASKED: against(np.ones_like(lesion)),
+        FLOOR: anomaly.upsample(lesion, seen.x.shape[2:]),
     }
 
 
@@ -98,12 +115,14 @@ def _finished(residual: FloatArray, case: Case, manifest: Manifest) -> FloatArra
 
 
 def spread_cases(every: Iterable[Case], count: int) -> list[Case]:
-    """So many of each grade, evenly spread over the subjects."""
+    """So many of each grade, half of them bright, evenly spread over the subjects; signs take turns in `synthetic`."""
     found = list(every)
     chosen = []
     for kind in GRADES:
         mine = [c for c in found if c.kind == kind]
-        chosen += [mine[i] for i in np.unique(np.linspace(0, len(mine) - 1, count).round().astype(int))]
+        for sign in (mine[::2], mine[1::2]):
+            at = np.linspace(0, len(sign) - 1, count // 2).round().astype(int)
+            chosen += [sign[i] for i in np.unique(at)]
     return chosen
 
 
@@ -111,8 +130,7 @@ def measure(config: Config, models: Models, manifest: Manifest, cases: list[Case
     """AUPRC and best-achievable Dice of each step, by grade."""
     found: dict[str, list[FloatArray]] = {step: [] for step in STEPS}
     for case in tqdm(cases, desc=manifest.id, unit="scan"):
-        volume = load_scan(config, case.subject).volume
-        healthy = to_slices(volume, manifest.preparation).x[case.known]
+        healthy = healthy_slices(config, case, manifest)
         for step, values in maps(case, healthy, models, manifest).items():
             found[step].append(judged(values, case))
     rows: Document = {}

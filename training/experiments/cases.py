@@ -21,9 +21,8 @@ Part = Literal["validation", "test"]
 
 # METHOD's grades: how far the intensity is moved, as a share of the brain's robust range.
 GRADES = {"grade 1": 0.10, "grade 2": 0.20, "grade 3": 0.35}
-# METHOD's radii for pictures of 64 x 64, in their pixels.
+# METHOD's radii for pictures of 64 x 64, in the pixels of the model.
 RADIUS_PIXELS = (4.0, 8.0)
-PIXEL_MM = 3.8
 # On validation scans, what an opponent's post-processing is chosen by: enough of them.
 VALIDATION_CASES = 12
 
@@ -104,7 +103,7 @@ def sprites(config: Config) -> Insert:
     every = 1 if config.data.pictures.kind == "lgg" else SPRITE_EVERY
 
     def insert(subject: str, contrast: float, seed: int) -> Lesioned:
-        radius = np.random.default_rng([seed, 13]).uniform(*RADIUS_PIXELS) * PIXEL_MM
+        radius = np.random.default_rng([seed, 13]).uniform(*RADIUS_PIXELS) * config.preparation.spacing_mm[1]
         volume = load_scan(config, subject).volume
         return insert_sprites(volume, radius, contrast, seed, ct=config.preparation.window is not None, every=every)
 

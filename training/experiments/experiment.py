@@ -57,7 +57,7 @@ class Experiment:
         plain = methods.without_model
         made: dict[str, Callable[[], Method]] = {
             OURS: lambda: Method(
-                OURS, "Counterpart", {"": methods.ours(self.models, self.manifest)}, (0.0,), self._size()
+                OURS, "Counterpart", {"": methods.ours(self.models, self.manifest)}, (methods.AS_IT_IS,), self._size()
             ),
             "intensity": lambda: plain(self.config)["intensity"],
             "mean": lambda: plain(self.config)["mean"],

@@ -24,7 +24,7 @@ from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn
 from app.volume import FloatArray, Volume
-from training.config import Config, data_root
+from training.config import ROOT, Config, data_root
 from training.data import load_scan
 from training.experiments.cases import GRADES, RADIUS_PIXELS, Part
 from training.experiments.methods import BATCH, Transformer
@@ -36,7 +36,7 @@ from training.experiments.metrics import (
     false_positive_rate,
     interval,
 )
-from training.foreign import lgg
+from training.foreign import picture
 from training.lesions import insert_sprites
 from training.pictures import BLOCK, in_units, picture_affine
 from training.splits import load_split
@@ -132,17 +132,25 @@ def foreign(config: Config, manifest: Manifest) -> Iterator[Pictures]:
 
 
 def other_heads(config: Config, manifest: Manifest) -> Pictures:
-    """FLAIR of TCGA-LGG, heads of another modality: what a score is chosen by, beside the near ones, and not tested."""
+    """Heads of another modality: what a score is chosen by, beside the near ones, and not tested.
+
+    Tumour-free FLAIR slices of the validation patients of `flair`, each as a picture of its own.
+    """
     opened = anything(manifest).preparation
+    flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
     parts, refused = [], 0
-    for shown in lgg():
-        volume = Volume(in_units(shown.volume.array.astype(np.uint8), config), shown.volume.affine)
-        try:
-            slices = to_slices(volume, opened)
-            known = analysed_slices(slices, opened)
-            parts.append((slices.x[known], slices.foreground[known], shown.name))
-        except CounterpartError:
-            refused += 1
+    for subject in load_split(flair.data.splits).validation:
+        scan = load_scan(flair, subject)
+        assert scan.healthy is not None, "a patient's slices are not all healthy"
+        for pixels in scan.volume.array.transpose(2, 1, 0)[scan.healthy]:
+            shown = picture(pixels)
+            volume = Volume(in_units(shown.array.astype(np.uint8), config), shown.affine)
+            try:
+                slices = to_slices(volume, opened)
+                known = analysed_slices(slices, opened)
+                parts.append((slices.x[known], slices.foreground[known], subject))
+            except CounterpartError:
+                refused += 1
     return _joined(OTHER_HEADS, parts, refused)
 
 
@@ -236,7 +244,7 @@ def validation_aurocs(healthy: Scored, anomalous: Sequence[Scored]) -> dict[str,
 
 
 def choose_score(aurocs: dict[str, dict[str, float]]) -> str:
-    """The best on validation pictures, mean over the kinds: one score is to see a lesion and what is no head of CT."""
+    """The highest mean AUROC over the kinds of validation pictures: one score for lesions and for foreign pictures."""
     names = next(iter(aurocs.values()))
     return max(names, key=lambda name: float(np.mean([of[name] for of in aurocs.values()])))
 

@@ -25,12 +25,28 @@ Maps = Callable[[Case], FloatArray]
 
 OURS = "counterpart"
 BATCH = 16
-# Gaussians over an opponent's map, in pixels, to choose from.
-SMOOTHING = (0.0, 1.0, 2.0)
+# An opponent's difference may be divided by the local contrast of what was reconstructed, as a bundle's is.
+CONTRAST_FLOOR = 0.02
+DIFFERENCE, OVER_CONTRAST = "difference", "over local contrast"
 LARGEST = float(np.finfo(np.float32).max)
 # Of the transformer's map.
 WHOLE, WITHIN = "everywhere", "where codes were drawn anew"
 EVERYTHING = Range(low=-LARGEST, high=LARGEST)
+
+
+def gaussian(values: FloatArray, pixels: float) -> FloatArray:
+    """A Gaussian within each slice."""
+    result: FloatArray = ndimage.gaussian_filter(values, (0, pixels, pixels))
+    return result
+
+
+# What an opponent's map may be smoothed by within each slice, to choose from: what a bundle of ours may have, and more.
+AS_IT_IS = "as it is"
+FILTERS: dict[str, Callable[[FloatArray], FloatArray]] = {
+    AS_IT_IS: lambda values: values,
+    **{f"Gaussian of {p:g}": partial(gaussian, pixels=p) for p in (1.0, 2.0)},
+    **{f"median of {p}": partial(anomaly.median, pixels=p) for p in (3, 5)},
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +58,8 @@ class Method:
     name, title : str
     variants : dict of str to callable
         Maps to choose from on validation subjects.
-    smoothing : tuple of float
-        Pixels, to choose from too.
+    smoothing : tuple of str
+        Names of `FILTERS`, to choose from too.
     parameters : int
         Of its networks.
     """
@@ -51,7 +67,7 @@ class Method:
     name: str
     title: str
     variants: dict[str, Maps]
-    smoothing: tuple[float, ...] = SMOOTHING
+    smoothing: tuple[str, ...] = tuple(FILTERS)
     parameters: int = field(default=0)
 
 
@@ -60,12 +76,19 @@ def absolute(off: FloatArray) -> FloatArray:
     return np.asarray(np.abs(off), dtype=np.float32)
 
 
-def smoothed(values: FloatArray, pixels: float) -> FloatArray:
-    """A Gaussian within each slice."""
-    if not pixels:
-        return values
-    result: FloatArray = ndimage.gaussian_filter(values, (0, pixels, pixels))
-    return result
+def compared(x: FloatArray, seen: FloatArray) -> dict[str, FloatArray]:
+    """|x - seen| of slices (N, H, W), and the same over the local contrast of what is seen."""
+    off = absolute(x - seen)
+    return {DIFFERENCE: off, OVER_CONTRAST: off / (CONTRAST_FLOOR + anomaly.local_contrast(seen))}
+
+
+def reconstructions(seen: Callable[[Case], FloatArray]) -> dict[str, Maps]:
+    """Both maps of a method that makes the slices (K, H, W) of a case again."""
+
+    def only(variant: str) -> Maps:
+        return lambda case: compared(case.x[:, 0], seen(case))[variant]
+
+    return {variant: only(variant) for variant in (DIFFERENCE, OVER_CONTRAST)}
 
 
 def ungated(manifest: Manifest) -> Manifest:
@@ -100,7 +123,11 @@ def without_model(config: Config) -> dict[str, Method]:
     }
     return {
         "intensity": Method("intensity", "intensity threshold", intensity),
-        "mean": Method("mean", "difference from the mean healthy slice", {"": lambda c: absolute(c.x[:, 0] - mean)}),
+        "mean": Method(
+            "mean",
+            "difference from the mean healthy slice",
+            reconstructions(lambda c: np.broadcast_to(mean, c.x[:, 0].shape)),
+        ),
     }
 
 
@@ -119,21 +146,19 @@ def reconstructing(name: str, config: Config) -> Callable[[FloatArray], FloatArr
 
 
 def autoencoder(name: str, config: Config) -> Method:
-    """|x - x'| of one of the opponents."""
+    """The difference from what one of the opponents makes of a slice."""
     run = reconstructing(name, config)
     size = _size(build(name, config))
-    return Method(name, OPPONENTS[name].title, {"": lambda c: absolute(c.x - run(c.x))[:, 0]}, parameters=size)
+    return Method(name, OPPONENTS[name].title, reconstructions(lambda c: run(c.x)[:, 0]), parameters=size)
 
 
 def plain_vqvae(networks: TorchNetworks) -> Method:
     """|x - D(z0)|: the bundle's VQ-VAE without any diffusion."""
     models = networks.models().in_batches(BATCH, lambda _: None)
 
-    def maps(case: Case) -> FloatArray:
-        return absolute(case.x - models.decode(models.encode(case.x)))[:, 0]
-
     size = _size(networks.encoder) + _size(networks.decoder)
-    return Method("vqvae", "VQ-VAE without diffusion", {"": maps}, parameters=size)
+    seen = reconstructions(lambda case: models.decode(models.encode(case.x))[:, 0])
+    return Method("vqvae", "VQ-VAE without diffusion", seen, parameters=size)
 
 
 class Transformer:
@@ -180,22 +205,25 @@ class Transformer:
         return images, torch.cat(chosen).view_as(codes)
 
     def residuals(self, case: Case, draws: int, *, mirrored: bool) -> dict[str, FloatArray]:
-        """|x - D(healed codes)|, mean over draws and directions, (K, H, W): as it is, and where codes were drawn anew.
+        """What differs from the healed slices, mean over draws and directions, (K, H, W).
 
-        The second is what Pinaya et al. do: the mask of the codes, up-sampled, keeps the autoencoder's own error out.
+        Everywhere, and within the mask of the codes that were drawn anew, up-sampled: Pinaya et al. keep the
+        autoencoder's own error out with it.
         """
         x = torch.from_numpy(np.ascontiguousarray(case.x))
-        total = {WHOLE: torch.zeros_like(x), WITHIN: torch.zeros_like(x)}
+        shape = (x.shape[2], x.shape[3])
+        total: dict[str, FloatArray] = {}
         ways = (False, True) if mirrored else (False,)
         for flip in ways:
             for draw in range(draws):
                 seen = x.flip(-1) if flip else x
                 healed, anew = self._healed(seen, draw)
-                mask = torch.from_numpy(anomaly.upsample(anew.numpy().astype(np.float32), (x.shape[2], x.shape[3])))
-                off, inside = (seen - healed).abs(), mask[:, None]
-                for name, values in ((WHOLE, off), (WITHIN, off * inside)):
-                    total[name] += values.flip(-1) if flip else values
-        return {name: (values / (draws * len(ways)))[:, 0].numpy() for name, values in total.items()}
+                mask = anomaly.upsample(anew.numpy(), shape)
+                for kind, off in compared(seen[:, 0].numpy(), healed[:, 0].numpy()).items():
+                    for where, values in ((WHOLE, off), (WITHIN, off * mask)):
+                        back = values[..., ::-1] if flip else values
+                        total[f"{kind}, {where}"] = total.get(f"{kind}, {where}", 0) + back
+        return {name: np.asarray(v / (draws * len(ways)), dtype=np.float32) for name, v in total.items()}
 
 
 def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArray]) -> dict[str, Method]:
@@ -212,7 +240,8 @@ def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArr
         def only(variant: str) -> Maps:
             return lambda case: seen(case)[variant]
 
-        return Method(name, title, {variant: only(variant) for variant in (WHOLE, WITHIN)}, parameters=size)
+        variants = [f"{kind}, {where}" for kind in (DIFFERENCE, OVER_CONTRAST) for where in (WHOLE, WITHIN)]
+        return Method(name, title, {variant: only(variant) for variant in variants}, parameters=size)
 
     ensemble = f"the same, ensemble of {transformer.MEMBERS}"
     return {

@@ -64,10 +64,11 @@ def bounds_section(document: Row | None) -> list[str]:
     lines = [
         "## What bounds the synthetic lesions",
         "",
-        "Healthy validation subjects, a diagnosis and no result: one step after another is given the truth. Where the",
-        "known mask lifts a row, the KL map is what loses the lesion; where the known counterpart does, it is what is",
-        "imagined; what is missing then is the autoencoder's, and pixels beside the lesion in its latents. Without a",
-        "mask, its error everywhere else is on the map too. AUPRC, Dice (best-achievable).",
+        "Lesions in healthy slices of validation subjects; a diagnosis, and no result. One step after another is given",
+        "the truth. The second and third rows say what false alarms and misses of the KL map cost. The gap between",
+        "the fourth and the fifth row is what a better imagined counterpart would bring; the sixth row is what the",
+        "error of the autoencoder leaves without a mask. The last row is what the mask alone gives away: a row that is",
+        "no better says nothing of the image. AUPRC, Dice (best-achievable).",
         "",
     ]
     for told in document["bundles"].values():
@@ -167,7 +168,7 @@ def calibration_section(known: dict[str, Row]) -> list[str]:
     if not evaluated:
         return []
     return [
-        "## Calibration that holds",
+        "## What thresholds and gate do on test subjects",
         "",
         "Thresholds and gate come from healthy validation subjects alone; this is what they do on test subjects. From",
         "`docs/evaluation`, and Dice from the tables above. False positives are those of scans that were analysed.",

@@ -12,7 +12,7 @@ from app.manifest import Manifest
 from app.pipeline.findings import dice, label_findings
 from app.volume import FloatArray
 from training.experiments.cases import Case
-from training.experiments.methods import OURS, Maps, Method, smoothed
+from training.experiments.methods import FILTERS, OURS, Maps, Method
 from training.experiments.metrics import Counts, average_precision, best_dice, difference, interval, mean_interval
 
 STATISTICS = {"auprc": average_precision, "dice": best_dice}
@@ -23,7 +23,7 @@ class Choice:
     """What of a method was chosen on validation subjects."""
 
     variant: str
-    smoothing: float
+    smoothing: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +60,11 @@ def choose(method: Method, cases: Sequence[Case]) -> Choice:
         return chosen
     for variant, maps in method.variants.items():
         plain = [maps(case) for case in cases]
-        for pixels in method.smoothing:
-            found = [judged(smoothed(p, pixels), c) for p, c in zip(plain, cases, strict=True)]
+        for smoothing in method.smoothing:
+            found = [judged(FILTERS[smoothing](p), c) for p, c in zip(plain, cases, strict=True)]
             reached = Counts.of(found, [c.truth for c in cases]).statistic(average_precision)
             if reached > best:
-                best, chosen = reached, Choice(variant, pixels)
+                best, chosen = reached, Choice(variant, smoothing)
     return chosen
 
 
@@ -75,7 +75,7 @@ def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case],
     found, seconds = [], 0.0
     for case in tqdm(test, desc=method.name, unit="scan"):
         start = time.perf_counter()
-        values = smoothed(maps(case), choice.smoothing)
+        values = FILTERS[choice.smoothing](maps(case))
         seconds += time.perf_counter() - start
         found.append(judged(values, case))
     counts, scans = {}, {}

@@ -43,7 +43,7 @@ def outcome(lift: float, scans: int = 6, pixels: int = 20_000, kinds: tuple[str,
             values[: pixels // 2] = np.nan  # beside the head
         counts[kind] = Counts.of(scores, truths)
     per_scan = {kind: {"auprc": [0.5] * scans, "dice": [0.4] * scans} for kind in kinds}
-    return Outcome(counts, per_scan, Choice("bright", 2.0), 0.01, 7)
+    return Outcome(counts, per_scan, Choice("bright", "as it is"), 0.01, 7)
 
 
 def document(*names: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def test_an_outcome_comes_back_and_is_small(results: Path) -> None:
     assert path.stat().st_size < MAX_BYTES / 3
     found, provenance = kept.load_outcome(path)
     assert provenance == NOW
-    assert (found.choice, found.parameters, found.seconds_per_slice) == (Choice("bright", 2.0), 7, 0.01)
+    assert (found.choice, found.parameters, found.seconds_per_slice) == (Choice("bright", "as it is"), 7, 0.01)
     assert found.per_scan == made.per_scan
     for kind, counts in kept.as_stored(made).counts.items():
         assert np.array_equal(found.counts[kind].positive, counts.positive)
