@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from app.manifest import Manifest, View
 from app.pipeline.models import IntArray, Models
+from app.runtime.bundle import load_bundle
 from app.volume import FloatArray
 from training.calibrate import kl_threshold, significant
 from training.config import Config
@@ -18,7 +19,9 @@ from training.examine import examine, make_schedule
 from training.experiments import kept, methods
 from training.experiments.cases import Case, synthetic
 from training.experiments.experiment import Document, Experiment
+from training.experiments.methods import BATCH
 from training.experiments.metrics import Counts, average_precision, best_dice, interval
+from training.experiments.opponents import bundle_folder
 from training.experiments.segmentation import judged
 from training.splits import load_split
 
@@ -135,16 +138,18 @@ def run(names: Iterable[str] = tuple(CASES), points: tuple[Point, ...] = POINTS)
     document = kept.read(PART) if path.exists() else {"bundles": {}}
     for name in names:
         e = Experiment(name)
+        # In float32: the ranges of int8 were taken at the bundle's own noise levels.
+        models = load_bundle(bundle_folder(e.config), quantised=False).models.in_batches(BATCH, lambda _: None)
         now, own = e.provenance("validation"), shipped(e.manifest)
         known = document["bundles"].get(name, {})
         rows = known["points"] if kept.fits(known.get("provenance", {}), now) else {}
         wanted = [p for p in dict.fromkeys((*points, own)) if p.label not in rows]
-        threshold = cache(partial(recalibrated, e.config, e.models, e.manifest.kl.percentile))
+        threshold = cache(partial(recalibrated, e.config, models, e.manifest.kl.percentile))
         if wanted:
             cases = chosen_cases(synthetic(e.config, e.manifest, "validation"), CASES[name])
         for point in tqdm(wanted, desc=name, unit="point"):
             manifest = changed(e.manifest, point, threshold)
             told = {"provenance": {key: now[key] for key in kept.OF_A_ROW}, "cases": len(cases)}
-            rows[point.label] = asdict(point) | measure(e.models, manifest, cases) | told
+            rows[point.label] = asdict(point) | measure(models, manifest, cases) | told
             document["bundles"][name] = {"provenance": now, "shipped": own.label, "points": rows}
             kept.write(PART, document)

@@ -123,8 +123,9 @@ def curve_section(document: Row | None) -> list[str]:
         "",
         "Healthy validation subjects with synthetic lesions of grades 2 and 3, pooled; these choose, so that no test",
         "subject is in it. Dice is best-achievable. Evaluations are counted as they happen, those of the gate among",
-        "them. KL thresholds of other noise levels than the bundle's come from the same percentile of healthy",
-        f"validation latents. The knee is the fewest evaluations within {CLOSE:g} of the best Dice and the best AUPRC.",
+        "them; the networks are float32. KL thresholds of other noise levels than the bundle's come from the same",
+        "percentile of healthy validation latents. The knee is the fewest evaluations within",
+        f"{CLOSE:g} of the best Dice and the best AUPRC.",
         "",
     ]
     for told in document["bundles"].values():
