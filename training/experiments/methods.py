@@ -121,6 +121,9 @@ def without_model(config: Config) -> dict[str, Method]:
         "dark": lambda case: -case.x[:, 0],
         "far from the median": from_median,
     }
+    if config.bundle.sequence == "FLAIR":
+        # What is ill is bright there, and everyone knows it: half of the synthetic lesions, which are dark, do not.
+        intensity = {"bright": intensity["bright"]}
     return {
         "intensity": Method("intensity", "intensity threshold", intensity),
         "mean": Method(

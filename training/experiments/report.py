@@ -38,8 +38,9 @@ HEAD = """# Results
 
 Written by `python -m training.experiments`, on test subjects that chose nothing. Brackets are bootstrap 95 % intervals
 over subjects. Every method sees the same slices and is judged inside the same head without its edge. What is done to an
-opponent's map (which way an intensity counts, smoothing, division by local contrast, the transformer's mask) was chosen
-by AUPRC on synthetic lesions of grade 2 in healthy slices of validation subjects; they chose Counterpart's own too.
+opponent's map (smoothing, division by local contrast, the transformer's mask, which way an intensity counts) was chosen
+by AUPRC on synthetic lesions of grade 2 in healthy slices of validation subjects; they chose Counterpart's own too. But
+on FLAIR an intensity counts upwards: what is ill is bright there, which half of those lesions are not.
 "Dice" is best-achievable: at the one threshold that suits all test scans of the row best. "Shipped" is the mean Dice of
 a scan at the bundle's own threshold, which comes from those healthy slices; the gate refuses nothing here.
 Slices that a bundle does not analyse count for no method; `docs/evaluation` counts what lies there as missed.
