@@ -4,7 +4,7 @@ import io
 import tarfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn
 from app.volume import FloatArray, Volume
-from training.config import ROOT, Config, data_root
+from training.config import Config, data_root
 from training.data import load_scan
 from training.experiments.cases import GRADES, RADIUS_PIXELS, Part
 from training.experiments.methods import BATCH, Transformer
@@ -36,12 +36,11 @@ from training.experiments.metrics import (
     false_positive_rate,
     interval,
 )
-from training.foreign import picture
 from training.lesions import insert_sprites
 from training.pictures import BLOCK, in_units, picture_affine
 from training.splits import load_split
 
-HEALTHY, NEAR, OTHER_HEADS = "healthy", "near", "heads in FLAIR"
+HEALTHY, NEAR = "healthy", "near"
 NEAR_GRADE = "grade 2"
 # Noise levels beside the KL map's own; the paper's begin at 400.
 LEVELS = (100, 400)
@@ -131,29 +130,6 @@ def foreign(config: Config, manifest: Manifest) -> Iterator[Pictures]:
         yield _joined(label, parts, refused)
 
 
-def other_heads(config: Config, manifest: Manifest) -> Pictures:
-    """Heads of another modality: what a score is chosen by, beside the near ones, and not tested.
-
-    Tumour-free FLAIR slices of the validation patients of `flair`, each as a picture of its own.
-    """
-    opened = anything(manifest).preparation
-    flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
-    parts, refused = [], 0
-    for subject in load_split(flair.data.splits).validation:
-        scan = load_scan(flair, subject)
-        assert scan.healthy is not None, "a patient's slices are not all healthy"
-        for pixels in scan.volume.array.transpose(2, 1, 0)[scan.healthy]:
-            shown = picture(pixels)
-            volume = Volume(in_units(shown.array.astype(np.uint8), config), shown.affine)
-            try:
-                slices = to_slices(volume, opened)
-                known = analysed_slices(slices, opened)
-                parts.append((slices.x[known], slices.foreground[known], subject))
-            except CounterpartError:
-                refused += 1
-    return _joined(OTHER_HEADS, parts, refused)
-
-
 def our_scores(models: Models, manifest: Manifest) -> Scores:
     """KL and residual as the service sees them, mean over views; and the KL at higher noise, as the paper has it."""
     s = manifest.schedule
@@ -235,18 +211,9 @@ def score_all(scores: Scores, pictures: Pictures) -> Scored:
     return Scored(pictures, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}, seconds)
 
 
-def validation_aurocs(healthy: Scored, anomalous: Sequence[Scored]) -> dict[str, dict[str, float]]:
-    """AUROC of every score on validation pictures, by kind."""
-    return {
-        found.pictures.kind: {name: counted(name, found, healthy).statistic(auroc) for name in healthy.scores}
-        for found in anomalous
-    }
-
-
-def choose_score(aurocs: dict[str, dict[str, float]]) -> str:
-    """The highest mean AUROC over the kinds of validation pictures: one score for lesions and for foreign pictures."""
-    names = next(iter(aurocs.values()))
-    return max(names, key=lambda name: float(np.mean([of[name] for of in aurocs.values()])))
+def choose_score(healthy: Scored, near: Scored) -> str:
+    """The one that tells validation pictures with a sprite from those without best."""
+    return max(healthy.scores, key=lambda name: counted(name, near, healthy).statistic(auroc))
 
 
 def counted(name: str, anomalous: Scored, healthy: Scored) -> Counts:

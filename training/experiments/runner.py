@@ -51,19 +51,16 @@ def pictures(part: str, name: str, wanted: list[str]) -> None:
     now = e.provenance()
     rows: Document = kept.known_rows(part, now)["methods"]
     chosen = wanted or [OURS, "vqvae", *AUTOENCODERS, "transformer"]
-    lacking = [m for m in chosen if "validation" not in rows.get(m, {})]
+    lacking = [m for m in chosen if m not in rows or (m == OURS and "reliability" not in rows[m])]
     if not lacking:
         return
-    chosen_by = [
-        *imagewise.healthy_and_near(e.config, e.manifest, "validation"),
-        imagewise.other_heads(e.config, e.manifest),
-    ]
+    healthy, near = imagewise.healthy_and_near(e.config, e.manifest, "validation")
     test, near_test = imagewise.healthy_and_near(e.config, e.manifest, "test")
     anomalous = [near_test, *imagewise.foreign(e.config, e.manifest)]
     for method in lacking:
         start = time.perf_counter()
         scores = _scores(e, method)
-        validation = [imagewise.score_all(scores, p) for p in chosen_by]
+        validation = [imagewise.score_all(scores, p) for p in (healthy, near)]
         tested = [imagewise.score_all(scores, p) for p in (test, *anomalous)]
         rows[method] = _judged(method, validation, tested)
         rows[method]["whole_seconds"] = time.perf_counter() - start
@@ -75,11 +72,10 @@ def _judged(method: str, validation: list[imagewise.Scored], tested: list[imagew
     if method == OURS:
         fused = fusion.Fused.of(validation[0].scores)
         validation, tested = ([s.also(fused(s.scores)) for s in part] for part in (validation, tested))
-    aurocs = imagewise.validation_aurocs(validation[0], validation[1:])
-    chosen = imagewise.choose_score(aurocs)
-    row = imagewise.judge(chosen, tested[0], tested[1:]) | {"validation": aurocs}
+    chosen = imagewise.choose_score(*validation)
+    row = imagewise.judge(chosen, tested[0], tested[1:])
     if method == OURS:
-        row["reliability"] = reliability.judge(chosen, validation[:2], tested)
+        row["reliability"] = reliability.judge(chosen, validation, tested)
         row["scales"] = {name: asdict(scale) for name, scale in fused.scales.items()}
         reliability.draw(row["reliability"], reliability.FIGURE)
     return row
