@@ -143,7 +143,8 @@ def run(names: Iterable[str] = tuple(CASES), points: tuple[Point, ...] = POINTS)
         now, own = e.provenance("validation"), shipped(e.manifest)
         known = document["bundles"].get(name, {})
         rows = known["points"] if kept.fits(known.get("provenance", {}), now) else {}
-        wanted = [p for p in dict.fromkeys((*points, own)) if p.label not in rows]
+        # The bundle's own first: the page compares the others with it.
+        wanted = [p for p in dict.fromkeys((own, *points)) if p.label not in rows]
         threshold = cache(partial(recalibrated, e.config, models, e.manifest.kl.percentile))
         if wanted:
             cases = chosen_cases(synthetic(e.config, e.manifest, "validation"), CASES[name])
