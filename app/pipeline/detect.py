@@ -168,8 +168,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     residual = mean_view([c.residual for c in compared], manifest.views)
 
     judged = anomaly.erode(foreground, manifest.residual.erosion)
-    residual = anomaly.median(residual, manifest.residual.median_pixels)
-    residual = smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
+    residual = settle(residual, judged, manifest)
     count = len(slices.x)
     return Detection(
         slices=slices,
@@ -237,6 +236,12 @@ def mean_view(stacks: Sequence[FloatArray], views: Sequence[View]) -> FloatArray
     """Mean of what each view shows, brought back to the plain one, (K, H, W)."""
     back = [turn_back(stack, view) for stack, view in zip(stacks, views, strict=True)]
     return np.asarray(np.mean(back, axis=0), dtype=np.float32)
+
+
+def settle(residual: FloatArray, judged: BoolArray, manifest: Manifest) -> FloatArray:
+    """The residual without specks, and smoothed over what is judged, as the manifest says, (K, H, W)."""
+    residual = anomaly.median(residual, manifest.residual.median_pixels)
+    return smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
 
 
 def gate_slices(count: int) -> npt.NDArray[np.int64]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from app.manifest import Manifest, View
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, compare, mean_view, see, smooth, surprise
+from app.pipeline.detect import Seen, compare, mean_view, see, settle, surprise
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, to_slices
@@ -75,7 +75,8 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
         seen = see(turn(case.x, view), turn(case.foreground, view), case.known, models, diffusion)
         for step, values in _residuals(seen, case, healthy, view, models, manifest).items():
             found[step].append(values)
-    return {step: _finished(mean_view(each, manifest.views), case, manifest) for step, each in found.items()}
+    inner = anomaly.erode(case.foreground, manifest.residual.erosion)
+    return {step: settle(mean_view(each, manifest.views), inner, manifest) for step, each in found.items()}
 
 
 def _residuals(
@@ -104,14 +105,6 @@ def _residuals(
         UNMASKED: against(np.ones_like(lesion)),
         FLOOR: anomaly.upsample(lesion, seen.x.shape[2:]),
     }
-
-
-def _finished(residual: FloatArray, case: Case, manifest: Manifest) -> FloatArray:
-    """As `detect` ends."""
-    settings = manifest.residual
-    inner = anomaly.erode(case.foreground, settings.erosion)
-    residual = anomaly.median(residual, settings.median_pixels)
-    return smooth(residual, inner, settings.smoothing_mm, manifest.preparation.spacing_mm)
 
 
 def spread_cases(every: Iterable[Case], count: int) -> list[Case]:

@@ -122,7 +122,7 @@ def without_model(config: Config) -> dict[str, Method]:
         "far from the median": from_median,
     }
     if config.bundle.sequence == "FLAIR":
-        # What is ill is bright there, and everyone knows it: half of the synthetic lesions, which are dark, do not.
+        # What is ill is bright there; half of the synthetic lesions are dark, and would choose the wrong way.
         intensity = {"bright": intensity["bright"]}
     return {
         "intensity": Method("intensity", "intensity threshold", intensity),

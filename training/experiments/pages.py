@@ -74,7 +74,7 @@ def bounds_section(document: Row | None) -> list[str]:
     for told in document["bundles"].values():
         grades = told["grades"]
         lines += [belongs(told["provenance"]), f"Code `{told['provenance']['code']}`.", ""]
-        lines += [f"| given | {' | '.join(f'{g}, {len_of(rows)} cases' for g, rows in grades.items())} |"]
+        lines += [f"| given | {' | '.join(f'{g}, {case_count(rows)} cases' for g, rows in grades.items())} |"]
         lines += ["| --- " * (len(grades) + 1) + "|"]
         for step in next(iter(grades.values())):
             cells = [f"{cell(rows[step]['auprc'])}, {cell(rows[step]['dice'])}" for rows in grades.values()]
@@ -83,7 +83,7 @@ def bounds_section(document: Row | None) -> list[str]:
     return lines
 
 
-def len_of(rows: Row) -> int:
+def case_count(rows: Row) -> int:
     """Cases of a grade."""
     return int(next(iter(rows.values()))["cases"])
 

@@ -48,8 +48,9 @@ Milliseconds were taken beside other work on the same machine: [benchmarks](BENC
 
 **The transformer is under-trained.** "Learnt from" has what each opponent saw: the transformer 4,000 slices, about an
 hour of a core, the autoencoders 48,000, the denoiser 96,000 and more. Being above it says little. Its milliseconds are
-those of a small network whose known codes are fed at once, which gives the same codes many times faster than step by
-step. [What was tried about the bars that are missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
+those of a small network whose known codes are fed at once, which gives the same codes sooner than step by step does
+([benchmarks](BENCHMARKS.md) has both). [What was tried about the bars that are
+missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
 """
 SHOWN = """The first test subjects of `t1` and `headct`, synthetic lesions of grade 3 and 2 in turns, bright and dark;
 of each scan the slice with most of the lesion. None was picked by its result. Orange is what Counterpart marks at the
