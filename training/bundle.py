@@ -87,7 +87,7 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
     bundle = load_bundle(folder)
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    # One that learnt nothing new has the curves of the version that it starts from.
+    # Where a stage learnt nothing new, the figure is that of the version that it starts from.
     if config.vqvae.steps and config.denoiser.steps:
         draw_curves(config, figures / f"{config.name}-curves.png")
     # Pictures of non-commercial data stay out of the repository.

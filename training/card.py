@@ -68,9 +68,9 @@ def _learnt(config: Config, manifest: Manifest) -> str:
     earlier = f"{manifest.name}-{p.warm_start}"
     if not p.vqvae_steps and not p.denoiser_steps:
         return f"none in this version: the networks are those of {earlier} (docs/decisions/0005)"
-    after = f" after those of {earlier}" if p.warm_start else ""
-    vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae.batch}"
-    return f"{vqvae}, denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{after}, seed {p.seed}, a CPU"
+    after = f" after those of {earlier}, docs/decisions/0005" if p.warm_start else ""
+    vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae.batch}, " if p.vqvae_steps else ""
+    return f"{vqvae}denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{after}, seed {p.seed}"
 
 
 def _int8(parity: Parity) -> str:

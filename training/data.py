@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from scipy.spatial.transform import Rotation
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from app.manifest import Preparation
@@ -127,8 +128,31 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
     return stack
 
 
+@dataclass(frozen=True, eq=False)
+class HealthySlices:
+    """The healthy slices that a bundle learns from, and those that it is watched on.
+
+    Attributes
+    ----------
+    train, validation : (N, H, W) ndarray
+        0..65535 for 0..1.
+    data : str
+        Hash of the training scans.
+    """
+
+    train: UInt16Array
+    validation: UInt16Array
+    data: str
+
+    @classmethod
+    def of(cls, config: Config) -> "HealthySlices":
+        """From the scans, or the cache of their slices."""
+        data = data_hash(config, load_split(config.data.splits).train)
+        return cls(cached_slices(config, "train"), cached_slices(config, "validation"), data)
+
+
 @dataclass(frozen=True)
-class Batches:
+class Batches(Dataset[torch.Tensor]):
     """Batches of slices, the same for the same seed and step however often a run was stopped."""
 
     stack: UInt16Array
@@ -136,7 +160,7 @@ class Batches:
     seed: int
     augmentation: AugmentationConfig | None
 
-    def __call__(self, step: int) -> torch.Tensor:
+    def __getitem__(self, step: int) -> torch.Tensor:
         """Batch of one step, (B, 1, H, W) in [0, 1]."""
         rng = np.random.default_rng([self.seed, step])
         # Epoch by epoch without replacement: the order is a permutation keyed by the epoch.

@@ -1,4 +1,4 @@
-"""`python -m training.float16 models/t1-1.4.0 -o FOLDER`: the same bundle for a GPU, its denoiser in float16.
+"""`python -m training.float16 models/t1-1.6.0 -o FOLDER`: the same bundle for a GPU, its denoiser in float16.
 
 Inputs and outputs stay float32, and so do encoder and decoder: they are a hundredth of the work, and in float16 one
 latent in ten would fall on another code. Thresholds stay those of the bundle; a denoiser in int8 is left out.

@@ -5,10 +5,9 @@ import torch
 from monai.networks.nets.vqvae import VQVAE
 from torch.nn import functional as F
 
-from app.volume import FloatArray
 from training.coarse import add_coarse_noise
 from training.config import Config
-from training.data import Batches, cached_slices
+from training.data import Batches, UInt16Array, cached_slices
 from training.loop import device, load_modules
 from training.networks import build_vqvae
 
@@ -18,23 +17,38 @@ STATISTICS_SLICES = 1024
 BATCH = 64
 
 
-def load_vqvae(config: Config) -> tuple[VQVAE, dict[str, torch.Tensor], dict[str, str]]:
-    """The trained VQ-VAE, the shift and scale of its latents (1, C, 1, 1), and its provenance."""
+def load_vqvae(
+    config: Config, stack: UInt16Array | None = None
+) -> tuple[VQVAE, dict[str, torch.Tensor], dict[str, str]]:
+    """The trained VQ-VAE, the shift and scale of its latents (1, C, 1, 1), and its provenance.
+
+    Parameters
+    ----------
+    config : Config
+    stack : (N, H, W) ndarray, optional
+        The training slices; else from the cache.
+    """
     vqvae = build_vqvae(config).to(device())
     provenance = load_modules(config, "vqvae", {"vqvae": vqvae})
     vqvae.requires_grad_(False)
-    return vqvae, latent_statistics(config, vqvae), provenance
+    stack = cached_slices(config, "train") if stack is None else stack
+    return vqvae, latent_statistics(config, vqvae, stack), provenance
+
+
+def latent_size(config: Config) -> tuple[int, int]:
+    """Rows and columns of latents."""
+    rows, columns = (side // config.downsampling for side in config.preparation.shape)
+    return rows, columns
 
 
 @torch.no_grad()
-def latent_statistics(config: Config, vqvae: VQVAE) -> dict[str, torch.Tensor]:
+def latent_statistics(config: Config, vqvae: VQVAE, stack: UInt16Array) -> dict[str, torch.Tensor]:
     """Mean and standard deviation of each channel over tissue latents of training slices."""
-    stack = cached_slices(config, "train")
     chosen = np.linspace(0, len(stack) - 1, STATISTICS_SLICES).astype(int)
     batches = Batches(stack[chosen], BATCH, config.seed, None)
     tissue = []
     for step in range(len(chosen) // BATCH):
-        x = batches(step).to(device())
+        x = batches[step].to(device())
         z = vqvae.encoder(x)  # (B, C, h, w)
         inside = F.adaptive_avg_pool2d(x, z.shape[2:])[:, 0] > TISSUE
         tissue.append(z.permute(0, 2, 3, 1)[inside])
@@ -44,10 +58,9 @@ def latent_statistics(config: Config, vqvae: VQVAE) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def encode_pair(
-    vqvae: VQVAE, latent: dict[str, torch.Tensor], x: torch.Tensor, config: Config, rng: np.random.Generator
-) -> tuple[FloatArray, FloatArray]:
+    vqvae: VQVAE, latent: dict[str, torch.Tensor], x: torch.Tensor, config: Config, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """z0 of healthy slices (B, 1, H, W), and of the same slices with coarse noise; each (B, C, h, w)."""
-    coarse = torch.from_numpy(add_coarse_noise(x.numpy(), config.coarse_noise, rng))
-    both = torch.cat([x, coarse]).to(device(), memory_format=torch.channels_last)
-    z0 = ((vqvae.encoder(both) - latent["shift"]) / latent["scale"]).cpu().numpy()
+    both = torch.cat([x, add_coarse_noise(x, config.coarse_noise, rng)]).to(memory_format=torch.channels_last)
+    z0: torch.Tensor = (vqvae.encoder(both) - latent["shift"]) / latent["scale"]
     return z0[: len(x)], z0[len(x) :]

@@ -10,10 +10,9 @@ from monai.networks.nets.vqvae import VQVAE
 from torch.nn import functional as F
 
 from training.config import Config
-from training.data import UINT16_MAX, Batches, UInt16Array, cached_slices, data_hash
-from training.loop import Run, device, start_from
+from training.data import UINT16_MAX, Batches, HealthySlices, UInt16Array
+from training.loop import Limits, Run, device, start_from
 from training.networks import build_vqvae
-from training.splits import load_split
 
 VALIDATION_SLICES = 256
 VALIDATE_EVERY = 250
@@ -69,23 +68,22 @@ def validate(vqvae: VQVAE, stack: UInt16Array) -> dict[str, float]:
     return {"val_l1": error, "val_l1_foreground": foreground_error, "val_codes_used": float(len(used))}
 
 
-def train(config: Config) -> None:
-    """Train, or go on training, the VQ-VAE of a configuration."""
+def train(config: Config, healthy: HealthySlices | None = None, limits: Limits = Limits()) -> int:  # noqa: B008 - frozen
+    """Train, or go on training, the VQ-VAE of a configuration; how many steps it has learnt."""
     torch.manual_seed(config.seed)
-    stack = cached_slices(config, "train")
-    held_out = cached_slices(config, "validation")
-    batches = Batches(stack, config.vqvae.batch, config.seed, config.augmentation)
+    healthy = healthy or HealthySlices.of(config)
+    batches = Batches(healthy.train, config.vqvae.batch, config.seed, config.augmentation)
     vqvae = build_vqvae(config).to(device(), memory_format=torch.channels_last)
     start_from(config, config.vqvae.warm_start, "vqvae", vqvae, steps=config.vqvae.steps)
     optimiser = torch.optim.AdamW(vqvae.parameters(), lr=config.vqvae.learning_rate, weight_decay=1e-4)
+    progress = limits.progress(config.vqvae.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / max(config.vqvae.steps, 1), 1))) + 1e-3
+        optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * progress(step))) + 1e-3
     )
-    split = load_split(config.data.splits)
-    run = Run("vqvae", config, data_hash(config, split.train), {"vqvae": vqvae}, optimiser, schedule)
+    run = Run("vqvae", config, healthy.data, {"vqvae": vqvae}, optimiser, schedule)
 
-    def step_fn(step: int) -> dict[str, float]:
-        x = batches(step).to(device(), memory_format=torch.channels_last)
+    def step_fn(step: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = x.to(memory_format=torch.channels_last)
         rng = np.random.default_rng([config.seed, 2, step])
         if step == 0 and not config.vqvae.warm_start:
             codes = torch.arange(config.vqvae.codes)
@@ -98,11 +96,13 @@ def train(config: Config) -> None:
         optimiser.step()
         schedule.step()
         # The last tenth of the run settles on the codebook it has.
-        if step % config.vqvae.restart_every == 0 and step < 0.9 * config.vqvae.steps:
+        if step % config.vqvae.restart_every == 0 and progress(step) < 0.9:
             restart_dead_codes(vqvae, x, config.vqvae.dead_below, rng)
-        return {"l1": float(l1.detach()), "commitment": float(quantisation.detach())}
+        return {"l1": l1.detach(), "commitment": quantisation.detach()}
 
-    run.train(config.vqvae.steps, step_fn, lambda: validate(vqvae, held_out), VALIDATE_EVERY)
+    return run.train(
+        batches, progress, step_fn, lambda: validate(vqvae, healthy.validation), VALIDATE_EVERY, limits.workers
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from torch import nn
 
 from training import config as configuration
 from training.config import ROOT, Config
-from training.loop import Run, load_modules, start_from
+from training.data import Batches
+from training.loop import Limits, Run, load_modules, start_from
 from training.networks import Encode, build_denoiser, build_vqvae
 from training.restore import load_networks
 
@@ -74,7 +75,8 @@ def test_a_stage_of_no_steps_keeps_what_it_started_from() -> None:
     optimiser = torch.optim.SGD(network.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)
     run = Run("vqvae", CONFIG, "data", {"network": network}, optimiser, schedule)
-    run.train(0, lambda _: pytest.fail("nothing is learnt"), dict, 1)
+    batches = Batches(np.zeros((4, 8, 8), np.uint16), 2, 0, None)
+    run.train(batches, Limits().progress(0), lambda *_: pytest.fail("nothing is learnt"), dict, 1)
     restored = nn.Linear(2, 1)
     assert load_modules(CONFIG, "vqvae", {"network": restored})["step"] == "0"
     np.testing.assert_array_equal(restored.weight.detach().numpy(), network.weight.detach().numpy())

@@ -1,6 +1,6 @@
 """What the methods are tried on: scans with something to find, and where it is, on the slices of the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,3 +163,21 @@ def brats(manifest: Manifest) -> Iterator[Case]:
         truth = load_volume(path.with_name(path.name.replace("flair_u8", "seg"))).array > 0
         name = path.name.removesuffix("_1_flair_u8.nii.gz")
         yield make_case(name, "BRATS 2013, FLAIR", load_volume(path), truth, manifest)
+
+
+Cases = Callable[[Config, Manifest], Iterable[Case]]
+# Experiments 2 and 3: part -> its bundle, and its cases.
+SEGMENTED: dict[str, tuple[str, Cases]] = {
+    "sprites": ("headct", lambda config, manifest: synthetic(config, manifest, "test")),
+    "shapes": ("t1", lambda config, manifest: synthetic(config, manifest, "test")),
+    "tumours": ("flair", tumours),
+    "ms-t1": ("t1", lambda _, manifest: multiple_sclerosis(manifest, "T1")),
+    "stripped": ("flair", lambda _, manifest: [*multiple_sclerosis(manifest, "FLAIR"), *brats(manifest)]),
+}
+
+
+def segmented(config: Config, manifest: Manifest) -> Iterator[Case]:
+    """The cases of every part of a bundle."""
+    for name, cases in SEGMENTED.values():
+        if name == config.name:
+            yield from cases(config, manifest)

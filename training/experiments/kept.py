@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from training.config import ROOT
 from training.experiments.metrics import Counts, IntArray
+from training.experiments.opponents import budget
 from training.experiments.segmentation import Choice, Outcome, table
 
 RESULTS = ROOT / "docs" / "results"
@@ -91,7 +92,12 @@ def load_outcomes(part: str, names: Iterable[str], now: Document) -> dict[str, t
     """The outcomes of a part that still count, by method."""
     paths = {name: outcome_path(part, name) for name in names}
     found = {name: load_outcome(path) for name, path in paths.items() if path.exists()}
-    return {name: kept for name, kept in found.items() if fits(kept[1], now)}
+    return {name: kept for name, kept in found.items() if fits(kept[1], now) and _learnt_alike(name, kept[1])}
+
+
+def _learnt_alike(method: str, provenance: Document) -> bool:
+    """Whether a row is of an opponent with the budget of now."""
+    return bool(provenance.get("learnt_from", budget(method)) == budget(method))
 
 
 def known_rows(part: str, now: Document) -> Document:
@@ -107,7 +113,9 @@ def with_provenance(document: Document) -> Document:
     """Rows from before rows had a provenance have that of their document."""
     shared = {key: document["provenance"][key] for key in OF_A_ROW if key in document["provenance"]}
     rows = {name: {"provenance": shared, **row} for name, row in document.get("methods", {}).items()}
-    return {**document, "methods": rows}
+    alike = {name: row for name, row in rows.items() if _learnt_alike(name, row["provenance"])}
+    kinds = {kind: {m: r for m, r in of.items() if m in alike} for kind, of in document.get("kinds", {}).items()}
+    return {**document, "kinds": kinds, "methods": alike}
 
 
 def merged(part: str, names: Iterable[str], now: Document) -> Document:

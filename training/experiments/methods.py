@@ -1,7 +1,8 @@
 """Each method as functions from a case to an anomaly map, and what of it is chosen on validation subjects."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -17,6 +18,7 @@ from training.config import Config
 from training.data import UINT16_MAX, cached_slices
 from training.experiments import transformer
 from training.experiments.cases import VALIDATION_CASES, Case
+from training.experiments.healed import Healed, drawing, healed_path
 from training.experiments.opponents import OPPONENTS, build, bundle_folder, load, reconstruct
 from training.restore import TorchNetworks, load_networks
 
@@ -29,6 +31,8 @@ BATCH = 16
 CONTRAST_FLOOR = 0.02
 DIFFERENCE, OVER_CONTRAST = "difference", "over local contrast"
 LARGEST = float(np.finfo(np.float32).max)
+# Of a transformer, for its time.
+TIMED_SLICES = 12
 # Of the transformer's map.
 WHOLE, WITHIN = "everywhere", "where codes were drawn anew"
 EVERYTHING = Range(low=-LARGEST, high=LARGEST)
@@ -62,13 +66,16 @@ class Method:
         Names of `FILTERS`, to choose from too.
     parameters : int
         Of its networks.
+    seconds : callable, optional
+        What a slice of some cases takes, where that must be taken apart: a map may be made from what was drawn before.
     """
 
     name: str
     title: str
     variants: dict[str, Maps]
     smoothing: tuple[str, ...] = tuple(FILTERS)
-    parameters: int = field(default=0)
+    parameters: int = 0
+    seconds: Callable[[Sequence[Case]], float] | None = None
 
 
 def absolute(off: FloatArray) -> FloatArray:
@@ -174,16 +181,24 @@ class Transformer:
     network : DecoderOnlyTransformer
         Trained on its codes.
     seed : int
+    known : Healed, optional
+        What was drawn before.
     """
 
-    def __init__(self, networks: TorchNetworks, network: torch.nn.Module, seed: int) -> None:
-        self.vqvae, self.network, self._seed = networks, network, seed
+    def __init__(
+        self, networks: TorchNetworks, network: torch.nn.Module, seed: int, known: Healed | None = None
+    ) -> None:
+        self.vqvae, self.network, self._seed, self.known = networks, network, seed, known or Healed()
         self.threshold = -np.inf
+
+    def codes(self, x: torch.Tensor) -> torch.Tensor:
+        """The codes of slices (N, 1, H, W), (N, h, w)."""
+        return self.vqvae.decoder.nearest(self.vqvae.encoder(x))
 
     @torch.inference_mode()
     def likelihood(self, x: torch.Tensor) -> torch.Tensor:
         """log p of each code after those before it, (N, h, w)."""
-        codes = self.vqvae.decoder.nearest(self.vqvae.encoder(x))
+        codes = self.codes(x)
         return torch.cat(
             [transformer.log_likelihood(self.network, part.flatten(1)) for part in codes.split(BATCH)]
         ).view_as(codes)
@@ -196,16 +211,27 @@ class Transformer:
     @torch.inference_mode()
     def _healed(self, x: torch.Tensor, draw: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Slices from codes of which the unlikely ones are drawn anew, and which ones were, (N, h, w)."""
-        codes = self.vqvae.decoder.nearest(self.vqvae.encoder(x))
-        flat, healed, chosen = codes.flatten(1), [], []
-        by = transformer.uniforms(flat, self._seed + draw)
-        for known, chances in zip(flat.split(BATCH), by.split(BATCH), strict=True):
-            anew = transformer.log_likelihood(self.network, known) < self.threshold
-            healed.append(transformer.heal_known(self.network, known, anew, chances))
-            chosen.append(anew)
-        parts = torch.cat(healed).view_as(codes).split(BATCH)
-        images = torch.cat([self.vqvae.decoder.decode_codes(part) for part in parts])
-        return images, torch.cat(chosen).view_as(codes)
+        codes = self.codes(x)
+        flat, seed = codes.flatten(1), self._seed + draw
+        name = drawing(self.network, self.threshold, seed)
+        lacking = self.known.lacking(flat, name)
+        if len(lacking):
+            by = transformer.uniforms(flat, seed)[lacking]
+            found = transformer.heal_unlikely(self.network, flat[lacking], self.threshold, by, BATCH)
+            self.known.add(flat, lacking, name, found)
+        healed, anew = (part.view_as(codes) for part in self.known.find(flat, name))
+        return torch.cat([self.vqvae.decoder.decode_codes(part) for part in healed.split(BATCH)]), anew
+
+    def seconds(self, cases: Sequence[Case], draws: int, *, mirrored: bool) -> float:
+        """Of one slice, drawn here and now: the mean over some, one of a case, evenly spread over the cases."""
+        anew = Transformer(self.vqvae, self.network, self._seed)
+        anew.threshold = self.threshold
+        some = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, TIMED_SLICES).round().astype(int))]
+        start = time.perf_counter()
+        for i, case in enumerate(some):
+            place = round((i + 0.5) / len(some) * (len(case.known) - 1))
+            anew.residuals(replace(case, known=case.known[place : place + 1]), draws, mirrored=mirrored)
+        return (time.perf_counter() - start) / len(some)
 
     def residuals(self, case: Case, draws: int, *, mirrored: bool) -> dict[str, FloatArray]:
         """What differs from the healed slices, mean over draws and directions, (K, H, W).
@@ -232,7 +258,7 @@ class Transformer:
 def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArray]) -> dict[str, Method]:
     """The paper's opponent, alone and as an ensemble."""
     network = load(OPPONENTS["transformer"], config)
-    made = Transformer(networks, network, config.seed)
+    made = Transformer(networks, network, config.seed, Healed.load(healed_path(config)))
     made.calibrate(healthy)
     size = _size(network) + _size(networks.encoder) + _size(networks.decoder)
 
@@ -244,7 +270,8 @@ def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArr
             return lambda case: seen(case)[variant]
 
         variants = [f"{kind}, {where}" for kind in (DIFFERENCE, OVER_CONTRAST) for where in (WHOLE, WITHIN)]
-        return Method(name, title, {variant: only(variant) for variant in variants}, parameters=size)
+        maps = {variant: only(variant) for variant in variants}
+        return Method(name, title, maps, parameters=size, seconds=partial(made.seconds, draws=draws, mirrored=mirrored))
 
     ensemble = f"the same, ensemble of {transformer.MEMBERS}"
     return {

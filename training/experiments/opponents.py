@@ -20,9 +20,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.config import ROOT, Config
-from training.data import UINT16_MAX, Batches, UInt16Array, cached_slices, data_hash
+from training.data import UINT16_MAX, Batches, HealthySlices, UInt16Array, data_hash
 from training.experiments.transformer import build_transformer, shifted
-from training.loop import Run, device
+from training.latents import latent_size
+from training.loop import Limits, Run, device
 from training.restore import load_networks
 from training.splits import load_split
 
@@ -32,6 +33,8 @@ CHANNELS = (32, 64, 128)
 DENSE, SPATIAL = 128, 16
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
+# Slices (N, 1, H, W) -> the VQ-VAE's codes (N, L).
+Codes = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ OPPONENTS = {
         Opponent("dense-ae", "dense autoencoder", 1500, 32, 1e-3),
         Opponent("spatial-ae", "spatial autoencoder", 1500, 32, 1e-3),
         Opponent("vae", "variational autoencoder", 1500, 32, 1e-3),
-        Opponent("transformer", "autoregressive transformer on the codes", 1000, 4, 1e-3),
+        Opponent("transformer", "autoregressive transformer on the codes", 1500, 32, 1e-3),
     )
 }
 
@@ -77,7 +80,7 @@ def build(name: str, config: Config) -> nn.Module:
         spatial: nn.Module = AutoEncoder(2, 1, 1, (*CHANNELS, SPATIAL), (2,) * len(CHANNELS) + (1,), norm="BATCH")
         return spatial
     if name == "transformer":
-        rows, columns = (side // config.downsampling for side in config.preparation.shape)
+        rows, columns = latent_size(config)
         transformer: nn.Module = build_transformer(config.vqvae.codes, rows * columns)
         return transformer
     shape = (1, *config.preparation.shape)
@@ -94,13 +97,13 @@ def reconstruct(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return seen
 
 
-def loss_of(name: str, network: nn.Module, codes: Callable[[torch.Tensor], torch.Tensor]) -> Loss:
+def loss_of(name: str, network: nn.Module, codes: Codes) -> Loss:
     """What is made small over a batch of slices (N, 1, H, W).
 
     Parameters
     ----------
     codes : callable
-        Slices -> the VQ-VAE's codes (N, L), for the transformer alone.
+        For the transformer alone.
     """
 
     def variational(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +114,9 @@ def loss_of(name: str, network: nn.Module, codes: Callable[[torch.Tensor], torch
 
     def next_code(x: torch.Tensor) -> torch.Tensor:
         known = codes(x)
-        loss: torch.Tensor = F.cross_entropy(network(shifted(network, known)).transpose(1, 2), known)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            logits = network(shifted(network, known))
+        loss: torch.Tensor = F.cross_entropy(logits.float().transpose(1, 2), known)
         return loss
 
     if name == "vae":
@@ -119,7 +124,7 @@ def loss_of(name: str, network: nn.Module, codes: Callable[[torch.Tensor], torch
     return next_code if name == "transformer" else lambda x: F.l1_loss(reconstruct(network, x), x)
 
 
-def slice_codes(config: Config, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+def slice_codes(config: Config, folder: Path) -> Codes:
     """Slices -> codes (N, h w), by the bundle's own VQ-VAE."""
     networks = load_networks(folder, config)
 
@@ -146,41 +151,62 @@ def _validate(network: nn.Module, loss: Loss, stack: UInt16Array, batch: int) ->
     return {"val_loss": mean}
 
 
-def run_of(opponent: Opponent, config: Config, network: nn.Module) -> Run:
+def run_of(opponent: Opponent, config: Config, network: nn.Module, data: str) -> Run:
     """Where it is kept, and what it belongs to: data, configuration, and its own budget."""
     optimiser = torch.optim.AdamW(network.parameters(), lr=opponent.learning_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / opponent.steps, 1))) + 1e-3
     )
-    data = data_hash(config, load_split(config.data.splits).train) + repr(sorted(asdict(opponent).items()))
-    return Run(f"opponent-{opponent.name}", config, data, {"network": network}, optimiser, schedule)
+    budget = repr(sorted(asdict(opponent).items()))
+    return Run(f"opponent-{opponent.name}", config, data + budget, {"network": network}, optimiser, schedule)
 
 
-def train(opponent: Opponent, config: Config) -> None:
-    """Train, or go on training, one opponent of a bundle."""
+def train(
+    opponent: Opponent,
+    config: Config,
+    healthy: HealthySlices | None = None,
+    codes: Codes | None = None,
+    workers: int = 0,
+) -> None:
+    """Train, or go on training, one opponent of a bundle.
+
+    Parameters
+    ----------
+    opponent : Opponent
+    config : Config
+    healthy : HealthySlices, optional
+        Else what the configuration says.
+    codes : callable, optional
+        Else the bundle's.
+    workers : int
+        As of `training.loop.Limits`.
+    """
+    healthy = healthy or HealthySlices.of(config)
     torch.manual_seed(config.seed)
     network = build(opponent.name, config).to(device()).train()
-    codes = slice_codes(config, bundle_folder(config)) if opponent.name == "transformer" else _no_codes
+    if opponent.name != "transformer":
+        codes = _no_codes
+    codes = codes or slice_codes(config, bundle_folder(config))
     loss = loss_of(opponent.name, network, codes)
-    batches = Batches(cached_slices(config, "train"), opponent.batch, config.seed, config.augmentation)
-    held_out = cached_slices(config, "validation")
-    run = run_of(opponent, config, network)
+    batches = Batches(healthy.train, opponent.batch, config.seed, config.augmentation)
+    run = run_of(opponent, config, network, healthy.data)
 
-    def step_fn(step: int) -> dict[str, float]:
-        value = loss(batches(step).to(device()))
+    def step_fn(_: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        value = loss(x)
         run.optimiser.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         run.optimiser.step()
         run.schedule.step()
-        return {"loss": float(value.detach())}
+        return {"loss": value.detach()}
 
     started = time.monotonic()
 
     def validate() -> dict[str, float]:
-        return _validate(network, loss, held_out, opponent.batch) | {"seconds": time.monotonic() - started}
+        return _validate(network, loss, healthy.validation, opponent.batch) | {"seconds": time.monotonic() - started}
 
-    run.train(opponent.steps, step_fn, validate, max(1, opponent.steps // 10))
+    every = max(1, opponent.steps // 10)
+    run.train(batches, Limits().progress(opponent.steps), step_fn, validate, every, workers)
 
 
 def load(opponent: Opponent, config: Config) -> nn.Module:
@@ -192,7 +218,7 @@ def load(opponent: Opponent, config: Config) -> nn.Module:
         It is not trained, or not to the end.
     """
     network = build(opponent.name, config).to(device())
-    step = run_of(opponent, config, network).resume()
+    step = run_of(opponent, config, network, data_hash(config, load_split(config.data.splits).train)).resume()
     if step < opponent.steps:
         raise SystemExit(
             f"{opponent.name} of {config.name} is at step {step} of {opponent.steps}: "

@@ -5,8 +5,9 @@ was, and a method that is added later is paired with what is there.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from training.config import ROOT
 from training.experiments import (
@@ -21,7 +22,7 @@ from training.experiments import (
     reliability,
     segmentation,
 )
-from training.experiments.cases import Case, brats, multiple_sclerosis, synthetic, tumours
+from training.experiments.cases import SEGMENTED, Case, Cases
 from training.experiments.experiment import AUTOENCODERS, Document, Experiment
 from training.experiments.methods import OURS
 from training.experiments.opponents import OPPONENTS, budget, load, train
@@ -30,14 +31,14 @@ FIGURE = ROOT / "docs" / "figures" / "results.png"
 CURVE = ROOT / "docs" / "figures" / "evaluations.png"
 
 
-def segment(part: str, name: str, cases: Callable[[Experiment], Iterable[Case]], wanted: list[str]) -> None:
+def segment(part: str, name: str, cases: Cases, wanted: list[str]) -> None:
     """Experiments 2 and 3: run the methods that are wanted, and write down all that are known."""
     e = Experiment(name)
     makers, now = e.makers(), e.provenance()
     test: list[Case] = []
     for method in kept.missing(part, wanted, list(makers), now, OURS):
         start = time.perf_counter()
-        test = test or list(cases(e))
+        test = test or list(cases(e.config, e.manifest))
         outcome = segmentation.run_method(makers[method](), e.validation(), test, e.manifest)
         told = now | {"whole_seconds": time.perf_counter() - start, "learnt_from": budget(method)}
         kept.save_outcome(kept.outcome_path(part, method), outcome, told)
@@ -111,13 +112,7 @@ def evaluations(_: list[str]) -> None:
 
 PARTS: dict[str, Callable[[list[str]], None]] = {
     "imagewise": lambda wanted: pictures("imagewise", "headct", wanted),
-    "sprites": lambda wanted: segment("sprites", "headct", lambda e: synthetic(e.config, e.manifest, "test"), wanted),
-    "shapes": lambda wanted: segment("shapes", "t1", lambda e: synthetic(e.config, e.manifest, "test"), wanted),
-    "tumours": lambda wanted: segment("tumours", "flair", lambda e: tumours(e.config, e.manifest), wanted),
-    "ms-t1": lambda wanted: segment("ms-t1", "t1", lambda e: multiple_sclerosis(e.manifest, "T1"), wanted),
-    "stripped": lambda wanted: segment(
-        "stripped", "flair", lambda e: [*multiple_sclerosis(e.manifest, "FLAIR"), *brats(e.manifest)], wanted
-    ),
+    **{part: partial(segment, part, name, cases) for part, (name, cases) in SEGMENTED.items()},
     "curve": evaluations,
     "bounds": lambda _: bounds.run(),
     "gate": lambda _: gate.run(),

@@ -85,8 +85,8 @@ def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case],
         scans[kind] = _per_scan([test[i] for i in mine], counts[kind])
         if method.name == OURS:
             scans[kind]["shipped"] = [_shipped(found[i], test[i], manifest) for i in mine]
-    slices = sum(len(c.known) for c in test)
-    return Outcome(counts, scans, choice, seconds / slices, method.parameters)
+    each = method.seconds(test) if method.seconds else seconds / sum(len(c.known) for c in test)
+    return Outcome(counts, scans, choice, each, method.parameters)
 
 
 def _per_scan(cases: list[Case], counts: Counts) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ MONAI's `DecoderOnlyTransformer`, which has no cache: here its own layers are as
 with the keys and values of the earlier ones kept.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ class Size(NamedTuple):
     heads: int
 
 
-# 1.5 million parameters: of what an hour of one core can teach it, the larger ones learn less.
+# 1.5 million parameters: on a CPU, of what an hour of one core can teach it, the larger ones learn less.
 TRAINED = Size(128, 6, 4)
 # Of King's College's published code (GitHub, Ashayp31/vqvae_transformer_anomaly_detection: experimentsC1/
 # multi_cropped_vis/adaptive_vqvae/anomaly_detection/pet_challenge_data/ad_coordconv_spatial_cond_nembd_256.sh),
@@ -51,7 +52,8 @@ class Cached:
         self._network = network
         width = network.attn_layers_dim // network.attn_layers_heads
         shape = (batch, network.attn_layers_heads, network.max_seq_len, width)
-        self._kept = [(torch.empty(shape), torch.empty(shape)) for _ in network.blocks]
+        where = network.to_logits.weight.device
+        self._kept = [(torch.empty(shape, device=where), torch.empty(shape, device=where)) for _ in network.blocks]
         self._at = 0
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -105,7 +107,8 @@ def unlikely(network: DecoderOnlyTransformer, codes: torch.Tensor) -> torch.Tens
 
 def uniforms(codes: torch.Tensor, seed: int) -> torch.Tensor:
     """A number from 0 to 1 for each code (N, L): what it is drawn by, whichever way."""
-    return torch.rand(codes.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn = torch.rand(codes.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return drawn.to(codes.device)
 
 
 def heal(network: DecoderOnlyTransformer, codes: torch.Tensor, anew: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
@@ -140,6 +143,36 @@ def heal_known(
             fed = at + 1
             before[:, fed : fed + 1] = one[at]
     return healed
+
+
+Heal = Callable[[DecoderOnlyTransformer, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def heal_unlikely(
+    network: DecoderOnlyTransformer,
+    codes: torch.Tensor,
+    threshold: float,
+    by: torch.Tensor,
+    batch: int,
+    how: Heal = heal_known,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (N, L) of which those with a log-likelihood below the threshold are drawn anew, and which ones were.
+
+    Parameters
+    ----------
+    network : DecoderOnlyTransformer
+    codes : torch.Tensor
+    threshold : float
+    by : torch.Tensor
+        Of `uniforms`.
+    batch : int
+        Slices at once.
+    how : callable
+        `heal` or `heal_known`.
+    """
+    anew = torch.cat([log_likelihood(network, part) < threshold for part in codes.split(16)])
+    parts = zip(codes.split(batch), anew.split(batch), by.split(batch), strict=True)
+    return torch.cat([how(network, *part) for part in parts]), anew
 
 
 def positions_fed(anew: torch.Tensor) -> int:

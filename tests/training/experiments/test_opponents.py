@@ -8,6 +8,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from training.config import ROOT, Config  # noqa: E402
+from training.data import HealthySlices  # noqa: E402
 from training.experiments import opponents  # noqa: E402
 
 pytestmark = pytest.mark.training
@@ -40,12 +41,13 @@ def test_an_unfinished_opponent_is_not_used(config: Config, tmp_path: Path, monk
     """Half a budget would be an easy opponent."""
     monkeypatch.setattr(Config, "run_folder", property(lambda _: tmp_path))
     monkeypatch.setattr(opponents, "data_hash", lambda *_: "data")
-    monkeypatch.setattr(opponents, "cached_slices", lambda *_: np.full((32, 64, 64), 30000, np.uint16))
+    stack = np.full((32, 64, 64), 30000, np.uint16)
+    healthy = HealthySlices(stack, stack, "data")
     short = opponents.Opponent("spatial-ae", "short", 2, 4, 1e-3)
     longer = opponents.Opponent("spatial-ae", "short", 4, 4, 1e-3)
     with pytest.raises(SystemExit, match="step 0 of 2"):
         opponents.load(short, config)
-    opponents.train(short, config)
+    opponents.train(short, config, healthy)
     assert not opponents.load(short, config).training
     assert (tmp_path / "opponent-spatial-ae.csv").read_text().count("\n") == 3
     with pytest.raises(SystemExit, match="another configuration"):

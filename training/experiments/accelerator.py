@@ -1,0 +1,166 @@
+"""The transformers on a machine that is lent by the minute, as `training.accelerator` does for a bundle's own networks.
+
+    python -m training.experiments.accelerator pack training/configs/t1.toml FOLDER    # here: codes of all cases
+    python -m training.experiments.accelerator learn FOLDER/t1.opponent.xz OUT         # there
+    python -m training.experiments.accelerator unpack OUT/t1.opponent                  # here
+
+`learn` finds the slices beside it, in the FOLDER/t1.xz of `training.accelerator`. It learns there, and draws anew what
+is unlikely in the slices of every case: `training.experiments.methods` then finds what was drawn, and draws on the CPU
+what it does not find. Times are always those of a CPU.
+"""
+
+import io
+import itertools
+import lzma
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.accelerator import WORKERS, Packed, healthy_of, read_packed
+from training.config import ROOT, Config
+from training.data import data_hash
+from training.experiments import transformer
+from training.experiments.cases import Case, segmented
+from training.experiments.experiment import CALIBRATION_SCANS, Experiment
+from training.experiments.healed import Healed, drawing, healed_path
+from training.experiments.methods import Transformer, vqvae_networks
+from training.experiments.opponents import OPPONENTS, build, run_of, train
+from training.loop import device
+from training.networks import Decode, build_vqvae
+from training.splits import load_split
+
+OPPONENT = OPPONENTS["transformer"]
+# Slices that are drawn at once: 25 GB of keys and values at 1,920 codes.
+BATCH = 2048
+
+
+def pack(name: str, folder: Path) -> Path:
+    """Write the codes of every case, seen both ways round; the slices are those of `training.accelerator.pack`."""
+    e = Experiment(name)
+    networks = vqvae_networks(e.config)
+    made = Transformer(networks, build(OPPONENT.name, e.config), e.config.seed)
+    validation = e.validation()
+    packed: Packed = {
+        **_belongs(e.config),
+        "encoder": networks.encoder.encoder.state_dict(),
+        "codes": networks.decoder.codes,
+        "healthy": [codes_both_ways(made, case)[0] for case in validation[:CALIBRATION_SCANS]],
+        "cases": [
+            codes for case in (*validation, *segmented(e.config, e.manifest)) for codes in codes_both_ways(made, case)
+        ],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.opponent.xz"
+    with lzma.open(path, "wb") as file:
+        torch.save(packed, file)
+    return path
+
+
+@torch.inference_mode()
+def codes_both_ways(made: Transformer, case: Case) -> list[torch.Tensor]:
+    """Of a case's slices as they are and mirrored, (N, L) each."""
+    x = torch.from_numpy(np.ascontiguousarray(case.x))
+    return [made.codes(seen).flatten(1).to(torch.int16) for seen in (x, x.flip(-1))]
+
+
+def learn(path: Path, out: Path, workers: int = WORKERS) -> None:
+    """Learn, draw, and write what `unpack` reads."""
+    packed, slices = (
+        read_packed(lzma.decompress(p.read_bytes())) for p in (path, path.with_name(path.name.replace(".opponent", "")))
+    )
+    config = Config.model_validate_json(slices["config"])
+    _check(packed, config)
+    healthy = healthy_of(slices)
+    vqvae = build_vqvae(config).to(device()).eval()
+    vqvae.encoder.load_state_dict(packed["encoder"])
+    decoder = Decode(vqvae, {"shift": torch.zeros(1, device=device()), "scale": torch.ones(1, device=device())})
+    decoder.codes = packed["codes"].to(device())
+
+    @torch.no_grad()
+    def codes(x: torch.Tensor) -> torch.Tensor:
+        return decoder.nearest(vqvae.encoder(x)).flatten(1)
+
+    train(OPPONENT, config, healthy, codes, workers)
+    network = build(OPPONENT.name, config).to(device())
+    state = read_packed((config.run_folder / f"opponent-{OPPONENT.name}.pt").read_bytes())["modules"]["network"]
+    network.load_state_dict(state)
+    learnt = {name: state[name] for name, _ in network.named_parameters()}  # its masks are large, and known
+    out.mkdir(parents=True, exist_ok=True)
+    curve = (config.run_folder / f"opponent-{OPPONENT.name}.csv").read_text()
+    # Before and after each draw: what is there when the time is up is not lost.
+    for healed in itertools.chain([None], draws(network.eval(), packed, config.seed)):
+        written = io.BytesIO()
+        if healed:
+            healed.save(written)
+        drawn = torch.from_numpy(np.frombuffer(written.getvalue(), np.uint8).copy())
+        temporary = out / f"{config.name}.tmp"
+        torch.save({**_belongs(config), "network": learnt, "curve": curve, "healed": drawn}, temporary)
+        temporary.replace(out / f"{config.name}.opponent")
+
+
+@torch.inference_mode()
+def draws(network: torch.nn.Module, packed: Packed, seed: int) -> Iterator[Healed]:
+    """What is drawn anew in every case, draw by draw, below the threshold of healthy slices."""
+    likely = [
+        transformer.log_likelihood(network, part.long().to(device()))
+        for codes in packed["healthy"]
+        for part in codes.split(16)
+    ]
+    threshold = float(np.quantile(torch.cat([part.flatten() for part in likely]).cpu().numpy(), transformer.QUANTILE))
+    cases = [codes.long() for codes in packed["cases"]]
+    sizes, healed = [len(codes) for codes in cases], Healed()
+    flat = torch.cat(cases).to(device())
+    for own in range(transformer.DRAWS):
+        name = drawing(network, threshold, seed + own)
+        by = torch.cat([transformer.uniforms(codes, seed + own) for codes in cases]).to(device())
+        found = transformer.heal_unlikely(network, flat, threshold, by, BATCH, transformer.heal)
+        parts = (part.cpu().split(sizes) for part in found)
+        for codes, *pair in zip(cases, *parts, strict=True):
+            healed.add(codes, torch.arange(len(codes)), name, (pair[0], pair[1]))
+        yield healed
+
+
+def unpack(path: Path) -> None:
+    """Put network and draws where the experiments look for them."""
+    back = read_packed(path.read_bytes())
+    config = Config.load(ROOT / "training" / "configs" / f"{path.name.split('.')[0]}.toml")
+    _check(back, config)
+    network = build(OPPONENT.name, config)
+    network.load_state_dict(network.state_dict() | back["network"])
+    run = run_of(OPPONENT, config, network, data_hash(config, load_split(config.data.splits).train))
+    run.save(OPPONENT.steps)
+    (config.run_folder / f"{run.name}.csv").write_text(back["curve"])
+    if len(back["healed"]):
+        healed_path(config).write_bytes(back["healed"].numpy().tobytes())
+
+
+def _belongs(config: Config) -> dict[str, str]:
+    """What a pack is for: a bundle, and an opponent's budget."""
+    return {"bundle": f"{config.name}-{config.version}", "opponent": repr(OPPONENT)}
+
+
+def _check(packed: Packed, config: Config) -> None:
+    for key, value in _belongs(config).items():
+        if packed[key] != value:
+            raise SystemExit(f"This was packed for {packed[key]}, and not for {value}: pack it again.")
+
+
+def main(arguments: list[str]) -> None:
+    """One of the three commands."""
+    command, *rest = arguments
+    if command == "pack":
+        path = pack(Config.load(Path(rest[0])).name, Path(rest[1]))
+        sys.stdout.write(f"{path}: {path.stat().st_size / (1 << 20):.1f} MiB\n")
+    elif command == "learn":
+        learn(Path(rest[0]), Path(rest[1]))
+    elif command == "unpack":
+        unpack(Path(rest[0]))
+    else:
+        raise SystemExit(__doc__)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
