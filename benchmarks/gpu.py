@@ -247,7 +247,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "t1-1.4.0")
+    parser.add_argument("--bundle", type=Path, default=ROOT / "models" / "t1-1.6.0")
     parser.add_argument("--config", type=Path, default=ROOT / "training" / "configs" / "t1.toml")
     return parser.parse_args(arguments)
 

@@ -16,7 +16,7 @@ import onnxruntime as ort
 
 from app.runtime.bundle import shipped_models
 
-GRAPHS = ("t1-1.4.0/encoder", "t1-1.4.0/denoiser", "t1-1.4.0/decoder", "deepbet-1.0.2/coarse", "deepbet-1.0.2/fine")
+GRAPHS = ("t1-1.6.0/encoder", "t1-1.6.0/denoiser", "t1-1.6.0/decoder", "deepbet-1.0.2/coarse", "deepbet-1.0.2/fine")
 REPEATS = 12
 
 
