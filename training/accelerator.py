@@ -37,12 +37,8 @@ Packed = dict[str, Any]
 
 def pack(config: Config, folder: Path) -> Path:
     """Write the slices of a configuration, and the weights that its stages start from, for `learn`."""
-    healthy = HealthySlices.of(config)
     packed: Packed = {
-        "config": config.model_dump_json(),
-        "data": healthy.data,
-        "train": as_bytes(healthy.train),
-        "validation": as_bytes(healthy.validation),
+        **packed_slices(config),
         # Half precision is enough to start from.
         "start": {stage: _start(config, stage) for stage in STAGES},
     }
@@ -137,8 +133,18 @@ def _modules(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> di
     return {"denoiser": averaged.module, "averaged": averaged}
 
 
-def as_bytes(stack: UInt16Array) -> torch.Tensor:
-    """Slices in 8 bits."""
+def packed_slices(config: Config) -> Packed:
+    """A configuration and its slices, in 8 bits."""
+    healthy = HealthySlices.of(config)
+    return {
+        "config": config.model_dump_json(),
+        "data": healthy.data,
+        "train": _as_bytes(healthy.train),
+        "validation": _as_bytes(healthy.validation),
+    }
+
+
+def _as_bytes(stack: UInt16Array) -> torch.Tensor:
     return torch.from_numpy(np.round(np.asarray(stack) / STEP).astype(np.uint8))
 
 

@@ -1,12 +1,11 @@
 """The transformers on a machine that is lent by the minute, as `training.accelerator` does for a bundle's own networks.
 
-    python -m training.experiments.accelerator pack training/configs/t1.toml FOLDER    # here: codes of all cases
+    python -m training.experiments.accelerator pack training/configs/t1.toml FOLDER    # here: slices, codes of cases
     python -m training.experiments.accelerator learn FOLDER/t1.opponent.xz OUT         # there
     python -m training.experiments.accelerator unpack OUT/t1.opponent                  # here
 
-`learn` finds the slices beside it, in the FOLDER/t1.xz of `training.accelerator`. It learns there, and draws anew what
-is unlikely in the slices of every case: `training.experiments.methods` then finds what was drawn, and draws on the CPU
-what it does not find. Times are always those of a CPU.
+There it learns, and draws anew what is unlikely in the slices of every case: `training.experiments.methods` then finds
+what was drawn, and draws on the CPU what it does not find. Times are always those of a CPU.
 """
 
 import io
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.accelerator import WORKERS, Packed, healthy_of, read_packed
+from training.accelerator import WORKERS, Packed, healthy_of, packed_slices, read_packed
 from training.config import ROOT, Config
 from training.data import data_hash
 from training.experiments import transformer
@@ -38,13 +37,14 @@ BATCH = 2048
 
 
 def pack(name: str, folder: Path) -> Path:
-    """Write the codes of every case, seen both ways round; the slices are those of `training.accelerator.pack`."""
+    """Write the slices that a transformer learns from, and the codes of every case, seen both ways round."""
     e = Experiment(name)
     networks = vqvae_networks(e.config)
     made = Transformer(networks, build(OPPONENT.name, e.config), e.config.seed)
     validation = e.validation()
-    packed: Packed = {
-        **_belongs(e.config),
+    packed = {
+        **packed_slices(e.config),
+        "opponent": repr(OPPONENT),
         "encoder": networks.encoder.encoder.state_dict(),
         "codes": networks.decoder.codes,
         "healthy": [codes_both_ways(made, case)[0] for case in validation[:CALIBRATION_SCANS]],
@@ -68,12 +68,10 @@ def codes_both_ways(made: Transformer, case: Case) -> list[torch.Tensor]:
 
 def learn(path: Path, out: Path, workers: int = WORKERS) -> None:
     """Learn, draw, and write what `unpack` reads."""
-    packed, slices = (
-        read_packed(lzma.decompress(p.read_bytes())) for p in (path, path.with_name(path.name.replace(".opponent", "")))
-    )
-    config = Config.model_validate_json(slices["config"])
+    packed = read_packed(lzma.decompress(path.read_bytes()))
+    config = Config.model_validate_json(packed["config"])
     _check(packed, config)
-    healthy = healthy_of(slices)
+    healthy = healthy_of(packed)
     vqvae = build_vqvae(config).to(device()).eval()
     vqvae.encoder.load_state_dict(packed["encoder"])
     decoder = Decode(vqvae, {"shift": torch.zeros(1, device=device()), "scale": torch.ones(1, device=device())})
@@ -92,12 +90,13 @@ def learn(path: Path, out: Path, workers: int = WORKERS) -> None:
     curve = (config.run_folder / f"opponent-{OPPONENT.name}.csv").read_text()
     # Before and after each draw: what is there when the time is up is not lost.
     for healed in itertools.chain([None], draws(network.eval(), packed, config.seed)):
-        written = io.BytesIO()
-        if healed:
+        back = {key: packed[key] for key in ("config", "data", "opponent")} | {"network": learnt, "curve": curve}
+        if healed is not None:
+            written = io.BytesIO()
             healed.save(written)
-        drawn = torch.from_numpy(np.frombuffer(written.getvalue(), np.uint8).copy())
+            back["healed"] = torch.from_numpy(np.frombuffer(written.getvalue(), np.uint8).copy())
         temporary = out / f"{config.name}.tmp"
-        torch.save({**_belongs(config), "network": learnt, "curve": curve, "healed": drawn}, temporary)
+        torch.save(back, temporary)
         temporary.replace(out / f"{config.name}.opponent")
 
 
@@ -128,24 +127,24 @@ def unpack(path: Path) -> None:
     back = read_packed(path.read_bytes())
     config = Config.load(ROOT / "training" / "configs" / f"{path.name.split('.')[0]}.toml")
     _check(back, config)
+    data = data_hash(config, load_split(config.data.splits).train)
+    if back["data"] != data:
+        raise SystemExit("It learnt from other scans than those that are here.")
     network = build(OPPONENT.name, config)
     network.load_state_dict(network.state_dict() | back["network"])
-    run = run_of(OPPONENT, config, network, data_hash(config, load_split(config.data.splits).train))
+    run = run_of(OPPONENT, config, network, data)
     run.save(OPPONENT.steps)
     (config.run_folder / f"{run.name}.csv").write_text(back["curve"])
-    if len(back["healed"]):
+    if "healed" in back:
         healed_path(config).write_bytes(back["healed"].numpy().tobytes())
 
 
-def _belongs(config: Config) -> dict[str, str]:
-    """What a pack is for: a bundle, and an opponent's budget."""
-    return {"bundle": f"{config.name}-{config.version}", "opponent": repr(OPPONENT)}
-
-
 def _check(packed: Packed, config: Config) -> None:
-    for key, value in _belongs(config).items():
-        if packed[key] != value:
-            raise SystemExit(f"This was packed for {packed[key]}, and not for {value}: pack it again.")
+    """Another VQ-VAE has other codes, and another budget is another opponent."""
+    learnt = Config.model_validate_json(packed["config"])
+    if learnt.version != config.version or packed["opponent"] != repr(OPPONENT):
+        told = f"{learnt.name}-{learnt.version} and {packed['opponent']}"
+        raise SystemExit(f"This was packed for {told}: pack it again for {config.name}-{config.version}, {OPPONENT}.")
 
 
 def main(arguments: list[str]) -> None:
