@@ -106,11 +106,14 @@ def known_rows(part: str, now: Document) -> Document:
     document: Document = json.loads(path.read_text()) if path.exists() else {}
     if not fits(document.get("provenance", {}), now):
         return {"kinds": {}, "methods": {}}
-    return with_provenance(document)
+    return current_rows(document)
 
 
-def with_provenance(document: Document) -> Document:
-    """Rows from before rows had a provenance have that of their document."""
+def current_rows(document: Document) -> Document:
+    """A document without the rows of opponents whose budget was another one than now.
+
+    Rows from before rows had a provenance have that of their document.
+    """
     shared = {key: document["provenance"][key] for key in OF_A_ROW if key in document["provenance"]}
     rows = {name: {"provenance": shared, **row} for name, row in document.get("methods", {}).items()}
     alike = {name: row for name, row in rows.items() if _learnt_alike(name, row["provenance"])}

@@ -6,7 +6,7 @@ from typing import Any
 from training.config import ROOT
 from training.experiments import pages
 from training.experiments.bars import bars_section
-from training.experiments.kept import RESULTS, with_provenance
+from training.experiments.kept import RESULTS, current_rows
 from training.experiments.methods import OURS
 from training.experiments.opponents import OPPONENTS
 from training.experiments.pages import cell
@@ -154,7 +154,7 @@ def imagewise_tables(document: Row) -> list[str]:
 
 def part_section(part: str, document: Row) -> list[str]:
     """A part under its title, with what it belongs to."""
-    document = with_provenance(document)
+    document = current_rows(document)
     table = imagewise_tables if part == "imagewise" else segmentation_tables
     return [f"## {TITLES[part]}", "", pages.belongs(document["provenance"]), "", *table(document), ""]
 

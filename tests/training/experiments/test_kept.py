@@ -11,6 +11,7 @@ pytest.importorskip("torch")
 
 from training.experiments import kept, metrics
 from training.experiments.metrics import Counts, average_precision, best_dice, difference
+from training.experiments.opponents import budget
 from training.experiments.segmentation import Choice, Outcome
 
 pytestmark = pytest.mark.training
@@ -126,3 +127,15 @@ def test_what_runs_is_what_is_missing(results: Path) -> None:
     assert kept.missing("shapes", wanted, NAMES, NOW, "counterpart") == ["transformer"]
     kept.save_outcome(kept.outcome_path("shapes", "transformer"), outcome(1.0), NOW)
     assert kept.missing("shapes", [], NAMES, NOW, "counterpart") == []
+
+
+def test_a_row_of_an_opponent_with_another_budget_does_not_count() -> None:
+    rows = {"transformer": {"learnt_from": "1000 x 4 slices"}, "vae": {"learnt_from": budget("vae")}, "mean": {}}
+    document = {
+        "provenance": {"seed": 1},
+        "methods": {name: {"provenance": {"seed": 1, **told}} for name, told in rows.items()},
+        "kinds": {"grade 2": {name: {"cases": 3} for name in rows}},
+    }
+    counted = kept.current_rows(document)
+    assert set(counted["methods"]) == {"vae", "mean"}
+    assert counted["kinds"] == {"grade 2": {"vae": {"cases": 3}, "mean": {"cases": 3}}}
