@@ -31,6 +31,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def multiplies_bfloat16(where: torch.device) -> bool:
+    """Whether products in bfloat16 are quicker there than in float32: on a GPU, and on a CPU with AMX."""
+    return where.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def generator(*key: int) -> torch.Generator:
     """Random numbers on the device, the same for the same key."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)

@@ -26,12 +26,12 @@ from training.experiments.cases import Case, segmented
 from training.experiments.experiment import CALIBRATION_SCANS, Experiment
 from training.experiments.healed import Healed, drawing, healed_path
 from training.experiments.methods import Transformer, vqvae_networks
-from training.experiments.opponents import OPPONENTS, build, run_of, train
+from training.experiments.opponents import build, opponent_of, run_of, train
 from training.loop import device
 from training.networks import Decode, build_vqvae
 from training.splits import load_split
 
-OPPONENT = OPPONENTS["transformer"]
+NAME = "transformer"
 # Slices that are drawn at once: 25 GB of keys and values at 1,920 codes.
 BATCH = 2048
 
@@ -40,11 +40,11 @@ def pack(name: str, folder: Path) -> Path:
     """Write the slices that a transformer learns from, and the codes of every case, seen both ways round."""
     e = Experiment(name)
     networks = vqvae_networks(e.config)
-    made = Transformer(networks, build(OPPONENT.name, e.config), e.config.seed)
+    made = Transformer(networks, build(NAME, e.config), e.config.seed)
     validation = e.validation()
     packed = {
         **packed_slices(e.config),
-        "opponent": repr(OPPONENT),
+        "opponent": repr(opponent_of(NAME, name)),
         "encoder": networks.encoder.encoder.state_dict(),
         "codes": networks.decoder.codes,
         "healthy": [codes_both_ways(made, case)[0] for case in validation[:CALIBRATION_SCANS]],
@@ -81,13 +81,13 @@ def learn(path: Path, out: Path, workers: int = WORKERS) -> None:
     def codes(x: torch.Tensor) -> torch.Tensor:
         return decoder.nearest(vqvae.encoder(x)).flatten(1)
 
-    train(OPPONENT, config, healthy, codes, workers)
-    network = build(OPPONENT.name, config).to(device())
-    state = read_packed((config.run_folder / f"opponent-{OPPONENT.name}.pt").read_bytes())["modules"]["network"]
+    train(opponent_of(NAME, config.name), config, healthy, codes, workers)
+    network = build(NAME, config).to(device())
+    state = read_packed((config.run_folder / f"opponent-{NAME}.pt").read_bytes())["modules"]["network"]
     network.load_state_dict(state)
     learnt = {name: state[name] for name, _ in network.named_parameters()}  # its masks are large, and known
     out.mkdir(parents=True, exist_ok=True)
-    curve = (config.run_folder / f"opponent-{OPPONENT.name}.csv").read_text()
+    curve = (config.run_folder / f"opponent-{NAME}.csv").read_text()
     # Before and after each draw: what is there when the time is up is not lost.
     for healed in itertools.chain([None], draws(network.eval(), packed, config.seed)):
         back = {key: packed[key] for key in ("config", "data", "opponent")} | {"network": learnt, "curve": curve}
@@ -130,10 +130,11 @@ def unpack(path: Path) -> None:
     data = data_hash(config, load_split(config.data.splits).train)
     if back["data"] != data:
         raise SystemExit("It learnt from other scans than those that are here.")
-    network = build(OPPONENT.name, config)
+    network = build(NAME, config)
     network.load_state_dict(network.state_dict() | back["network"])
-    run = run_of(OPPONENT, config, network, data)
-    run.save(OPPONENT.steps)
+    opponent = opponent_of(NAME, config.name)
+    run = run_of(opponent, config, network, data)
+    run.save(opponent.steps)
     (config.run_folder / f"{run.name}.csv").write_text(back["curve"])
     if "healed" in back:
         healed_path(config).write_bytes(back["healed"].numpy().tobytes())
@@ -141,10 +142,10 @@ def unpack(path: Path) -> None:
 
 def _check(packed: Packed, config: Config) -> None:
     """Another VQ-VAE has other codes, and another budget is another opponent."""
-    learnt = Config.model_validate_json(packed["config"])
-    if learnt.version != config.version or packed["opponent"] != repr(OPPONENT):
+    learnt, now = Config.model_validate_json(packed["config"]), opponent_of(NAME, config.name)
+    if learnt.version != config.version or packed["opponent"] != repr(now):
         told = f"{learnt.name}-{learnt.version} and {packed['opponent']}"
-        raise SystemExit(f"This was packed for {told}: pack it again for {config.name}-{config.version}, {OPPONENT}.")
+        raise SystemExit(f"This was packed for {told}: pack it again for {config.name}-{config.version}, {now}.")
 
 
 def main(arguments: list[str]) -> None:

@@ -15,7 +15,7 @@ from training.data import data_hash
 from training.experiments import methods
 from training.experiments.cases import Case, Part, for_choices
 from training.experiments.methods import BATCH, OURS, Method
-from training.experiments.opponents import OPPONENTS, bundle_folder, train
+from training.experiments.opponents import bundle_folder, opponent_of, train
 from training.splits import FOLDER, load_split
 
 AUTOENCODERS = ("dense-ae", "spatial-ae", "vae")
@@ -71,11 +71,11 @@ class Experiment:
         return sum(p.numel() for n in (networks.encoder, networks.denoiser, networks.decoder) for p in n.parameters())
 
     def _autoencoder(self, name: str) -> Method:
-        train(OPPONENTS[name], self.config)
+        train(opponent_of(name, self.config.name), self.config)
         return methods.autoencoder(name, self.config)
 
     def _transformer(self, name: str) -> Method:
-        train(OPPONENTS["transformer"], self.config)
+        train(opponent_of("transformer", self.config.name), self.config)
         healthy = [c.x.copy() for c in self.validation()[:CALIBRATION_SCANS]]
         return methods.transformers(self.config, methods.vqvae_networks(self.config), healthy)[name]
 

@@ -92,12 +92,13 @@ def load_outcomes(part: str, names: Iterable[str], now: Document) -> dict[str, t
     """The outcomes of a part that still count, by method."""
     paths = {name: outcome_path(part, name) for name in names}
     found = {name: load_outcome(path) for name, path in paths.items() if path.exists()}
-    return {name: kept for name, kept in found.items() if fits(kept[1], now) and _learnt_alike(name, kept[1])}
+    return {name: kept for name, kept in found.items() if fits(kept[1], now) and _learnt_alike(name, kept[1], now)}
 
 
-def _learnt_alike(method: str, provenance: Document) -> bool:
-    """Whether a row is of an opponent with the budget of now."""
-    return bool(provenance.get("learnt_from", budget(method)) == budget(method))
+def _learnt_alike(method: str, provenance: Document, now: Document) -> bool:
+    """Whether a row is of an opponent with the budget of now against the bundle of `now`."""
+    expected = budget(method, now["bundle"].rpartition("-")[0])
+    return bool(provenance.get("learnt_from", expected) == expected)
 
 
 def known_rows(part: str, now: Document) -> Document:
@@ -116,7 +117,7 @@ def current_rows(document: Document) -> Document:
     """
     shared = {key: document["provenance"][key] for key in OF_A_ROW if key in document["provenance"]}
     rows = {name: {"provenance": shared, **row} for name, row in document.get("methods", {}).items()}
-    alike = {name: row for name, row in rows.items() if _learnt_alike(name, row["provenance"])}
+    alike = {name: row for name, row in rows.items() if _learnt_alike(name, row["provenance"], document["provenance"])}
     kinds = {kind: {m: r for m, r in of.items() if m in alike} for kind, of in document.get("kinds", {}).items()}
     return {**document, "kinds": kinds, "methods": alike}
 

@@ -1,7 +1,10 @@
 """Each method as functions from a case to an anomaly map, and what of it is chosen on validation subjects."""
 
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -19,7 +22,7 @@ from training.data import UINT16_MAX, cached_slices
 from training.experiments import transformer
 from training.experiments.cases import VALIDATION_CASES, Case
 from training.experiments.healed import Healed, drawing, healed_path
-from training.experiments.opponents import OPPONENTS, build, bundle_folder, load, reconstruct
+from training.experiments.opponents import OPPONENTS, build, bundle_folder, load, opponent_of, reconstruct
 from training.restore import TorchNetworks, load_networks
 
 # Case -> (K, H, W).
@@ -27,6 +30,8 @@ Maps = Callable[[Case], FloatArray]
 
 OURS = "counterpart"
 BATCH = 16
+# Slices that a process draws in before it gets others.
+DRAWN_AT_ONCE = 4
 # An opponent's difference may be divided by the local contrast of what was reconstructed, as a bundle's is.
 CONTRAST_FLOOR = 0.02
 DIFFERENCE, OVER_CONTRAST = "difference", "over local contrast"
@@ -143,7 +148,7 @@ def without_model(config: Config) -> dict[str, Method]:
 
 def reconstructing(name: str, config: Config) -> Callable[[FloatArray], FloatArray]:
     """Slices (N, 1, H, W) as an autoencoder makes them again."""
-    network = load(OPPONENTS[name], config)
+    network = load(opponent_of(name, config.name), config)
 
     def run(x: FloatArray) -> FloatArray:
         with torch.inference_mode():
@@ -183,12 +188,19 @@ class Transformer:
     seed : int
     known : Healed, optional
         What was drawn before.
+    over : callable
+        As `map`: what draws in some slices after the other, or side by side.
     """
 
     def __init__(
-        self, networks: TorchNetworks, network: torch.nn.Module, seed: int, known: Healed | None = None
+        self,
+        networks: TorchNetworks,
+        network: torch.nn.Module,
+        seed: int,
+        known: Healed | None = None,
+        over: Callable[..., Iterable[tuple[torch.Tensor, torch.Tensor]]] = map,
     ) -> None:
-        self.vqvae, self.network, self._seed, self.known = networks, network, seed, known or Healed()
+        self.vqvae, self.network, self._seed, self.known, self._over = networks, network, seed, known or Healed(), over
         self.threshold = -np.inf
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
@@ -217,8 +229,10 @@ class Transformer:
         lacking = self.known.lacking(flat, name)
         if len(lacking):
             by = transformer.uniforms(flat, seed)[lacking]
-            found = transformer.heal_unlikely(self.network, flat[lacking], self.threshold, by, BATCH)
-            self.known.add(flat, lacking, name, found)
+            parts = flat[lacking].split(DRAWN_AT_ONCE), by.split(DRAWN_AT_ONCE)
+            found = zip(*self._over(partial(drawn_in, self.network, self.threshold), *parts), strict=True)
+            every, where = (torch.cat(part) for part in found)
+            self.known.add(flat, lacking, name, (every, where))
         healed, anew = (part.view_as(codes) for part in self.known.find(flat, name))
         return torch.cat([self.vqvae.decoder.decode_codes(part) for part in healed.split(BATCH)]), anew
 
@@ -255,10 +269,24 @@ class Transformer:
         return {name: np.asarray(v / (draws * len(ways)), dtype=np.float32) for name, v in total.items()}
 
 
+@torch.inference_mode()
+def drawn_in(
+    network: torch.nn.Module, threshold: float, codes: torch.Tensor, by: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`heal_unlikely` of a few slices, in whichever process."""
+    return transformer.heal_unlikely(network, codes, threshold, by, len(codes))
+
+
+def _processes() -> ProcessPoolExecutor:
+    """One for each processor: between two draws is little to do for more than one of them."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(os.cpu_count(), spawn, initializer=torch.set_num_threads, initargs=(1,))
+
+
 def transformers(config: Config, networks: TorchNetworks, healthy: list[FloatArray]) -> dict[str, Method]:
     """The paper's opponent, alone and as an ensemble."""
-    network = load(OPPONENTS["transformer"], config)
-    made = Transformer(networks, network, config.seed, Healed.load(healed_path(config)))
+    network = load(opponent_of("transformer", config.name), config)
+    made = Transformer(networks, network, config.seed, Healed.load(healed_path(config)), _processes().map)
     made.calibrate(healthy)
     size = _size(network) + _size(networks.encoder) + _size(networks.decoder)
 

@@ -8,7 +8,7 @@ from training.experiments import pages
 from training.experiments.bars import bars_section
 from training.experiments.kept import RESULTS, current_rows
 from training.experiments.methods import OURS
-from training.experiments.opponents import OPPONENTS
+from training.experiments.opponents import OPPONENTS, opponent_of, slices_seen
 from training.experiments.pages import cell
 
 PAGE = ROOT / "docs" / "RESULTS.md"
@@ -46,13 +46,14 @@ a scan at the bundle's own threshold, which comes from those healthy slices; the
 Slices that a bundle does not analyse count for no method; `docs/evaluation` counts what lies there as missed.
 Milliseconds were taken beside other work on the same machine: [benchmarks](BENCHMARKS.md) has times to rely on.
 
-"Learnt from" has what each opponent saw: 48,000 slices; the denoisers saw 168,000 and more
+"Learnt from" has what each opponent saw: {usual} slices; the denoisers saw 168,000 and more
 ([decision 5](decisions/0005-noise-levels-in-training.md)). The transformer is a small one, 1.5 million parameters, and
-its errors still fell at the end. Its milliseconds are the mean of twelve slices of as many test scans, on a CPU where
-known codes are fed at once, which gives the same codes sooner than step by step does ([benchmarks](BENCHMARKS.md) has
-both, and the published size); the others' are the mean of all.
+its errors still fell at the end. That of T1 saw {in_t1}, in as many steps, on a CPU
+([what more of them bring](decisions/0019-bars-out-of-reach.md)). Its milliseconds are the mean of twelve slices of as
+many test scans, on a CPU where known codes are fed at once, which gives the same codes sooner than step by step does
+([benchmarks](BENCHMARKS.md) has both, and the published size); the others' are the mean of all.
 [What was tried about the bars that are missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
-"""
+""".format(usual=slices_seen(opponent_of("transformer", "headct")), in_t1=slices_seen(opponent_of("transformer", "t1")))
 SHOWN = """The first test subjects of `t1` and `headct`, synthetic lesions of grade 3 and 2 in turns, bright and dark;
 of each scan the slice with most of the lesion. None was picked by its result. Orange is what Counterpart marks at the
 shipped threshold, green is the truth; the patient's left is on the right. T1: ds002748 (CC0), lesion shapes of Lesjak

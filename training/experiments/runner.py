@@ -25,7 +25,7 @@ from training.experiments import (
 from training.experiments.cases import SEGMENTED, Case, Cases
 from training.experiments.experiment import AUTOENCODERS, Document, Experiment
 from training.experiments.methods import OURS
-from training.experiments.opponents import OPPONENTS, budget, load, train
+from training.experiments.opponents import budget, load, opponent_of, train
 
 FIGURE = ROOT / "docs" / "figures" / "results.png"
 CURVE = ROOT / "docs" / "figures" / "evaluations.png"
@@ -40,7 +40,7 @@ def segment(part: str, name: str, cases: Cases, wanted: list[str]) -> None:
         start = time.perf_counter()
         test = test or list(cases(e.config, e.manifest))
         outcome = segmentation.run_method(makers[method](), e.validation(), test, e.manifest)
-        told = now | {"whole_seconds": time.perf_counter() - start, "learnt_from": budget(method)}
+        told = now | {"whole_seconds": time.perf_counter() - start, "learnt_from": budget(method, name)}
         kept.save_outcome(kept.outcome_path(part, method), outcome, told)
         kept.write(part, {"provenance": now, **kept.merged(part, makers, now)})
     kept.write(part, {"provenance": now, **kept.merged(part, makers, now)})
@@ -87,10 +87,11 @@ def _scores(e: Experiment, method: str) -> imagewise.Scores:
         return imagewise.our_scores(e.models, e.manifest)
     if method == "vqvae":
         return imagewise.reconstruction_scores(lambda x: e.models.decode(e.models.encode(x)))
-    train(OPPONENTS[method], e.config)
+    opponent = opponent_of(method, e.config.name)
+    train(opponent, e.config)
     if method == "transformer":
         networks = methods.vqvae_networks(e.config)
-        network = load(OPPONENTS[method], e.config)
+        network = load(opponent, e.config)
         return imagewise.likelihood_scores(methods.Transformer(networks, network, e.config.seed))
     return imagewise.reconstruction_scores(methods.reconstructing(method, e.config))
 

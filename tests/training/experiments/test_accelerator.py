@@ -21,7 +21,7 @@ from training.networks import build_vqvae  # noqa: E402
 pytestmark = pytest.mark.training
 
 CONFIG = Config.load(ROOT / "training" / "configs" / "headct.toml")
-SHORT = replace(accelerator.OPPONENT, steps=1, batch=2)
+SHORT = replace(opponents.OPPONENTS["transformer"], steps=1, batch=2)
 CODES = torch.randint(CONFIG.vqvae.codes, (2, 32 * 32), generator=torch.Generator().manual_seed(0)).to(torch.int16)
 
 
@@ -29,7 +29,7 @@ CODES = torch.randint(CONFIG.vqvae.codes, (2, 32 * 32), generator=torch.Generato
 def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two slices to draw in, seen both ways round, and an autoencoder that learnt nothing."""
     monkeypatch.setattr(configuration, "ROOT", tmp_path)
-    monkeypatch.setattr(accelerator, "OPPONENT", SHORT)
+    monkeypatch.setattr(accelerator, "opponent_of", lambda *_: SHORT)
     for module in (accelerator, opponents):
         monkeypatch.setattr(module, "data_hash", lambda *_: "data")
     stack = (np.random.default_rng(0).integers(0, 256, (4, 64, 64)) * 257).astype(np.uint16)
@@ -84,6 +84,6 @@ def test_it_comes_back_alone_where_the_lease_ends_before_its_draws(
 
 
 def test_another_bundle_or_budget_is_refused(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerator, "OPPONENT", replace(SHORT, steps=2))
+    monkeypatch.setattr(accelerator, "opponent_of", lambda *_: replace(SHORT, steps=2))
     with pytest.raises(SystemExit, match="pack it again for headct"):
         accelerator.learn(packed, tmp_path / "out", workers=0)

@@ -130,9 +130,11 @@ def test_what_runs_is_what_is_missing(results: Path) -> None:
 
 
 def test_a_row_of_an_opponent_with_another_budget_does_not_count() -> None:
-    rows = {"transformer": {"learnt_from": "1000 x 4 slices"}, "vae": {"learnt_from": budget("vae")}, "mean": {}}
+    other = budget("transformer", "flair")
+    assert other != budget("transformer", "t1")
+    rows = {"transformer": {"learnt_from": other}, "vae": {"learnt_from": budget("vae", "t1")}, "mean": {}}
     document = {
-        "provenance": {"seed": 1},
+        "provenance": {"seed": 1, "bundle": "t1-9"},
         "methods": {name: {"provenance": {"seed": 1, **told}} for name, told in rows.items()},
         "kinds": {"grade 2": {name: {"cases": 3} for name in rows}},
     }

@@ -1,5 +1,8 @@
 """The cache changes nothing, nor does feeding what is known at once: logits are those of MONAI's whole forward pass."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
@@ -12,7 +15,7 @@ from monai.networks.nets.transformer import DecoderOnlyTransformer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from app.pipeline.anomaly import upsample  # noqa: E402
-from training.experiments.methods import DIFFERENCE, WHOLE, WITHIN, Transformer  # noqa: E402
+from training.experiments.methods import DIFFERENCE, WHOLE, WITHIN, Transformer, drawn_in  # noqa: E402
 from training.experiments.transformer import (  # noqa: E402
     QUANTILE,
     Cached,
@@ -93,6 +96,17 @@ def test_codes_are_drawn_as_often_as_they_are_likely(network: DecoderOnlyTransfo
     start = torch.full((1, 1), CODES)
     expected = network(start)[0, 0, :CODES].softmax(-1)
     assert torch.allclose(drawn.bincount(minlength=CODES) / len(many), expected, atol=0.03)
+
+
+def test_processes_side_by_side_draw_the_same(network: DecoderOnlyTransformer, codes: Tensor) -> None:
+    by = uniforms(codes, 5)
+    draw = partial(drawn_in, network, float(log_likelihood(network, codes).quantile(0.3)))
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for alone, elsewhere in zip(
+            map(draw, codes.split(2), by.split(2)), pool.map(draw, codes.split(2), by.split(2)), strict=True
+        ):
+            assert 0 < int(alone[1].sum()) < alone[1].numel()
+            assert all(torch.equal(a, b) for a, b in zip(alone, elsewhere, strict=True))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
