@@ -225,11 +225,13 @@ class Transformer:
         """Slices from codes of which the unlikely ones are drawn anew, and which ones were, (N, h, w)."""
         codes = self.codes(x)
         flat, seed = codes.flatten(1), self._seed + draw
-        name = drawing(self.network, self.threshold, seed)
+        name, first = (drawing(self.network, self.threshold, s) for s in (seed, self._seed))
         lacking = self.known.lacking(flat, name)
         if len(lacking):
             by = transformer.uniforms(flat, seed)[lacking]
-            parts = flat[lacking].split(DRAWN_AT_ONCE), by.split(DRAWN_AT_ONCE)
+            parts = [flat[lacking].split(DRAWN_AT_ONCE), by.split(DRAWN_AT_ONCE)]
+            if draw and not len(self.known.lacking(flat, first)):  # what is unlikely is so in every draw
+                parts.append(self.known.find(flat, first)[1][lacking].split(DRAWN_AT_ONCE))
             found = zip(*self._over(partial(drawn_in, self.network, self.threshold), *parts), strict=True)
             every, where = (torch.cat(part) for part in found)
             self.known.add(flat, lacking, name, (every, where))
@@ -271,9 +273,15 @@ class Transformer:
 
 @torch.inference_mode()
 def drawn_in(
-    network: torch.nn.Module, threshold: float, codes: torch.Tensor, by: torch.Tensor
+    network: torch.nn.Module,
+    threshold: float,
+    codes: torch.Tensor,
+    by: torch.Tensor,
+    anew: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`heal_unlikely` of a few slices, in whichever process."""
+    """`heal_unlikely` of a few slices, in whichever process; where it is known what is unlikely, without asking."""
+    if anew is not None:
+        return transformer.heal_known(network, codes, anew, by), anew
     return transformer.heal_unlikely(network, codes, threshold, by, len(codes))
 
 
