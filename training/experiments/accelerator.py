@@ -4,7 +4,7 @@
     python -m training.experiments.accelerator learn FOLDER/t1.opponent.xz OUT         # there
     python -m training.experiments.accelerator unpack OUT/t1.opponent                  # here
 
-There it learns, and draws anew what is unlikely in the slices of every case: `training.experiments.methods` then finds
+There it learns, and draws anew what is unlikely in the slices of every case: `training.experiments.healing` then finds
 what was drawn, and draws on the CPU what it does not find. Times are always those of a CPU.
 """
 
@@ -25,7 +25,8 @@ from training.experiments import transformer
 from training.experiments.cases import Case, segmented
 from training.experiments.experiment import CALIBRATION_SCANS, Experiment
 from training.experiments.healed import Healed, drawing, healed_path
-from training.experiments.methods import Transformer, vqvae_networks
+from training.experiments.healing import Transformer
+from training.experiments.methods import vqvae_networks
 from training.experiments.opponents import build, opponent_of, run_of, train
 from training.loop import device
 from training.networks import Decode, build_vqvae

@@ -12,7 +12,7 @@ import torch
 from app.runtime.bundle import Bundle, load_bundle
 from training.config import ROOT, Config
 from training.data import data_hash
-from training.experiments import methods
+from training.experiments import healing, methods
 from training.experiments.cases import Case, Part, for_choices
 from training.experiments.methods import BATCH, OURS, Method
 from training.experiments.opponents import bundle_folder, opponent_of, train
@@ -68,7 +68,7 @@ class Experiment:
 
     def _size(self) -> int:
         networks = methods.vqvae_networks(self.config)
-        return sum(p.numel() for n in (networks.encoder, networks.denoiser, networks.decoder) for p in n.parameters())
+        return sum(methods.network_size(n) for n in (networks.encoder, networks.denoiser, networks.decoder))
 
     def _autoencoder(self, name: str) -> Method:
         train(opponent_of(name, self.config.name), self.config)
@@ -77,7 +77,7 @@ class Experiment:
     def _transformer(self, name: str) -> Method:
         train(opponent_of("transformer", self.config.name), self.config)
         healthy = [c.x.copy() for c in self.validation()[:CALIBRATION_SCANS]]
-        return methods.transformers(self.config, methods.vqvae_networks(self.config), healthy)[name]
+        return healing.transformers(self.config, methods.vqvae_networks(self.config), healthy)[name]
 
     def validation(self) -> list[Case]:
         """What an opponent's post-processing is chosen by; made once."""

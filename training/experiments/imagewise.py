@@ -27,7 +27,8 @@ from app.volume import FloatArray, Volume
 from training.config import Config, data_root
 from training.data import load_scan
 from training.experiments.cases import GRADES, RADIUS_PIXELS, Part
-from training.experiments.methods import BATCH, Transformer
+from training.experiments.healing import Transformer
+from training.experiments.methods import BATCH
 from training.experiments.metrics import (
     SENSITIVITIES,
     Counts,

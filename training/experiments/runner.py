@@ -16,6 +16,7 @@ from training.experiments import (
     figure,
     fusion,
     gate,
+    healing,
     imagewise,
     kept,
     methods,
@@ -92,7 +93,7 @@ def _scores(e: Experiment, method: str) -> imagewise.Scores:
     if method == "transformer":
         networks = methods.vqvae_networks(e.config)
         network = load(opponent, e.config)
-        return imagewise.likelihood_scores(methods.Transformer(networks, network, e.config.seed))
+        return imagewise.likelihood_scores(healing.Transformer(networks, network, e.config.seed))
     return imagewise.reconstruction_scores(methods.reconstructing(method, e.config))
 
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from training.experiments import accelerator, transformer  # noqa: E402
 from training.experiments.healed import Healed, drawing  # noqa: E402
-from training.experiments.methods import Transformer  # noqa: E402
+from training.experiments.healing import Transformer  # noqa: E402
 
 if TYPE_CHECKING:
     from training.experiments.cases import Case
