@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,18 +23,22 @@ AUTOENCODERS = ("dense-ae", "spatial-ae", "vae")
 # Healthy validation scans that the transformer's threshold comes from.
 CALIBRATION_SCANS = 4
 
+# What decides a number, beside data and bundle.
+CODE = ("app", "training", "pyproject.toml")
+
 Document = dict[str, Any]
 
 
-def code_version() -> str:
-    """The commit, and whether anything was changed since."""
+def code_version(root: Path = ROOT) -> str:
+    """The commit, and "-dirty" where code was changed since; a document that an experiment has just written is none."""
     git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    told = subprocess.run(  # noqa: S603
-        [git, "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, check=False
-    )
-    return told.stdout.decode().strip() or "unknown"
+
+    def tell(*words: str) -> str:
+        told = subprocess.run([git or "", *words], cwd=root, capture_output=True, check=False)  # noqa: S603
+        return told.stdout.decode().strip()
+
+    commit = tell("rev-parse", "--short", "HEAD") if git else ""
+    return commit + ("-dirty" if tell("status", "--porcelain", "--", *CODE) else "") if commit else "unknown"
 
 
 class Experiment:

@@ -47,12 +47,15 @@ Slices that a bundle does not analyse count for no method; `docs/evaluation` cou
 Milliseconds were taken beside other work on the same machine: [benchmarks](BENCHMARKS.md) has times to rely on.
 
 "Learnt from" has what each opponent saw: {usual} slices; the denoisers saw 168,000 and more
-([decision 5](decisions/0005-noise-levels-in-training.md)). The transformer is a small one, 1.5 million parameters, and
+([decision 5](decisions/0005-noise-levels-in-training.md)). The transformer is a small one, and
 its errors still fell at the end. That of T1 saw {in_t1}, in as many steps, on a CPU
 ([what more of them bring](decisions/0019-bars-out-of-reach.md)). Its milliseconds are the mean of twelve slices of as
 many test scans, on a CPU where known codes are fed at once, which gives the same codes sooner than step by step does
 ([benchmarks](BENCHMARKS.md) has both, and the published size); the others' are the mean of all.
 [What was tried about the bars that are missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
+
+"Code" is the commit, and "-dirty" where code differed from it. In rows of `ecdf172` and before, any file that was not
+committed counted, the results of another row among them.
 """.format(usual=slices_seen(opponent_of("transformer", "headct")), in_t1=slices_seen(opponent_of("transformer", "t1")))
 SHOWN = """The first test subjects of `t1` and `headct`, synthetic lesions of grade 3 and 2 in turns, bright and dark;
 of each scan the slice with most of the lesion. None was picked by its result. Orange is what Counterpart marks at the
