@@ -1,5 +1,7 @@
 """Best-achievable Dice and AUPRC on synthetic lesions of validation subjects, on a stated sample of slices."""
 
+import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,20 +14,41 @@ from app.volume import Volume
 from benchmarks.methods import PERCENTILE, Peers
 from benchmarks.rows import UNTRAINED
 from benchmarks.statistics import average_precision
-from training.ablate import make_cases
 from training.config import Config
 from training.data import load_volume, subject_path
 from training.evaluate import best_dice
+from training.lesions import gold_shape, insert_lesion
 from training.splits import load_split
 
 if TYPE_CHECKING:
     from benchmarks.worker import Measured
 
+SHAPES = ("patient11", "patient15", "patient22", "patient28", "patient09")
+CONTRASTS = (0.35, -0.35)
 # Of each case: so many slices with the lesion, and as many without.
 SLICES = 4
 # Of so many healthy validation subjects, for the paper's threshold.
 HEALTHY_SLICES = 4
 HEALTHY_SUBJECTS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A scan with a lesion, and its truth on its own grid."""
+
+    volume: Volume
+    truth: npt.NDArray[np.bool_]
+
+
+def make_cases(config: Config) -> list[Case]:
+    """Each shape and contrast in one validation subject."""
+    subjects = load_split(config.data.splits).validation
+    cases = []
+    for i, (shape, contrast) in enumerate(itertools.product(SHAPES, CONTRASTS)):
+        volume = load_volume(subject_path(config, subjects[i % len(subjects)]))
+        made = insert_lesion(volume, gold_shape(shape), contrast, i)
+        cases.append(Case(made.volume, made.truth))
+    return cases
 
 
 def chosen_slices(truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

@@ -13,16 +13,15 @@ from tqdm import tqdm
 
 from app.manifest import Manifest, View
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, compare, mean_view, see, settle, surprise
+from app.pipeline.detect import Seen, compare, mean_view, settle, surprise
 from app.pipeline.models import Models
-from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, to_slices
-from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn
 from app.volume import FloatArray
 from training.config import Config
 from training.data import load_scan
 from training.experiments import kept
+from training.experiments.candidates import seen_in_views
 from training.experiments.cases import GRADES, Case, synthetic
 from training.experiments.experiment import Document, Experiment
 from training.experiments.metrics import Counts, average_precision, best_dice, interval
@@ -66,13 +65,8 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
     healthy : (K, 1, H, W) ndarray
         Of `healthy_slices`.
     """
-    s = manifest.schedule
-    schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
     found: dict[str, list[FloatArray]] = {step: [] for step in STEPS}
-    for index, view in enumerate(manifest.views):
-        noise = KeyedNoise(manifest.seed, manifest.latent_shape, index)
-        diffusion = anomaly.Diffusion(schedule, models.denoise, noise)
-        seen = see(turn(case.x, view), turn(case.foreground, view), case.known, models, diffusion)
+    for view, seen in seen_in_views(case, models, manifest):
         for step, values in _residuals(seen, case, healthy, view, models, manifest).items():
             found[step].append(values)
     inner = anomaly.erode(case.foreground, manifest.residual.erosion)

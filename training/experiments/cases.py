@@ -142,9 +142,10 @@ def for_choices(config: Config, manifest: Manifest) -> list[Case]:
     return [found[i] for i in np.unique(np.linspace(0, len(found) - 1, VALIDATION_CASES).round().astype(int))]
 
 
-def tumours(config: Config, manifest: Manifest) -> Iterator[Case]:
-    """Outlined tumours in all pictures of the test patients, those without one included."""
-    for scan in tumour_scans(config, load_split(config.data.splits).test):
+def tumours(config: Config, manifest: Manifest, part: Part = "test") -> Iterator[Case]:
+    """Outlined tumours in all pictures of the patients of a part, those without one included."""
+    split = load_split(config.data.splits)
+    for scan in tumour_scans(config, split.validation if part == "validation" else split.test):
         yield make_case(scan.subject, "tumours", scan.volume, scan.truth, manifest)
 
 

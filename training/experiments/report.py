@@ -5,6 +5,7 @@ from typing import Any
 
 from training.config import ROOT
 from training.experiments import pages
+from training.experiments.ablation import PART
 from training.experiments.bars import bars_section
 from training.experiments.kept import RESULTS, current_rows
 from training.experiments.methods import OURS
@@ -174,6 +175,8 @@ def write() -> None:
                 lines += pages.reliability_section(known[part]["methods"].get(OURS, {}))
     lines += pages.bounds_section(known.get("bounds"))
     lines += pages.curve_section(known.get("curve"))
+    parts = [f"{PART}-{name}" for name in pages.BUNDLES]
+    lines += pages.ablation_section([known[part] for part in parts if part in known])
     lines += pages.calibration_section(known)
     if FIGURE.exists():
         lines += ["## A dozen slices", "", SHOWN, "", "![Twelve slices](figures/results.png)"]

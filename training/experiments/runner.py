@@ -11,6 +11,7 @@ from functools import partial
 
 from training.config import ROOT
 from training.experiments import (
+    ablation,
     bounds,
     curve,
     figure,
@@ -116,6 +117,7 @@ PARTS: dict[str, Callable[[list[str]], None]] = {
     "imagewise": lambda wanted: pictures("imagewise", "headct", wanted),
     **{part: partial(segment, part, name, cases) for part, (name, cases) in SEGMENTED.items()},
     "curve": evaluations,
+    ablation.PART: lambda _: ablation.run(),
     "bounds": lambda _: bounds.run(),
     "gate": lambda _: gate.run(),
     "figure": show,

@@ -84,7 +84,7 @@ def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case],
         counts[kind] = Counts.of([found[i] for i in mine], [test[i].truth for i in mine])
         scans[kind] = _per_scan([test[i] for i in mine], counts[kind])
         if method.name == OURS:
-            scans[kind]["shipped"] = [_shipped(found[i], test[i], manifest) for i in mine]
+            scans[kind]["shipped"] = [shipped_dice(found[i], test[i], manifest) for i in mine]
     each = method.seconds(test) if method.seconds else seconds / sum(len(c.known) for c in test)
     return Outcome(counts, scans, choice, each, method.parameters)
 
@@ -97,7 +97,8 @@ def _per_scan(cases: list[Case], counts: Counts) -> dict[str, list[float]]:
     }
 
 
-def _shipped(values: FloatArray, case: Case, manifest: Manifest) -> float:
+def shipped_dice(values: FloatArray, case: Case, manifest: Manifest) -> float:
+    """Dice of the mask that a map (K, H, W) becomes at the bundle's thresholds."""
     labels, _ = label_findings(values, manifest.residual, manifest.preparation.voxel_ml)
     return dice(labels > 0, case.truth)
 
