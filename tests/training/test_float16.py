@@ -16,13 +16,13 @@ from training.float16 import convert
 
 pytestmark = pytest.mark.training
 
-HEADCT = shipped_models() / "headct-1.2.0"  # the one without an extractor: it loads faster
+HEADCT = next(shipped_models().glob("headct-*"))  # the one without an extractor: it loads faster
 
 
 def test_the_denoiser_alone_computes_in_float16(tmp_path: Path) -> None:
     folder = convert(HEADCT, tmp_path)
     manifest, before = read_manifest(folder), read_manifest(HEADCT)
-    assert (folder.name, manifest.id, manifest.precision) == ("headct-f16-1.2.0", folder.name, "float16")
+    assert (folder.name, manifest.id, manifest.precision) == (f"headct-f16-{before.version}", folder.name, "float16")
     assert manifest.files.encoder == before.files.encoder
     assert manifest.kl == before.kl
     sizes = [(path / "denoiser.onnx").stat().st_size for path in (folder, HEADCT)]
