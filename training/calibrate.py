@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,12 +40,25 @@ def kl_threshold(scans: list[Examined], percentile: float) -> float:
 
 
 def smallest_component(scans: list[Examined], threshold: float, empty_share: float) -> int:
-    """k, such that at least `empty_share` of the healthy slices come out with an empty mask."""
+    """k, such that at least `empty_share` of the healthy slices come out with an empty mask.
+
+    Raises
+    ------
+    SystemExit
+        No size that is tried is enough.
+    """
+    found = next(components(scans, threshold, empty_share), None)
+    if found is None:
+        raise SystemExit(f"no component size up to {COMPONENTS[-1]} leaves {empty_share:.0%} of healthy slices empty")
+    return found
+
+
+def components(scans: list[Examined], threshold: float, empty_share: float) -> Iterator[int]:
+    """Every k that is tried and leaves so many healthy slices empty, the smallest first."""
     for k in COMPONENTS:
         empty = [~latent_mask(s.plain, threshold, k, 0).any(axis=(1, 2)) for s in scans]
         if np.concatenate(empty).mean() >= empty_share:
-            return k
-    raise SystemExit(f"no component size up to {COMPONENTS[-1]} leaves {empty_share:.0%} of healthy slices empty")
+            yield k
 
 
 def latent_mask(look: Look, threshold: float, min_component: int, grow: int) -> BoolArray:

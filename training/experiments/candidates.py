@@ -19,7 +19,7 @@ from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn
 from app.volume import FloatArray
-from training.calibrate import kl_threshold, significant, smallest_component
+from training.calibrate import components, kl_threshold, significant
 from training.config import Config
 from training.data import load_scan
 from training.examine import Examined, examine
@@ -31,6 +31,7 @@ AS_SHIPPED = "as shipped"
 # Pixels, of structural similarity.
 WINDOWS = (3, 5, 7)
 DRAWS = 4
+GROWN = {"mask not grown": 0, "mask grown by one latent": 1, "mask grown by two latents": 2}
 # METHOD: of the healthy slices, so many should come out with an empty mask.
 PLAIN_EMPTY = 0.8
 PAPER_LEVELS, PAPER_STEPS, PAPER_PERCENTILE = (400, 450, 500, 550, 600), (500, 400, 300, 200, 100, 50), 97.5
@@ -150,7 +151,8 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
     paper = paper.model_copy(update={"views": (View(),), "reverse": reverse})
     paper = with_kl(paper, timesteps=PAPER_LEVELS, smoothing_mm=0.0, percentile=PAPER_PERCENTILE, grow=0)
     alone = healthy(own.kl.timesteps, own.kl.smoothing_mm)
-    component = smallest_component(alone, own.kl.threshold, PLAIN_EMPTY)
+    # Where nothing that is tried leaves so many slices empty, there is no such candidate.
+    component = next(components(alone, own.kl.threshold, PLAIN_EMPTY), None)
     floor = 0.0 if own.residual.contrast_floor else CONTRAST_FLOOR
     made = {
         AS_SHIPPED: plain(own),
@@ -159,8 +161,7 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
             for p in (80.0, 90.0, 95.0, 97.5)
             if p != own.kl.percentile
         },
-        f"{PLAIN_EMPTY:.0%} of healthy slices empty": plain(with_kl(own, min_component=component)),
-        "mask grown by one latent": plain(with_kl(own, grow=own.kl.grow + 1)),
+        **{name: plain(with_kl(own, grow=grow)) for name, grow in GROWN.items() if grow != own.kl.grow},
         "everything may change": plain(own.model_copy(update={"kl": own.kl.model_copy(update={"threshold": -1.0})})),
         "a second look at the counterpart": Candidate(own, second_look),
         "KL map not smoothed": plain(with_kl(own, smoothing_mm=0.0)),
@@ -181,6 +182,8 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
         f"{DRAWS} draws of the plain view": plain(own.model_copy(update={"views": own.views[:1] * DRAWS})),
         "the paper's levels, steps and rules": plain(paper),
     }
+    if component is not None:
+        made[f"{PLAIN_EMPTY:.0%} of healthy slices empty"] = plain(with_kl(own, min_component=component))
     assert next(iter(made)) == AS_SHIPPED, "the first is what the others are compared with"
     return made
 
