@@ -155,6 +155,9 @@ class Residual(Part):
         default=0.0, description="The residual is divided by this plus the counterpart's local contrast; 0: it is not."
     )
     weighted_by_kl: bool = Field(default=False, description="Multiplied by the up-sampled KL over its threshold.")
+    weighted_by_intensity: bool = Field(
+        default=False, description="Multiplied by the slice itself, in a sequence where what is ill is bright."
+    )
     erosion: int = Field(default=0, description="Pixels at the foreground's edge that are not judged.")
     median_pixels: int = Field(
         default=1, ge=1, description="Side of the median over the anomaly map within a slice; 1 for none."

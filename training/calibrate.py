@@ -190,6 +190,7 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
         reference=d.reference,
         contrast_floor=d.contrast_floor,
         weighted_by_kl=d.weighted_by_kl,
+        weighted_by_intensity=d.weighted_by_intensity,
         erosion=d.erosion,
         median_pixels=d.median_pixels,
         smoothing_mm=d.smoothing_mm,

@@ -89,7 +89,13 @@ def _weighing(manifest: Manifest) -> str:
     divided = f", over {settings.contrast_floor:g} plus the local contrast" if settings.contrast_floor else ""
     side = settings.median_pixels
     median = f", median of {side} x {side} pixels" if side > 1 else ""
-    return divided + (", weighted by KL" if settings.weighted_by_kl else "") + median
+    return divided + _weights(manifest) + median
+
+
+def _weights(manifest: Manifest) -> str:
+    settings = manifest.residual
+    kl = ", weighted by KL" if settings.weighted_by_kl else ""
+    return kl + (", times the intensity" if settings.weighted_by_intensity else "")
 
 
 def _fit(manifest: Manifest) -> str:

@@ -128,6 +128,7 @@ class DetectionConfig(Part):
     reference: Literal["image", "reconstruction"]
     contrast_floor: float
     weighted_by_kl: bool
+    weighted_by_intensity: bool = False
     erosion: int
     median_pixels: int = Field(default=1, description="Side of the median over the anomaly map; 1 for none.")
     smoothing_mm: float

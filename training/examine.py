@@ -129,6 +129,8 @@ def judged_map(
 
     looks = [scan.looks[view] for view in d.views]
     residual = mean_view([differs(*each) for each in zip(looks, masks, imagined, strict=True)], d.views)
+    if d.weighted_by_intensity:
+        residual = residual * scan.plain.seen.x[:, 0]
     judged = anomaly.erode(scan.foreground, d.erosion)
     residual = anomaly.median(residual, d.median_pixels)
     smoothed = smooth(residual, judged, d.smoothing_mm, config.preparation.spacing_mm)

@@ -168,7 +168,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     residual = mean_view([c.residual for c in compared], manifest.views)
 
     judged = anomaly.erode(foreground, manifest.residual.erosion)
-    residual = settle(residual, judged, manifest)
+    residual = settle(residual, x, judged, manifest)
     count = len(slices.x)
     return Detection(
         slices=slices,
@@ -238,8 +238,22 @@ def mean_view(stacks: Sequence[FloatArray], views: Sequence[View]) -> FloatArray
     return np.asarray(np.mean(back, axis=0), dtype=np.float32)
 
 
-def settle(residual: FloatArray, judged: BoolArray, manifest: Manifest) -> FloatArray:
-    """The residual without specks, and smoothed over what is judged, as the manifest says, (K, H, W)."""
+def settle(residual: FloatArray, x: FloatArray, judged: BoolArray, manifest: Manifest) -> FloatArray:
+    """The residual weighed by intensity, without specks, and smoothed over what is judged, as the manifest says.
+
+    Parameters
+    ----------
+    residual : (K, H, W) ndarray
+    x : (K, 1, H, W) ndarray
+        The slices.
+    judged : (K, H, W) ndarray of bool
+
+    Returns
+    -------
+    (K, H, W) ndarray
+    """
+    if manifest.residual.weighted_by_intensity:
+        residual = residual * x[:, 0]
     residual = anomaly.median(residual, manifest.residual.median_pixels)
     return smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
 

@@ -69,7 +69,7 @@ def test_allowed_and_named_it_finds_a_tumour_and_says_what_it_is_for(
         mask, anomaly = (_image(service.http.get(f"{url}/{name}.nii.gz")) for name in ("mask", "anomaly"))
     # Nobody named it: a file that says nothing is taken for T1, and refused or analysed as that.
     assert not str((unnamed.get("model") or {}).get("id", "")).startswith("flair"), unnamed
-    assert report["model"]["id"] == "flair-1.1.0"
+    assert report["model"]["id"].startswith("flair-")
     assert report["research_use_only"] is True
     assert report["notice"].startswith("Research use only")
     assert all(bytes(image.header["descrip"]).rstrip(b"\0").endswith(b"research use only") for image in (mask, anomaly))

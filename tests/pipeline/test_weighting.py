@@ -71,6 +71,16 @@ def test_a_weighed_map_is_the_plain_one_weighed(models: Models, manifest: Manife
     assert weighed.anomaly[hit] == pytest.approx(plain.anomaly[hit] * surprise[hit[1:]], rel=1e-4)
 
 
+def test_a_map_weighed_by_intensity_is_the_plain_one_times_the_slices(models: Models, manifest: Manifest) -> None:
+    scan = with_lesion(brain(), (25.0, 10.0, 20.0))
+    settings = manifest.residual.model_copy(update={"weighted_by_intensity": True})
+    plain = detect(scan, models, manifest)
+    weighed = detect(scan, models, manifest.model_copy(update={"residual": settings}))
+    assert manifest.residual.smoothing_mm == 0
+    assert np.nanmax(plain.anomaly) > 0
+    np.testing.assert_allclose(weighed.anomaly, plain.anomaly * plain.slices.x[:, 0], rtol=1e-6)
+
+
 def test_what_lies_beside_the_head_does_not_weigh(models: Models, manifest: Manifest) -> None:
     """The KL of background latents says nothing: it must not reach into the head by up-sampling."""
     settings = manifest.residual.model_copy(update={"weighted_by_kl": True})

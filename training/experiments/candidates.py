@@ -66,7 +66,7 @@ class Candidate:
             for _, seen in seen_in_views(case, models, manifest)
         ]
         inner = anomaly.erode(case.foreground, manifest.residual.erosion)
-        settled = settle(mean_view(found, manifest.views), inner, manifest)
+        settled = settle(mean_view(found, manifest.views), case.x, inner, manifest)
         return settled if self.after is None else self.after(settled)
 
 
@@ -115,11 +115,6 @@ def brighter(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> 
     return np.where(seen.x[:, 0] > found.counterpart, found.residual, np.float32(0))
 
 
-def times_intensity(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> FloatArray:
-    """What is bright counts more."""
-    return residual(seen, kl, models, manifest) * seen.x[:, 0]
-
-
 def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candidate]:
     """By what is changed; `AS_SHIPPED` first.
 
@@ -147,6 +142,7 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
         return Candidate(manifest, residual)
 
     paper = with_residual(contrast_floor=0.0, weighted_by_kl=False, median_pixels=1, smoothing_mm=0.0)
+    paper = with_residual(paper, weighted_by_intensity=False)
     reverse = own.reverse.model_copy(update={"timesteps": PAPER_STEPS})
     paper = paper.model_copy(update={"views": (View(),), "reverse": reverse})
     paper = with_kl(paper, timesteps=PAPER_LEVELS, smoothing_mm=0.0, percentile=PAPER_PERCENTILE, grow=0)
@@ -154,6 +150,7 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
     # Where nothing that is tried leaves so many slices empty, there is no such candidate.
     component = next(components(alone, own.kl.threshold, PLAIN_EMPTY), None)
     floor = 0.0 if own.residual.contrast_floor else CONTRAST_FLOOR
+    bright = own.residual.weighted_by_intensity
     made = {
         AS_SHIPPED: plain(own),
         **{
@@ -177,7 +174,7 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
         },
         "Gaussian of 1 pixel": Candidate(own, residual, lambda found: gaussian(found, 1.0)),
         "where it is brighter alone": Candidate(own, brighter),
-        "times the intensity": Candidate(own, times_intensity),
+        f"{'not ' if bright else ''}times the intensity": plain(with_residual(weighted_by_intensity=not bright)),
         "the plain view alone": plain(own.model_copy(update={"views": own.views[:1]})),
         f"{DRAWS} draws of the plain view": plain(own.model_copy(update={"views": own.views[:1] * DRAWS})),
         "the paper's levels, steps and rules": plain(paper),
