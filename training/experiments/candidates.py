@@ -135,14 +135,14 @@ def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candi
             kl = kl.model_copy(update={"threshold": significant(threshold)})
         return manifest.model_copy(update={"kl": kl})
 
-    def with_residual(manifest: Manifest = own, **changes: Any) -> Manifest:
-        return manifest.model_copy(update={"residual": manifest.residual.model_copy(update=changes)})
+    def with_residual(**changes: Any) -> Manifest:
+        return own.model_copy(update={"residual": own.residual.model_copy(update=changes)})
 
     def plain(manifest: Manifest) -> Candidate:
         return Candidate(manifest, residual)
 
-    paper = with_residual(contrast_floor=0.0, weighted_by_kl=False, median_pixels=1, smoothing_mm=0.0)
-    paper = with_residual(paper, weighted_by_intensity=False)
+    weighed = {"contrast_floor": 0.0, "weighted_by_kl": False, "weighted_by_intensity": False}
+    paper = with_residual(**weighed, median_pixels=1, smoothing_mm=0.0)
     reverse = own.reverse.model_copy(update={"timesteps": PAPER_STEPS})
     paper = paper.model_copy(update={"views": (View(),), "reverse": reverse})
     paper = with_kl(paper, timesteps=PAPER_LEVELS, smoothing_mm=0.0, percentile=PAPER_PERCENTILE, grow=0)
