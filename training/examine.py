@@ -6,7 +6,7 @@ import numpy as np
 
 from app.manifest import NoiseSchedule, View, latent_sigma
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, imagine, mean_view, see, smooth
+from app.pipeline.detect import Seen, imagine, mean_view, see, settle
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.placement import Placement
@@ -129,9 +129,6 @@ def judged_map(
 
     looks = [scan.looks[view] for view in d.views]
     residual = mean_view([differs(*each) for each in zip(looks, masks, imagined, strict=True)], d.views)
-    if d.weighted_by_intensity:
-        residual = residual * scan.plain.seen.x[:, 0]
     judged = anomaly.erode(scan.foreground, d.erosion)
-    residual = anomaly.median(residual, d.median_pixels)
-    smoothed = smooth(residual, judged, d.smoothing_mm, config.preparation.spacing_mm)
-    return np.where(judged, smoothed, np.float32(np.nan))
+    settled = settle(residual, scan.plain.seen.x, judged, d, config.preparation.spacing_mm)
+    return np.where(judged, settled, np.float32(np.nan))

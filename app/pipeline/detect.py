@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -168,7 +168,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     residual = mean_view([c.residual for c in compared], manifest.views)
 
     judged = anomaly.erode(foreground, manifest.residual.erosion)
-    residual = settle(residual, x, judged, manifest)
+    residual = settle(residual, x, judged, manifest.residual, manifest.preparation.spacing_mm)
     count = len(slices.x)
     return Detection(
         slices=slices,
@@ -238,8 +238,25 @@ def mean_view(stacks: Sequence[FloatArray], views: Sequence[View]) -> FloatArray
     return np.asarray(np.mean(back, axis=0), dtype=np.float32)
 
 
-def settle(residual: FloatArray, x: FloatArray, judged: BoolArray, manifest: Manifest) -> FloatArray:
-    """The residual weighed by intensity, without specks, and smoothed over what is judged, as the manifest says.
+class Settling(Protocol):
+    """What a manifest, or a configuration, decides of a finished residual."""
+
+    @property
+    def weighted_by_intensity(self) -> bool: ...
+    @property
+    def median_pixels(self) -> int: ...
+    @property
+    def smoothing_mm(self) -> float: ...
+
+
+def settle(
+    residual: FloatArray,
+    x: FloatArray,
+    judged: BoolArray,
+    settings: Settling,
+    spacing_mm: tuple[float, float, float],
+) -> FloatArray:
+    """The residual weighed by intensity, without specks, and smoothed over what is judged, as the settings say.
 
     Parameters
     ----------
@@ -252,10 +269,10 @@ def settle(residual: FloatArray, x: FloatArray, judged: BoolArray, manifest: Man
     -------
     (K, H, W) ndarray
     """
-    if manifest.residual.weighted_by_intensity:
+    if settings.weighted_by_intensity:
         residual = residual * x[:, 0]
-    residual = anomaly.median(residual, manifest.residual.median_pixels)
-    return smooth(residual, judged, manifest.residual.smoothing_mm, manifest.preparation.spacing_mm)
+    residual = anomaly.median(residual, settings.median_pixels)
+    return smooth(residual, judged, settings.smoothing_mm, spacing_mm)
 
 
 def gate_slices(count: int) -> npt.NDArray[np.int64]:

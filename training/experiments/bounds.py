@@ -70,7 +70,11 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
         for step, values in _residuals(seen, case, healthy, view, models, manifest).items():
             found[step].append(values)
     inner = anomaly.erode(case.foreground, manifest.residual.erosion)
-    return {step: settle(mean_view(each, manifest.views), case.x, inner, manifest) for step, each in found.items()}
+    spacing = manifest.preparation.spacing_mm
+    return {
+        step: settle(mean_view(each, manifest.views), case.x, inner, manifest.residual, spacing)
+        for step, each in found.items()
+    }
 
 
 def _residuals(

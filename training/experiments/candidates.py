@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from hashlib import sha256
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy.typing as npt
 import torch
 from monai.metrics.regression import compute_ssim_and_cs
 
-from app.manifest import Manifest, View
+from app.manifest import KlMap, Manifest, Residual, View
 from app.pipeline import anomaly
 from app.pipeline.detect import Seen, compare, mean_view, see, settle, surprise
 from app.pipeline.models import Models
@@ -31,6 +30,8 @@ AS_SHIPPED = "as shipped"
 # Pixels, of structural similarity.
 WINDOWS = (3, 5, 7)
 DRAWS = 4
+PERCENTILES = (80.0, 90.0, 95.0, 97.5)
+MEDIANS = {"no median": 1, "median of 3 pixels": 3, "median of 5 pixels": 5}
 GROWN = {"mask not grown": 0, "mask grown by one latent": 1, "mask grown by two latents": 2}
 # METHOD: of the healthy slices, so many should come out with an empty mask.
 PLAIN_EMPTY = 0.8
@@ -66,7 +67,9 @@ class Candidate:
             for _, seen in seen_in_views(case, models, manifest)
         ]
         inner = anomaly.erode(case.foreground, manifest.residual.erosion)
-        settled = settle(mean_view(found, manifest.views), case.x, inner, manifest)
+        settled = settle(
+            mean_view(found, manifest.views), case.x, inner, manifest.residual, manifest.preparation.spacing_mm
+        )
         return settled if self.after is None else self.after(settled)
 
 
@@ -115,74 +118,111 @@ def brighter(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> 
     return np.where(seen.x[:, 0] > found.counterpart, found.residual, np.float32(0))
 
 
-def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candidate]:
-    """By what is changed; `AS_SHIPPED` first.
+class Changes:
+    """What may be changed in a bundle's decisions, one thing at a time.
 
     KL thresholds come from the KL maps of healthy validation scans, as in calibration.
     """
 
-    @cache
-    def healthy(levels: tuple[int, ...], smoothing_mm: float) -> list[Examined]:
-        changed = {"kl_timesteps": levels, "kl_smoothing_mm": smoothing_mm, "views": (View(),)}
-        asked = config.model_copy(update={"detection": config.detection.model_copy(update=changed)})
-        return [examine(load_scan(config, s), models, asked) for s in load_split(config.data.splits).validation]
+    def __init__(self, own: Manifest, config: Config, models: Models) -> None:
+        self.own = own
+        self._config = config
+        self._models = models
+        self._healthy: dict[tuple[tuple[int, ...], float], list[Examined]] = {}
 
-    def with_kl(manifest: Manifest, **changes: Any) -> Manifest:
-        kl = manifest.kl.model_copy(update=changes)
-        decides = {"timesteps", "smoothing_mm", "percentile"} & set(changes)
-        if decides:
-            threshold = kl_threshold(healthy(kl.timesteps, kl.smoothing_mm), kl.percentile)
+    def healthy(self, kl: KlMap) -> list[Examined]:
+        """Healthy validation scans, with their KL maps at these noise levels."""
+        key = (kl.timesteps, kl.smoothing_mm)
+        if key not in self._healthy:
+            changed = {"kl_timesteps": kl.timesteps, "kl_smoothing_mm": kl.smoothing_mm, "views": (View(),)}
+            detection = self._config.detection.model_copy(update=changed)
+            asked = self._config.model_copy(update={"detection": detection})
+            subjects = load_split(self._config.data.splits).validation
+            self._healthy[key] = [examine(load_scan(asked, s), self._models, asked) for s in subjects]
+        return self._healthy[key]
+
+    def kl(self, **changes: Any) -> KlMap:
+        """The KL map changed, with the threshold that belongs to it; one that is named stays."""
+        kl = self.own.kl.model_copy(update=changes)
+        if {"timesteps", "smoothing_mm", "percentile"} & set(changes):
+            threshold = kl_threshold(self.healthy(kl), kl.percentile)
             kl = kl.model_copy(update={"threshold": significant(threshold)})
-        return manifest.model_copy(update={"kl": kl})
+        return kl
 
-    def with_residual(**changes: Any) -> Manifest:
-        return own.model_copy(update={"residual": own.residual.model_copy(update=changes)})
+    def emptied(self) -> KlMap | None:
+        """METHOD's plain rule; None where no size of component that is tried leaves enough slices empty."""
+        component = next(components(self.healthy(self.own.kl), self.own.kl.threshold, PLAIN_EMPTY), None)
+        return None if component is None else self.kl(min_component=component)
 
-    def plain(manifest: Manifest) -> Candidate:
-        return Candidate(manifest, residual)
+    def residual(self, **changes: Any) -> Residual:
+        """The residual changed."""
+        return self.own.residual.model_copy(update=changes)
 
-    weighed = {"contrast_floor": 0.0, "weighted_by_kl": False, "weighted_by_intensity": False}
-    paper = with_residual(**weighed, median_pixels=1, smoothing_mm=0.0)
-    reverse = own.reverse.model_copy(update={"timesteps": PAPER_STEPS})
-    paper = paper.model_copy(update={"views": (View(),), "reverse": reverse})
-    paper = with_kl(paper, timesteps=PAPER_LEVELS, smoothing_mm=0.0, percentile=PAPER_PERCENTILE, grow=0)
-    alone = healthy(own.kl.timesteps, own.kl.smoothing_mm)
-    # Where nothing that is tried leaves so many slices empty, there is no such candidate.
-    component = next(components(alone, own.kl.threshold, PLAIN_EMPTY), None)
-    floor = 0.0 if own.residual.contrast_floor else CONTRAST_FLOOR
-    bright = own.residual.weighted_by_intensity
-    made = {
-        AS_SHIPPED: plain(own),
-        **{
-            f"KL percentile {p:g}": plain(with_kl(own, percentile=p))
-            for p in (80.0, 90.0, 95.0, 97.5)
-            if p != own.kl.percentile
-        },
-        **{name: plain(with_kl(own, grow=grow)) for name, grow in GROWN.items() if grow != own.kl.grow},
-        "everything may change": plain(own.model_copy(update={"kl": own.kl.model_copy(update={"threshold": -1.0})})),
+    def manifest(self, **parts: Any) -> Manifest:
+        """The bundle's, with other parts."""
+        return self.own.model_copy(update=parts)
+
+    def paper(self) -> Manifest:
+        """The paper's levels and steps, one view, and the plain residual."""
+        return self.manifest(
+            views=(View(),),
+            kl=self.kl(timesteps=PAPER_LEVELS, smoothing_mm=0.0, percentile=PAPER_PERCENTILE, grow=0),
+            reverse=self.own.reverse.model_copy(update={"timesteps": PAPER_STEPS}),
+            residual=self.residual(
+                contrast_floor=0.0,
+                weighted_by_kl=False,
+                weighted_by_intensity=False,
+                median_pixels=1,
+                smoothing_mm=0.0,
+            ),
+        )
+
+
+def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candidate]:
+    """By what is changed; `AS_SHIPPED` first, what the others are compared with."""
+    changes = Changes(own, config, models)
+    manifests = {
+        AS_SHIPPED: own,
+        **{name: changes.manifest(kl=kl) for name, kl in masks(changes).items()},
+        **{name: changes.manifest(residual=settings) for name, settings in residuals(changes).items()},
+        "the plain view alone": changes.manifest(views=own.views[:1]),
+        f"{DRAWS} draws of the plain view": changes.manifest(views=own.views[:1] * DRAWS),
+        "the paper's levels, steps and rules": changes.paper(),
+    }
+    return {name: Candidate(manifest, residual) for name, manifest in manifests.items()} | {
         "a second look at the counterpart": Candidate(own, second_look),
-        "KL map not smoothed": plain(with_kl(own, smoothing_mm=0.0)),
         "the KL map alone": Candidate(own, kl_alone),
-        "weighted by the KL": plain(with_residual(weighted_by_kl=not own.residual.weighted_by_kl)),
-        "against the reconstruction": plain(with_residual(reference="reconstruction")),
-        f"{'not ' if not floor else ''}over local contrast": plain(with_residual(contrast_floor=floor)),
         "1 - SSIM in place of the residual": Candidate(own, structural),
-        **{
-            f"median of {p} pixels" if p > 1 else "no median": plain(with_residual(median_pixels=p))
-            for p in (1, 3, 5)
-            if p != own.residual.median_pixels
-        },
         "Gaussian of 1 pixel": Candidate(own, residual, lambda found: gaussian(found, 1.0)),
         "where it is brighter alone": Candidate(own, brighter),
-        f"{'not ' if bright else ''}times the intensity": plain(with_residual(weighted_by_intensity=not bright)),
-        "the plain view alone": plain(own.model_copy(update={"views": own.views[:1]})),
-        f"{DRAWS} draws of the plain view": plain(own.model_copy(update={"views": own.views[:1] * DRAWS})),
-        "the paper's levels, steps and rules": plain(paper),
     }
-    if component is not None:
-        made[f"{PLAIN_EMPTY:.0%} of healthy slices empty"] = plain(with_kl(own, min_component=component))
-    assert next(iter(made)) == AS_SHIPPED, "the first is what the others are compared with"
-    return made
+
+
+def masks(changes: Changes) -> dict[str, KlMap]:
+    """Other latent masks."""
+    own = changes.own.kl
+    emptied = changes.emptied()
+    return {
+        **{f"KL percentile {p:g}": changes.kl(percentile=p) for p in PERCENTILES if p != own.percentile},
+        **{name: changes.kl(grow=grow) for name, grow in GROWN.items() if grow != own.grow},
+        "everything may change": changes.kl(threshold=-1.0),
+        "KL map not smoothed": changes.kl(smoothing_mm=0.0),
+        **({} if emptied is None else {f"{PLAIN_EMPTY:.0%} of healthy slices empty": emptied}),
+    }
+
+
+def residuals(changes: Changes) -> dict[str, Residual]:
+    """Other ways to weigh and to smooth what differs."""
+    own = changes.own.residual
+    floor = 0.0 if own.contrast_floor else CONTRAST_FLOOR
+    bright = own.weighted_by_intensity
+    return {
+        "weighted by the KL": changes.residual(weighted_by_kl=not own.weighted_by_kl),
+        "against the reconstruction": changes.residual(reference="reconstruction"),
+        f"{'not ' if not floor else ''}over local contrast": changes.residual(contrast_floor=floor),
+        f"{'not ' if bright else ''}times the intensity": changes.residual(weighted_by_intensity=not bright),
+        **{name: changes.residual(median_pixels=p) for name, p in MEDIANS.items() if p != own.median_pixels},
+    }
 
 
 class Remembering:

@@ -6,6 +6,7 @@ from typing import Any
 from training.config import ROOT
 from training.experiments import pages
 from training.experiments.ablation import PART
+from training.experiments.ablation_page import ablation_section
 from training.experiments.bars import bars_section
 from training.experiments.kept import RESULTS, current_rows
 from training.experiments.methods import OURS
@@ -176,7 +177,7 @@ def write() -> None:
     lines += pages.bounds_section(known.get("bounds"))
     lines += pages.curve_section(known.get("curve"))
     parts = [f"{PART}-{name}" for name in pages.BUNDLES]
-    lines += pages.ablation_section([known[part] for part in parts if part in known])
+    lines += ablation_section([known[part] for part in parts if part in known])
     lines += pages.calibration_section(known)
     if FIGURE.exists():
         lines += ["## A dozen slices", "", SHOWN, "", "![Twelve slices](figures/results.png)"]

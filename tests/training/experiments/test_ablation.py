@@ -12,10 +12,10 @@ from app.manifest import Manifest
 from app.pipeline.models import IntArray, Models
 from app.volume import FloatArray
 from training.experiments import ablation, candidates, methods
+from training.experiments.ablation_page import ablation_section
 from training.experiments.candidates import AS_SHIPPED, Candidate, Remembering
 from training.experiments.cases import GRADES, Case, make_case, sprites
 from training.experiments.experiment import Experiment
-from training.experiments.pages import ablation_section
 from training.experiments.segmentation import judged
 from training.splits import load_split
 
