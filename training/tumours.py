@@ -1,7 +1,7 @@
 """Real tumours of TCGA-LGG: all pictures of a patient as one scan, and what was outlined in them.
 
-Real lesions choose nothing: this is for numbers alone, of test patients, and of validation patients beside an ablation. No
-picture leaves it.
+Real lesions choose nothing: this is for numbers alone, of test patients, and of validation patients beside an ablation.
+No picture leaves it.
 """
 
 from collections.abc import Iterator, Sequence
