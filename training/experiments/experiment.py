@@ -1,6 +1,7 @@
 """One bundle of the experiments: its networks, all methods that are compared with it, and what numbers belong to."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from app.manifest import Manifest
 from app.runtime.bundle import Bundle, load_bundle
 from training.config import ROOT, Config
 from training.data import data_hash
@@ -22,6 +24,10 @@ from training.splits import FOLDER, load_split
 AUTOENCODERS = ("dense-ae", "spatial-ae", "vae")
 # Healthy validation scans that the transformer's threshold comes from.
 CALIBRATION_SCANS = 4
+
+# What of a manifest decides an anomaly map and its mask; the gate, which the experiments leave open, and words do not.
+OF_A_MAP = ("preparation", "latent", "schedule", "seed", "views", "kl", "reverse", "residual", "precision")
+NETWORKS = ("encoder", "denoiser", "denoiser_int8", "decoder")
 
 # What decides a number, beside data and bundle.
 CODE = ("app", "training", "pyproject.toml")
@@ -39,6 +45,14 @@ def code_version(root: Path = ROOT) -> str:
 
     commit = tell("rev-parse", "--short", "HEAD") if git else ""
     return commit + ("-dirty" if tell("status", "--porcelain", "--", *CODE) else "") if commit else "unknown"
+
+
+def detection_hash(manifest: Manifest) -> str:
+    """SHA-256 over all of a bundle that decides what it finds in a scan that the gate lets in."""
+    # Without defaults: a setting that is new, and that this bundle does not use, changes nothing that was measured.
+    told = manifest.model_dump(mode="json", include={*OF_A_MAP}, exclude_defaults=True)
+    told["files"] = {name: file.sha256 for name, file in manifest.files if name in NETWORKS and file is not None}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 class Experiment:
@@ -96,6 +110,7 @@ class Experiment:
         return {
             "bundle": self.manifest.id,
             "bundle_sha256": self.bundle.sha256,
+            "detection_sha256": detection_hash(self.manifest),
             "data_sha256": data_hash(self.config, subjects),
             "split": self.config.data.splits,
             "split_sha256": hashlib.sha256((FOLDER / self.config.data.splits).read_bytes()).hexdigest(),

@@ -1,6 +1,7 @@
 """What was measured before and still holds: outcomes and rows in the repository, below docs/results/.
 
-A row counts while the bundle, the data and the split are the same as now. Outcomes have the counts of every case, so
+A row counts while the data, the split, and all of the bundle that decides a map are the same as now: a version that
+differs in its gate alone has the rows of the one before. Outcomes have the counts of every case, so
 that a method that is added later is paired with them. Rows whose outcome is lost stay as their document has them.
 """
 
@@ -20,7 +21,7 @@ from training.experiments.segmentation import Choice, Outcome, table
 
 RESULTS = ROOT / "docs" / "results"
 # What must be the same for a row to count.
-SAME = ("bundle_sha256", "data_sha256", "split_sha256")
+SAME = ("detection_sha256", "data_sha256", "split_sha256")
 # What differs from row to row of a document.
 OF_A_ROW = ("seed", "code", "threads")
 OF_A_RUN = ("whole_seconds", "learnt_from")
@@ -31,7 +32,7 @@ Document = dict[str, Any]
 
 
 def fits(kept: Document, now: Document) -> bool:
-    """Whether numbers belong to the bundle, the data and the split of now."""
+    """Whether numbers belong to the detection, the data and the split of now."""
     return all(kept.get(key) == now[key] for key in SAME)
 
 

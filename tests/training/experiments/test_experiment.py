@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from training.experiments.experiment import code_version
+from app.manifest import File, Manifest
+from tests.support.bundle import tiny_manifest
+from training.experiments.experiment import code_version, detection_hash
 
 GIT = shutil.which("git") or ""
 pytestmark = [pytest.mark.training, pytest.mark.skipif(not GIT, reason="git is not installed")]
@@ -45,3 +47,27 @@ def test_code_that_is_not_committed_yet_is_told(repository: Path, name: str) -> 
 
 def test_outside_of_a_repository_it_is_unknown(tmp_path: Path) -> None:
     assert code_version(tmp_path) == "unknown"
+
+
+def with_part(manifest: Manifest, part: str, **values: object) -> Manifest:
+    return manifest.model_copy(update={part: getattr(manifest, part).model_copy(update=values)})
+
+
+def test_a_gate_a_word_or_a_version_leaves_what_was_measured() -> None:
+    manifest = tiny_manifest()
+    same = with_part(manifest, "gate", max_fraction_out=0.5, max_slices_out=0.5)
+    same = with_part(same, "provenance", denoiser_steps=9).model_copy(update={"version": "9.9.9", "title": "other"})
+    assert detection_hash(same) == detection_hash(manifest)
+
+
+@pytest.mark.parametrize("part", ["kl", "residual", "preparation", "seed", "files"])
+def test_what_decides_a_map_does_not(part: str) -> None:
+    manifest = tiny_manifest()
+    other = {
+        "kl": with_part(manifest, "kl", threshold=0.5),
+        "residual": with_part(manifest, "residual", median_pixels=3),
+        "preparation": with_part(manifest, "preparation", min_foreground_cm2=1.0),
+        "seed": manifest.model_copy(update={"seed": 8}),
+        "files": with_part(manifest, "files", decoder=File(name="decoder.onnx", sha256="1" * 64)),
+    }[part]
+    assert detection_hash(other) != detection_hash(manifest)

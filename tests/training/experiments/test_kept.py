@@ -17,7 +17,7 @@ from training.experiments.segmentation import Choice, Outcome
 pytestmark = pytest.mark.training
 
 NOW = {
-    **dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "a" * 64),
+    **dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "a" * 64),
     "bundle": "t1-9",
     "seed": 1,
     "code": "abc",
@@ -115,6 +115,13 @@ def test_nothing_counts_for_another_bundle_data_or_split(results: Path, key: str
     now = NOW | {key: "b" * 64}
     assert kept.merged("shapes", NAMES, now) == {"kinds": {}, "methods": {}}
     assert kept.missing("shapes", [], NAMES, now, "counterpart") == list(NAMES)
+
+
+def test_rows_outlive_a_version_that_finds_the_same(results: Path) -> None:
+    (results / "shapes.json").write_text(json.dumps(document("intensity")))
+    kept.save_outcome(kept.outcome_path("shapes", "vae"), outcome(1.0), NOW)
+    later = NOW | {"bundle": "t1-9.1", "bundle_sha256": "b" * 64}
+    assert list(kept.merged("shapes", NAMES, later)["methods"]) == ["intensity", "vae"]
 
 
 def test_what_runs_is_what_is_missing(results: Path) -> None:
