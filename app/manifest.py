@@ -186,6 +186,13 @@ class Gate(Part):
     reconstruction: Range = Field(description="Mean |x - D(z0)| over the foreground of a scan.")
     latent: Range = Field(description="KL of a single healthy latent.")
     max_fraction_out: float = Field(description="Share of foreground latents outside `latent` that is still accepted.")
+    max_slices_out: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of slices whose own score may lie outside `calibration.slice_score`; null: not asked. Where "
+        "it is asked, it alone speaks of how a scan of few slices looks: `typical` compares extremes over many.",
+    )
 
 
 class Calibration(Part):

@@ -128,6 +128,7 @@ def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gat
         reconstruction=ranges[-1],
         latent=span(low, high),
         max_fraction_out=d.gate_fraction_out,
+        max_slices_out=d.gate_slices_out,
     )
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from app.manifest import Manifest
+from app.pipeline.detect import GATE_SLICES
 from training.config import Config
 from training.export import Parity
 from training.figures import read_curve
@@ -55,11 +56,21 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
                 f"| but for {config.detection.gate_refused:.0%} of "
                 "healthy scans, over all scores (Student's t, logarithms) |"
                 for t, r in zip(manifest.gate.timesteps, manifest.gate.typical, strict=True)
-            ),
+            )
+            + _slices_out(manifest),
             low=manifest.preparation.extent_mm[0],
             high=manifest.preparation.extent_mm[1],
         )
     )
+
+
+def _slices_out(manifest: Manifest) -> str:
+    """The gate's line on single slices, where it asks them."""
+    share, healthy = manifest.gate.max_slices_out, manifest.calibration.slice_score
+    if share is None:
+        return ""
+    rule = f"of {healthy.low} to {healthy.high} nats; of a scan of under {GATE_SLICES} slices in place of the medians"
+    return f"\n| gate, slices whose mean KL is out of range | at most {share:.0%} | {rule} |"
 
 
 def _learnt(config: Config, manifest: Manifest) -> str:

@@ -140,6 +140,9 @@ class DetectionConfig(Part):
     gate_scanners: int = Field(description="Other scanners that the gate is calibrated on, for each healthy scan.")
     gate_refused: float = Field(description="Share of healthy scans that the gate's scores together may refuse.")
     gate_fraction_out: float
+    gate_slices_out: float | None = Field(
+        default=None, description="Share of slices that may look like no healthy one; null: the gate does not ask."
+    )
 
 
 class BundleConfig(Part):

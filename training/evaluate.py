@@ -177,16 +177,31 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     return rows
 
 
-def evaluate_foreign(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
+def answer(volume: Volume, bundle: Bundle) -> str:
+    """What happens to a scan: "analysed", or the code of the refusal."""
+    try:
+        run_detection(without_skull(volume, bundle), bundle)
+    except CounterpartError as error:
+        return error.code
+    return "analysed"
+
+
+def evaluate_foreign(config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     """What happens to scans of another kind."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
-    for foreign in tqdm(all_foreign(), desc="foreign", unit="scan"):
-        try:
-            run_detection(without_skull(foreign.volume, bundle), bundle)
-            outcomes[foreign.kind]["analysed"] += 1
-        except CounterpartError as error:
-            outcomes[foreign.kind][error.code] += 1
+    for foreign in tqdm(all_foreign(config), desc="foreign", unit="scan"):
+        outcomes[foreign.kind][answer(foreign.volume, bundle)] += 1
     return [{"kind": kind, "outcomes": dict(count)} for kind, count in outcomes.items()]
+
+
+def evaluate_single(config: Config, bundle: Bundle, split: Split) -> list[Row]:
+    """What happens to healthy test pictures that come alone: a gate of stacks may refuse each of them."""
+    outcomes: Counter[str] = Counter()
+    for subject in tqdm(split.test, desc="single", unit="scan"):
+        scan = load_scan(config, subject)
+        for z in healthy_slices(scan):
+            outcomes[answer(Volume(scan.volume.array[:, :, z : z + 1], scan.volume.affine), bundle)] += 1
+    return [{"kind": "healthy test pictures, each by itself", "outcomes": dict(outcomes)}]
 
 
 PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
@@ -194,12 +209,13 @@ PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
     "lesions": evaluate_lesions,
     "heads": evaluate_heads,
     "foreign": evaluate_foreign,
+    "single": evaluate_single,
     "tumours": evaluate_tumours,
 }
 
 
 # Parts that not every bundle has data for: run when they are named, and again when they have been.
-BY_NAME = ("heads", "tumours")
+BY_NAME = ("heads", "tumours", "single")
 
 
 def main(path: Path, parts: Sequence[str]) -> None:

@@ -13,12 +13,14 @@ from PIL import Image
 from app.ingest import read
 from app.volume import FloatArray, Volume
 from training.archives import unpack
-from training.config import data_root
+from training.config import Config, data_root
 from training.data import load_volume
+from training.pictures import BLOCK, UInt8Array, in_units, picture_affine
 
 # Pictures without a pixel spacing get a head's: this field of view, the kindest assumption.
 FIELD_OF_VIEW_MM = 200.0
 PER_CLASS = 40
+OTHER_CLASSES = "mednist_ood_5x400"
 LGG_SLICES = 40
 
 
@@ -37,20 +39,36 @@ def picture(pixels: FloatArray) -> Volume:
     return Volume(pixels.T[:, :, None], affine)
 
 
-def mednist() -> Iterator[Foreign]:
-    """HeadCT, the data of another bundle, and five foreign classes."""
-    for archive in ("mednist_headct_9000", "mednist_ood_5x400"):
-        with tarfile.open(data_root() / "mednist" / f"{archive}.tar.xz") as tar:
-            members = [m for m in tar if m.isfile() and m.name.endswith(".jpeg")]
-            classes = sorted({m.name.split("/")[0] for m in members})
-            for label in classes:
-                mine = [m for m in members if m.name.startswith(label)]
-                for member in mine[:: max(1, len(mine) // PER_CLASS)][:PER_CLASS]:
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert("L"), dtype=np.float32)
-                    if pixels.min() < pixels.max():
-                        yield Foreign(f"MedNIST {label}, slice", member.name, picture(pixels))
+def mednist(archive: str) -> dict[str, dict[str, UInt8Array]]:
+    """Pictures (64, 64) of an archive of MedNIST by class, in order, and by name, as they lie in it."""
+    found: dict[str, dict[str, UInt8Array]] = {}
+    with tarfile.open(data_root() / "mednist" / f"{archive}.tar.xz") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.name.endswith(".jpeg") else None
+            if file is not None:
+                pixels = np.asarray(Image.open(io.BytesIO(file.read())).convert("L"))
+                found.setdefault(member.name.split("/")[0], {})[member.name] = pixels
+    return dict(sorted(found.items()))
+
+
+def mednist_pictures() -> Iterator[Foreign]:
+    """Single pictures of HeadCT, the data of another bundle, and of five foreign classes, in grey values."""
+    for archive in ("mednist_headct_9000", OTHER_CLASSES):
+        for label, pictures in mednist(archive).items():
+            for name in list(pictures)[:: max(1, len(pictures) // PER_CLASS)][:PER_CLASS]:
+                pixels = pictures[name].astype(np.float32)
+                if pixels.min() < pixels.max():
+                    yield Foreign(f"MedNIST {label}, slice", name, picture(pixels))
+
+
+def mednist_stacks(config: Config) -> Iterator[Foreign]:
+    """The five foreign classes in stacks like a subject of the model's own pictures, in the model's units."""
+    for label, pictures in mednist(OTHER_CLASSES).items():
+        names = list(pictures)
+        for first in range(0, len(names), BLOCK):
+            stack = np.stack([pictures[name] for name in names[first : first + BLOCK]])
+            volume = Volume(in_units(stack, config).transpose(2, 1, 0), picture_affine(config))
+            yield Foreign(label, f"{label} {first}", volume)
 
 
 def lgg() -> Iterator[Foreign]:
@@ -90,8 +108,11 @@ def volumes() -> Iterator[Foreign]:
         yield Foreign(kind, name, load_volume(root / "nifti_misc" / f"{name}.nii.gz"))
 
 
-def all_foreign() -> Iterator[Foreign]:
-    """Every foreign scan, whole volumes first."""
+def all_foreign(config: Config) -> Iterator[Foreign]:
+    """Every foreign scan, whole volumes first; for a model of MedNIST, its other classes as stacks too."""
     yield from volumes()
     yield from lgg()
-    yield from mednist()
+    yield from mednist_pictures()
+    if config.data.pictures is not None and config.data.pictures.kind == "mednist":
+        for stack in mednist_stacks(config):
+            yield stack._replace(kind=f"MedNIST {stack.kind}, stack of {BLOCK}, as Hounsfield units")

@@ -82,8 +82,8 @@ def heads_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
-    """How many scans of each foreign kind were refused, and why."""
-    lines = ["| foreign scans | refused | answers |", "| --- | --- | --- |"]
+    """How many scans of each kind were refused, and why."""
+    lines = ["| scans | refused | answers |", "| --- | --- | --- |"]
     merged: dict[str, dict[str, int]] = defaultdict(dict)
     for row in rows:
         merged[row["kind"]] = row["outcomes"]
@@ -137,6 +137,7 @@ def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Pat
         ),
         ("heads", "Heads from other scanners, the brain taken out", heads_table),
         ("foreign", "Scans of another kind", foreign_table),
+        ("single", "Single pictures of healthy test subjects", foreign_table),
         (
             "tumours",
             "Outlined tumours of test patients, all their slices; what was not analysed counts as not found",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from app.errors import OutOfDistribution
-from app.manifest import Gate, Manifest, View
+from app.manifest import Gate, Manifest, Range, View
 from app.pipeline import anomaly
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
@@ -157,7 +157,7 @@ def detect(volume: Volume, models: Models, manifest: Manifest, seed: int | None 
     plain = see(x, foreground, known, models, diffusion)
     kl = surprise(plain, manifest)
     scores = _scores(kl, plain, models, manifest.gate)
-    check_gate(scores, manifest.gate)
+    check_gate(scores, manifest)
 
     compared = [compare(plain, kl, models, manifest)]
     for index, view in enumerate(manifest.views[1:], start=1):
@@ -333,20 +333,23 @@ def _scores(kl: FloatArray, seen: Seen, models: Models, gate: Gate) -> Scores:
     )
 
 
-def check_gate(scores: Scores, gate: Gate) -> None:
+def check_gate(scores: Scores, manifest: Manifest) -> None:
     """Refuse a scan that the model does not know everywhere, rather than segment it.
 
     Raises
     ------
     OutOfDistribution
-        A score is outside the healthy range, on either side; the typical KL, in every slice.
+        A score is outside the healthy range, on either side; the typical KL, in every slice; the mean KL of a slice, in
+        more slices than the manifest accepts.
     """
-    reasons = []
-    for t, (least, greatest), healthy in zip(gate.timesteps, scores.typical, gate.typical, strict=True):
-        if not (least <= healthy.high and greatest >= healthy.low):
+    gate = manifest.gate
+    reasons = [] if _few_slices(scores, gate) else _untypical(scores, gate)
+    if gate.max_slices_out is not None:
+        healthy, out = manifest.calibration.slice_score, slices_out(scores.slices, manifest.calibration.slice_score)
+        if out > gate.max_slices_out:
             reasons.append(
-                f"the median KL of its slices at t = {t} spans {least:.3g} to {greatest:.3g}, "
-                f"healthy scans have slices between {healthy.low:.3g} and {healthy.high:.3g}"
+                f"{out:.0%} of its slices have a mean KL outside {healthy.low:.3g} to {healthy.high:.3g}, "
+                f"at most {gate.max_slices_out:.0%} are accepted"
             )
     if not gate.reconstruction.holds(scores.reconstruction):
         reasons.append(
@@ -364,6 +367,26 @@ def check_gate(scores: Scores, gate: Gate) -> None:
             expected="the sequence, body part and preparation that the model's card names.",
             advice="Check that the right series was sent, prepared as the model card says, or choose another model.",
         )
+
+
+def _few_slices(scores: Scores, gate: Gate) -> bool:
+    """Whether a scan is too short for extremes over its slices, where the gate asks each slice too."""
+    return gate.max_slices_out is not None and len(scores.slices) < GATE_SLICES
+
+
+def _untypical(scores: Scores, gate: Gate) -> list[str]:
+    """Noise levels at which no slice is as surprising as slices of healthy scans are."""
+    return [
+        f"the median KL of its slices at t = {t} spans {least:.3g} to {greatest:.3g}, "
+        f"healthy scans have slices between {healthy.low:.3g} and {healthy.high:.3g}"
+        for t, (least, greatest), healthy in zip(gate.timesteps, scores.typical, gate.typical, strict=True)
+        if not (least <= healthy.high and greatest >= healthy.low)
+    ]
+
+
+def slices_out(slices: FloatArray, healthy: Range) -> float:
+    """Share of slices whose score, (K,), is none of a healthy slice; one without a score is none either."""
+    return float(1 - ((slices >= healthy.low) & (slices <= healthy.high)).mean())
 
 
 def smooth(

@@ -10,7 +10,7 @@ from nibabel import affines
 from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
 from app.manifest import Manifest, Range, View
 from app.pipeline import anomaly
-from app.pipeline.detect import GATE_SLICES, Detection, Seen, detect, network_evaluations, typical_kl
+from app.pipeline.detect import GATE_SLICES, Detection, Seen, detect, network_evaluations, slices_out, typical_kl
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
@@ -226,6 +226,40 @@ def test_the_gate_counts_latents_so_that_a_tumour_passes(
     huge = with_lesion(healthy, (0.0, 0.0, 0.0), 55.0, 0.45)
     with pytest.raises(OutOfDistribution, match="outside the healthy range, at most 10% are accepted"):
         detect(huge, models, gated)
+
+
+def test_the_gate_counts_slices_that_look_like_no_healthy_one(
+    healthy: Volume, models: Models, manifest: Manifest
+) -> None:
+    slices = detect(healthy, models, manifest).scores.slices
+    odd = changed(manifest, "calibration", slice_score=Range(low=0.0, high=float(np.quantile(slices, 0.4))))
+    assert slices_out(slices, odd.calibration.slice_score) == pytest.approx(0.6, abs=0.03)
+    detect(healthy, models, odd)  # nobody asked
+    detect(healthy, models, changed(odd, "gate", max_slices_out=0.7))
+    with pytest.raises(OutOfDistribution, match=r"5\d% of its slices have a mean KL outside 0 to .*at most 50%"):
+        detect(healthy, models, changed(odd, "gate", max_slices_out=0.5))
+    assert slices_out(np.array([0.1, np.nan], np.float32), Range(low=0, high=1)) == 0.5, "no score is not a healthy one"
+
+
+def test_few_slices_are_asked_one_by_one(healthy: Volume, models: Models, manifest: Manifest) -> None:
+    """Extremes over eight slices say nothing of one slice: a healthy one lies between them."""
+    least, greatest = detect(healthy, models, manifest).scores.typical[0]
+    never = changed(manifest, "gate", typical=(Range(low=greatest * 2, high=greatest * 3),))
+    middle = healthy.array.shape[2] // 2
+    few = Volume(healthy.array[:, :, middle : middle + 1], healthy.affine)
+    scores = detect(few, models, manifest).scores
+    assert len(scores.slices) < GATE_SLICES
+    assert least / 2 < scores.typical[0][0] < greatest * 2
+    with pytest.raises(OutOfDistribution, match="the median KL of its slices"):
+        detect(few, models, never)  # a gate that does not ask slices has nothing else
+    own = Range(low=0.9 * float(scores.slices.min()), high=1.1 * float(scores.slices.max()))
+    asked = changed(changed(never, "gate", max_slices_out=0.5), "calibration", slice_score=own)
+    detect(few, models, asked)
+    with pytest.raises(OutOfDistribution, match="the median KL of its slices"):
+        detect(healthy, models, asked)  # enough slices: both are asked
+    higher = changed(asked, "calibration", slice_score=Range(low=2 * own.high, high=3 * own.high))
+    with pytest.raises(OutOfDistribution, match="100% of its slices"):
+        detect(few, models, higher)
 
 
 def test_what_is_typical_is_seen_slice_by_slice() -> None:

@@ -94,7 +94,12 @@ def reconstructions(seen: Callable[[Case], FloatArray]) -> dict[str, Maps]:
 def ungated(manifest: Manifest) -> Manifest:
     """One that refuses no scan for its looks: the maps are compared, not the gates."""
     gate = manifest.gate
-    update = {"typical": (EVERYTHING,) * len(gate.typical), "reconstruction": EVERYTHING, "max_fraction_out": 1.0}
+    update = {
+        "typical": (EVERYTHING,) * len(gate.typical),
+        "reconstruction": EVERYTHING,
+        "max_fraction_out": 1.0,
+        "max_slices_out": None,
+    }
     return manifest.model_copy(update={"gate": gate.model_copy(update=update)})
 
 
