@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 
 import numpy as np
+from scipy import ndimage
 from tqdm import tqdm
 
 from app.manifest import Manifest, View
@@ -30,8 +31,9 @@ from training.experiments.segmentation import judged
 PART = "bounds"
 # Of each bundle, so many cases of each grade.
 CASES = {"t1": 4, "headct": 10, "flair": 10}
-SHIPPED, NO_FALSE, NO_MISSED, MASK, COUNTERPART, UNMASKED, FLOOR = STEPS = (
+SHIPPED, NO_EDGES, NO_FALSE, NO_MISSED, MASK, COUNTERPART, UNMASKED, FLOOR = STEPS = (
     "as shipped",
+    "as shipped, but for a pixel on either side of the lesion's edge, which does not count",
     "no false alarms: the latent mask without what is no lesion",
     "no misses: the latent mask and all of the lesion",
     "the latent mask is the lesion",
@@ -46,6 +48,12 @@ def touched(truth: BoolArray, shape: tuple[int, ...]) -> BoolArray:
     count, rows, columns = shape
     blocks = truth.reshape(count, rows, truth.shape[1] // rows, columns, truth.shape[2] // columns)
     return np.asarray(blocks.any(axis=(2, 4)), dtype=np.bool_)
+
+
+def edges(truth: BoolArray) -> BoolArray:
+    """A pixel on either side of a lesion's edge in its slices, (K, H, W): there, the truth is a matter of rounding."""
+    grown = ndimage.binary_dilation(truth, structure=anomaly.IN_PLANE)
+    return np.asarray(grown & ~anomaly.erode(truth, 1), dtype=np.bool_)
 
 
 def healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
@@ -65,16 +73,18 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
     healthy : (K, 1, H, W) ndarray
         Of `healthy_slices`.
     """
-    found: dict[str, list[FloatArray]] = {step: [] for step in STEPS}
+    found: dict[str, list[FloatArray]] = {step: [] for step in STEPS if step != NO_EDGES}
     for view, seen in seen_in_views(case, models, manifest):
         for step, values in _residuals(seen, case, healthy, view, models, manifest).items():
             found[step].append(values)
     inner = anomaly.erode(case.foreground, manifest.residual.erosion)
     spacing = manifest.preparation.spacing_mm
-    return {
+    settled = {
         step: settle(mean_view(each, manifest.views), case.x, inner, manifest.residual, spacing)
         for step, each in found.items()
     }
+    settled[NO_EDGES] = np.where(edges(case.truth), np.float32(np.nan), settled[SHIPPED])
+    return {step: settled[step] for step in STEPS}
 
 
 def _residuals(

@@ -116,7 +116,7 @@ def test_the_page_has_a_row_for_each_candidate() -> None:
     better = own | {"gain": {"auprc": {"value": 0.1, "low": 0.05, "high": 0.2}, "dice": number | {"low": -0.1}}}
     kinds = {kind: {AS_SHIPPED: own, "changed": better} for kind in (*GRADES, "grade 2 and grade 3")}
     rule = {"false_positive_ml": 1.0, "extent_share": 0.6, "threshold": 0.5, "dice": {"grade 3": number}}
-    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    hashes = dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "0" * 64)
     told = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
     document = {"provenance": told, "kinds": kinds, "thresholds": [rule | {"shipped": True}]}
     lines = ablation_section([document])

@@ -24,6 +24,15 @@ def test_a_latent_is_touched_by_any_of_its_pixels() -> None:
     assert np.argwhere(found).tolist() == [[1, 0, 1]]
 
 
+def test_an_edge_is_a_pixel_on_either_side_within_a_slice() -> None:
+    truth = np.zeros((3, 9, 9), np.bool_)
+    truth[1, 2:7, 2:7] = True
+    edge = bounds.edges(truth)
+    assert not edge[[0, 2]].any()
+    assert edge[1, 1:8, 1:8].sum() == 49 - 9
+    assert not edge[1, 3:6, 3:6].any()
+
+
 @pytest.mark.data
 def test_the_first_step_is_what_is_served_and_the_others_know_more(real_scans: Path) -> None:
     assert real_scans.exists()
@@ -37,6 +46,9 @@ def test_the_first_step_is_what_is_served_and_the_others_know_more(real_scans: P
     found = bounds.maps(case, healthy, e.models, manifest)
     served = methods.ours(e.models, manifest)(case)
     np.testing.assert_allclose(judged(found[bounds.SHIPPED], case), judged(served, case), atol=1e-5)
+    apart = np.isfinite(found[bounds.NO_EDGES])
+    np.testing.assert_array_equal(apart, ~bounds.edges(case.truth))
+    np.testing.assert_array_equal(found[bounds.NO_EDGES][apart], found[bounds.SHIPPED][apart])
     inside = case.truth & case.judged
     beside = case.judged & ~case.truth
     assert found[bounds.NO_FALSE][beside].sum() < found[bounds.SHIPPED][beside].sum()
@@ -51,7 +63,7 @@ def test_the_first_step_is_what_is_served_and_the_others_know_more(real_scans: P
 def test_the_page_has_a_row_for_each_step_and_a_column_for_each_grade() -> None:
     number = {"value": 0.5, "low": 0.4, "high": 0.6}
     rows = {step: {"auprc": number, "dice": number, "cases": 6} for step in bounds.STEPS}
-    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    hashes = dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "0" * 64)
     told = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
     document = {"bundles": {"t1": {"provenance": told, "grades": dict.fromkeys(GRADES, rows)}}}
     table = [line for line in bounds_section(document) if line.startswith("|")]

@@ -93,7 +93,7 @@ def test_the_knee_is_the_fewest_evaluations_that_are_as_good() -> None:
 
 
 def test_the_page_says_where_the_knee_is() -> None:
-    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    hashes = dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "0" * 64)
     p = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
     page = "\n".join(curve_section({"bundles": {"t1": {"provenance": p, "shipped": "twelve", "points": POINTS}}}))
     assert "**t1-9.9.9**: the knee is at 6.0 evaluations a slice (six): Dice 0.59, AUPRC 0.59." in page

@@ -9,9 +9,11 @@ pytest.importorskip("torch")
 
 from app.manifest import Manifest
 from app.volume import Volume
-from training.config import ROOT
+from tests.support.phantom import brain, grid
+from training.config import ROOT, Config, data_root
 from training.experiments import gate
 from training.experiments.pages import large_lines
+from training.splits import load_split
 
 pytestmark = pytest.mark.training
 
@@ -37,6 +39,20 @@ def test_the_gate_alone_is_the_gate_that_is_served() -> None:
     assert len(asked.views) == 1
 
 
+def test_pictures_get_ellipses_and_brains_get_shapes() -> None:
+    configs = [Config.load(ROOT / "training" / "configs" / f"{name}.toml") for name in ("headct", "t1")]
+    headct, t1 = configs
+    found = gate.inserts(headct, load_split(headct.data.splits))
+    assert list(found) == ["ellipses of 30 mm in one picture of 3", "ellipses of 30 mm in one picture of 2"]
+    heads = brain((64, 64, 12), grid((64, 64, 12), (3.8, 3.8, 5.0)))
+    heads = Volume(heads.array / heads.array.max() * 60, heads.affine)
+    shown = [found[name](heads, 0.35, 0).truth.any(axis=(0, 1)).sum() for name in found]
+    assert 0 < shown[0] < shown[1] <= 6
+    if data_root().exists():
+        names = list(gate.inserts(t1, load_split(t1.data.splits)))
+        assert names[-1] == "a ball of 60 ml"
+
+
 def rows(refused: int) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = [
         {"subject": f"sub-{i % 4}", "shape": "ball", "truth_ml": 25.0 + i, "outcome": "analysed"} for i in range(20)
@@ -54,10 +70,10 @@ def test_only_large_lesions_count() -> None:
 
 @pytest.mark.parametrize(("refused", "told"), [(1, "5%, which is reached"), (4, "5%, which is missed")])
 def test_the_page_compares_with_the_aim(refused: int, told: str) -> None:
-    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    hashes = dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "0" * 64)
     p = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
     made = rows(refused)
-    page = "\n".join(large_lines({"provenance": p, "summary": gate.summary(made), "rows": made}))
+    page = "\n".join(large_lines({"bundles": {"t1": {"provenance": p, "summary": gate.summary(made), "rows": made}}}))
     assert told in page
     assert "of 20 healthy test scans with a synthetic lesion of 25 to 44 ml (ball; bright and dark, grade 3)" in page
     assert f"{refused} are refused" in page

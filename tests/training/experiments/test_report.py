@@ -23,7 +23,7 @@ def row(value: float, gap: float | None) -> dict[str, Any]:
 def test_a_lead_that_is_no_lead_is_bold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"choice": {"variant": "bright", "smoothing": 1.0}, "seconds_per_slice": 0.01, "parameters": 2_000_000}
     rows = {"counterpart": row(0.6, None), "vae": row(0.2, 0.4), "intensity": row(0.59, 0.01)}
-    hashes = dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "0" * 64)
+    hashes = dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "0" * 64)
     told = {"bundle": "t1-9.9.9", "split": "s.json", "seed": 1, "code": "abc", "threads": 1, **hashes}
     methods = dict.fromkeys(rows, facts) | {"vae": facts | {"provenance": {"code": "newer"}}}
     document = {"provenance": told, "kinds": {"grade 2": rows}, "methods": methods}
@@ -52,7 +52,8 @@ def test_what_the_gate_refused_is_told_by_bundle(tmp_path: Path, monkeypatch: py
     healthy += [{"outcome": "out_of_distribution"}, {"outcome": "no_healthy_slice"}]
     hand = {"kind": "Hand", "outcomes": {"wrong_field_of_view": 37, "out_of_distribution": 1, "analysed": 2}}
     sha = {"bundle_sha256": "5" * 64}
-    whole = {"healthy": sha | {"rows": healthy}, "foreign": sha | {"rows": [hand]}}
+    alone = {"kind": "healthy, each by itself", "outcomes": {"out_of_distribution": 3, "analysed": 97}}
+    whole = {"healthy": sha | {"rows": healthy}, "foreign": sha | {"rows": [hand]}, "single": sha | {"rows": [alone]}}
     (tmp_path / "t1.json").write_text(json.dumps(whole))
     (tmp_path / "flair.json").write_text(json.dumps({"healthy": sha | {"rows": healthy[:1]}}))
     monkeypatch.setattr(pages, "EVALUATION", tmp_path)
@@ -62,4 +63,5 @@ def test_what_the_gate_refused_is_told_by_bundle(tmp_path: Path, monkeypatch: py
     assert "| flair (`555555555555`) | 1 | 0.50 (0.50 to 0.50) | 0 |" in page
     assert "| scans of another kind | refused by t1 (`555555555555`) |" in page
     assert "| Hand | 38 of 40 |" in page
+    assert "| healthy, each by itself | 3 of 100 |" in page
     assert "| t1-9.9.9 | grade 2 | 0.33 (0.28 to 0.38) | 0.60 (0.55 to 0.65) | 0.60 (0.55 to 0.65) |" in page
