@@ -109,10 +109,14 @@ def volumes() -> Iterator[Foreign]:
 
 
 def all_foreign(config: Config) -> Iterator[Foreign]:
-    """Every foreign scan, whole volumes first; for a model of MedNIST, its other classes as stacks too."""
+    """Every foreign scan, whole volumes first; for a model of MedNIST, stacks of its other classes, as wide as heads."""
     yield from volumes()
     yield from lgg()
     yield from mednist_pictures()
     if config.data.pictures is not None and config.data.pictures.kind == "mednist":
-        for stack in mednist_stacks(config):
-            yield stack._replace(kind=f"MedNIST {stack.kind}, stack of {BLOCK}, as Hounsfield units")
+        for kind, name, volume in mednist_stacks(config):
+            narrow = volume.affine @ np.diag(
+                [*(FIELD_OF_VIEW_MM / np.array(volume.shape[:2]) / volume.spacing[:2]), 1, 1]
+            )
+            told = f"MedNIST {kind}, stack of {BLOCK}, as Hounsfield units"
+            yield Foreign(told, name, Volume(volume.array, narrow))

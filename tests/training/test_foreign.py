@@ -54,3 +54,16 @@ def test_stacks_are_in_the_units_of_the_model(archive: Path) -> None:
     ]
     # Black is 0 HU, and a grey value 80/230 of a unit.
     np.testing.assert_allclose(stacks[1].volume.array[5, 7, :4], [0, 80 / 230, 160 / 230, 240 / 230], atol=0.2)
+
+
+def test_a_stack_to_be_refused_is_as_wide_as_a_head(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its size alone would tell what it is not."""
+    assert archive.exists()
+    for source in ("volumes", "lgg", "mednist_pictures"):
+        monkeypatch.setattr(foreign, source, lambda: iter(()))
+    config = Config.load(ROOT / "training" / "configs" / "headct.toml")
+    found = list(foreign.all_foreign(config))
+    assert [f.kind.split(",")[0] for f in found] == ["MedNIST CXR", "MedNIST Hand", "MedNIST Hand"]
+    np.testing.assert_allclose(found[0].volume.spacing, [200 / 64, 200 / 64, config.preparation.spacing_mm[0]])
+    flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
+    assert list(foreign.all_foreign(flair)) == []
