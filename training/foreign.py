@@ -109,7 +109,7 @@ def volumes() -> Iterator[Foreign]:
 
 
 def all_foreign(config: Config) -> Iterator[Foreign]:
-    """Every foreign scan, whole volumes first; for a model of MedNIST, stacks of its other classes, as wide as heads."""
+    """Every foreign scan, whole volumes first; for a model of MedNIST, its other classes in stacks as wide as heads."""
     yield from volumes()
     yield from lgg()
     yield from mednist_pictures()
