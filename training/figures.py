@@ -11,12 +11,15 @@ from matplotlib import pyplot as plt
 
 from app.pipeline.detect import Detection, detect
 from app.runtime.bundle import Bundle
+from app.volume import Volume
 from training.config import Config
 from training.data import load_scan
-from training.lesions import gold_shape, insert_lesion
+from training.lesions import gold_shape, insert_lesion, insert_sprites
 from training.splits import load_split
 
 GRADE_3 = 0.35
+# The middle of METHOD's radii for pictures.
+SPRITE_PIXELS = 6.0
 # Heights in the brain, as a share of the analysed slices.
 HEIGHTS = (0.35, 0.55, 0.75)
 
@@ -58,13 +61,10 @@ def draw_curves(config: Config, path: Path) -> None:
 
 
 def draw_validation(config: Config, bundle: Bundle, path: Path) -> None:
-    """Original, reconstruction, counterpart and anomaly map of validation slices, healthy and with lesions."""
+    """Original, reconstruction, counterpart and anomaly map of validation slices, as they are and with lesions."""
     split = load_split(config.data.splits)
-    healthy = load_scan(config, split.validation[0]).volume
-    volumes = [("healthy", healthy)]
-    if split.shapes_validation:
-        shape = gold_shape(split.shapes_validation[6])
-        volumes += [(f"{c:+}", insert_lesion(healthy, shape, c, 0).volume) for c in (GRADE_3, -GRADE_3)]
+    scan = load_scan(config, split.validation[0]).volume
+    volumes = [("as it is", scan), *((f"{c:+}", with_lesion(config, scan, c)) for c in (GRADE_3, -GRADE_3))]
     rows = []
     for label, volume in volumes:
         detection = detect(volume, bundle.models.in_batches(16, lambda _: None), bundle.manifest)
@@ -90,6 +90,14 @@ def draw_validation(config: Config, bundle: Bundle, path: Path) -> None:
         axes[0][column].set_title(title, fontsize="medium")
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def with_lesion(config: Config, scan: Volume, contrast: float) -> Volume:
+    """A validation scan with a lesion shape of validation, or with an ellipse in each picture."""
+    if config.data.pictures is None:
+        return insert_lesion(scan, gold_shape(load_split(config.data.splits).shapes_validation[6]), contrast, 0).volume
+    ct = config.preparation.window is not None
+    return insert_sprites(scan, SPRITE_PIXELS * config.preparation.spacing_mm[1], contrast, 0, ct=ct, every=1).volume
 
 
 def _heights(detection: Detection) -> list[int]:

@@ -53,7 +53,8 @@ def pictures(part: str, name: str, wanted: list[str]) -> None:
     e = Experiment(name)
     now = e.provenance()
     rows: Document = kept.known_rows(part, now)["methods"]
-    chosen = wanted or [OURS, "vqvae", *AUTOENCODERS, "transformer"]
+    order = [OURS, "vqvae", *AUTOENCODERS, "transformer"]
+    chosen = wanted or order
     lacking = [m for m in chosen if m not in rows or (m == OURS and "reliability" not in rows[m])]
     if not lacking:
         return
@@ -68,7 +69,7 @@ def pictures(part: str, name: str, wanted: list[str]) -> None:
         rows[method] = _judged(method, validation, tested)
         rows[method]["whole_seconds"] = time.perf_counter() - start
         rows[method]["provenance"] = {key: now[key] for key in kept.OF_A_ROW}
-        kept.write(part, {"provenance": now, "methods": rows})
+        kept.write(part, {"provenance": now, "methods": {m: rows[m] for m in order if m in rows}})
 
 
 def _judged(method: str, validation: list[imagewise.Scored], tested: list[imagewise.Scored]) -> Document:
