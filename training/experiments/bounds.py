@@ -64,6 +64,11 @@ def healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray
     return np.asarray(plain * (np.median(case.x[beside]) / np.median(plain[beside])), dtype=np.float32)
 
 
+def truth_of(step: str, case: Case) -> BoolArray:
+    """What there is to be found, (K, H, W): what is not judged would count as missed."""
+    return case.truth & ~edges(case.truth) if step == NO_EDGES else case.truth
+
+
 def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) -> dict[str, FloatArray]:
     """The anomaly map of each step, (K, H, W).
 
@@ -138,7 +143,7 @@ def measure(config: Config, models: Models, manifest: Manifest, cases: list[Case
     for kind in GRADES:
         mine = [i for i, case in enumerate(cases) if case.kind == kind]
         for step, each in found.items():
-            counts = Counts.of([each[i] for i in mine], [cases[i].truth for i in mine])
+            counts = Counts.of([each[i] for i in mine], [truth_of(step, cases[i]) for i in mine])
             of = {"auprc": average_precision, "dice": best_dice}
             told = {key: asdict(interval(counts, statistic)) for key, statistic in of.items()}
             rows.setdefault(kind, {})[step] = told | {"cases": len(mine)}

@@ -49,6 +49,10 @@ def test_the_first_step_is_what_is_served_and_the_others_know_more(real_scans: P
     apart = np.isfinite(found[bounds.NO_EDGES])
     np.testing.assert_array_equal(apart, ~bounds.edges(case.truth))
     np.testing.assert_array_equal(found[bounds.NO_EDGES][apart], found[bounds.SHIPPED][apart])
+    left = bounds.truth_of(bounds.NO_EDGES, case)
+    assert 0 < left.sum() < case.truth.sum()
+    assert np.isfinite(judged(found[bounds.NO_EDGES], case)[left & case.judged]).all()
+    assert bounds.truth_of(bounds.SHIPPED, case) is case.truth
     inside = case.truth & case.judged
     beside = case.judged & ~case.truth
     assert found[bounds.NO_FALSE][beside].sum() < found[bounds.SHIPPED][beside].sum()
