@@ -114,6 +114,8 @@ def table(outcomes: dict[str, Outcome]) -> dict[str, Any]:
             if own is not None and name != OURS:
                 ours = own.counts[kind]
                 row["behind"] = {key: asdict(difference(ours, counts, of)) for key, of in STATISTICS.items()}
+            if name == OURS:
+                row["scans"] = outcome.per_scan[kind]
             row["cases"] = len(counts.positive)
             document.setdefault(kind, {})[name] = row
     return document

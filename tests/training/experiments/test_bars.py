@@ -81,13 +81,18 @@ def test_without_counterpart_nobody_is_behind() -> None:
 
 
 def test_aspirations_are_of_each_scan_and_of_pooled_tumours() -> None:
+    # Two scans of 2 ml and more, and one of 1 ml, at 0.008 ml a pixel.
+    scans = {"dice": [0.70, 0.72, 0.1], "auprc": [0.4, 0.6, 1.0], "truth_pixels": [250.0, 999.0, 125.0]}
     known = {
-        "shapes": {"kinds": {"grade 2": {"counterpart": {"scan_dice": interval(0.71), "scan_auprc": interval(0.5)}}}},
+        "shapes": {"kinds": {"grade 2": {"counterpart": {"scans": scans}}}},
         "tumours": {"kinds": {"tumours": {"counterpart": {"dice": interval(0.74), "scan_shipped": interval(0.65)}}}},
     }
-    synthetic = "aspiration: synthetic T1 lesions, grade 2, all sizes: mean of each scan's"
+    synthetic = "aspiration: synthetic T1 lesions of 2 ml and more, grade 2: mean of each scan's"
+    assert found(known, f"{synthetic} best Dice at least 0.70").found.startswith("0.7100 (")
     assert found(known, f"{synthetic} best Dice at least 0.70").met is True
+    assert found(known, f"{synthetic} AUPRC at least 0.75").found.startswith("0.5000 (")
     assert found(known, f"{synthetic} AUPRC at least 0.75").met is False
+    assert found({}, f"{synthetic} AUPRC").found == "shapes did not run"
     pooled = {"method": "counterpart", "best_pooled": [0.64, 0.5, 0.7], "shipped_pooled": [0.6, 0.5, 0.7]}
     evaluated = {"flair": {"tumours": {"rows": [{"subject": "a", "dice": 0.9}, pooled]}}}
     whole, table = "aspiration: TCGA-LGG, whole scans (docs/evaluation)", "aspiration: TCGA-LGG, table 3a"
