@@ -342,10 +342,12 @@ def check_gate(scores: Scores, manifest: Manifest) -> None:
         A score is outside the healthy range, on either side; the typical KL, in every slice; the mean KL of a slice, in
         more slices than the manifest accepts.
     """
-    gate = manifest.gate
-    reasons = [] if _few_slices(scores, gate) else _untypical(scores, gate)
+    gate, few = manifest.gate, len(scores.slices) < GATE_SLICES
+    # Extremes over a few slices are not those of a stack: where the gate asks each slice, that says enough.
+    reasons = [] if few and gate.max_slices_out is not None else _untypical(scores, gate)
     if gate.max_slices_out is not None:
-        healthy, out = manifest.calibration.slice_score, slices_out(scores.slices, manifest.calibration.slice_score)
+        healthy = manifest.calibration.slice_score
+        out = slices_out(scores.slices, healthy)
         if out > gate.max_slices_out:
             reasons.append(
                 f"{out:.0%} of its slices have a mean KL outside {healthy.low:.3g} to {healthy.high:.3g}, "
@@ -365,13 +367,9 @@ def check_gate(scores: Scores, manifest: Manifest) -> None:
         raise OutOfDistribution(
             "The scan as a whole does not look like what the model was trained on: " + "; ".join(reasons) + ".",
             expected="the sequence, body part and preparation that the model's card names.",
-            advice="Check that the right series was sent, prepared as the model card says, or choose another model.",
+            advice=("Send the whole series: one slice, or a few, say little. " if few else "")
+            + "Check that the right series was sent, prepared as the model card says, or choose another model.",
         )
-
-
-def _few_slices(scores: Scores, gate: Gate) -> bool:
-    """Whether a scan is too short for extremes over its slices, where the gate asks each slice too."""
-    return gate.max_slices_out is not None and len(scores.slices) < GATE_SLICES
 
 
 def _untypical(scores: Scores, gate: Gate) -> list[str]:

@@ -258,8 +258,9 @@ def test_few_slices_are_asked_one_by_one(healthy: Volume, models: Models, manife
     with pytest.raises(OutOfDistribution, match="the median KL of its slices"):
         detect(healthy, models, asked)  # enough slices: both are asked
     higher = changed(asked, "calibration", slice_score=Range(low=2 * own.high, high=3 * own.high))
-    with pytest.raises(OutOfDistribution, match="100% of its slices"):
+    with pytest.raises(OutOfDistribution, match="100% of its slices") as caught:
         detect(few, models, higher)
+    assert caught.value.advice.startswith("Send the whole series: one slice, or a few, say little.")
 
 
 def test_what_is_typical_is_seen_slice_by_slice() -> None:

@@ -1,5 +1,6 @@
 """Large lesions are as large as they say, and the gate is asked as it is served."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ pytest.importorskip("torch")
 from app.manifest import Manifest
 from app.volume import Volume
 from tests.support.phantom import brain, grid
-from training.config import ROOT, Config, data_root
+from training.config import ROOT, Config
 from training.experiments import gate
 from training.experiments.pages import large_lines
 from training.splits import load_split
@@ -39,18 +40,26 @@ def test_the_gate_alone_is_the_gate_that_is_served() -> None:
     assert len(asked.views) == 1
 
 
-def test_pictures_get_ellipses_and_brains_get_shapes() -> None:
-    configs = [Config.load(ROOT / "training" / "configs" / f"{name}.toml") for name in ("headct", "t1")]
-    headct, t1 = configs
+def configured(name: str) -> Config:
+    return Config.load(ROOT / "training" / "configs" / f"{name}.toml")
+
+
+def test_pictures_get_ellipses() -> None:
+    headct = configured("headct")
     found = gate.inserts(headct, load_split(headct.data.splits))
     assert list(found) == ["ellipses of 30 mm in one picture of 3", "ellipses of 30 mm in one picture of 2"]
     heads = brain((64, 64, 12), grid((64, 64, 12), (3.8, 3.8, 5.0)))
     heads = Volume(heads.array / heads.array.max() * 60, heads.affine)
     shown = [found[name](heads, 0.35, 0).truth.any(axis=(0, 1)).sum() for name in found]
     assert 0 < shown[0] < shown[1] <= 6
-    if data_root().exists():
-        names = list(gate.inserts(t1, load_split(t1.data.splits)))
-        assert names[-1] == "a ball of 60 ml"
+
+
+@pytest.mark.data
+def test_brains_get_shapes_and_balls(real_scans: Path) -> None:
+    assert real_scans.exists()
+    t1 = configured("t1")
+    names = list(gate.inserts(t1, load_split(t1.data.splits)))
+    assert names == ["the two largest shapes", "all 5 shapes", "a ball of 30 ml", "a ball of 60 ml"]
 
 
 def rows(refused: int) -> list[dict[str, Any]]:
