@@ -13,7 +13,7 @@ import torch
 
 from app.manifest import Manifest
 from app.runtime.bundle import Bundle, load_bundle
-from training.config import ROOT, Config
+from training.config import NOT_OF_THE_SLICES, ROOT, Config
 from training.data import data_hash
 from training.experiments import healing, methods
 from training.experiments.cases import Case, Part, for_choices
@@ -53,6 +53,18 @@ def detection_hash(manifest: Manifest) -> str:
     told = manifest.model_dump(mode="json", include={*OF_A_MAP}, exclude_defaults=True)
     told["files"] = {name: file.sha256 for name, file in manifest.files if name in NETWORKS and file is not None}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def cases_hash(manifest: Manifest) -> str:
+    """SHA-256 over what of a bundle decides the slices that every method sees, and where it is judged."""
+    told = manifest.preparation.model_dump(mode="json", exclude=NOT_OF_THE_SLICES, exclude_defaults=True)
+    return hashlib.sha256(json.dumps([told, manifest.residual.erosion], sort_keys=True).encode()).hexdigest()
+
+
+def codes_hash(manifest: Manifest) -> str:
+    """SHA-256 over what decides those slices and their codes in the bundle's VQ-VAE."""
+    told = [cases_hash(manifest), manifest.files.encoder.sha256, manifest.files.decoder.sha256]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class Experiment:
@@ -110,6 +122,8 @@ class Experiment:
         return {
             "bundle": self.manifest.id,
             "bundle_sha256": self.bundle.sha256,
+            "cases_sha256": cases_hash(self.manifest),
+            "codes_sha256": codes_hash(self.manifest),
             "detection_sha256": detection_hash(self.manifest),
             "data_sha256": data_hash(self.config, subjects),
             "split": self.config.data.splits,

@@ -1,8 +1,9 @@
 """What was measured before and still holds: outcomes and rows in the repository, below docs/results/.
 
-A row counts while the data, the split, and all of the bundle that decides a map are the same as now: a version that
-differs in its gate alone has the rows of the one before. Outcomes have the counts of every case, so
-that a method that is added later is paired with them. Rows whose outcome is lost stay as their document has them.
+A row counts while the data, the split, and all of the bundle that decides it are the same as now: a version that
+differs in its gate alone has the rows of the one before, and one with another denoiser those of the opponents. Outcomes
+have the counts of every case, so that a method that is added later is paired with them. Rows whose outcome is lost stay
+as their document has them.
 """
 
 import json
@@ -15,15 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from training.config import ROOT
+from training.experiments.methods import OURS
 from training.experiments.metrics import Counts, IntArray
 from training.experiments.opponents import budget
 from training.experiments.segmentation import Choice, Outcome, table
 
 RESULTS = ROOT / "docs" / "results"
-# What must be the same for a row to count.
-SAME = ("detection_sha256", "data_sha256", "split_sha256")
+# What must be the same for any row to count.
+SAME = ("data_sha256", "split_sha256")
+# And what of the bundle, by method: all that decides its own map, its VQ-VAE, or no more than the slices.
+DECIDED_BY = {
+    OURS: "detection_sha256",
+    **dict.fromkeys(("vqvae", "transformer", "transformer-ensemble"), "codes_sha256"),
+}
+OPPONENTS_BY = "cases_sha256"
 # What differs from row to row of a document.
-OF_A_ROW = ("seed", "code", "threads")
+OF_A_ROW = ("seed", "code", "threads", "cases_sha256", "codes_sha256", "detection_sha256")
 OF_A_RUN = ("whole_seconds", "learnt_from")
 # Bins of an outcome that is kept: AUPRC and Dice move by less than 0.005.
 STORED_BINS = 256
@@ -31,9 +39,9 @@ STORED_BINS = 256
 Document = dict[str, Any]
 
 
-def fits(kept: Document, now: Document) -> bool:
-    """Whether numbers belong to the detection, the data and the split of now."""
-    return all(kept.get(key) == now[key] for key in SAME)
+def fits(kept: Document, now: Document, method: str = OURS) -> bool:
+    """Whether a method's numbers belong to the data and the split of now, and to a bundle that decides them alike."""
+    return all(kept.get(key) == now[key] for key in (*SAME, DECIDED_BY.get(method, OPPONENTS_BY)))
 
 
 def outcome_path(part: str, method: str) -> Path:
@@ -93,7 +101,9 @@ def load_outcomes(part: str, names: Iterable[str], now: Document) -> dict[str, t
     """The outcomes of a part that still count, by method."""
     paths = {name: outcome_path(part, name) for name in names}
     found = {name: load_outcome(path) for name, path in paths.items() if path.exists()}
-    return {name: kept for name, kept in found.items() if fits(kept[1], now) and _learnt_alike(name, kept[1], now)}
+    return {
+        name: kept for name, kept in found.items() if fits(kept[1], now, name) and _learnt_alike(name, kept[1], now)
+    }
 
 
 def _learnt_alike(method: str, provenance: Document, now: Document) -> bool:
@@ -103,12 +113,19 @@ def _learnt_alike(method: str, provenance: Document, now: Document) -> bool:
 
 
 def known_rows(part: str, now: Document) -> Document:
-    """The document of a part, where it still counts; each method with a provenance of its own."""
+    """The rows of a part's document that still count; each method with a provenance of its own."""
     path = RESULTS / f"{part}.json"
-    document: Document = json.loads(path.read_text()) if path.exists() else {}
-    if not fits(document.get("provenance", {}), now):
+    if not path.exists():
         return {"kinds": {}, "methods": {}}
-    return current_rows(document)
+    document = current_rows(json.loads(path.read_text()))
+    of_all = document["provenance"]
+    counts = {m for m, row in document["methods"].items() if fits(of_all | row["provenance"], now, m)}
+    found = _only(document, counts)
+    if OURS not in counts:  # and whoever was compared with it is compared with nothing
+        for of in found["kinds"].values():
+            for row in of.values():
+                row.pop("behind", None)
+    return found
 
 
 def current_rows(document: Document) -> Document:
@@ -118,9 +135,15 @@ def current_rows(document: Document) -> Document:
     """
     shared = {key: document["provenance"][key] for key in OF_A_ROW if key in document["provenance"]}
     rows = {name: {"provenance": shared, **row} for name, row in document.get("methods", {}).items()}
-    alike = {name: row for name, row in rows.items() if _learnt_alike(name, row["provenance"], document["provenance"])}
-    kinds = {kind: {m: r for m, r in of.items() if m in alike} for kind, of in document.get("kinds", {}).items()}
-    return {**document, "kinds": kinds, "methods": alike}
+    alike = {name for name, row in rows.items() if _learnt_alike(name, row["provenance"], document["provenance"])}
+    return _only({**document, "methods": rows}, alike)
+
+
+def _only(document: Document, methods: set[str]) -> Document:
+    """A document with the rows of these methods alone."""
+    kinds = {kind: {m: r for m, r in of.items() if m in methods} for kind, of in document.get("kinds", {}).items()}
+    rows = {m: row for m, row in document["methods"].items() if m in methods}
+    return {**document, "kinds": {kind: of for kind, of in kinds.items() if of}, "methods": rows}
 
 
 def merged(part: str, names: Iterable[str], now: Document) -> Document:

@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 from app.manifest import File, Manifest
 from tests.support.bundle import tiny_manifest
-from training.experiments.experiment import code_version, detection_hash
+from training.experiments.experiment import cases_hash, code_version, codes_hash, detection_hash
 
 GIT = shutil.which("git") or ""
 pytestmark = [pytest.mark.training, pytest.mark.skipif(not GIT, reason="git is not installed")]
@@ -71,3 +71,23 @@ def test_what_decides_a_map_does_not(part: str) -> None:
         "files": with_part(manifest, "files", decoder=File(name="decoder.onnx", sha256="1" * 64)),
     }[part]
     assert detection_hash(other) != detection_hash(manifest)
+
+
+def test_opponents_outlive_a_denoiser_and_those_that_read_no_codes_a_vqvae() -> None:
+    manifest = tiny_manifest()
+    file = File(name="other.onnx", sha256="1" * 64)
+    denoiser, vqvae = with_part(manifest, "files", denoiser=file), with_part(manifest, "files", encoder=file)
+    slices = with_part(manifest, "preparation", intensity_level=0.5)
+    words = with_part(manifest, "preparation", advice="Send another.")
+    edge = with_part(manifest, "residual", erosion=3)
+    told = {
+        name: [of(m) != of(manifest) for of in (cases_hash, codes_hash, detection_hash)]
+        for name, m in {"denoiser": denoiser, "vqvae": vqvae, "slices": slices, "words": words, "edge": edge}.items()
+    }
+    assert told == {
+        "denoiser": [False, False, True],
+        "vqvae": [False, True, True],
+        "slices": [True, True, True],
+        "words": [False, False, True],
+        "edge": [True, True, True],
+    }

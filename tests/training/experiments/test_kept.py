@@ -16,8 +16,10 @@ from training.experiments.segmentation import Choice, Outcome
 
 pytestmark = pytest.mark.training
 
+HASHES = dict.fromkeys(("cases_sha256", "codes_sha256", "detection_sha256"), "a" * 64)
 NOW = {
-    **dict.fromkeys(("bundle_sha256", "detection_sha256", "split_sha256", "data_sha256"), "a" * 64),
+    **dict.fromkeys(("bundle_sha256", "split_sha256", "data_sha256"), "a" * 64),
+    **HASHES,
     "bundle": "t1-9",
     "seed": 1,
     "code": "abc",
@@ -102,19 +104,44 @@ def test_rows_without_an_outcome_stay_and_a_new_method_is_paired(results: Path) 
         "what has an outcome is computed from it"
     )
     told = {name: facts["provenance"] for name, facts in found["methods"].items()}
-    assert told["intensity"] == {"seed": 1, "code": "older", "threads": 1}
-    assert told["transformer"] == {"seed": 1, "code": "abc", "threads": 1, "whole_seconds": 9.0}
+    assert told["intensity"] == {"seed": 1, "code": "older", "threads": 1, **HASHES}
+    assert told["transformer"] == {"seed": 1, "code": "abc", "threads": 1, **HASHES, "whole_seconds": 9.0}
     assert found["methods"]["transformer"]["outcome"] == "outcomes/shapes-transformer.npz"
     assert "outcome" not in found["methods"]["intensity"]
 
 
 @pytest.mark.parametrize("key", kept.SAME)
-def test_nothing_counts_for_another_bundle_data_or_split(results: Path, key: str) -> None:
+def test_nothing_counts_for_other_data_or_another_split(results: Path, key: str) -> None:
     (results / "shapes.json").write_text(json.dumps(document("intensity")))
     kept.save_outcome(kept.outcome_path("shapes", "vae"), outcome(1.0), NOW)
     now = NOW | {key: "b" * 64}
     assert kept.merged("shapes", NAMES, now) == {"kinds": {}, "methods": {}}
     assert kept.missing("shapes", [], NAMES, now, "counterpart") == list(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("changed", "left"),
+    [
+        (["detection_sha256"], ["intensity", "vae", "transformer"]),
+        (["detection_sha256", "codes_sha256"], ["intensity", "vae"]),
+        (["detection_sha256", "codes_sha256", "cases_sha256"], []),
+    ],
+    ids=["denoiser", "VQ-VAE", "slices"],
+)
+@pytest.mark.parametrize("outcomes", [True, False])
+def test_a_row_counts_while_what_decides_it_does(
+    results: Path, changed: list[str], left: list[str], *, outcomes: bool
+) -> None:
+    (results / "shapes.json").write_text(json.dumps(document(*NAMES)))
+    for name in NAMES if outcomes else ():
+        kept.save_outcome(kept.outcome_path("shapes", name), outcome(1.0), NOW)
+    now = NOW | dict.fromkeys(changed, "b" * 64)
+    assert kept.missing("shapes", [], NAMES, now, "counterpart") == [n for n in NAMES if n not in left]
+    found = kept.merged("shapes", NAMES, now)
+    assert list(found["methods"]) == left
+    rows = found["kinds"].get("grade 2", {})
+    assert list(rows) == left
+    assert not any("behind" in row for row in rows.values()), "of a map that is not this bundle's"
 
 
 def test_rows_outlive_a_version_that_finds_the_same(results: Path) -> None:
