@@ -102,12 +102,13 @@ def test_codes_are_drawn_as_often_as_they_are_likely(network: DecoderOnlyTransfo
 def test_processes_side_by_side_draw_the_same(network: DecoderOnlyTransformer, codes: Tensor) -> None:
     by = uniforms(codes, 5)
     draw = partial(drawn_in, network, float(log_likelihood(network, codes).quantile(0.3)))
+    # One after the other: what is sent to a process moves to shared memory, under whoever is reading it here.
+    alone = list(map(draw, codes.split(2), by.split(2)))
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for alone, elsewhere in zip(
-            map(draw, codes.split(2), by.split(2)), pool.map(draw, codes.split(2), by.split(2)), strict=True
-        ):
-            assert 0 < int(alone[1].sum()) < alone[1].numel()
-            assert all(torch.equal(a, b) for a, b in zip(alone, elsewhere, strict=True))
+        elsewhere = list(pool.map(draw, codes.split(2), by.split(2)))
+    for here, there in zip(alone, elsewhere, strict=True):
+        assert 0 < int(here[1].sum()) < here[1].numel()
+        assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
