@@ -56,6 +56,7 @@ many test scans, on a CPU where known codes are fed at once, which gives the sam
 ([benchmarks](BENCHMARKS.md) has both, and the published size); the others' are the mean of all.
 [What was tried about the bars that are missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
 
+A row may be older than the version of its bundle that a table names: it counts while all that decides it is the same.
 "Code" is the commit, and "-dirty" where code differed from it. In rows of `ecdf172` and before, any file that was not
 committed counted, the results of another row among them.
 """.format(usual=slices_seen(opponent_of("transformer", "headct")), in_t1=slices_seen(opponent_of("transformer", "t1")))
