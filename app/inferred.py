@@ -14,7 +14,8 @@ import numpy.typing as npt
 from app.errors import CounterpartError, NoBrainMask
 from app.export.report import BrainReported, ModelUsed
 from app.manifest import Manifest, Part
-from app.pipeline.detect import Detection, Scores
+from app.pipeline.detect import Detection
+from app.pipeline.gate import Scores
 from app.pipeline.placement import Placement
 from app.pipeline.prepare import BoolArray, Slices
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, imagine, see, surprise
+from app.pipeline.detect import imagine
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import Slices, analysed_slices
 from app.pipeline.schedule import Schedule
+from app.pipeline.seen import Seen, see, surprise
 from app.pipeline.views import turn
 from app.runtime.bundle import CPU_BATCH, Bundle
 from benchmarks.paper import DDIM_50

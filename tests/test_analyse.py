@@ -23,12 +23,10 @@ from app.runtime.extractor import Extractor
 from app.volume import Volume
 from tests.support.dicom import RAS_TO_LPS, SECRET, Series, write_series, zipped
 from tests.support.heads import ORACLE, nothing
-from tests.support.phantom import ball, brain, grid, head, with_lesion
+from tests.support.phantom import LESION_MM, RADIUS_MM, ball, brain, grid, head, with_lesion
 from tests.support.segmentation import segment_points
 
 PLAIN = Request()
-LESION_MM = (25.0, 10.0, 20.0)
-RADIUS_MM = 15.0
 TURN = np.eye(4)
 TURN[:3, :3] = Rotation.from_euler("xyz", (6, -9, 14), degrees=True).as_matrix()
 # Oblique, along left and posterior, and rounded as NIfTI keeps it.

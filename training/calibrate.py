@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
 from app.pipeline import anomaly
-from app.pipeline.detect import reconstruction_error, see, typical_kl
 from app.pipeline.findings import label_findings
+from app.pipeline.gate import reconstruction_error, typical_kl
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray
+from app.pipeline.seen import see
 from app.volume import FloatArray
 from training.config import Config
 from training.data import load_scan

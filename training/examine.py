@@ -6,12 +6,13 @@ import numpy as np
 
 from app.manifest import NoiseSchedule, View, latent_sigma
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, imagine, mean_view, see, settle
+from app.pipeline.detect import imagine, mean_view, settle
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.placement import Placement
 from app.pipeline.prepare import BoolArray, to_slices
 from app.pipeline.schedule import Schedule
+from app.pipeline.seen import Seen, see
 from app.pipeline.views import turn
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray, Volume

@@ -6,8 +6,10 @@ from hypothesis import settings
 from app.manifest import Manifest
 from app.pipeline.models import Models
 from app.pipeline.schedule import Schedule
+from app.volume import Volume
 from tests.support.bundle import tiny_manifest
 from tests.support.oracle import gaussian_models
+from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 
 # The same examples on every run, however busy the machine.
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)
@@ -25,3 +27,15 @@ def models(manifest: Manifest) -> Models:
     """Its exact models."""
     s = manifest.schedule
     return gaussian_models(Schedule.linear(s.steps, s.beta_start, s.beta_end))
+
+
+@pytest.fixture(scope="session")
+def healthy() -> Volume:
+    """A brain that the models know."""
+    return brain()
+
+
+@pytest.fixture(scope="session")
+def sick(healthy: Volume) -> Volume:
+    """The same with a lesion."""
+    return with_lesion(healthy, LESION_MM, RADIUS_MM, 1.5)

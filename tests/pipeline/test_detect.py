@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 from nibabel import affines
 
-from app.errors import Cancelled, OutOfDistribution, WrongFieldOfView
+from app.errors import Cancelled, WrongFieldOfView
 from app.manifest import Manifest, Range, View
 from app.pipeline import anomaly
-from app.pipeline.detect import GATE_SLICES, Detection, Seen, detect, network_evaluations, slices_out, typical_kl
+from app.pipeline.detect import Detection, detect, network_evaluations
+from app.pipeline.gate import GATE_SLICES
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
 from app.pipeline.views import turn, turn_back
-from app.volume import FloatArray, Volume
-from tests.support.oracle import GaussianDenoiser
-from tests.support.phantom import brain, grid, with_lesion
-
-LESION_MM = (25.0, 10.0, 20.0)
-RADIUS_MM = 15.0
+from app.volume import Volume
+from tests.support.bundle import with_part
+from tests.support.phantom import LESION_MM, RADIUS_MM, brain, grid, with_lesion
 
 
 class Counter:
@@ -34,20 +32,6 @@ class Counter:
         self.calls[name] += len(arrays[0])
         result: np.ndarray = network(*arrays)
         return result
-
-
-def changed(manifest: Manifest, part: str, **values: object) -> Manifest:
-    return manifest.model_copy(update={part: getattr(manifest, part).model_copy(update=values)})
-
-
-@pytest.fixture(scope="module")
-def healthy() -> Volume:
-    return brain()
-
-
-@pytest.fixture(scope="module")
-def sick(healthy: Volume) -> Volume:
-    return with_lesion(healthy, LESION_MM, RADIUS_MM, 1.5)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +71,7 @@ def test_what_was_not_analysed_is_unknown_and_not_healthy(healthy: Volume, model
 
 
 def test_scores_are_those_of_the_kl_map(healthy: Volume, models: Models, manifest: Manifest) -> None:
-    d = detect(healthy, models, changed(manifest, "gate", latent=Range(low=1e-4, high=2e-3)))
+    d = detect(healthy, models, with_part(manifest, "gate", latent=Range(low=1e-4, high=2e-3)))
     inside = d.kl[np.isfinite(d.kl)]
     assert d.scores.scan == pytest.approx(inside.mean(dtype=np.float64), rel=1e-5)
     assert d.scores.fraction_out == pytest.approx(((inside < 1e-4) | (inside > 2e-3)).mean())
@@ -143,7 +127,7 @@ def test_the_counterpart_changes_only_what_was_judged(models: Models, manifest: 
     """Near the surface the up-sampled mask reaches out of the head: nothing may be painted there."""
     at_surface = with_lesion(brain(), (50.0, 0.0, 0.0), RADIUS_MM, 1.5)
     for reference in ("image", "reconstruction"):
-        d = detect(at_surface, models, changed(manifest, "residual", reference=reference))
+        d = detect(at_surface, models, with_part(manifest, "residual", reference=reference))
         assert d.latent_mask.any()
         outside = ~d.slices.foreground & d.analysed[:, None, None]
         np.testing.assert_array_equal(d.counterpart[outside], d.slices.x[:, 0][outside])
@@ -152,7 +136,7 @@ def test_the_counterpart_changes_only_what_was_judged(models: Models, manifest: 
 def test_residual_against_the_image_or_the_reconstruction(sick: Volume, models: Models, manifest: Manifest) -> None:
     z_decoded = {}
     for reference in ("image", "reconstruction"):
-        d = detect(sick, models, changed(manifest, "residual", reference=reference))
+        d = detect(sick, models, with_part(manifest, "residual", reference=reference))
         z_decoded[reference] = d
     image, reconstruction = z_decoded["image"], z_decoded["reconstruction"]
     np.testing.assert_array_equal(image.latent_mask, reconstruction.latent_mask)
@@ -165,7 +149,7 @@ def test_residual_against_the_image_or_the_reconstruction(sick: Volume, models: 
 
 def test_smoothing_keeps_the_amount_and_lowers_the_peak(sick: Volume, models: Models, manifest: Manifest) -> None:
     plain = detect(sick, models, manifest).anomaly
-    smooth = detect(sick, models, changed(manifest, "residual", smoothing_mm=3.0)).anomaly
+    smooth = detect(sick, models, with_part(manifest, "residual", smoothing_mm=3.0)).anomaly
     assert np.nanmax(smooth) < np.nanmax(plain)
     assert np.nansum(smooth) == pytest.approx(np.nansum(plain), rel=0.05)
     np.testing.assert_array_equal(np.isnan(smooth), np.isnan(plain))
@@ -188,108 +172,6 @@ def test_the_noise_of_a_slice_is_keyed_by_its_place_in_the_stack(
     kl = anomaly.kl_map(z0, hit, diffusion, manifest.kl.timesteps)
     known = np.isfinite(found.kl[hit])
     np.testing.assert_array_equal(found.kl[hit][known], kl[known])
-
-
-# ---- the gate ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("side", ["low", "high"])
-def test_the_gate_refuses_a_reconstruction_error_on_both_sides(
-    healthy: Volume, models: Models, manifest: Manifest, side: str
-) -> None:
-    value = detect(healthy, models, manifest).scores.reconstruction
-    detect(healthy, models, changed(manifest, "gate", reconstruction=Range(low=value * 0.99, high=value * 1.01)))
-    beyond = Range(low=value * 1.01, high=1.0) if side == "low" else Range(low=0.0, high=value * 0.99)
-    with pytest.raises(OutOfDistribution) as caught:
-        detect(healthy, models, changed(manifest, "gate", reconstruction=beyond))
-    assert f"its reconstruction error is {value:.3g}" in caught.value.found
-
-
-def test_the_gate_refuses_what_no_slice_of_is_typical(healthy: Volume, models: Models, manifest: Manifest) -> None:
-    """Below the range, the greatest of the slices counts; above it, the least."""
-    least, greatest = detect(healthy, models, manifest).scores.typical[0]
-    assert least < 0.9 * greatest
-    for low, high in ((greatest * 0.99, 1.0), (0.0, least * 1.01)):
-        detect(healthy, models, changed(manifest, "gate", typical=(Range(low=low, high=high),)))
-    for low, high in ((greatest * 1.01, 1.0), (0.0, least * 0.99)):
-        with pytest.raises(OutOfDistribution) as caught:
-            detect(healthy, models, changed(manifest, "gate", typical=(Range(low=low, high=high),)))
-        assert f"the median KL of its slices at t = 500 spans {least:.3g} to {greatest:.3g}" in caught.value.found
-
-
-def test_the_gate_counts_latents_so_that_a_tumour_passes(
-    healthy: Volume, sick: Volume, models: Models, manifest: Manifest
-) -> None:
-    worst = np.nanmax(detect(healthy, models, manifest).kl)
-    gated = changed(manifest, "gate", latent=Range(low=0.0, high=float(worst)), max_fraction_out=0.1)
-    assert 0 < detect(sick, models, gated).scores.fraction_out < 0.1
-    huge = with_lesion(healthy, (0.0, 0.0, 0.0), 55.0, 0.45)
-    with pytest.raises(OutOfDistribution, match="outside the healthy range, at most 10% are accepted"):
-        detect(huge, models, gated)
-
-
-def test_the_gate_counts_slices_that_look_like_no_healthy_one(
-    healthy: Volume, models: Models, manifest: Manifest
-) -> None:
-    slices = detect(healthy, models, manifest).scores.slices
-    odd = changed(manifest, "calibration", slice_score=Range(low=0.0, high=float(np.quantile(slices, 0.4))))
-    assert slices_out(slices, odd.calibration.slice_score) == pytest.approx(0.6, abs=0.03)
-    detect(healthy, models, odd)  # nobody asked
-    detect(healthy, models, changed(odd, "gate", max_slices_out=0.7))
-    with pytest.raises(OutOfDistribution, match=r"5\d% of its slices have a mean KL outside 0 to .*at most 50%"):
-        detect(healthy, models, changed(odd, "gate", max_slices_out=0.5))
-    assert slices_out(np.array([0.1, np.nan], np.float32), Range(low=0, high=1)) == 0.5, "no score is not a healthy one"
-
-
-def test_few_slices_are_asked_one_by_one(healthy: Volume, models: Models, manifest: Manifest) -> None:
-    """Extremes over eight slices say nothing of one slice: a healthy one lies between them."""
-    least, greatest = detect(healthy, models, manifest).scores.typical[0]
-    never = changed(manifest, "gate", typical=(Range(low=greatest * 2, high=greatest * 3),))
-    middle = healthy.array.shape[2] // 2
-    few = Volume(healthy.array[:, :, middle : middle + 1], healthy.affine)
-    scores = detect(few, models, manifest).scores
-    assert len(scores.slices) < GATE_SLICES
-    assert least / 2 < scores.typical[0][0] < greatest * 2
-    with pytest.raises(OutOfDistribution, match="the median KL of its slices"):
-        detect(few, models, never)  # a gate that does not ask slices has nothing else
-    own = Range(low=0.9 * float(scores.slices.min()), high=1.1 * float(scores.slices.max()))
-    asked = changed(changed(never, "gate", max_slices_out=0.5), "calibration", slice_score=own)
-    detect(few, models, asked)
-    with pytest.raises(OutOfDistribution, match="the median KL of its slices"):
-        detect(healthy, models, asked)  # enough slices: both are asked
-    higher = changed(asked, "calibration", slice_score=Range(low=2 * own.high, high=3 * own.high))
-    with pytest.raises(OutOfDistribution, match="100% of its slices") as caught:
-        detect(few, models, higher)
-    assert caught.value.advice.startswith("Send the whole series: one slice, or a few, say little.")
-
-
-def test_what_is_typical_is_seen_slice_by_slice() -> None:
-    schedule = Schedule.linear(1000, 0.0015, 0.0195)
-    z0 = np.random.default_rng(2).standard_normal((4, 1, 8, 8), dtype=np.float32)
-    healthy = anomaly.Diffusion(schedule, GaussianDenoiser(schedule, np.zeros(1), np.ones(1)), KeyedNoise(7, (1, 8, 8)))
-    inside = np.ones((4, 8, 8), dtype=bool)
-
-    def typical(latents: FloatArray, of: slice = slice(0, 4)) -> tuple[float, float]:
-        known = np.arange(4)[of]
-        return typical_kl(Seen(latents[of], inside[of], known, latents[of], inside[of], healthy), (100,))[0]
-
-    each = [typical(z0, slice(i, i + 1)) for i in range(4)]
-    assert all(least == greatest for least, greatest in each)
-    assert typical(z0) == pytest.approx((min(each)[0], max(each)[0]))
-    diseased = z0.copy()
-    diseased[np.argmax(each, axis=0)[0]] += 5
-    assert typical(diseased)[0] == pytest.approx(min(each)[0])
-    assert typical(z0 + np.float32(5))[0] > 5 * min(each)[0], "what is unknown everywhere is unknown in its best slice"
-
-
-def test_a_model_gone_wrong_is_refused_and_never_read_as_healthy(
-    healthy: Volume, models: Models, manifest: Manifest
-) -> None:
-    def nan(z_t: np.ndarray, t: np.ndarray) -> np.ndarray:
-        return np.asarray(z_t * np.nan * t[0], dtype=np.float32)
-
-    with pytest.raises(OutOfDistribution, match="the median KL of its slices at t = 500 spans nan to nan"):
-        detect(healthy, Models(models.encode, nan, models.decode), manifest)
 
 
 def test_a_scan_without_a_large_enough_slice_is_refused(models: Models, manifest: Manifest) -> None:

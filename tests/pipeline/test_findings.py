@@ -8,15 +8,15 @@ from nibabel import affines
 from scipy.spatial.transform import Rotation
 
 from app.manifest import Manifest
-from app.pipeline.detect import Detection, Scores, detect
+from app.pipeline.detect import Detection, detect
 from app.pipeline.findings import label_findings, to_result
+from app.pipeline.gate import Scores
 from app.pipeline.models import Models
 from app.pipeline.prepare import to_slices
 from app.volume import Volume
 from tests.support.bundle import tiny_manifest
-from tests.support.phantom import ball, brain, grid, with_lesion
+from tests.support.phantom import LESION_MM, ball, brain, grid, with_lesion
 
-LESION_MM = (25.0, 10.0, 20.0)
 TURN = np.eye(4)
 TURN[:3, :3] = Rotation.from_euler("xyz", (10, -15, 20), degrees=True).as_matrix()
 # Axes along left, posterior and up, as most DICOM series have them; and oblique.

@@ -107,6 +107,11 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
     )
 
 
+def with_part(manifest: Manifest, part: str, **values: object) -> Manifest:
+    """A manifest with some values of one part changed."""
+    return manifest.model_copy(update={part: getattr(manifest, part).model_copy(update=values)})
+
+
 def write_tiny_bundle(folder: Path) -> Path:
     """Write `folder`/tiny-0.0.1 (manifest, three graphs, golden pair) and return it."""
     bundle = folder / tiny_manifest().id

@@ -27,6 +27,10 @@ BONE_MM, SCALP_MM = 10.0, 16.0
 FACE_MM, FACE_HALF_AXES_MM = np.array([0.0, 62.0, -80.0]), np.array([45.0, 45.0, 45.0])
 SCALP = 0.8
 
+# Where a brain gets its lesion, and how large it is.
+LESION_MM = (25.0, 10.0, 20.0)
+RADIUS_MM = 15.0
+
 
 def grid(shape: tuple[int, int, int] = (52, 64, 48), spacing: float | tuple[float, float, float] = 3.0) -> Affine:
     """Make an affine along RAS+ whose grid is centred on the origin, (4, 4)."""

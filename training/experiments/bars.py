@@ -7,7 +7,7 @@ from typing import Any
 
 from training.config import ROOT, Config
 from training.experiments.methods import OURS
-from training.experiments.metrics import Interval, mean_interval
+from training.experiments.metrics import mean_interval
 
 CONFIGS = ROOT / "training" / "configs"
 # AUROC of pictures of other parts of the body, and of sprites in heads.
@@ -94,11 +94,14 @@ def why_not(known: Row, part: str, *keys: str) -> str:
 
 
 def least(text: str, least_of: float, known: Row, part: str, *keys: str) -> Bar:
-    """A bar that a number must reach."""
-    text, found = f"{text} at least {least_of:.2f}", spread(at(known, part, *keys))
-    if found is None:
-        return Bar(text, why_not(known, part, *keys))
-    return Bar(text, str(found), found.value >= least_of)
+    """A bar that a kept number must reach."""
+    return reached(text, least_of, spread(at(known, part, *keys)), why_not(known, part, *keys))
+
+
+def reached(text: str, least_of: float, found: Spread | None, otherwise: str) -> Bar:
+    """A bar that a number must reach, or why there is none."""
+    text = f"{text} at least {least_of:.2f}"
+    return Bar(text, otherwise) if found is None else Bar(text, str(found), found.value >= least_of)
 
 
 def bars(known: Row, evaluated: Row, names: dict[str, str]) -> list[Bar]:
@@ -157,16 +160,17 @@ def _lead(text: str, rows: Row, names: dict[str, str]) -> Bar:
 def _aspirations(known: Row) -> Iterator[Bar]:
     for key, title, aim in (("dice", "best Dice", T1_DICE), ("auprc", "AUPRC", T1_AUPRC)):
         text = f"aspiration: synthetic T1 lesions of {LEAST_ML:g} ml and more, {GRADE}: mean of each scan's {title}"
-        scans = at(known, "shapes", "kinds", GRADE, OURS, "scans")
-        of_size = {"of that size": {key: asdict(_mean_of_large(scans, key))}} if scans else {}
-        yield least(text, aim, {"shapes": of_size} if scans else known, "shapes", "of that size", key)
+        where = ("kinds", GRADE, OURS, "scans")
+        yield reached(text, aim, _mean_of_large(at(known, "shapes", *where), key), why_not(known, "shapes", *where))
 
 
-def _mean_of_large(scans: dict[str, list[float]], key: str) -> Interval:
+def _mean_of_large(scans: dict[str, list[float]] | None, key: str) -> Spread | None:
     """Mean over the scans of `t1` that have so much of a lesion."""
+    if not scans:
+        return None
     pixel_ml = Config.load(CONFIGS / "t1.toml").preparation.voxel_ml
     pairs = zip(scans[key], scans["truth_pixels"], strict=True)
-    return mean_interval([value for value, pixels in pairs if pixels * pixel_ml >= LEAST_ML])
+    return spread(asdict(mean_interval([value for value, pixels in pairs if pixels * pixel_ml >= LEAST_ML])))
 
 
 def _tumours(known: Row, evaluated: Row) -> Iterator[Bar]:

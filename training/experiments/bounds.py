@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from app.manifest import Manifest, View
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, compare, mean_view, settle, surprise
+from app.pipeline.detect import compare, mean_view, settle
 from app.pipeline.models import Models
 from app.pipeline.prepare import BoolArray, to_slices
+from app.pipeline.seen import Seen, surprise
 from app.pipeline.views import turn
 from app.volume import FloatArray
 from training.config import Config

@@ -12,10 +12,11 @@ from monai.metrics.regression import compute_ssim_and_cs
 
 from app.manifest import KlMap, Manifest, Residual, View
 from app.pipeline import anomaly
-from app.pipeline.detect import Seen, compare, mean_view, see, settle, surprise
+from app.pipeline.detect import compare, mean_view, settle
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.schedule import Schedule
+from app.pipeline.seen import Seen, see, surprise
 from app.pipeline.views import turn
 from app.volume import FloatArray
 from training.calibrate import components, kl_threshold, significant

@@ -14,11 +14,12 @@ from tqdm import tqdm
 from app.errors import CounterpartError
 from app.manifest import Manifest
 from app.pipeline import anomaly
-from app.pipeline.detect import compare, mean_view, see
+from app.pipeline.detect import compare, mean_view
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
 from app.pipeline.schedule import Schedule
+from app.pipeline.seen import see
 from app.pipeline.views import turn
 from app.volume import FloatArray
 from training.config import Config

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-from app.manifest import File, Manifest
-from tests.support.bundle import tiny_manifest
+from app.manifest import File
+from tests.support.bundle import tiny_manifest, with_part
 from training.experiments.experiment import cases_hash, code_version, codes_hash, detection_hash
 
 GIT = shutil.which("git") or ""
@@ -47,10 +47,6 @@ def test_code_that_is_not_committed_yet_is_told(repository: Path, name: str) -> 
 
 def test_outside_of_a_repository_it_is_unknown(tmp_path: Path) -> None:
     assert code_version(tmp_path) == "unknown"
-
-
-def with_part(manifest: Manifest, part: str, **values: object) -> Manifest:
-    return manifest.model_copy(update={part: getattr(manifest, part).model_copy(update=values)})
 
 
 def test_a_gate_a_word_or_a_version_leaves_what_was_measured() -> None:
