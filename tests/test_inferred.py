@@ -16,8 +16,8 @@ from app.ingest import read
 from app.pipeline.models import Models
 from app.runtime.bundle import Bundle, load_bundle
 from tests.support.dicom import SECRET, Series, write_series, zipped
-from tests.support.phantom import brain, grid, head, with_lesion
-from tests.test_analyse import LESION_MM, RADIUS_MM, ROOMY, SHAPE, quiet, save, with_extractor
+from tests.support.phantom import LESION_MM, RADIUS_MM, brain, grid, head, with_lesion
+from tests.test_analyse import ROOMY, SHAPE, quiet, save, with_extractor
 
 
 @pytest.fixture(scope="module")
