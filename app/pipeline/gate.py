@@ -9,6 +9,7 @@ from app.errors import OutOfDistribution
 from app.manifest import Gate, Manifest, Range
 from app.pipeline import anomaly
 from app.pipeline.models import Models
+from app.pipeline.prepare import BoolArray
 from app.pipeline.seen import Seen
 from app.volume import FloatArray
 
@@ -74,14 +75,19 @@ def image_scores(kl: FloatArray, seen: Seen, models: Models, gate: Gate) -> Scor
     """Image-wise scores of the analysed slices (K) with their KL map (K, h, w)."""
     inside = kl[seen.latents]
     out = (inside < gate.latent.low) | (inside > gate.latent.high)
-    by_slice = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, seen.latents, strict=True)]
     return Scores(
         scan=anomaly.score(kl, seen.latents),
-        slices=np.array(by_slice, np.float32),
+        slices=slice_scores(kl, seen.latents),
         typical=typical_kl(seen, gate.timesteps),
         reconstruction=reconstruction_error(seen, models),
         fraction_out=float(out.mean()),
     )
+
+
+def slice_scores(kl: FloatArray, latents: BoolArray) -> FloatArray:
+    """Mean KL over the foreground latents of each slice, (K,), nats; NaN where it has none."""
+    scores = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, latents, strict=True)]
+    return np.array(scores, np.float32)
 
 
 def check_gate(scores: Scores, manifest: Manifest) -> None:

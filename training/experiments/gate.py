@@ -26,7 +26,7 @@ BUNDLES = ("t1", "headct")
 LARGE_ML = 20.0
 # METHOD's aim.
 REFUSED_AT_MOST = 0.05
-# In stacks of pictures: METHOD's largest ellipse in every so many of them, 25 to 160 ml in a head.
+# In stacks of pictures: METHOD's largest ellipse in every so many of them, 25 to 200 ml in a head.
 PICTURES_EVERY = (3, 2)
 # Balls beside the real shapes, which are scattered: volume and centre in MNI space, in white matter.
 BALLS_ML = (30.0, 60.0)

@@ -15,6 +15,7 @@ from app.errors import CounterpartError
 from app.manifest import Manifest
 from app.pipeline import anomaly
 from app.pipeline.detect import compare, mean_view
+from app.pipeline.gate import slice_scores
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
 from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
@@ -143,7 +144,7 @@ def our_scores(models: Models, manifest: Manifest) -> Scores:
             residuals.append(compare(seen, smooth, models, manifest).residual)
             kls.append(anomaly.upsample(kl, (x.shape[2], x.shape[3])))
             if not index:
-                found[SERVED] = of_latents(smooth, seen.latents)
+                found[SERVED] = slice_scores(smooth, seen.latents)
                 for t in LEVELS:
                     level = anomaly.kl_map(seen.z0, seen.known, diffusion, (t,))
                     found |= of_map(f"KL at t = {t}", anomaly.upsample(level, (x.shape[2], x.shape[3])), foreground)
@@ -152,12 +153,6 @@ def our_scores(models: Models, manifest: Manifest) -> Scores:
         return found | of_map("residual", residual, judged)
 
     return scores
-
-
-def of_latents(kl: FloatArray, latents: BoolArray) -> FloatArray:
-    """The score of each picture (N,) as the service has it; NaN without a head."""
-    inside = [anomaly.score(k, f) if f.any() else np.nan for k, f in zip(kl, latents, strict=True)]
-    return np.asarray(inside, dtype=np.float32)
 
 
 def of_map(name: str, values: FloatArray, head: BoolArray) -> dict[str, FloatArray]:
