@@ -176,7 +176,7 @@ def calibration_section(known: dict[str, Row]) -> list[str]:
         "",
         "Thresholds and gate come from healthy validation subjects alone; this is what they do on test subjects. From",
         "`docs/evaluation`, and Dice from the tables above. False positives are those of scans that were analysed.",
-        'A "slice" is a picture in grey values, alone; a stack is like a subject of MedNIST. Both are as wide as heads.',
+        'A "slice" is a picture in grey values, alone; a stack is like a subject of MedNIST: both as wide as heads.',
         "",
         *healthy_table(evaluated),
         "",
