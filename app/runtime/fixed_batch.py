@@ -1,7 +1,7 @@
-"""A network for batches of one size, whose inputs and outputs stay at one place on the device.
+"""Network for batches of one size, with inputs and outputs at fixed addresses on the device.
 
-What CUDA graphs need: onnxruntime captures an evaluation when it first runs, and from then on replays it on the same
-addresses. New inputs are copied to where the old ones were. On the CPU it computes the same, which is how it is tested.
+CUDA graphs need it: onnxruntime captures the first evaluation and replays it at the same addresses afterwards. New
+inputs are copied there. On a CPU it computes the same, which is how it is tested.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import OutOfMemory
-from app.runtime.session import Provider, allocating
+from app.runtime.session import Provider, raise_out_of_memory
 from app.volume import FloatArray
 
 if TYPE_CHECKING:
@@ -23,18 +23,18 @@ TYPES: dict[str, type[np.generic]] = {"tensor(float)": np.float32, "tensor(int64
 
 
 class FixedBatch:
-    """A network as a callable on arrays of any number of slices: split and filled up to batches of one size.
+    """Network as a callable on any number of slices, which it splits and pads to batches of one size.
 
-    Not for several threads at once: they would write to the same place.
+    It is not thread-safe, because all calls write to the same addresses.
 
     Parameters
     ----------
     open_at : callable
-        Batch size -> a session that runs this size alone (`app.runtime.session.open_session`).
+        Opens a session for one batch size (`app.runtime.session.open_session`).
     size : int
-        Slices in a batch; halved for good where the memory does not suffice.
+        Slices in a batch. It is halved for good if memory runs out.
     device : {"cpu", "cuda"}
-        Where the session runs, and inputs and outputs lie.
+        Device of the session and of its inputs and outputs.
     """
 
     def __init__(
@@ -43,47 +43,47 @@ class FixedBatch:
         self._open_at = open_at
         self._device = device
         self.size = size
-        self._bound: _Bound | None = None
+        self._bound: _BoundSession | None = None
 
     def open(self) -> None:
-        """Open the session and allocate what it needs; the first call does it otherwise.
+        """Open the session and allocate its inputs and output. Otherwise the first call does it.
 
         Raises
         ------
         OutOfMemory
-            The device has too little.
+            The device has too little memory.
         """
-        with allocating():
-            self._bound = _Bound(self._open_at(self.size), self.size, self._device)
+        with raise_out_of_memory():
+            self._bound = _BoundSession(self._open_at(self.size), self.size, self._device)
 
     def __call__(self, *arrays: Array) -> FloatArray:
-        """Evaluate (N, ...) -> (N, ...), whatever N.
+        """Evaluate (N, ...) -> (N, ...) for any N.
 
         Raises
         ------
         OutOfMemory
-            The device has too little; the next call takes batches of half the size.
+            The device has too little memory. The next call uses batches of half the size.
         """
         try:
             if self._bound is None:
                 self.open()
             assert self._bound is not None, "it was opened"
             starts = range(0, len(arrays[0]), self.size)
-            with allocating():
+            with raise_out_of_memory():
                 return np.concatenate([self._bound.run([a[i : i + self.size] for a in arrays]) for i in starts])
         except OutOfMemory:
-            self._bound = None  # gives back what it holds, before a smaller one asks for more
+            self._bound = None  # frees its memory before a smaller session allocates
             self.size = max(1, self.size // 2)
             raise
 
 
-class _Bound:
-    """A session with one place for each input and for its only output."""
+class _BoundSession:
+    """Session with one buffer for each input and for its only output."""
 
     def __init__(self, session: "onnxruntime.InferenceSession", size: int, device: Provider) -> None:
         from onnxruntime import OrtValue  # noqa: PLC0415 - it was found when the session was opened
 
-        def place(node: Any) -> Any:
+        def allocate(node: Any) -> Any:
             shape = [size, *node.shape[1:]]
             return OrtValue.ortvalue_from_shape_and_type(shape, TYPES[node.type], device, 0)
 
@@ -91,24 +91,24 @@ class _Bound:
         self._binding = session.io_binding()
         self._inputs = []
         for node in session.get_inputs():
-            self._inputs.append(place(node))
+            self._inputs.append(allocate(node))
             self._binding.bind_ortvalue_input(node.name, self._inputs[-1])
         (output,) = session.get_outputs()
-        self._output = place(output)
+        self._output = allocate(output)
         self._binding.bind_ortvalue_output(output.name, self._output)
 
     def run(self, arrays: list[Array]) -> FloatArray:
-        """At most a batch: copied to its place, evaluated, and as much copied back."""
+        """Evaluate at most one batch."""
         count = len(arrays[0])
         for value, array in zip(self._inputs, arrays, strict=True):
-            value.update_inplace(_filled(array, self._size))
+            value.update_inplace(_pad(array, self._size))
         self._session.run_with_iobinding(self._binding)
-        result: FloatArray = self._output.numpy()[:count].copy()  # numpy() of the CPU's may be the place itself
+        result: FloatArray = self._output.numpy()[:count].copy()  # on a CPU, numpy() may return the buffer itself
         return result
 
 
-def _filled(array: Array, size: int) -> Array:
-    """A batch of the full size; what was missing is zero: slices do not know of each other."""
+def _pad(array: Array, size: int) -> Array:
+    """Pad a batch with zeros. They do not change the results, because slices are independent of each other."""
     if len(array) == size:
         return np.ascontiguousarray(array)
     full = np.zeros((size, *array.shape[1:]), dtype=array.dtype)
