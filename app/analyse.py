@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from app.brain import Brain, extract
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
 from app.export.nifti import write_nifti
 from app.export.pictures import write_preview
@@ -21,10 +20,11 @@ from app.inferred import Inferred, Taken
 from app.ingest import read
 from app.ingest.quiet import quiet
 from app.manifest import Manifest
+from app.pipeline.brain_extraction import BrainExtraction, extract_brain
 from app.pipeline.detect import Detection, detect, network_evaluations
-from app.pipeline.findings import Result, to_result
+from app.pipeline.findings import ScanResult, to_scan_result
 from app.runtime.bundle import Bundle
-from app.runtime.choice import choose
+from app.runtime.selection import select_model
 from app.volume import Geometry, Scan, Volume
 
 # Stage ("read", "infer", "export") and how much of it is done, 0 to 1. It may raise
@@ -119,7 +119,7 @@ def infer(
     with _timed("read", seconds):
         progress("read", 0.0)
         scan = read(path, scratch=scratch, series=request.series, geometry=request.geometry)
-        choice = choose(manifests, scan.source, request.model)
+        choice = select_model(manifests, scan.source, request.model)
         manifest = choice.manifest
         progress("read", 1.0)
     with _timed("load", seconds):
@@ -128,7 +128,7 @@ def infer(
     with _timed("extract", seconds):
         brain = _take_out(scan.volume, bundle)
     with _timed("infer", seconds):
-        seen = brain.volume if isinstance(brain, Brain) else scan.volume
+        seen = brain.volume if isinstance(brain, BrainExtraction) else scan.volume
         detection = _compare(seen, bundle, request.seed, progress)
         progress("infer", 1.0)
     used = ModelUsed(
@@ -138,7 +138,7 @@ def infer(
         precision=bundle.precision,
         seed=manifest.seed if request.seed is None else request.seed,
         licence=manifest.licence.licence,
-        choice=ModelChoice(by=choice.by, sure=not choice.doubt, doubt=choice.doubt or None),
+        choice=ModelChoice(by=choice.by, sure=not choice.warning, warning=choice.warning or None),
     )
     return scan, Inferred(manifest, used, detection, _taken(brain, bundle), seconds)
 
@@ -159,7 +159,7 @@ def export(scan: Scan, inferred: Inferred, out: Path, progress: Progress) -> Rep
     seconds = dict(inferred.seconds)
     with _timed("export", seconds):
         progress("export", 0.0)
-        result = to_result(scan.volume, inferred.detection, inferred.manifest)
+        result = to_scan_result(scan.volume, inferred.detection, inferred.manifest)
         _write_images(out, scan, result)
         absent = _write_brain(out, scan, inferred.brain)
         write_preview(out / "preview.png", inferred.detection, inferred.manifest, RESEARCH_USE_ONLY)
@@ -175,7 +175,7 @@ def export(scan: Scan, inferred: Inferred, out: Path, progress: Progress) -> Rep
     return report
 
 
-def _take_out(volume: Volume, bundle: Bundle) -> Brain | NoBrainMask:
+def _take_out(volume: Volume, bundle: Bundle) -> BrainExtraction | NoBrainMask:
     """The brain alone, for a model that knows nothing else; or why the scan stays as it is."""
     if bundle.extractor is None:
         return NoBrainMask(
@@ -183,10 +183,10 @@ def _take_out(volume: Volume, bundle: Bundle) -> Brain | NoBrainMask:
             expected="a model of brains without their heads.",
             advice="The analysed extent is where anomaly.nii.gz has a value.",
         )
-    return extract(volume, bundle.extractor.networks)
+    return extract_brain(volume, bundle.extractor.networks)
 
 
-def _taken(brain: Brain | NoBrainMask, bundle: Bundle) -> Taken | NoBrainMask:
+def _taken(brain: BrainExtraction | NoBrainMask, bundle: Bundle) -> Taken | NoBrainMask:
     """What is kept of the extraction."""
     if isinstance(brain, NoBrainMask):
         return brain
@@ -218,10 +218,10 @@ def _compare(volume: Volume, bundle: Bundle, seed: int | None, progress: Progres
     depth_mm = abs(volume.affine[:3, :3]) @ volume.shape
     most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
     expected = network_evaluations(bundle.manifest, most, [most] * len(bundle.manifest.views))
-    return detect(volume, bundle.models.in_batches(bundle.batch, tick), bundle.manifest, seed)
+    return detect(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
 
 
-def _write_images(out: Path, scan: Scan, result: Result) -> None:
+def _write_images(out: Path, scan: Scan, result: ScanResult) -> None:
     """The three volumes, on the scan's own grid."""
 
     def write(name: str, array: npt.NDArray[Any], text: str) -> None:
@@ -245,7 +245,7 @@ def _write_brain(out: Path, scan: Scan, brain: Taken | NoBrainMask) -> dict[str,
     return {}
 
 
-def _write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[str, CounterpartError]:
+def _write_dicom(out: Path, scan: Scan, result: ScanResult, report: Report) -> dict[str, CounterpartError]:
     """The DICOM objects; why those of `DICOM_FILES` that are absent are."""
     if scan.source.format != "dicom":
         reason = NotFromDicom(

@@ -15,7 +15,7 @@ from app.errors import NotAVolume, UnknownModel
 from app.export.report import Report
 from app.manifest import Manifest
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.choice import permit
+from app.runtime.selection import check_licence
 from app.settings import Settings
 
 TRUTH = "truth.nii.gz"
@@ -58,7 +58,7 @@ def run(scan: Path, out: Path, request: Request, settings: Settings) -> Report:
         )
 
     def load(manifest: Manifest) -> Bundle:
-        permit(manifest, noncommercial=settings.allow_noncommercial)
+        check_licence(manifest, noncommercial=settings.allow_noncommercial)
         chosen = next(bundle for bundle, known in manifests.items() if known == manifest)
         return load_bundle(chosen, settings.provider, settings.threads, settings.gpu_batch)
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from app.errors import CounterpartError, NoBrainMask
 from app.export.report import BrainReported, ModelUsed
-from app.manifest import Manifest, Part
+from app.manifest import FrozenModel, Manifest
 from app.pipeline.detect import Detection
-from app.pipeline.gate import Scores
-from app.pipeline.placement import Placement
-from app.pipeline.prepare import BoolArray, Slices
+from app.pipeline.grid import SliceGrid
+from app.pipeline.ood import ScanScores
+from app.pipeline.preprocess import Slices
+from app.volume import BoolArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class Inferred:
     seconds: dict[str, float]
 
 
-class About(Part):
+class About(FrozenModel):
     """Everything in the file that is no array."""
 
     manifest: Manifest
@@ -72,16 +73,16 @@ class About(Part):
     background: float
     scale: float
     scan_score: float
-    typical: tuple[tuple[float, float], ...]
+    median_kl_range: tuple[tuple[float, float], ...]
     reconstruction: float
-    fraction_out: float
+    outlier_fraction: float
     reversed: tuple[int, ...]
     seconds: dict[str, float]
 
 
 def save(inferred: Inferred, path: Path) -> None:
     """Write it: numpy's arrays, uncompressed, nothing that is executed when it is read."""
-    detection, slices, place = inferred.detection, inferred.detection.slices, inferred.detection.slices.placement
+    detection, slices, place = inferred.detection, inferred.detection.slices, inferred.detection.slices.grid
     arrays: dict[str, npt.NDArray[np.generic]] = {
         "about": np.frombuffer(_about(inferred).model_dump_json().encode(), np.uint8),
         "x": slices.x,
@@ -106,7 +107,7 @@ def load(path: Path) -> Inferred:
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     about = About.model_validate_json(arrays["about"].tobytes())
-    place = Placement(
+    place = SliceGrid(
         arrays["affine"],
         about.stack_shape,
         arrays["source_affine"],
@@ -114,7 +115,9 @@ def load(path: Path) -> Inferred:
         about.background,
         about.scale,
     )
-    scores = Scores(about.scan_score, arrays["slice_scores"], about.typical, about.reconstruction, about.fraction_out)
+    scores = ScanScores(
+        about.scan_score, arrays["slice_scores"], about.median_kl_range, about.reconstruction, about.outlier_fraction
+    )
     detection = Detection(
         slices=Slices(arrays["x"], arrays["foreground"], place),
         analysed=arrays["analysed"],
@@ -129,7 +132,7 @@ def load(path: Path) -> Inferred:
 
 
 def _about(inferred: Inferred) -> About:
-    scores, place = inferred.detection.scores, inferred.detection.slices.placement
+    scores, place = inferred.detection.scores, inferred.detection.slices.grid
     taken = inferred.brain if isinstance(inferred.brain, Taken) else None
     return About(
         manifest=inferred.manifest,
@@ -141,9 +144,9 @@ def _about(inferred: Inferred) -> About:
         background=place.background,
         scale=place.scale,
         scan_score=scores.scan,
-        typical=scores.typical,
+        median_kl_range=scores.median_kl_range,
         reconstruction=scores.reconstruction,
-        fraction_out=scores.fraction_out,
+        outlier_fraction=scores.outlier_fraction,
         reversed=inferred.detection.reversed,
         seconds=inferred.seconds,
     )

@@ -15,7 +15,7 @@ from nibabel import affines
 
 from app.errors import MissingExtra
 from app.export.nifti import write_nifti
-from app.pipeline.lesion import insert_lesion
+from app.pipeline.synthetic_lesion import insert_lesion
 from app.volume import Affine, FloatArray
 
 TEMPLATE = Path("datasets", "data", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.errors import CounterpartError
-from app.pipeline import anomaly
-from app.pipeline.prepare import analysed_slices, to_slices
+from app.pipeline import diffusion, residual
+from app.pipeline.preprocess import analysed_slices, to_slices
 from app.volume import Volume
 from benchmarks.methods import PERCENTILE, Peers
 from benchmarks.rows import UNTRAINED
@@ -71,7 +71,7 @@ def judge(measured: "Measured") -> dict[str, Any]:
     for case in make_cases(config)[: job.cases]:
         slices = to_slices(case.volume, measured.manifest.preparation)
         known = analysed_slices(slices, measured.manifest.preparation)
-        truth = slices.placement.from_source(case.truth.astype(np.float32))[known] > 0.5
+        truth = slices.grid.sample_volume(case.truth.astype(np.float32))[known] > 0.5
         if not truth.any():
             continue
         picked = chosen_slices(truth)
@@ -91,7 +91,7 @@ def _map(measured: "Measured", volume: Volume, x: Any, foreground: Any, picked: 
         detection = measured.detect(volume)
         return np.asarray(detection.anomaly[np.flatnonzero(detection.analysed)[picked]], dtype=np.float32)
     # Judged alike: the edge of the brain counts for nobody.
-    inner = anomaly.erode(foreground, measured.manifest.residual.erosion)
+    inner = residual.erode_foreground(foreground, measured.manifest.residual.erosion)
     return np.asarray(measured.peers.method(measured.row)(x, foreground) * inner, dtype=np.float32)
 
 
@@ -102,6 +102,6 @@ def healthy_threshold(peers: Peers, config: Config) -> float:
         slices = to_slices(load_volume(subject_path(config, subject)), peers.manifest.preparation)
         known = analysed_slices(slices, peers.manifest.preparation)
         some = known[np.unique(np.linspace(0, len(known) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]]
-        latents = anomaly.latent_foreground(slices.foreground[some], peers.manifest.latent.downsampling)
+        latents = diffusion.latent_foreground(slices.foreground[some], peers.manifest.latent.downsampling)
         values.append(peers.latent_kl(slices.x[some])[latents])
     return float(np.percentile(np.concatenate(values), PERCENTILE))

@@ -6,14 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from app.pipeline import anomaly
-from app.pipeline.detect import imagine
-from app.pipeline.models import Models
-from app.pipeline.noise import KeyedNoise
-from app.pipeline.prepare import Slices, analysed_slices
-from app.pipeline.schedule import Schedule
-from app.pipeline.seen import Seen, see, surprise
-from app.pipeline.views import turn
+from app.pipeline import diffusion
+from app.pipeline.diffusion import EncodedView, KeyedNoise, Schedule, decode_counterpart, encode_view, smoothed_kl_map
+from app.pipeline.networks import Networks
+from app.pipeline.preprocess import Slices, analysed_slices
+from app.pipeline.residual import augment
 from app.runtime.bundle import CPU_BATCH, Bundle
 from benchmarks.paper import DDIM_50
 
@@ -29,39 +26,41 @@ class Bench:
     slices: Slices
 
     @cached_property
-    def models(self) -> Models:
+    def networks(self) -> Networks:
         """In batches, as the service calls them."""
-        return self.bundle.models.in_batches(CPU_BATCH, lambda _: None)
+        return self.bundle.networks.in_batches(CPU_BATCH, lambda _: None)
 
     @cached_property
     def known(self) -> Any:
         """Indices of the slices that are analysed."""
         return analysed_slices(self.slices, self.bundle.manifest.preparation)
 
-    def look(self, chosen: Any, view: int = 0) -> Seen:
+    def look(self, chosen: Any, view: int = 0) -> EncodedView:
         """Some slices, encoded, in one view."""
         manifest = self.bundle.manifest
         s = manifest.schedule
         noise = KeyedNoise(manifest.seed, manifest.latent_shape, view)
         schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
-        diffusion = anomaly.Diffusion(schedule, self.models.denoise, noise)
+        diffusion = diffusion.Diffusion(schedule, self.networks.denoise, noise)
         shown = manifest.views[view]
-        x, foreground = turn(self.slices.x[chosen], shown), turn(self.slices.foreground[chosen], shown)
-        return see(x, foreground, chosen, self.models, diffusion)
+        x, foreground = augment(self.slices.x[chosen], shown), augment(self.slices.foreground[chosen], shown)
+        return encode_view(x, foreground, chosen, self.networks, diffusion)
 
     @cached_property
-    def seen(self) -> Seen:
+    def seen(self) -> EncodedView:
         """The analysed slices in the plain view."""
         return self.look(self.known)
 
-    def mask(self, seen: Seen) -> Any:
+    def mask(self, seen: EncodedView) -> Any:
         """Latents that the reverse process may change, by the bundle's threshold."""
-        kl, manifest = surprise(seen, self.bundle.manifest), self.bundle.manifest
-        return anomaly.latent_mask(kl, seen.latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow)
+        kl, manifest = smoothed_kl_map(seen, self.bundle.manifest), self.bundle.manifest
+        return diffusion.latent_mask(
+            kl, seen.foreground_latents, manifest.kl.threshold, manifest.kl.min_component, manifest.kl.grow
+        )
 
-    def reverse(self, seen: Seen, mask: Any, found: Any) -> None:
+    def reverse(self, seen: EncodedView, mask: Any, found: Any) -> None:
         """Imagine the slices found."""
-        imagine(seen, mask, found, self.models, self.bundle.manifest.reverse.timesteps)
+        decode_counterpart(seen, mask, found, self.networks, self.bundle.manifest.reverse.timesteps)
 
     def ours(self) -> None:
         """The loop over noise levels of every view."""
@@ -74,5 +73,5 @@ class Bench:
         """One in `THINNED` of the paper's noise levels, on one batch."""
         some = self.known[:CPU_BATCH]
         seen, plan = self.look(some), DDIM_50.thinned(THINNED)
-        anomaly.kl_map(seen.z0, some, seen.diffusion, plan.kl)
-        anomaly.inpaint(seen.z0, seen.latents, some, seen.diffusion, plan.reverse)
+        diffusion.kl_map(seen.z0, some, seen.diffusion, plan.kl)
+        diffusion.inpaint(seen.z0, seen.foreground_latents, some, seen.diffusion, plan.reverse)

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.volume import FloatArray
 
 
-def counting(models: Models, counts: Counter[str]) -> Models:
+def counting(models: Networks, counts: Counter[str]) -> Networks:
     """The same models; `counts` tells how many slices each network was asked for."""
 
     def counted(name: str, network: Callable[..., FloatArray]) -> Callable[..., FloatArray]:
@@ -18,6 +18,6 @@ def counting(models: Models, counts: Counter[str]) -> Models:
 
         return call
 
-    return Models(
+    return Networks(
         counted("encode", models.encode), counted("denoise", models.denoise), counted("decode", models.decode)
     )

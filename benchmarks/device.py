@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.volume import FloatArray
 from training.restore import TorchNetworks
 
@@ -85,7 +85,7 @@ class Replayed:
 
 def on_device(
     networks: TorchNetworks, device: str, size: int, *, graphs: bool, float16: bool, channels_last: bool
-) -> Models:
+) -> Networks:
     """Callables for the pipeline; the networks given stay where they are.
 
     Parameters
@@ -102,4 +102,4 @@ def on_device(
         denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     parts = (deepcopy(networks.encoder), denoiser, deepcopy(networks.decoder))
     made: list[Any] = [Replayed(part.to(device).eval(), size, graphs=graphs) for part in parts]
-    return Models(*made)
+    return Networks(*made)

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from app.ingest import read
-from app.pipeline.prepare import to_slices
+from app.pipeline.preprocess import to_slices
 from app.runtime.bundle import load_bundle
 from benchmarks.ceiling import Ceiling
 from training.config import Config

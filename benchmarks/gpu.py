@@ -114,13 +114,13 @@ def load(variant: Variant, options: argparse.Namespace, reference: "Bundle", scr
         float16=variant.precision == "float16",
         channels_last=variant.channels_last,
     )
-    return replace(reference, models=models, batch=options.batch)
+    return replace(reference, networks=models, batch=options.batch)
 
 
 def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Seconds from file to mask, the phases of the median run, and the last answer; the first run is not counted."""
     from app.analyse import Request, analyse
-    from app.pipeline.models import Models
+    from app.pipeline.networks import Networks
     from benchmarks.trace import NETWORKS, Tracer, totals
 
     def loaded(_: object) -> "Bundle":
@@ -132,8 +132,8 @@ def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dic
         for repeat in range(repeats + 1):
             start = time.perf_counter()
             tracer = Tracer()
-            models = Models(*(tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS))
-            traced = replace(bundle, models=models)
+            models = Networks(*(tracer.wrap(getattr(bundle.networks, name), name) for name in NETWORKS))
+            traced = replace(bundle, networks=models)
             with tracer.attached():
                 analyse(scan, out, loaded, (bundle.manifest,), Request(), lambda *_: None)
             seconds = time.perf_counter() - start

@@ -78,7 +78,7 @@ def in_int8(exact: Bundle, settings: Settings, seen: Healthy, folder: Path) -> B
         path = folder / f"{name}.onnx"
         quantise(exact.folder / getattr(exact.manifest.files, name).name, path, seen.feeds(name), kept, settings.method)
         calls[CALLS[name]] = as_callable(open_session(path, exact.provider))
-    return replace(exact, models=replace(exact.models, **calls))
+    return replace(exact, networks=replace(exact.networks, **calls))
 
 
 def batch_of(feeds: list[Feed]) -> list[Any]:
@@ -95,7 +95,7 @@ def milliseconds(bundles: dict[str, Bundle], seen: Healthy) -> dict[str, dict[st
         for _ in range(REPEATS + 1):
             for variant, bundle in bundles.items():
                 start = time.perf_counter()
-                getattr(bundle.models, call)(*inputs)
+                getattr(bundle.networks, call)(*inputs)
                 spent[variant].append(1000 * (time.perf_counter() - start))
         for variant, values in spent.items():
             found[variant][network] = Summary.of(values[1:])  # the first allocates
@@ -105,7 +105,7 @@ def milliseconds(bundles: dict[str, Bundle], seen: Healthy) -> dict[str, dict[st
 def judged(bundle: Bundle, job: Job) -> dict[str, Any]:
     """Accuracy of a variant, in this process."""
     measured = Measured(next(row for row in ROWS if row.name == SERVICE), job)
-    measured.whole(bundle.models)
+    measured.whole(bundle.networks)
     return judge(measured)
 
 
@@ -129,8 +129,8 @@ def main() -> None:
     scan = data_root() / config.data.folder / config.data.pattern.format(subject=SCAN)
     job = Job(folder, options.config, scan, cases=options.cases)
     exact = load_bundle(folder, quantised=False)
-    trained = healthy(config, exact.models.encode, "train")
-    seen = healthy(config, exact.models.encode, "validation", VALIDATION_SLICES)
+    trained = healthy(config, exact.networks.encode, "train")
+    seen = healthy(config, exact.networks.encode, "validation", VALIDATION_SLICES)
     with TemporaryDirectory() as made:
         bundles = {
             name: in_int8(exact, settings, trained, Path(made, str(number))) if settings else exact
@@ -140,7 +140,7 @@ def main() -> None:
         kl = exact.manifest.kl.timesteps[0]
         lines = [f"| {' | '.join(HEADS)} |", "| --- " * len(HEADS) + "|"]
         for name in tqdm(VARIANTS, desc="accuracy"):
-            errors = noise_error(bundles[name].models.denoise, exact.models.denoise, seen)
+            errors = noise_error(bundles[name].networks.denoise, exact.networks.denoise, seen)
             lines.append(line(name, times[name], errors, kl, judged(bundles[name], job)))
     written = (
         f"Written by `python -m benchmarks.int8_variants` on {machine()}, "

@@ -12,11 +12,10 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.nets.transformer import DecoderOnlyTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from app.pipeline import anomaly
-from app.pipeline.prepare import BoolArray
-from app.pipeline.schedule import Schedule
+from app.pipeline import diffusion, residual
+from app.pipeline.diffusion import Schedule
 from app.runtime.bundle import read_manifest
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray
 from benchmarks import paper
 from benchmarks.counted import counting
 from benchmarks.rows import OWN, ROWS, TRANSFORMER, Row, kind_of
@@ -85,14 +84,14 @@ class Peers:
         """The paper's algorithm; with a threshold of 0, every foreground latent is free, which costs the same."""
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
-            latents = anomaly.latent_foreground(foreground, self.manifest.latent.downsampling)
+            latents = diffusion.latent_foreground(foreground, self.manifest.latent.downsampling)
             with torch.inference_mode():
                 process = self.process(self.networks.denoiser)
                 z0 = torch.from_numpy(self.models.encode(x))
                 with self.looping():
                     mask = (paper.kl_map(z0, process, plan.kl).numpy() > self.threshold) & latents
                     imagined = paper.inpaint(z0, torch.from_numpy(mask), process, plan).numpy()
-            return anomaly.residual(x[:, 0], self.models.decode(imagined)[:, 0], mask)
+            return residual.masked_residual(x[:, 0], self.models.decode(imagined)[:, 0], mask)
 
         return run
 

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from app.export.nifti import write_nifti
-from app.pipeline.lesion import insert_lesion
+from app.pipeline.synthetic_lesion import insert_lesion
 
 # Beside torch, onnx, onnxruntime, numpy, scipy, pillow, packaging and tqdm, which the machine is expected to have.
 NEEDED = ("nibabel", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "monai")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from app.pipeline.schedule import CLEAN, Schedule
+from app.pipeline.diffusion import CLEAN, Schedule
 
 # z_t (N, C, h, w) and t (N,) -> the predicted noise.
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -49,7 +49,7 @@ def skips(bench: Bench) -> Iterator[Switch]:
             "only slices with something to imagine are reversed",
             f"analysed slices / those with a latent above the threshold: {len(known)} / {len(found)}",
             len(known) / len(found),
-            lambda: bench.reverse(seen, seen.latents, np.arange(len(known))),
+            lambda: bench.reverse(seen, seen.foreground_latents, np.arange(len(known))),
             lambda: bench.reverse(seen, mask, found),
         )
     theirs = DDIM_50.evaluations * len(known)
@@ -69,7 +69,7 @@ def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float]) -> Ite
     """How the denoiser is evaluated, on one batch: in float32, and last in int8, where the bundle has that."""
     folder, manifest, cores = bench.bundle.folder, bench.bundle.manifest, len(os.sched_getaffinity(0))
     feed = feeds(manifest)["denoiser"]
-    inputs, denoise = tuple(feed.values()), load_bundle(folder, quantised=False).models.denoise
+    inputs, denoise = tuple(feed.values()), load_bundle(folder, quantised=False).networks.denoise
     path = folder / manifest.files.denoiser.name
     work = gigaflop / ceiling["float32"]
 
@@ -84,7 +84,7 @@ def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float]) -> Ite
         lambda: [denoise(*(a[i : i + 1] for a in inputs)) for i in range(CPU_BATCH)],
         batch(denoise),
     )
-    alone = load_bundle(folder, "cpu", 1, quantised=False).models.denoise
+    alone = load_bundle(folder, "cpu", 1, quantised=False).networks.denoise
     yield Switch(f"{cores} threads, not one", "the number of cores", float(cores), batch(alone), batch(denoise))
     plain = without_layout(path)
     yield Switch(
@@ -103,7 +103,7 @@ def evaluations(bench: Bench, gigaflop: float, ceiling: dict[str, float]) -> Ite
             f"Amdahl: {share:.0%} of its time are convolutions, and the int8 ceiling is {faster:.1f} times float32's",
             1 / (1 - share + share / faster),
             batch(denoise),
-            batch(bench.bundle.models.denoise),
+            batch(bench.bundle.networks.denoise),
         )
 
 
@@ -121,7 +121,7 @@ def without_layout(path: Path) -> Any:
 
 def files(bench: Bench, folder: Path) -> Iterator[Switch]:
     """How maps are written: three of them, of the size of the scan."""
-    image = bench.slices.placement.to_volume(bench.slices.x[:, 0])
+    image = bench.slices.grid.to_volume(bench.slices.x[:, 0])
     cores = len(os.sched_getaffinity(0))
     whole = np.round(np.nan_to_num(image) * np.iinfo(np.int16).max).astype(np.int16)
 

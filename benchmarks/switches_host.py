@@ -15,7 +15,7 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
 from app.ingest.pixels import Frame, read_frames
-from app.pipeline.placement import MOST_THREADS
+from app.pipeline.grid import MAX_THREADS
 from app.runtime.bundle import load_bundle
 from app.volume import FloatArray, Volume
 from benchmarks.bench import Bench
@@ -39,11 +39,11 @@ _batches: list[Callable[[], object]] = []
 
 def hosts(bench: Bench, folder: Path) -> Iterator[Switch]:
     """All of them, one after the other."""
-    image = np.nan_to_num(bench.slices.placement.to_volume(bench.slices.x[:, 0]))
+    image = np.nan_to_num(bench.slices.grid.to_volume(bench.slices.x[:, 0]))
     yield from decoding(Volume(np.round(image * TOP)[:, :, -FRAMES:], np.eye(4)), folder)
     yield from denoising(bench)
-    placement = replace(bench.slices.placement, affine=bench.slices.placement.affine @ LEAN)
-    several = min(MOST_THREADS, len(os.sched_getaffinity(0)))
+    placement = replace(bench.slices.grid, affine=bench.slices.grid.affine @ LEAN)
+    several = min(MAX_THREADS, len(os.sched_getaffinity(0)))
     yield Switch(
         "a leaning scan brought back by slabs side by side, not one after the other",
         f"the threads: {several}",
@@ -93,7 +93,7 @@ def denoising(bench: Bench) -> Iterator[Switch]:
     """Batches of the denoiser: its threads on cores of their own, and in processes of their own."""
     cores, path = sorted(os.sched_getaffinity(0)), bench.bundle.folder / bench.bundle.manifest.files.denoiser.name
     feed = feeds(bench.bundle.manifest)["denoiser"]
-    denoise = bench.bundle.models.denoise
+    denoise = bench.bundle.networks.denoise
 
     def batch() -> object:
         return denoise(*feed.values())
@@ -152,7 +152,7 @@ def open_denoiser(folder: Path) -> None:
     """In a process of the pool: the denoiser with one thread."""
     bundle = load_bundle(folder, "cpu", 1)
     inputs = tuple(feeds(bundle.manifest)["denoiser"].values())
-    _batches[:] = [lambda: bundle.models.denoise(*inputs)]
+    _batches[:] = [lambda: bundle.networks.denoise(*inputs)]
 
 
 def run_batch(_: int) -> None:

@@ -20,10 +20,10 @@ PHASES = {
     "app.ingest.single._inflated": "inflate",
     "app.analyse._take_out": "extract the brain",
     "app.pipeline.detect.to_slices": "resample",
-    "app.pipeline.anomaly.kl_map": "KL",
-    "app.pipeline.gate.typical_kl": "gate",
-    "app.pipeline.gate.reconstruction_error": "gate",
-    "app.pipeline.anomaly.inpaint": "reverse",
+    "app.pipeline.diffusion.kl_map": "KL",
+    "app.pipeline.ood.typical_kl": "gate",
+    "app.pipeline.ood.reconstruction_error": "gate",
+    "app.pipeline.diffusion.inpaint": "reverse",
     "app.analyse.to_result": "resample back",
     "app.analyse._write_images": "write",
     "app.analyse.write_preview": "write",
@@ -144,11 +144,11 @@ class Trace:
 def trace_scan(bundle: "Bundle", scan: Path) -> Trace:
     """Analyse a scan as `counterpart detect` does, its bundle loaded, and tell where the time went."""
     from app.analyse import Request, analyse
-    from app.pipeline.models import Models
+    from app.pipeline.networks import Networks
 
     tracer = Tracer()
-    networks = (tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS)
-    traced = replace(bundle, models=Models(*networks))
+    networks = (tracer.wrap(getattr(bundle.networks, name), name) for name in NETWORKS)
+    traced = replace(bundle, networks=Networks(*networks))
     with TemporaryDirectory() as out, tracer.attached():
         analyse(scan, Path(out), lambda _: traced, (bundle.manifest,), Request(), lambda *_: None)
     return Trace(tracer.finish(), {phase: dict(counts) for phase, counts in tracer.asked.items()})

@@ -49,7 +49,7 @@ class Measured:
 
     def __init__(self, row: Row, job: Job) -> None:
         from app.ingest import read
-        from app.pipeline.prepare import analysed_slices, to_slices
+        from app.pipeline.preprocess import analysed_slices, to_slices
         from app.runtime.bundle import load_bundle
 
         self.row, self.job, self.counts = row, job, Counter[str]()

@@ -19,13 +19,18 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from app.brain import Brain, Networks, extract, locate, outside_share
 from app.errors import BrainNotExtracted
+from app.pipeline.brain_extraction import (
+    BrainExtraction,
+    ExtractionNetworks,
+    extract_brain,
+    locate_brain,
+    outside_fraction,
+)
 from app.pipeline.findings import dice
-from app.pipeline.prepare import BoolArray
 from app.runtime.bundle import shipped_models
 from app.runtime.extractor import EXTRACTOR, load_extractor
-from app.volume import Volume
+from app.volume import BoolArray, Volume
 from training.config import data_root
 from training.data import load_volume
 from training.foreign import heads
@@ -50,31 +55,31 @@ def others() -> Iterator[tuple[str, Volume]]:
         yield path.name.removesuffix(".nii.gz"), load_volume(path)
 
 
-def tell(name: str, volume: Volume, networks: Networks) -> Brain | None:
+def tell(name: str, volume: Volume, networks: ExtractionNetworks) -> BrainExtraction | None:
     """One line a scan."""
     start, used = time.perf_counter(), time.process_time()
     try:
-        result = extract(volume, networks)
+        result = extract_brain(volume, networks)
     except BrainNotExtracted as error:
         what = "refused: " + error.found.partition(": ")[2]
         result = None
     else:
         what = "left as it is"
-        if isinstance(result, Brain):
+        if isinstance(result, BrainExtraction):
             what = f"{result.volume_ml:.0f} ml, agreement {result.agreement:.3f}, cut {result.cut_cm2:.1f} cm2"
     seconds = f"{time.perf_counter() - start:.1f} s, {time.process_time() - used:.1f} s of CPU"
     sys.stdout.write(f"{name}: {what} ({seconds})\n")
     sys.stdout.flush()
-    return result if isinstance(result, Brain) else None
+    return result if isinstance(result, BrainExtraction) else None
 
 
-def tell_shares(networks: Networks) -> None:
+def tell_shares(networks: ExtractionNetworks) -> None:
     """How much lies outside the outline: brains that stand alone, then heads."""
     for kind, folder in (("alone", data_root() / "t1_ds002748" / "volumes"), ("head", data_root() / "ixi_2mm" / "t1")):
         shares = []
         for path in sorted(folder.glob("*.nii.gz")):
-            cube, located, low, high = locate(load_volume(path), networks)[1:]
-            shares.append(outside_share(cube, located, low, high))
+            cube, located, low, high = locate_brain(load_volume(path), networks)[1:]
+            shares.append(outside_fraction(cube, located, low, high))
         sys.stdout.write(f"{kind}: {len(shares)} scans, {min(shares):.3f} to {max(shares):.3f} outside\n")
 
 
@@ -111,7 +116,7 @@ def changed(volume: Volume, mask: BoolArray) -> Iterator[tuple[str, Volume]]:
         yield f"{what} lesion of {LESION_MM:.0f} mm at the surface", Volume(painted, volume.affine)
 
 
-def on_grid_of(brain: Brain, volume: Volume) -> BoolArray:
+def on_grid_of(brain: BrainExtraction, volume: Volume) -> BoolArray:
     """A mask at the places of another grid."""
     image = nib.Nifti1Image(brain.mask.astype(np.float32), brain.volume.affine)
     there = resample_from_to(image, (volume.shape, volume.affine), order=1, mode="constant", cval=np.nan)

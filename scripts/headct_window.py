@@ -18,7 +18,7 @@ from nibabel import affines
 from scipy import ndimage
 
 from app.ingest import read
-from app.pipeline.prepare import FWHM_PER_SIGMA, to_slices
+from app.pipeline.preprocess import FWHM_PER_SIGMA, to_slices
 from app.volume import FloatArray, Volume
 from training.archives import unpack
 from training.config import ROOT, Config, data_root
@@ -124,11 +124,11 @@ def main() -> None:
     tell("MedNIST", inside_skulls(grey.astype(np.float32), BONE_GREY, DARK_GREY), 1.0, config)
     ge = ge_head()
     tell("GE", inside_skulls(as_pictures(ge, pixel_mm), BONE_HU, DARK_HU), 0.5)
-    rows, columns = affines.voxel_sizes(to_slices(ge, config.preparation).placement.affine)[1:]
+    rows, columns = affines.voxel_sizes(to_slices(ge, config.preparation).grid.affine)[1:]
     print(f"GE, served: pixels of {rows:.2f} x {columns:.2f} mm")
 
     blocks = load_split(config.data.splits).validation
-    placements = [to_slices(load_scan(config, b).volume, config.training_preparation).placement for b in blocks]
+    placements = [to_slices(load_scan(config, b).volume, config.training_preparation).grid for b in blocks]
     boxes = np.array([affines.voxel_sizes(p.affine)[1:] for p in placements]) * (fit.rows, fit.columns) / pixel_mm
     mean, spread = boxes.mean(axis=0), boxes.std(axis=0) / boxes.mean(axis=0)
     print(f"Box of {len(blocks)} validation blocks: {mean[0]:.1f} x {mean[1]:.1f} pixels,")

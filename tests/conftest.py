@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app import brain
+from app.pipeline import brain_extraction
 from tests.support.bundle import write_tiny_bundle
 
 DATA_VARIABLE = "COUNTERPART_DATA"

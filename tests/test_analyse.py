@@ -13,10 +13,10 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request, analyse
-from app.brain import Networks
 from app.errors import BrainNotExtracted, Cancelled, NotAnImageFormat, UnknownModel, WrongFieldOfView, WrongModality
 from app.export.report import Report
 from app.manifest import ExtractorFiles, ExtractorManifest, File, Manifest
+from app.pipeline.brain_extraction import ExtractionNetworks
 from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, load_bundle
 from app.runtime.extractor import Extractor
@@ -352,7 +352,7 @@ def test_a_head_without_a_brain_is_refused(bundle: Bundle, tmp_path: Path) -> No
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(BrainNotExtracted):
-        run(scan, out, with_extractor(bundle, Networks(nothing, nothing)))
+        run(scan, out, with_extractor(bundle, ExtractionNetworks(nothing, nothing)))
     assert list(out.iterdir()) == []
 
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.brain import Brain, Networks, extract
 from app.errors import BrainNotExtracted, NoBrainMask
+from app.pipeline.brain_extraction import BrainExtraction, ExtractionNetworks, extract_brain
 from app.pipeline.findings import dice
 from app.volume import Affine, FloatArray, Volume
 from tests.support.grids import GRIDS, centroid_mm, tilted
@@ -38,9 +38,9 @@ ROOMY = {
 pytestmark = pytest.mark.usefixtures("small_cubes")
 
 
-def extracted(volume: Volume, networks: Networks = ORACLE) -> Brain:
-    result = extract(volume, networks)
-    assert isinstance(result, Brain), result
+def extracted(volume: Volume, networks: Networks = ORACLE) -> BrainExtraction:
+    result = extract_brain(volume, networks)
+    assert isinstance(result, BrainExtraction), result
     return result
 
 
@@ -118,13 +118,13 @@ def test_the_same_scan_gives_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_brain_that_stands_alone_is_left_alone(name: str) -> None:
-    reason = extract(brain(*GRIDS[name]), ORACLE)
+    reason = extract_brain(brain(*GRIDS[name]), ORACLE)
     assert isinstance(reason, NoBrainMask)
     assert "alone" in reason.found
 
 
 def test_too_few_slices_are_not_asked() -> None:
-    reason = extract(head((76, 88, 6), grid((76, 88, 6), (3, 3, 20))), Networks(nothing, nothing))
+    reason = extract_brain(head((76, 88, 6), grid((76, 88, 6), (3, 3, 20))), ExtractionNetworks(nothing, nothing))
     assert isinstance(reason, NoBrainMask)
     assert "76 x 88 x 6 voxels" in reason.found
 
@@ -132,15 +132,15 @@ def test_too_few_slices_are_not_asked() -> None:
 # ---- refused -----------------------------------------------------------------------------------
 
 
-def refused(networks: Networks, volume: Volume | None = None) -> str:
+def refused(networks: ExtractionNetworks, volume: Volume | None = None) -> str:
     with pytest.raises(BrainNotExtracted) as caught:
-        extract(volume or head(SHAPE, grid(SHAPE)), networks)
+        extract_brain(volume or head(SHAPE, grid(SHAPE)), networks)
     return caught.value.found
 
 
 def test_no_brain() -> None:
-    assert "no brain was found" in refused(Networks(nothing, outline))
-    assert "no brain was found" in refused(Networks(outline, nothing))
+    assert "no brain was found" in refused(ExtractionNetworks(nothing, outline))
+    assert "no brain was found" in refused(ExtractionNetworks(outline, nothing))
 
 
 def test_too_small_and_too_large() -> None:
@@ -156,7 +156,7 @@ def test_networks_that_disagree() -> None:
         odds[..., : odds.shape[-1] // 2] = -5
         return odds
 
-    assert "agree with a Dice of 0." in refused(Networks(outline, half))
+    assert "agree with a Dice of 0." in refused(ExtractionNetworks(outline, half))
 
 
 def test_pieces() -> None:
@@ -166,7 +166,7 @@ def test_pieces() -> None:
         odds[..., middle : middle + 2] = -5
         return odds
 
-    assert "hangs together" in refused(Networks(outline, cut))
+    assert "hangs together" in refused(ExtractionNetworks(outline, cut))
 
 
 def test_a_brain_beyond_the_field_of_view() -> None:

@@ -13,7 +13,7 @@ from app.errors import NoBrainMask
 from app.inferred import Taken, load
 from app.inferred import save as save_inferred
 from app.ingest import read
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.runtime.bundle import Bundle, load_bundle
 from tests.support.dicom import SECRET, Series, write_series, zipped
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, grid, head, with_lesion
@@ -77,12 +77,12 @@ def test_the_export_asks_no_network(bundle: Bundle, tmp_path: Path) -> None:
     def counted(name: str):  # type: ignore[no-untyped-def]
         def call(*arrays):  # type: ignore[no-untyped-def]
             asked.append(name)
-            return getattr(bundle.models, name)(*arrays)
+            return getattr(bundle.networks, name)(*arrays)
 
         return call
 
-    models = Models(counted("encode"), counted("denoise"), counted("decode"))
-    own = replace(bundle, models=models)
+    models = Networks(counted("encode"), counted("denoise"), counted("decode"))
+    own = replace(bundle, networks=models)
     scan, inferred = infer(path, tmp_path, lambda _: own, [bundle.manifest], Request(), quiet)
     evaluations = len(asked)
     assert evaluations > 6

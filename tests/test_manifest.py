@@ -73,8 +73,8 @@ def test_derived_numbers() -> None:
 
 def test_a_range_holds_its_ends() -> None:
     healthy = Range(low=1.0, high=2.0)
-    assert [healthy.holds(v) for v in (0.999, 1.0, 1.5, 2.0, 2.001)] == [False, True, True, True, False]
-    assert not healthy.holds(float("nan"))
+    assert [healthy.contains(v) for v in (0.999, 1.0, 1.5, 2.0, 2.001)] == [False, True, True, True, False]
+    assert not healthy.contains(float("nan"))
 
 
 def test_nothing_can_be_changed_after_reading() -> None:

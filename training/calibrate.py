@@ -10,14 +10,13 @@ import numpy.typing as npt
 from scipy import stats
 from tqdm import tqdm
 
-from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
-from app.pipeline import anomaly
+from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
+from app.pipeline import diffusion
+from app.pipeline.diffusion import encode_view
 from app.pipeline.findings import label_findings
-from app.pipeline.gate import reconstruction_error, typical_kl
-from app.pipeline.models import Models
-from app.pipeline.prepare import BoolArray
-from app.pipeline.seen import see
-from app.volume import FloatArray
+from app.pipeline.networks import Networks
+from app.pipeline.ood import median_kl_ranges, reconstruction_error
+from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import load_scan
 from training.examine import Examined, Look, examine, graph_models, imagine_look, judged_map, make_schedule
@@ -37,7 +36,9 @@ BISECTIONS = 20
 
 def kl_threshold(scans: list[Examined], percentile: float) -> float:
     """Percentile of the KL over the foreground latents of healthy scans."""
-    return float(np.percentile(np.concatenate([s.plain.kl[s.plain.seen.latents] for s in scans]), percentile))
+    return float(
+        np.percentile(np.concatenate([s.plain.kl[s.plain.seen.foreground_latents] for s in scans]), percentile)
+    )
 
 
 def smallest_component(scans: list[Examined], threshold: float, empty_share: float) -> int:
@@ -64,7 +65,7 @@ def components(scans: list[Examined], threshold: float, empty_share: float) -> I
 
 def latent_mask(look: Look, threshold: float, min_component: int, grow: int) -> BoolArray:
     """The latent mask of one view."""
-    return anomaly.latent_mask(look.kl, look.seen.latents, threshold, min_component, grow)
+    return diffusion.latent_mask(look.kl, look.seen.foreground_latents, threshold, min_component, grow)
 
 
 def latent_masks(scan: Examined, threshold: float, min_component: int, config: Config) -> list[BoolArray]:
@@ -73,7 +74,7 @@ def latent_masks(scan: Examined, threshold: float, min_component: int, config: C
     return [latent_mask(scan.looks[view], threshold, min_component, d.grow) for view in d.views]
 
 
-def imagine_all(scan: Examined, masks: list[BoolArray], models: Models, config: Config) -> list[FloatArray]:
+def imagine_all(scan: Examined, masks: list[BoolArray], models: Networks, config: Config) -> list[FloatArray]:
     """The decoded counterparts of each view of the configuration."""
     d = config.detection
     looks = [scan.looks[view] for view in d.views]
@@ -112,10 +113,12 @@ def next_healthy(values: npt.NDArray[np.float64], refused: float) -> Range:
     return span(np.exp(logs.mean() - reach), np.exp(logs.mean() + reach))
 
 
-def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gate:
+def calibrate_gate(scans: list[Examined], models: Networks, config: Config) -> OodCheck:
     """What the next healthy scan spans: all its scores together refuse as many as the configuration says."""
     d = config.detection
-    low, high = np.percentile(np.concatenate([s.plain.kl[s.plain.seen.latents] for s in scans]), LATENT_PERCENTILES)
+    low, high = np.percentile(
+        np.concatenate([s.plain.kl[s.plain.seen.foreground_latents] for s in scans]), LATENT_PERCENTILES
+    )
     # (subjects, scanners, levels + 1, 2): the least and the greatest of a scan.
     scores = np.array([_seen_by_scanners(s, i, models, config) for i, s in enumerate(tqdm(scans, desc="gate"))])
     refused = d.gate_refused / scores.shape[2]
@@ -123,7 +126,7 @@ def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gat
         span(next_healthy(level[..., 1], refused).low, next_healthy(level[..., 0], refused).high)
         for level in np.moveaxis(scores, 2, 0)
     ]
-    return Gate(
+    return OodCheck(
         timesteps=d.gate_timesteps,
         typical=tuple(ranges[:-1]),
         reconstruction=ranges[-1],
@@ -133,15 +136,17 @@ def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gat
     )
 
 
-def _seen_by_scanners(scan: Examined, subject: int, models: Models, config: Config) -> list[list[tuple[float, float]]]:
+def _seen_by_scanners(
+    scan: Examined, subject: int, models: Networks, config: Config
+) -> list[list[tuple[float, float]]]:
     """Scores of the gate for one healthy scan as it is, and as other scanners might show it."""
     plain, rng = scan.plain.seen, np.random.default_rng([config.seed, GATE_STREAM, subject])
     seen = [plain]
     for _ in range(config.detection.gate_scanners):
         x = another_scanner(plain.x[:, 0], config.augmentation.scanner, rng)[:, None]
-        seen.append(see(x, plain.foreground, plain.known, models, plain.diffusion))
+        seen.append(encode_view(x, plain.foreground, plain.slice_indices, models, plain.diffusion))
     errors = [reconstruction_error(s, models) for s in seen]
-    return [[*typical_kl(s, config.detection.gate_timesteps), (e, e)] for s, e in zip(seen, errors, strict=True)]
+    return [[*median_kl_ranges(s, config.detection.gate_timesteps), (e, e)] for s, e in zip(seen, errors, strict=True)]
 
 
 def residual_threshold(maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float) -> float:
@@ -167,7 +172,9 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
     return high
 
 
-def calibrate_residual(scans: list[Examined], models: Models, config: Config, kl_at: float, component: int) -> Residual:
+def calibrate_residual(
+    scans: list[Examined], models: Networks, config: Config, kl_at: float, component: int
+) -> Residual:
     """The residual thresholds at which healthy scans show as little as the configuration says."""
     maps = []
     for scan in tqdm(scans, desc="residuals", unit="scan"):
@@ -208,7 +215,7 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
     return settings.model_copy(update=thresholds)
 
 
-def examined_subjects(config: Config, models: Models, subjects: tuple[str, ...]) -> list[Examined]:
+def examined_subjects(config: Config, models: Networks, subjects: tuple[str, ...]) -> list[Examined]:
     """Healthy scans up to their KL maps."""
     return [examine(load_scan(config, s), models, config) for s in tqdm(subjects, desc="KL maps", unit="scan")]
 
@@ -228,10 +235,10 @@ def calibrate(config: Config) -> None:
     k = smallest_component(scans, threshold, d.empty_share)
     alpha_bar = make_schedule(config.schedule).alpha_bar
     by_slice = np.concatenate(
-        [[kl[f].mean() for kl, f in zip(s.plain.kl, s.plain.seen.latents, strict=True)] for s in scans]
+        [[kl[f].mean() for kl, f in zip(s.plain.kl, s.plain.seen.foreground_latents, strict=True)] for s in scans]
     )
     low, high = np.percentile(by_slice, REPORTED_PERCENTILES)
-    by_scan = np.array([s.plain.kl[s.plain.seen.latents].mean() for s in scans])
+    by_scan = np.array([s.plain.kl[s.plain.seen.foreground_latents].mean() for s in scans])
     parts = {
         "kl": KlMap(
             timesteps=d.kl_timesteps,

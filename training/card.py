@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from app.manifest import Manifest
-from app.pipeline.gate import GATE_SLICES
+from app.pipeline.ood import SAMPLED_SLICES
 from training.config import Config
 from training.export import Parity
 from training.figures import read_curve

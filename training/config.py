@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.manifest import NoiseSchedule, Part, Preparation, View
+from app.manifest import FrozenModel, NoiseSchedule, Preprocessing, View
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +20,7 @@ def data_root() -> Path:
     return Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data"))
 
 
-class PicturesConfig(Part):
+class PicturesConfig(FrozenModel):
     """Slices that come from an archive of 2D pictures instead of volumes (`training.pictures`)."""
 
     kind: Literal["mednist", "lgg"]
@@ -30,7 +30,7 @@ class PicturesConfig(Part):
     exclusions: str = Field(default="", description="List of the pictures that are left out, below training/splits.")
 
 
-class DataConfig(Part):
+class DataConfig(FrozenModel):
     folder: str = Field(description="Folder of the volumes, below the data root.")
     pattern: str = Field(description="File name with {subject}; of pictures, of their archive.")
     splits: str = Field(description="File of the frozen split, below training/splits.")
@@ -46,7 +46,7 @@ class DataConfig(Part):
         return self
 
 
-class ScannerConfig(Part):
+class ScannerConfig(FrozenModel):
     """How sharp and how noisy another scanner's images of the same head may be (`training.scanner`)."""
 
     share: float = Field(description="Share of the training slices that look as if from another scanner.")
@@ -55,7 +55,7 @@ class ScannerConfig(Part):
     sharpen: float = Field(description="Largest share of the fine detail that is added once more.")
 
 
-class AugmentationConfig(Part):
+class AugmentationConfig(FrozenModel):
     """In-plane and intensity changes small enough that a healthy slice stays healthy."""
 
     rotate_degrees: float
@@ -66,7 +66,7 @@ class AugmentationConfig(Part):
     scanner: ScannerConfig
 
 
-class VqvaeConfig(Part):
+class VqvaeConfig(FrozenModel):
     warm_start: str = Field(description="Version of this bundle whose VQ-VAE this one starts from; empty for none.")
     channels: tuple[int, ...]
     residual_layers: int
@@ -81,7 +81,7 @@ class VqvaeConfig(Part):
     learning_rate: float
 
 
-class CoarseNoiseConfig(Part):
+class CoarseNoiseConfig(FrozenModel):
     """Patches of coarse noise that the denoiser learns to take away (`training.coarse`)."""
 
     share: float = Field(description="Share of the training slices that carry any.")
@@ -93,7 +93,7 @@ class CoarseNoiseConfig(Part):
     edge_pixels: tuple[float, float] = Field(description="Smallest and largest softness of a patch's edge.")
 
 
-class DenoiserConfig(Part):
+class DenoiserConfig(FrozenModel):
     warm_start: str = Field(description="Version of this bundle whose denoiser this one starts from; empty for none.")
     channels: tuple[int, ...]
     residual_blocks: int
@@ -109,12 +109,12 @@ class DenoiserConfig(Part):
     focus_share: float
 
 
-class ExportConfig(Part):
+class ExportConfig(FrozenModel):
     averaged: bool = Field(description="Whether the averaged weights of the denoiser are served, or its last ones.")
     int8: bool = Field(default=False, description="Whether it computes in int8 on a CPU (`training.quantise`).")
 
 
-class DetectionConfig(Part):
+class DetectionConfig(FrozenModel):
     """Choices of METHOD's detection; what follows from them is calibrated on healthy scans."""
 
     kl_timesteps: tuple[int, ...]
@@ -145,7 +145,7 @@ class DetectionConfig(Part):
     )
 
 
-class BundleConfig(Part):
+class BundleConfig(FrozenModel):
     """Words of the manifest and the card."""
 
     title: str
@@ -158,12 +158,12 @@ class BundleConfig(Part):
     non_commercial: bool = Field(default=False, description="Data that neither pictures nor services may be made of.")
 
 
-class Config(Part):
+class Config(FrozenModel):
     name: str
     version: str
     seed: int
     data: DataConfig
-    preparation: Preparation
+    preparation: Preprocessing
     schedule: NoiseSchedule
     augmentation: AugmentationConfig
     coarse_noise: CoarseNoiseConfig
@@ -179,7 +179,7 @@ class Config(Part):
         return cls.model_validate(tomllib.loads(path.read_text()))
 
     @property
-    def training_preparation(self) -> Preparation:
+    def training_preparation(self) -> Preprocessing:
         """How training's scans become slices: as in serving, but that pictures have no height to be cut at."""
         fit = self.preparation.fit
         if self.data.pictures is None or fit is None:

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from app.manifest import Preparation
-from app.pipeline.prepare import BoolArray, Slices, analysed_slices, foreground_cm2, to_slices
-from app.volume import Volume
+from app.manifest import Preprocessing
+from app.pipeline.preprocess import Slices, analysed_slices, foreground_cm2, to_slices
+from app.volume import BoolArray, Volume
 from training.config import NOT_OF_THE_SLICES, AugmentationConfig, Config, data_root
 from training.pictures import load_stack, pictures_hash
 from training.scanner import another_scanner
@@ -55,7 +55,7 @@ class HealthyScan:
     volume: Volume
     healthy: BoolArray | None = None
 
-    def known(self, slices: Slices, preparation: Preparation) -> npt.NDArray[np.int64]:
+    def known(self, slices: Slices, preparation: Preprocessing) -> npt.NDArray[np.int64]:
         """Indices of the slices that are healthy and show enough, (K,)."""
         if self.healthy is None:
             return analysed_slices(slices, preparation)
@@ -67,7 +67,7 @@ class HealthyScan:
         if self.healthy is None:
             return np.ones(len(slices.x), dtype=np.bool_)
         # Which picture a slice is; above and below the head there may be pictures without one.
-        heights = slices.placement.affine[2, 0] * np.arange(len(slices.x)) + slices.placement.affine[2, 3]
+        heights = slices.grid.affine[2, 0] * np.arange(len(slices.x)) + slices.grid.affine[2, 3]
         pictures = np.rint((heights - self.volume.affine[2, 3]) / self.volume.affine[2, 2]).astype(np.int64)
         found: BoolArray = self.healthy[pictures]
         return found

@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from app.brain import Brain, extract
 from app.errors import CounterpartError
 from app.manifest import Manifest
+from app.pipeline.brain_extraction import BrainExtraction, extract_brain
 from app.pipeline.detect import Detection, detect, network_evaluations
-from app.pipeline.findings import Result, dice, to_result
+from app.pipeline.findings import ScanResult, dice, to_scan_result
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config
@@ -53,12 +53,12 @@ def best_dice(anomaly: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) ->
     return float((2 * hits / (sizes + truth.sum())).max())
 
 
-def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, Result, float]:
+def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, ScanResult, float]:
     """Detection, result and seconds of one scan."""
     start = time.perf_counter()
-    models = bundle.models.in_batches(BATCH, lambda _: None)
+    models = bundle.networks.in_batches(BATCH, lambda _: None)
     detection = detect(volume, models, bundle.manifest)
-    return detection, to_result(volume, detection, bundle.manifest), time.perf_counter() - start
+    return detection, to_scan_result(volume, detection, bundle.manifest), time.perf_counter() - start
 
 
 def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
@@ -86,9 +86,9 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
                 "healthy_slices": len(healthy),
                 "findings": len(result.lesions),
                 "score": detection.scores.scan,
-                "typical": detection.scores.typical,
+                "typical": detection.scores.median_kl_range,
                 "reconstruction": detection.scores.reconstruction,
-                "fraction_out": detection.scores.fraction_out,
+                "fraction_out": detection.scores.outlier_fraction,
                 "seconds": seconds,
                 **evaluations(detection, bundle.manifest),
             }
@@ -151,8 +151,8 @@ def without_skull(volume: Volume, bundle: Bundle) -> Volume:
     """What serving analyses of a scan: for a bundle of brains alone, the brain that it takes out of a head."""
     if bundle.extractor is None:
         return volume
-    brain = extract(volume, bundle.extractor.networks)
-    return brain.volume if isinstance(brain, Brain) else volume
+    brain = extract_brain(volume, bundle.extractor.networks)
+    return brain.volume if isinstance(brain, BrainExtraction) else volume
 
 
 def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
@@ -167,9 +167,9 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
                 "outcome": "analysed",
                 "found_ml": float(result.mask.sum()) * volume.voxel_ml,
                 "findings": len(result.lesions),
-                "typical": detection.scores.typical,
+                "typical": detection.scores.median_kl_range,
                 "reconstruction": detection.scores.reconstruction,
-                "fraction_out": detection.scores.fraction_out,
+                "fraction_out": detection.scores.outlier_fraction,
             }
         except CounterpartError as error:
             row |= {"outcome": error.code, "found": error.found}

@@ -5,17 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.manifest import NoiseSchedule, View, latent_sigma
-from app.pipeline import anomaly
-from app.pipeline.detect import imagine, mean_view, settle
-from app.pipeline.models import Models
-from app.pipeline.noise import KeyedNoise
-from app.pipeline.placement import Placement
-from app.pipeline.prepare import BoolArray, to_slices
-from app.pipeline.schedule import Schedule
-from app.pipeline.seen import Seen, see
-from app.pipeline.views import turn
+from app.pipeline import diffusion, residual
+from app.pipeline.diffusion import EncodedView, KeyedNoise, Schedule, decode_counterpart, encode_view
+from app.pipeline.grid import SliceGrid
+from app.pipeline.networks import Networks
+from app.pipeline.preprocess import to_slices
+from app.pipeline.residual import augment, average_views, postprocess_residual
 from app.runtime.session import as_callable, open_session
-from app.volume import FloatArray, Volume
+from app.volume import BoolArray, FloatArray, Volume
 from training.config import Config
 from training.data import HealthyScan
 from training.export import denoiser_graph, graphs_folder
@@ -36,7 +33,7 @@ class Look:
         D(z0).
     """
 
-    seen: Seen
+    seen: EncodedView
     kl: FloatArray
     reconstruction: FloatArray
 
@@ -54,7 +51,7 @@ class Examined:
     """
 
     foreground: BoolArray
-    placement: Placement
+    grid: SliceGrid
     looks: dict[View, Look]
 
     @property
@@ -63,12 +60,12 @@ class Examined:
         return self.looks[View()]
 
 
-def graph_models(config: Config) -> Models:
+def graph_models(config: Config) -> Networks:
     """The exported graphs: thresholds come from what will be served, in int8 where a CPU gets that."""
     folder = graphs_folder(config)
     paths = (folder / "encoder.onnx", denoiser_graph(config), folder / "decoder.onnx")
     encode, denoise, decode = (as_callable(open_session(path, "cpu")) for path in paths)
-    return Models(encode, denoise, decode).in_batches(BATCH, lambda _: None)
+    return Networks(encode, denoise, decode).in_batches(BATCH, lambda _: None)
 
 
 def make_schedule(settings: NoiseSchedule) -> Schedule:
@@ -76,15 +73,15 @@ def make_schedule(settings: NoiseSchedule) -> Schedule:
     return Schedule.linear(settings.steps, settings.beta_start, settings.beta_end)
 
 
-def make_diffusion(models: Models, config: Config, view: int = 0) -> anomaly.Diffusion:
+def make_diffusion(models: Networks, config: Config, view: int = 0) -> diffusion.Diffusion:
     """The diffusion model with the noise that serving will draw by default."""
     rows, columns = config.preparation.shape
     f = config.downsampling
     noise = KeyedNoise(config.seed, (config.vqvae.embedding_dim, rows // f, columns // f), view)
-    return anomaly.Diffusion(make_schedule(config.schedule), models.denoise, noise)
+    return diffusion.Diffusion(make_schedule(config.schedule), models.denoise, noise)
 
 
-def examine(scan: Volume | HealthyScan, models: Models, config: Config) -> Examined:
+def examine(scan: Volume | HealthyScan, models: Networks, config: Config) -> Examined:
     """Prepare, encode and KL-map a scan in every view, as `detect` does; of pictures, those that are healthy."""
     healthy = scan if isinstance(scan, HealthyScan) else HealthyScan(scan)
     slices = to_slices(healthy.volume, config.training_preparation)
@@ -94,19 +91,21 @@ def examine(scan: Volume | HealthyScan, models: Models, config: Config) -> Exami
     sigma = latent_sigma(d.kl_smoothing_mm, config.preparation, config.downsampling)
     looks = {}
     for index, view in enumerate(d.views):
-        seen = see(turn(x, view), turn(foreground, view), known, models, make_diffusion(models, config, index))
-        kl = anomaly.kl_map(seen.z0, known, seen.diffusion, d.kl_timesteps, d.kl_mean)
-        smoothed = anomaly.smooth_kl(kl, seen.latents, sigma)
+        seen = encode_view(
+            augment(x, view), augment(foreground, view), known, models, make_diffusion(models, config, index)
+        )
+        kl = diffusion.kl_map(seen.z0, known, seen.diffusion, d.kl_timesteps, d.kl_mean)
+        smoothed = diffusion.smooth_kl(kl, seen.foreground_latents, sigma)
         looks[view] = Look(seen, smoothed, models.decode(seen.z0)[:, 0])
-    return Examined(foreground, slices.placement, looks)
+    return Examined(foreground, slices.grid, looks)
 
 
-def imagine_look(look: Look, mask: BoolArray, models: Models, timesteps: tuple[int, ...]) -> FloatArray:
+def imagine_look(look: Look, mask: BoolArray, models: Networks, timesteps: tuple[int, ...]) -> FloatArray:
     """The decoded counterpart of one view; D(z0) where the mask of a slice is empty, (K, H, W)."""
     found = np.flatnonzero(mask.any(axis=(1, 2)))
     imagined = look.reconstruction.copy()
     if found.size:
-        imagined[found] = imagine(look.seen, mask, found, models, timesteps)
+        imagined[found] = decode_counterpart(look.seen, mask, found, models, timesteps)
     return imagined
 
 
@@ -124,12 +123,14 @@ def judged_map(
 
     def differs(look: Look, mask: BoolArray, counterpart: FloatArray) -> FloatArray:
         reference = look.seen.x[:, 0] if d.reference == "image" else look.reconstruction
-        plain = anomaly.residual(reference, counterpart, mask)
+        plain = residual.masked_residual(reference, counterpart, mask)
         surprise = look.kl / np.float32(kl_threshold)
-        return anomaly.weigh(plain, counterpart, surprise, look.seen.latents, d.contrast_floor, by_kl=d.weighted_by_kl)
+        return residual.weight_residual(
+            plain, counterpart, surprise, look.seen.foreground_latents, d.contrast_floor, by_kl=d.weighted_by_kl
+        )
 
     looks = [scan.looks[view] for view in d.views]
-    residual = mean_view([differs(*each) for each in zip(looks, masks, imagined, strict=True)], d.views)
-    judged = anomaly.erode(scan.foreground, d.erosion)
-    settled = settle(residual, scan.plain.seen.x, judged, d, config.preparation.spacing_mm)
+    residual = average_views([differs(*each) for each in zip(looks, masks, imagined, strict=True)], d.views)
+    judged = residual.erode_foreground(scan.foreground, d.erosion)
+    settled = postprocess_residual(residual, scan.plain.seen.x, judged, d, config.preparation.spacing_mm)
     return np.where(judged, settled, np.float32(np.nan))

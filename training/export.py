@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
 from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_INT8, GOLDEN_TOLERANCE
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray

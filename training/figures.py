@@ -67,7 +67,7 @@ def draw_validation(config: Config, bundle: Bundle, path: Path) -> None:
     volumes = [("as it is", scan), *((f"{c:+}", with_lesion(config, scan, c)) for c in (GRADE_3, -GRADE_3))]
     rows = []
     for label, volume in volumes:
-        detection = detect(volume, bundle.models.in_batches(16, lambda _: None), bundle.manifest)
+        detection = detect(volume, bundle.networks.in_batches(16, lambda _: None), bundle.manifest)
         rows += [(f"{label}, slice {i}", _panels(detection, bundle, i)) for i in _heights(detection)]
     titles = ("original", "reconstruction", "counterpart", "KL map (nats)", "anomaly map")
     figure, axes = plt.subplots(len(rows), len(titles), figsize=(9, 2.1 * len(rows)), layout="constrained")
@@ -107,5 +107,5 @@ def _heights(detection: Detection) -> list[int]:
 
 def _panels(detection: Detection, bundle: Bundle, index: int) -> tuple[np.ndarray[tuple[int, ...], np.dtype], ...]:
     x = detection.slices.x[index : index + 1]
-    reconstruction = bundle.models.decode(bundle.models.encode(x))[0, 0]
+    reconstruction = bundle.networks.decode(bundle.networks.encode(x))[0, 0]
     return x[0, 0], reconstruction, detection.counterpart[index], detection.kl[index], detection.anomaly[index]

@@ -8,9 +8,8 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
-from app.pipeline import lesion
-from app.pipeline.fit import fill_by_slice
-from app.pipeline.prepare import foreground_of
+from app.pipeline import synthetic_lesion
+from app.pipeline.preprocess import fill_holes_by_slice, foreground_mask_of
 from app.volume import FloatArray, Volume
 from training.config import data_root
 
@@ -77,9 +76,9 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
         Of the small displacement.
     """
     rng = np.random.default_rng([seed, 7])
-    brain = foreground_of(volume)
+    brain = foreground_mask_of(volume)
     placed = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
-    changed, truth = lesion.insert_lesion(volume.array, brain, placed, volume.spacing, contrast)
+    changed, truth = synthetic_lesion.insert_lesion(volume.array, brain, placed, volume.spacing, contrast)
     return Lesioned(Volume(changed, volume.affine), truth)
 
 
@@ -118,7 +117,7 @@ def insert_sprites(
         turned = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offset, 1)
         axes = pixels * np.array([stretch, 1 / stretch])
         shape[:, :, z] = ((turned / axes[:, None, None]) ** 2).sum(axis=0) <= 1
-    changed, truth = lesion.insert_lesion(volume.array, brain, shape, volume.spacing, contrast)
+    changed, truth = synthetic_lesion.insert_lesion(volume.array, brain, shape, volume.spacing, contrast)
     return Lesioned(Volume(changed, volume.affine), truth)
 
 
@@ -140,7 +139,7 @@ def brain_in_ct(volume: Volume) -> npt.NDArray[np.bool_]:
 
 def inner_head(volume: Volume) -> npt.NDArray[np.bool_]:
     """What lies deep enough in an MR of a head to be brain, picture by picture, (X, Y, Z)."""
-    filled = fill_by_slice(foreground_of(volume).transpose(2, 0, 1))
+    filled = fill_holes_by_slice(foreground_mask_of(volume).transpose(2, 0, 1))
     deep = [ndimage.distance_transform_edt(image, volume.spacing[:2]) > SCALP_MM for image in filled]
     least = LEAST_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
     return np.stack([image & (image.sum() >= least) for image in deep], axis=2)

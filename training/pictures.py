@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from app.pipeline.prepare import BoolArray
-from app.volume import Affine, Volume
+from app.volume import Affine, BoolArray, Volume
 from training.config import Config, PicturesConfig, data_root
 from training.exclusions import excluded_pictures
 

@@ -14,9 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from app.pipeline.models import Denoise, Encode
-from app.pipeline.noise import KeyedNoise, Purpose
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import KeyedNoise, Purpose, Schedule
+from app.pipeline.networks import Denoiser, Encoder
 from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, cached_slices
@@ -73,7 +72,7 @@ def noise_levels(config: Config) -> list[int]:
     return sorted({*d.kl_timesteps, *d.gate_timesteps, *d.reverse_timesteps})
 
 
-def healthy(config: Config, encode: Encode, part: str, slices: int = SLICES) -> Healthy:
+def healthy(config: Config, encode: Encoder, part: str, slices: int = SLICES) -> Healthy:
     """Evenly spread slices of a part of the split, never of `test`, at every noise level."""
     assert part in ("train", "validation"), part
     s = config.schedule
@@ -92,7 +91,7 @@ def healthy(config: Config, encode: Encode, part: str, slices: int = SLICES) -> 
     return found
 
 
-def noise_error(denoise: Denoise, exact: Denoise, seen: Healthy) -> dict[int, float]:
+def noise_error(denoise: Denoiser, exact: Denoiser, seen: Healthy) -> dict[int, float]:
     """Squared difference from float32's noise as a share of float32's own squared error, by noise level."""
     added: dict[int, list[float]] = {}
     own: dict[int, list[float]] = {}

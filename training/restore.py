@@ -10,9 +10,9 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from app.pipeline.models import IntArray, Models
+from app.pipeline.networks import Networks
 from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_TOLERANCE
-from app.volume import FloatArray
+from app.volume import FloatArray, IntArray
 from training.config import Config
 from training.networks import Decode, Encode, build_denoiser, build_vqvae
 
@@ -27,7 +27,7 @@ class TorchNetworks:
     denoiser: nn.Module
     decoder: Decode
 
-    def models(self) -> Models:
+    def models(self) -> Networks:
         """As the pipeline calls them."""
 
         def run(network: nn.Module, *arrays: FloatArray | IntArray) -> FloatArray:
@@ -35,7 +35,7 @@ class TorchNetworks:
                 result: FloatArray = network(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)).numpy()
             return result
 
-        return Models(
+        return Networks(
             lambda x: run(self.encoder, x), lambda z, t: run(self.denoiser, z, t), lambda z0: run(self.decoder, z0)
         )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from app.manifest import Part
+from app.manifest import FrozenModel
 from training.config import data_root
 from training.pictures import BLOCK, block_name, read_lgg
 
@@ -28,7 +28,7 @@ LEAST_HEALTHY = 2
 FOLDER = Path(__file__).parent / "splits"
 
 
-class Split(Part):
+class Split(FrozenModel):
     """Subjects of each part, and the patients whose lesions serve as shapes; none is in two parts."""
 
     source: str

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
 from training.config import Config
 from training.data import UINT16_MAX, Batches, HealthySlices
 from training.latents import encode_pair, latent_size, load_vqvae

@@ -9,12 +9,12 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline import anomaly
+from app.pipeline import diffusion, residual
 from app.pipeline.detect import detect
-from app.pipeline.findings import dice, to_result
-from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
+from app.pipeline.findings import dice, to_scan_result
+from app.pipeline.preprocess import analysed_slices, to_slices
 from app.runtime.bundle import Bundle
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.splits import Split
 from training.tumours import TumourScan, tumour_scans
@@ -101,17 +101,17 @@ def intensity_of(scan: TumourScan, bundle: Bundle) -> FloatArray:
     slices = to_slices(scan.volume, manifest.preparation)
     inside = np.zeros_like(slices.foreground)
     known = analysed_slices(slices, manifest.preparation)
-    inside[known] = anomaly.erode(slices.foreground[known], manifest.residual.erosion)
-    return slices.placement.to_volume(np.where(inside, slices.x[:, 0], np.float32(0)))
+    inside[known] = residual.erode_foreground(slices.foreground[known], manifest.residual.erosion)
+    return slices.grid.to_volume(np.where(inside, slices.x[:, 0], np.float32(0)))
 
 
 def see(scan: TumourScan, bundle: Bundle) -> Seen:
     """Detection of one patient, as counts. Who is refused has a map of nothing: the tumour is missed."""
     row: Row = {"subject": scan.subject, "tumour_voxels": int(scan.truth.sum()), "slices": scan.volume.shape[2]}
     try:
-        models = bundle.models.in_batches(BATCH, lambda _: None)
+        models = bundle.networks.in_batches(BATCH, lambda _: None)
         detection = detect(scan.volume, models, bundle.manifest)
-        result = to_result(scan.volume, detection, bundle.manifest)
+        result = to_scan_result(scan.volume, detection, bundle.manifest)
         values, mask, row["outcome"] = result.anomaly, result.mask > 0, "analysed"
     except CounterpartError as error:
         values, mask, row["outcome"] = np.zeros(scan.volume.shape, np.float32), np.zeros_like(scan.truth), error.code

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from app.pipeline.prepare import BoolArray
-from app.volume import Volume
+from app.volume import BoolArray, Volume
 from training.config import Config
 from training.pictures import archive_path, load_stack
 

@@ -23,7 +23,7 @@ from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
 from app.errors import BadRequest, InternalError, NoSuchResult, NotFinished, UnknownModel
 from app.jobs.job import ENDED, Cursor, Job, Priority, State, Which
-from app.runtime.choice import permit
+from app.runtime.selection import check_licence
 from app.volume import Geometry
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
@@ -90,7 +90,7 @@ def _wanted(
     manifests = service.engine.manifests
     named = [m for m in manifests if model in {m.name, m.id}]
     for manifest in named:
-        permit(manifest, noncommercial=service.settings.allow_noncommercial)
+        check_licence(manifest, noncommercial=service.settings.allow_noncommercial)
     if model is not None and not named:
         raise UnknownModel(
             "No model has this name.",

@@ -13,8 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from app.manifest import Manifest
 from app.pipeline.detect import Detection
 from app.pipeline.findings import label_findings
-from app.pipeline.prepare import BoolArray
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray
 
 ROWS = 5
 ZOOM = 3
@@ -90,7 +89,7 @@ def _row(
     detection: Detection, found: BoolArray, index: int, threshold: float
 ) -> tuple[float, list[npt.NDArray[np.uint8]]]:
     """Height in millimetres and the four pictures of one slice."""
-    affine = detection.slices.placement.affine
+    affine = detection.slices.grid.affine
     x = _upright(detection.slices.x[index, 0])
     counterpart = _upright(detection.counterpart[index])
     anomaly = _upright(detection.anomaly[index])

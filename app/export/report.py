@@ -6,9 +6,9 @@ import numpy as np
 from pydantic import Field
 
 from app import __version__
-from app.manifest import Manifest, Part, Precision, Range
+from app.manifest import FrozenModel, Manifest, Precision, Range
 from app.pipeline.detect import Detection, network_evaluations
-from app.pipeline.findings import Result
+from app.pipeline.findings import ScanResult
 from app.volume import Scan
 
 RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis."
@@ -16,8 +16,8 @@ RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis.
 Point = tuple[float, float, float]
 
 
-class ModelChoice(Part):
-    """How the model was chosen (`app.runtime.choice`)."""
+class ModelChoice(FrozenModel):
+    """How the model was chosen (`app.runtime.selection`)."""
 
     by: Literal["caller", "sequence", "modality", "default"] = Field(
         description="The caller named it; it is for the scan's sequence; for its modality; or there is no other."
@@ -26,7 +26,7 @@ class ModelChoice(Part):
     doubt: str | None = Field(description="Why the scan may be none for this model.")
 
 
-class ModelUsed(Part):
+class ModelUsed(FrozenModel):
     id: str
     sha256: str = Field(description="Of the bundle's manifest, which holds the hashes of its files.")
     provider: str
@@ -38,7 +38,7 @@ class ModelUsed(Part):
     choice: ModelChoice | None = Field(default=None, description="Null in a report of an older version.")
 
 
-class Input(Part):
+class Input(FrozenModel):
     format: Literal["nifti", "mgh", "dicom"]
     modality: str | None
     shape: tuple[int, int, int]
@@ -46,7 +46,7 @@ class Input(Part):
     notes: tuple[str, ...] = Field(description="What reading decided or left out.")
 
 
-class Extent(Part):
+class Extent(FrozenModel):
     """What was analysed, and what was not: there, nothing can be said."""
 
     volume_ml: float = Field(description="Volume with a value in the anomaly map.")
@@ -55,7 +55,7 @@ class Extent(Part):
     z_mm: tuple[float, float] = Field(description="Lowest and highest analysed slice, RAS+ millimetres.")
 
 
-class BrainReported(Part):
+class BrainReported(FrozenModel):
     """How the brain was taken out of its head; its mask is brain.nii.gz."""
 
     method: str
@@ -67,16 +67,16 @@ class BrainReported(Part):
     warnings: tuple[str, ...]
 
 
-class ScoresReported(Part):
+class ScoresReported(FrozenModel):
     scan: float = Field(description="Mean KL over the foreground latents, nats.")
     healthy_scan: Range = Field(description="What healthy validation scans span.")
     slices: tuple[float | None, ...] = Field(description="The same for each slice; null where not analysed.")
     healthy_slice: Range
     reconstruction: float = Field(description="Mean |x - D(z0)|, share of the intensity range.")
-    fraction_out: float = Field(description="Share of latents outside the healthy range of a latent.")
+    outlier_fraction: float = Field(description="Share of latents outside the healthy range of a latent.")
 
 
-class Finding(Part):
+class Finding(FrozenModel):
     """One connected lesion. Positions are RAS+ millimetres; scores are values of the anomaly map."""
 
     label: int
@@ -88,7 +88,7 @@ class Finding(Part):
     key_slice: int = Field(description="Index along the scan's last axis that shows most of it.")
 
 
-class Work(Part):
+class Work(FrozenModel):
     """What the analysis cost."""
 
     seconds: dict[str, float] = Field(description="Wall-clock seconds of each stage.")
@@ -96,7 +96,7 @@ class Work(Part):
     network_evaluations: int = Field(description="Slices times evaluations of the denoiser.")
 
 
-class Report(Part):
+class Report(FrozenModel):
     """Everything that is told about one analysis."""
 
     format_version: Literal[1] = 1
@@ -122,11 +122,16 @@ class Report(Part):
 
 
 def build_report(
-    scan: Scan, detection: Detection, result: Result, model: ModelUsed, manifest: Manifest, seconds: dict[str, float]
+    scan: Scan,
+    detection: Detection,
+    result: ScanResult,
+    model: ModelUsed,
+    manifest: Manifest,
+    seconds: dict[str, float],
 ) -> Report:
     """Put the numbers of one analysis together."""
     known = np.flatnonzero(detection.analysed)
-    heights = detection.slices.placement.affine[2, 0] * known + detection.slices.placement.affine[2, 3]
+    heights = detection.slices.grid.affine[2, 0] * known + detection.slices.grid.affine[2, 3]
     return Report(
         code_version=__version__,
         model=model,
@@ -177,7 +182,7 @@ def _scores(detection: Detection, manifest: Manifest) -> ScoresReported:
         slices=tuple(by_slice),
         healthy_slice=manifest.calibration.slice_score,
         reconstruction=round(detection.scores.reconstruction, 5),
-        fraction_out=round(detection.scores.fraction_out, 5),
+        outlier_fraction=round(detection.scores.outlier_fraction, 5),
     )
 
 

@@ -10,8 +10,8 @@ from nibabel.fileholders import FileHolder
 from nibabel.freesurfer.mghformat import MGHError, MGHHeader, MGHImage
 
 from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
-from app.ingest.hounsfield import looks_hounsfield
 from app.ingest.limits import Limits
+from app.ingest.hounsfield import looks_hounsfield
 from app.volume import Affine, Scan, Source, Volume
 
 # The header, and the zeros up to the first voxel.
@@ -68,7 +68,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     default = "FreeSurfer's coronal default was taken, and left may be right."
     note = f"The file states no position in space (goodRASFlag 0): {default}"
     notes = () if placed else (note,)
-    source = Source(format="mgh", hounsfield=looks_hounsfield(array), sform_code=int(placed), notes=notes)
+    source = Source(format="mgh", looks_hounsfield=looks_hounsfield(array), sform_code=int(placed), notes=notes)
     affine = np.asarray(image.affine, dtype=np.float64)
     return Scan(Volume(array, affine if placed else _coronal(array.shape)), source)
 

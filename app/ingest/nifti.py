@@ -10,8 +10,8 @@ from nibabel.fileholders import FileHolder
 from nibabel.nifti1 import Nifti1Extensions
 
 from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
-from app.ingest.hounsfield import looks_hounsfield
 from app.ingest.limits import Limits
+from app.ingest.hounsfield import looks_hounsfield
 from app.ingest.sniff import HEAD_BYTES
 from app.volume import Affine, Scan, Source, Volume
 
@@ -111,7 +111,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     if array.ndim == 2:
         array = array[..., np.newaxis]  # (X, Y) -> (X, Y, 1)
     code = int(image.header["sform_code"]) or int(image.header["qform_code"])
-    source = Source(format="nifti", hounsfield=looks_hounsfield(array), sform_code=code, notes=notes)
+    source = Source(format="nifti", looks_hounsfield=looks_hounsfield(array), sform_code=code, notes=notes)
     return Scan(Volume(array, affine), source)
 
 

@@ -14,7 +14,7 @@ from app.inferred import Inferred, load, save
 from app.ingest import read
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.choice import permit
+from app.runtime.selection import check_licence
 from app.volume import Scan
 
 # What `Engine.infer` writes.
@@ -200,7 +200,7 @@ class BundleEngine:
             last.scratch.cleanup()
 
     def _bundle(self, manifest: Manifest) -> Bundle:
-        permit(manifest, noncommercial=self._noncommercial)
+        check_licence(manifest, noncommercial=self._noncommercial)
         with self._lock:
             if manifest.id not in self._loaded:
                 folder = self._folders[manifest.id]

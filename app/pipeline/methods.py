@@ -11,9 +11,7 @@ from app.volume import Volume
 class Method(Protocol):
     """Detection method. tests/pipeline/test_methods.py states its contract."""
 
-    def __call__(
-        self, volume: Volume, networks: Networks, manifest: Manifest, seed: int | None = None
-    ) -> Detection:
+    def __call__(self, volume: Volume, networks: Networks, manifest: Manifest, seed: int | None = None) -> Detection:
         """Analyse a volume with the networks and settings of a bundle. `seed` replaces that of the manifest."""
 
 

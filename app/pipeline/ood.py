@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.errors import OutOfDistribution
-from app.manifest import OodCheck, Manifest, Range
+from app.manifest import Manifest, OodCheck, Range
 from app.pipeline.diffusion import EncodedView, kl_map
 from app.pipeline.networks import Networks
 from app.volume import BoolArray, FloatArray, IntArray
@@ -150,9 +150,7 @@ def _median_kl_reasons(scores: ScanScores, settings: OodCheck) -> list[str]:
     return [
         f"the median KL of its slices at t = {t} is {low:.3g} to {high:.3g}, "
         f"healthy scans have slices between {healthy.low:.3g} and {healthy.high:.3g}"
-        for t, (low, high), healthy in zip(
-            settings.timesteps, scores.median_kl_range, settings.typical, strict=True
-        )
+        for t, (low, high), healthy in zip(settings.timesteps, scores.median_kl_range, settings.typical, strict=True)
         if not (low <= healthy.high and high >= healthy.low)
     ]
 

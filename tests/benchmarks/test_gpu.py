@@ -23,7 +23,7 @@ pytestmark = pytest.mark.training
 @pytest.mark.parametrize(("float16", "allowed"), [(False, 2e-3), (True, 2e-2)])
 def test_torch_in_fixed_batches_answers_what_the_bundle_does(*, float16: bool, allowed: float) -> None:
     folder = next(shipped_models().glob("headct-*"))
-    expected = load_bundle(folder, threads=1, quantised=False).models
+    expected = load_bundle(folder, threads=1, quantised=False).networks
     networks = load_networks(folder, Config.load(ROOT / "training" / "configs" / "headct.toml"))
     found = on_device(networks, "cpu", 2, graphs=False, float16=float16, channels_last=float16)
     with np.load(folder / "golden.npz") as golden:

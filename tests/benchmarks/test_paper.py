@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
 from tests.support.oracle import GaussianDenoiser
 
 pytest.importorskip("torch")

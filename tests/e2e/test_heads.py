@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from app.brain import Brain, Networks, extract
 from app.errors import BrainNotExtracted, NoBrainMask
+from app.pipeline.brain_extraction import BrainExtraction, ExtractionNetworks, extract_brain
 from app.runtime.bundle import shipped_models
 from app.runtime.extractor import EXTRACTOR, load_extractor
 from app.volume import Volume
@@ -29,7 +29,7 @@ ALONE = (
 
 
 @pytest.fixture(scope="module")
-def networks() -> Networks:
+def networks() -> ExtractionNetworks:
     return load_extractor(shipped_models() / EXTRACTOR).networks
 
 
@@ -45,17 +45,17 @@ def scan(real_scans: Path, name: str) -> Volume:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_real_head(real_scans: Path, networks: Networks, name: str) -> None:
-    found = extract(scan(real_scans, f"ixi_2mm/t1/{name}_T1"), networks)
-    assert isinstance(found, Brain)
+def test_a_real_head(real_scans: Path, networks: ExtractionNetworks, name: str) -> None:
+    found = extract_brain(scan(real_scans, f"ixi_2mm/t1/{name}_T1"), networks)
+    assert isinstance(found, BrainExtraction)
     assert found.volume_ml == pytest.approx(HEADS[name], rel=0.01)
     assert found.agreement > 0.97
     assert found.cut_cm2 == 0
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_a_real_brain_alone_is_left_as_it_is(real_scans: Path, networks: Networks, name: str) -> None:
-    assert isinstance(extract(scan(real_scans, name), networks), NoBrainMask)
+def test_a_real_brain_alone_is_left_as_it_is(real_scans: Path, networks: ExtractionNetworks, name: str) -> None:
+    assert isinstance(extract_brain(scan(real_scans, name), networks), NoBrainMask)
 
 
 def test_an_ordinary_t1_with_skull_is_analysed(real_scans: Path, tmp_path: Path) -> None:
@@ -73,6 +73,6 @@ def test_an_ordinary_t1_with_skull_is_analysed(real_scans: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["M2208_T2w", "clinical_scct_ct_template"])
-def test_what_the_networks_do_not_know_is_refused(real_scans: Path, networks: Networks, name: str) -> None:
+def test_what_the_networks_do_not_know_is_refused(real_scans: Path, networks: ExtractionNetworks, name: str) -> None:
     with pytest.raises(BrainNotExtracted, match=r"agree with a Dice of 0\.[78]"):
-        extract(scan(real_scans, f"nifti_misc/{name}"), networks)
+        extract_brain(scan(real_scans, f"nifti_misc/{name}"), networks)

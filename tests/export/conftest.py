@@ -14,7 +14,7 @@ from app.export.dicom import write_dicom
 from app.export.report import Report
 from app.ingest import read
 from app.ingest.quiet import quiet
-from app.pipeline.findings import Result
+from app.pipeline.findings import ScanResult
 from app.volume import Affine, Scan
 from tests.support.dicom import Series, datasets, save
 from tests.support.phantom import brain, grid
@@ -32,7 +32,7 @@ class Written:
     """What went in and what came out."""
 
     scan: Scan
-    result: Result
+    result: ScanResult
     report: Report
     absent: dict[str, CounterpartError]
     segmentation: Path

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import settings
 
 from app.manifest import Manifest
-from app.pipeline.models import Models
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
+from app.pipeline.networks import Networks
 from app.volume import Volume
 from tests.support.bundle import tiny_manifest
-from tests.support.oracle import gaussian_models
+from tests.support.oracle import gaussian_networks
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 
 # The same examples on every run, however busy the machine.
@@ -23,10 +23,10 @@ def manifest() -> Manifest:
 
 
 @pytest.fixture(scope="session")
-def models(manifest: Manifest) -> Models:
+def networks(manifest: Manifest) -> Networks:
     """Its exact models."""
     s = manifest.schedule
-    return gaussian_models(Schedule.linear(s.steps, s.beta_start, s.beta_end))
+    return gaussian_networks(Schedule.linear(s.steps, s.beta_start, s.beta_end))
 
 
 @pytest.fixture(scope="session")

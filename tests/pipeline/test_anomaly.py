@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from app.pipeline import anomaly
-from app.pipeline.noise import KeyedNoise, Purpose
-from app.pipeline.schedule import CLEAN, Schedule
+from app.pipeline import diffusion, residual
+from app.pipeline.diffusion import CLEAN, KeyedNoise, Purpose, Schedule
 from tests.support.oracle import GaussianDenoiser
 
 SCHEDULE = Schedule.linear(1000, 0.0015, 0.0195)
@@ -17,7 +16,7 @@ LATENT = (3, 8, 6)
 NOISE = KeyedNoise(11, LATENT)
 SLICES = np.array([4, 9])
 MEAN, SD = 0.7, 0.5
-DIFFUSION = anomaly.Diffusion(SCHEDULE, GaussianDenoiser(SCHEDULE, np.array(MEAN), np.array(SD)), NOISE)
+DIFFUSION = diffusion.Diffusion(SCHEDULE, GaussianDenoiser(SCHEDULE, np.array(MEAN), np.array(SD)), NOISE)
 LEVELS = (400, 500, 600)
 Z0 = np.random.default_rng(2).normal(MEAN, SD, (2, *LATENT)).astype(np.float32)
 
@@ -40,41 +39,41 @@ def test_kl_map_is_the_mean_of_the_identity() -> None:
         z0_hat = (MEAN / SD**2 + np.sqrt(a) / (1 - a) * z_t) / precision  # two Gaussians' product
         gain = before / (1 - before) - a / (1 - a)
         expected += (0.5 * gain * (Z0 - z0_hat) ** 2).mean(axis=1) / len(LEVELS)
-    got = anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
+    got = diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-9)
     assert got.dtype == np.float32
 
 
 def test_geometric_mean_over_noise_levels() -> None:
-    one_by_one = [anomaly.kl_map(Z0, SLICES, DIFFUSION, (t,)) for t in LEVELS]
+    one_by_one = [diffusion.kl_map(Z0, SLICES, DIFFUSION, (t,)) for t in LEVELS]
     expected = np.exp(np.mean(np.log(one_by_one), axis=0))
-    got = anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS, "geometric")
+    got = diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS, "geometric")
     np.testing.assert_allclose(got, expected, rtol=1e-4)
-    assert (got <= anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS) * (1 + 1e-4)).all()
+    assert (got <= diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS) * (1 + 1e-4)).all()
 
 
 def test_smoothing_keeps_the_mean_of_a_flat_map_and_ignores_the_background() -> None:
     foreground = np.zeros((9, 10, 8), dtype=bool)
     foreground[:, 2:8, 1:7] = True
     flat = np.where(foreground, np.float32(3), np.float32(500))
-    smoothed = anomaly.smooth_kl(flat, foreground, (1.5, 0.4, 0.4))
+    smoothed = diffusion.smooth_kl(flat, foreground, (1.5, 0.4, 0.4))
     np.testing.assert_allclose(smoothed[foreground], 3, rtol=1e-5)
     np.testing.assert_array_equal(smoothed[~foreground], 500)
 
     point = np.zeros((9, 10, 8), dtype=np.float32)
     point[4, 5, 4] = 1
-    spread = anomaly.smooth_kl(point, np.ones_like(foreground), (1.0, 0, 0))
+    spread = diffusion.smooth_kl(point, np.ones_like(foreground), (1.0, 0, 0))
     assert spread[4, 5, 4] == pytest.approx(0.399, abs=0.002)  # a normal density at its centre
     assert spread[5, 5, 4] == pytest.approx(0.242, abs=0.002)  # and one standard deviation away
     assert spread[4, 4, 4] == 0
-    assert anomaly.smooth_kl(point, foreground, (0, 0, 0)) is point
+    assert diffusion.smooth_kl(point, foreground, (0, 0, 0)) is point
 
 
 def test_kl_rises_where_the_latent_is_not_from_the_prior() -> None:
     odd = Z0.copy()
     odd[0, :, 2:4, 3:5] += 8 * SD
-    plain = anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
-    kl = anomaly.kl_map(odd, SLICES, DIFFUSION, LEVELS)
+    plain = diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
+    kl = diffusion.kl_map(odd, SLICES, DIFFUSION, LEVELS)
     changed = np.zeros(kl.shape, dtype=bool)
     changed[0, 2:4, 3:5] = True
     assert kl[changed].min() > 3 * plain.max()
@@ -82,16 +81,16 @@ def test_kl_rises_where_the_latent_is_not_from_the_prior() -> None:
 
 
 def test_a_slice_alone_has_the_kl_it_has_among_others() -> None:
-    together = anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
-    alone = anomaly.kl_map(Z0[1:], SLICES[1:], DIFFUSION, LEVELS)
+    together = diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
+    alone = diffusion.kl_map(Z0[1:], SLICES[1:], DIFFUSION, LEVELS)
     np.testing.assert_array_equal(together[1:], alone)
 
 
 def test_the_geometric_mean_is_over_noise_levels() -> None:
-    levels = [anomaly.kl_map(Z0, SLICES, DIFFUSION, (t,)).astype(np.float64) for t in LEVELS]
-    got = anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS, "geometric")
+    levels = [diffusion.kl_map(Z0, SLICES, DIFFUSION, (t,)).astype(np.float64) for t in LEVELS]
+    got = diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS, "geometric")
     np.testing.assert_allclose(got, np.prod(levels, axis=0) ** (1 / 3), rtol=1e-4)
-    plain = anomaly.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
+    plain = diffusion.kl_map(Z0, SLICES, DIFFUSION, LEVELS)
     np.testing.assert_allclose(plain, np.mean(levels, axis=0), rtol=1e-5)
     assert (got <= plain * (1 + 1e-6)).all()
 
@@ -101,11 +100,11 @@ def test_the_median_takes_specks_and_lines_away_and_leaves_plateaus_in_their_own
     values[0, 2, 2] = 9.0  # a speck
     values[0, :, 9] = 5.0  # a line, one pixel wide
     values[1, 3:9, 3:9] = 2.0
-    got = anomaly.median(values, 3)
+    got = residual.median_filter(values, 3)
     assert got[0].max() == 0.0
     assert got[1, 4:8, 4:8].min() == 2.0
     assert got.dtype == np.float32
-    assert anomaly.median(values, 1) is values
+    assert residual.median_filter(values, 1) is values
 
 
 def test_smoothing_weighs_foreground_latents_alone() -> None:
@@ -113,14 +112,14 @@ def test_smoothing_weighs_foreground_latents_alone() -> None:
     inside = np.zeros(kl.shape, dtype=bool)
     inside[1:4, 2:7, 1:5] = True
     kl[~inside] = 1000.0
-    got = anomaly.smooth_kl(kl, inside, (1.0, 0.7, 0.7))
+    got = diffusion.smooth_kl(kl, inside, (1.0, 0.7, 0.7))
     np.testing.assert_allclose(got[inside], 3.0, rtol=1e-5)  # no background, and no edge that fades
     np.testing.assert_array_equal(got[~inside], 1000.0)
     kl[2, 4, 3] = 30.0
-    got = anomaly.smooth_kl(kl, inside, (1.0, 0.7, 0.7))
+    got = diffusion.smooth_kl(kl, inside, (1.0, 0.7, 0.7))
     assert 3.5 < got[2, 4, 3] < 15
     assert got[1, 4, 3] > got[1, 2, 1] >= 3.0 - 1e-5  # the neighbouring slice is told
-    assert anomaly.smooth_kl(kl, inside, (0.0, 0.0, 0.0)) is kl
+    assert diffusion.smooth_kl(kl, inside, (0.0, 0.0, 0.0)) is kl
 
 
 # ---- latent mask -------------------------------------------------------------------------------
@@ -131,13 +130,13 @@ def test_a_latent_is_foreground_from_half_of_its_pixels() -> None:
     pixels[0, :2, :4] = True  # 8 of 16
     pixels[0, 0, 4:8] = True  # 7 of 16, with the next line
     pixels[0, 1, 4:7] = True
-    assert anomaly.latent_foreground(pixels, 4).tolist() == [[[True, False]]]
+    assert diffusion.latent_foreground(pixels, 4).tolist() == [[[True, False]]]
 
 
 def test_mask_is_strictly_above_the_threshold_and_inside() -> None:
     kl = np.array([[[1.0, 2.0, 3.0], [3.0, 3.0, 0.0]]], dtype=np.float32)
     inside = np.array([[[True, True, True], [False, True, True]]])
-    mask = anomaly.latent_mask(kl, inside, threshold=2.0, min_component=1, grow=0)
+    mask = diffusion.latent_mask(kl, inside, threshold=2.0, min_component=1, grow=0)
     assert mask.tolist() == [[[False, False, True], [False, True, False]]]
 
 
@@ -149,7 +148,7 @@ def test_small_components_are_dropped_and_corners_join() -> None:
         "......",
         "##..#.",
     ).astype(np.float32)
-    mask = anomaly.latent_mask(kl, np.ones(kl.shape, dtype=bool), 0.5, min_component=3, grow=0)
+    mask = diffusion.latent_mask(kl, np.ones(kl.shape, dtype=bool), 0.5, min_component=3, grow=0)
     expected = marks(
         "#.....",
         ".#....",
@@ -163,7 +162,7 @@ def test_small_components_are_dropped_and_corners_join() -> None:
 def test_components_do_not_join_across_slices() -> None:
     kl = np.zeros((2, 3, 3), dtype=np.float32)
     kl[:, 1, 1] = 1
-    mask = anomaly.latent_mask(kl, np.ones(kl.shape, dtype=bool), 0.5, min_component=2, grow=1)
+    mask = diffusion.latent_mask(kl, np.ones(kl.shape, dtype=bool), 0.5, min_component=2, grow=1)
     assert not mask.any()
 
 
@@ -171,9 +170,9 @@ def test_growing_stays_in_the_foreground() -> None:
     kl = marks(".....", ".....", "..#..", ".....", ".....").astype(np.float32)
     inside = np.ones(kl.shape, dtype=bool)
     inside[0, :, 3:] = False
-    one = anomaly.latent_mask(kl, inside, 0.5, min_component=1, grow=1)
+    one = diffusion.latent_mask(kl, inside, 0.5, min_component=1, grow=1)
     np.testing.assert_array_equal(one, marks(".....", ".##..", ".##..", ".##..", "....."))
-    two = anomaly.latent_mask(kl, inside, 0.5, min_component=1, grow=2)
+    two = diffusion.latent_mask(kl, inside, 0.5, min_component=1, grow=2)
     np.testing.assert_array_equal(two, marks(*["###.."] * 5))
 
 
@@ -182,10 +181,10 @@ def test_mask_properties(kl: np.ndarray, min_component: int, grow: int) -> None:
     inside = np.zeros(kl.shape, dtype=bool)
     inside[:, 1:, :4] = True
     before = kl.copy()
-    mask = anomaly.latent_mask(kl, inside, 0.6, min_component, grow)
+    mask = diffusion.latent_mask(kl, inside, 0.6, min_component, grow)
     np.testing.assert_array_equal(kl, before)  # the caller's map is left alone
     assert not mask[~inside].any()
-    higher = anomaly.latent_mask(kl, inside, 0.8, min_component, grow)
+    higher = diffusion.latent_mask(kl, inside, 0.8, min_component, grow)
     assert not (higher & ~mask).any()  # a higher threshold marks less
     for one in mask:
         labels, count = ndimage.label(one, structure=np.ones((3, 3)))
@@ -201,7 +200,7 @@ TIMES = (500, 400, 300, 200, 100)
 
 
 def inpaint(z0: np.ndarray, mask: np.ndarray, slices: np.ndarray = SLICES) -> np.ndarray:
-    return anomaly.inpaint(z0, mask, slices, DIFFUSION, TIMES)
+    return diffusion.inpaint(z0, mask, slices, DIFFUSION, TIMES)
 
 
 def test_known_latents_come_back_bit_for_bit() -> None:
@@ -253,8 +252,8 @@ def test_masked_latents_follow_the_known_ones() -> None:
     mask = np.zeros((1, 40, 40), dtype=bool)
     mask[0, 18:22, 18:22] = True
     z0[0, :, 18:22, 18:22] = 30.0
-    diffusion = anomaly.Diffusion(SCHEDULE, FromNeighbours(SCHEDULE), large)
-    z = anomaly.inpaint(z0, mask, np.array([0]), diffusion, TIMES)
+    diffusion = diffusion.Diffusion(SCHEDULE, FromNeighbours(SCHEDULE), large)
+    z = diffusion.inpaint(z0, mask, np.array([0]), diffusion, TIMES)
     assert z[0, :, 18:22, 18:22].ravel() == pytest.approx(2.0, abs=0.4)
 
 
@@ -270,22 +269,22 @@ def test_upsampling_is_bilinear_with_half_pixel_centres(shape: tuple[int, int]) 
     latents = np.random.default_rng(4).random((2, 8, 6)).astype(np.float32)
     zoom = (1, shape[0] / 8, shape[1] / 6)
     expected = ndimage.zoom(latents, zoom, order=1, mode="nearest", grid_mode=True)
-    np.testing.assert_allclose(anomaly.upsample(latents, shape), expected, atol=1e-6)
+    np.testing.assert_allclose(residual.upsample(latents, shape), expected, atol=1e-6)
 
 
 def test_upsampling_written_out() -> None:
-    row = anomaly.upsample(np.array([[[0.0, 1.0]]]), (1, 8)).ravel()
+    row = residual.upsample(np.array([[[0.0, 1.0]]]), (1, 8)).ravel()
     assert row.tolist() == pytest.approx([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1])
 
 
 def test_residual_is_the_difference_under_the_mask() -> None:
     reference = np.full((1, 4, 8), 0.7, dtype=np.float32)
     counterpart = np.full((1, 4, 8), 0.9, dtype=np.float32)
-    got = anomaly.residual(reference, counterpart, np.array([[[False, True]]]))
+    got = residual.masked_residual(reference, counterpart, np.array([[[False, True]]]))
     assert got[0, 2].tolist() == pytest.approx([0, 0, 0.025, 0.075, 0.125, 0.175, 0.2, 0.2], abs=1e-6)
-    np.testing.assert_array_equal(anomaly.residual(reference, counterpart, np.zeros((1, 1, 2), dtype=bool)), 0)
+    np.testing.assert_array_equal(residual.masked_residual(reference, counterpart, np.zeros((1, 1, 2), dtype=bool)), 0)
 
 
 def test_score_is_the_mean_of_the_foreground() -> None:
     kl = np.array([[[1.0, 2.0], [4.0, np.nan]]], dtype=np.float32)
-    assert anomaly.score(kl, np.array([[[True, False], [True, False]]])) == pytest.approx(2.5)
+    assert diffusion.score(kl, np.array([[[True, False], [True, False]]])) == pytest.approx(2.5)

@@ -9,10 +9,10 @@ from scipy.spatial.transform import Rotation
 
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect
-from app.pipeline.findings import label_findings, to_result
-from app.pipeline.gate import Scores
-from app.pipeline.models import Models
-from app.pipeline.prepare import to_slices
+from app.pipeline.findings import label_findings, to_scan_result
+from app.pipeline.networks import Networks
+from app.pipeline.ood import ScanScores
+from app.pipeline.preprocess import to_slices
 from app.volume import Volume
 from tests.support.bundle import tiny_manifest
 from tests.support.phantom import LESION_MM, ball, brain, grid, with_lesion
@@ -35,7 +35,7 @@ def untouched(volume: Volume, manifest: Manifest) -> Detection:
     n, _, height, width = slices.x.shape
     latents = np.zeros((n, height // 4, width // 4))
     anomaly = np.where(slices.foreground, np.float32(0), np.float32(np.nan))
-    scores = Scores(0.0, np.zeros(n, dtype=np.float32), ((0.0, 0.0),), 0.0, 0.0)
+    scores = ScanScores(0.0, np.zeros(n, dtype=np.float32), ((0.0, 0.0),), 0.0, 0.0)
     return Detection(
         slices, np.ones(n, dtype=bool), latents.astype(np.float32), latents > 0, slices.x[:, 0], anomaly, scores, (0,)
     )
@@ -44,7 +44,7 @@ def untouched(volume: Volume, manifest: Manifest) -> Detection:
 def drawn(volume: Volume, manifest: Manifest, *balls: tuple[tuple[float, float, float], float, float]) -> Detection:
     """Balls (centre in mm, radius in mm, residual) on the anomaly map."""
     detection = untouched(volume, manifest)
-    placement = detection.slices.placement
+    placement = detection.slices.grid
     indices = np.moveaxis(np.indices(placement.shape), 0, -1)
     points = affines.apply_affine(placement.affine, indices)
     anomaly = detection.anomaly.copy()
@@ -56,7 +56,7 @@ def drawn(volume: Volume, manifest: Manifest, *balls: tuple[tuple[float, float, 
 @pytest.mark.parametrize("name", GRIDS)
 def test_numbers_of_one_finding(name: str, manifest: Manifest) -> None:
     volume = brain(*GRIDS[name])
-    result = to_result(volume, drawn(volume, manifest, (LESION_MM, 15.0, 0.4)), manifest)
+    result = to_scan_result(volume, drawn(volume, manifest, (LESION_MM, 15.0, 0.4)), manifest)
     (lesion,) = result.lesions
     assert lesion.label == 1
     assert lesion.volume_ml == pytest.approx(4 / 3 * np.pi * 1.5**3, rel=0.25)  # threshold below half: a rim more
@@ -76,7 +76,7 @@ def test_numbers_of_one_finding(name: str, manifest: Manifest) -> None:
 def test_the_written_mask_lies_where_the_finding_says(name: str, manifest: Manifest) -> None:
     """From the mask and the affine of the result alone, as a viewer does it."""
     volume = brain(*GRIDS[name])
-    result = to_result(volume, drawn(volume, manifest, (LESION_MM, 15.0, 0.4)), manifest)
+    result = to_scan_result(volume, drawn(volume, manifest, (LESION_MM, 15.0, 0.4)), manifest)
     assert result.mask.shape == result.anomaly.shape == result.counterpart.shape == volume.shape
     np.testing.assert_array_equal(result.affine, volume.affine)
     assert result.mask.dtype == np.uint8
@@ -90,7 +90,7 @@ def test_the_written_mask_lies_where_the_finding_says(name: str, manifest: Manif
 def test_findings_are_numbered_by_size_and_small_ones_dropped(manifest: Manifest) -> None:
     volume = brain()
     balls = (((-30.0, 0.0, 0.0), 9.0, 0.3), ((30.0, 20.0, 10.0), 15.0, 0.5), ((0.0, -50.0, 0.0), 4.0, 0.9))
-    result = to_result(volume, drawn(volume, manifest, *balls), manifest)
+    result = to_scan_result(volume, drawn(volume, manifest, *balls), manifest)
     assert [lesion.label for lesion in result.lesions] == [1, 2]
     assert result.lesions[0].centroid_mm == pytest.approx((30, 20, 10), abs=0.9)
     assert result.lesions[1].centroid_mm == pytest.approx((-30, 0, 0), abs=0.9)
@@ -103,7 +103,7 @@ def test_findings_are_numbered_by_size_and_small_ones_dropped(manifest: Manifest
     # The third has 0.27 ml: it is in no finding, and not in the mask either.
     assert result.mask.sum() * volume.voxel_ml == pytest.approx(sum(lesion.volume_ml for lesion in result.lesions))
     all_kept = manifest.model_copy(update={"residual": manifest.residual.model_copy(update={"min_lesion_ml": 0.0})})
-    assert len(to_result(volume, drawn(volume, manifest, *balls), all_kept).lesions) == 3
+    assert len(to_scan_result(volume, drawn(volume, manifest, *balls), all_kept).lesions) == 3
 
 
 def test_findings_that_touch_at_a_corner_are_one(manifest: Manifest) -> None:
@@ -112,7 +112,7 @@ def test_findings_that_touch_at_a_corner_are_one(manifest: Manifest) -> None:
     anomaly = detection.anomaly.copy()
     anomaly[18:22, 30:34, 26:30] = 0.5
     anomaly[22:26, 34:38, 30:34] = 0.5
-    result = to_result(volume, replace(detection, anomaly=anomaly), manifest)
+    result = to_scan_result(volume, replace(detection, anomaly=anomaly), manifest)
     assert len(result.lesions) == 1
     assert result.mask.sum() == 2 * 4**3
 
@@ -153,7 +153,7 @@ def test_what_is_unknown_joins_no_findings() -> None:
 
 def test_nothing_found_is_an_empty_mask_and_the_scan_itself(manifest: Manifest) -> None:
     volume = brain()
-    result = to_result(volume, untouched(volume, manifest), manifest)
+    result = to_scan_result(volume, untouched(volume, manifest), manifest)
     assert result.lesions == ()
     assert not result.mask.any()
     np.testing.assert_array_equal(result.counterpart, volume.array)
@@ -164,7 +164,7 @@ def test_what_was_not_analysed_is_nan_and_never_in_the_mask(manifest: Manifest) 
     detection = drawn(volume, manifest, (LESION_MM, 15.0, 0.4))
     anomaly = detection.anomaly.copy()
     anomaly[26:] = np.nan  # z = 19.5 mm and above
-    result = to_result(volume, replace(detection, anomaly=anomaly), manifest)
+    result = to_scan_result(volume, replace(detection, anomaly=anomaly), manifest)
     z = affines.apply_affine(volume.affine, np.moveaxis(np.indices(volume.shape), 0, -1))[..., 2]
     assert np.isnan(result.anomaly[z > 19.5]).all()
     assert not result.mask[z > 19.5].any()
@@ -175,13 +175,13 @@ def test_what_was_not_analysed_is_nan_and_never_in_the_mask(manifest: Manifest) 
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("factor", [0.5, 1.35])
 def test_the_counterpart_is_the_scan_with_the_lesion_taken_out(
-    name: str, factor: float, models: Models, manifest: Manifest
+    name: str, factor: float, networks: Networks, manifest: Manifest
 ) -> None:
     healthy = brain(*GRIDS[name])
     sick = with_lesion(healthy, LESION_MM, 15.0, factor)
-    detection = detect(sick, models, manifest)
-    result = to_result(sick, detection, manifest)
-    placement = detection.slices.placement
+    detection = detect(sick, networks, manifest)
+    result = to_scan_result(sick, detection, manifest)
+    placement = detection.slices.grid
     changed = placement.to_volume((detection.counterpart != detection.slices.x[:, 0]).astype(np.float32))
     away = ~(changed > 0)  # NaN where no slice lies
     np.testing.assert_array_equal(result.counterpart[away], sick.array[away])
@@ -194,18 +194,18 @@ def test_the_counterpart_is_the_scan_with_the_lesion_taken_out(
     assert result.counterpart[heart].mean() == pytest.approx(healthy.array[heart].mean(), rel=0.18)
 
 
-def test_the_counterpart_of_a_lesion_beyond_the_range_is_tissue(models: Models, manifest: Manifest) -> None:
+def test_the_counterpart_of_a_lesion_beyond_the_range_is_tissue(networks: Networks, manifest: Manifest) -> None:
     """What is clipped on the way in must not come back on the way out."""
     healthy = brain()
     sick = with_lesion(healthy, LESION_MM, 15.0, 2.5)
-    result = to_result(sick, detect(sick, models, manifest), manifest)
+    result = to_scan_result(sick, detect(sick, networks, manifest), manifest)
     heart = ball(healthy, LESION_MM, 9.0)
     assert result.counterpart[heart].mean() == pytest.approx(healthy.array[heart].mean(), rel=0.12)
 
 
-def test_the_counterpart_keeps_the_units_of_the_scan(models: Models, manifest: Manifest) -> None:
+def test_the_counterpart_keeps_the_units_of_the_scan(networks: Networks, manifest: Manifest) -> None:
     sick = with_lesion(brain(), LESION_MM, 15.0, 0.5)
     shifted = Volume(sick.array * np.float32(2.0) - np.float32(1000), sick.affine)
-    plain, other = (to_result(v, detect(v, models, manifest), manifest) for v in (sick, shifted))
+    plain, other = (to_scan_result(v, detect(v, networks, manifest), manifest) for v in (sick, shifted))
     np.testing.assert_array_equal(plain.mask, other.mask)
     np.testing.assert_allclose(other.counterpart, plain.counterpart * 2 - 1000, atol=2.0)

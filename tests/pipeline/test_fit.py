@@ -6,16 +6,15 @@ from nibabel import affines
 from scipy import ndimage
 
 from app.errors import WrongFieldOfView
-from app.manifest import Fit
-from app.pipeline.fit import fill_by_slice, largest_box
-from app.pipeline.prepare import Slices, analysed_slices, to_slices
+from app.manifest import HeadBox
+from app.pipeline.preprocess import Slices, analysed_slices, fill_holes_by_slice, largest_head_box, to_slices
 from app.volume import Affine, Volume
-from tests.support.grids import GRIDS, PREPARATION, centroid_mm
+from tests.support.grids import GRIDS, PREPROCESSING, centroid_mm
 from tests.support.phantom import HALF_AXES_MM, ball, brain, grid, with_lesion
 
-FITTED = PREPARATION.model_copy(
+FITTED = PREPROCESSING.model_copy(
     update={
-        "fit": Fit(rows=48, columns=40, foreground_level=0.3),
+        "fit": HeadBox(rows=48, columns=40, foreground_level=0.3),
         "extent_mm": ((60.0, 80.0, 0.0), (240.0, 280.0, 300.0)),
     }
 )
@@ -26,12 +25,12 @@ WINDOW = {"window": (0.0, 80.0), "intensity_percentile": None, "intensity_level"
 
 def pixel_mm(slices: Slices) -> tuple[float, float]:
     """Size of a pixel, rows and columns."""
-    _, dy, dx = affines.voxel_sizes(slices.placement.affine)
+    _, dy, dx = affines.voxel_sizes(slices.grid.affine)
     return float(dy), float(dx)
 
 
 def box(slices: Slices) -> tuple[tuple[float, float], tuple[float, float]]:
-    return largest_box(slices.foreground)
+    return largest_head_box(slices.foreground)
 
 
 # ---- the box -----------------------------------------------------------------------------------
@@ -42,23 +41,23 @@ def test_the_box_is_that_of_the_slice_that_shows_most() -> None:
     stack[0, 2:4, 2:28] = True
     stack[1, 5:15, 6:26] = True
     stack[2, 1:19, 10:12] = True
-    assert largest_box(stack) == ((9.5, 15.5), (10.0, 20.0))
+    assert largest_head_box(stack) == ((9.5, 15.5), (10.0, 20.0))
 
 
 def test_an_ear_and_a_nose_do_not_make_a_head_smaller() -> None:
     stack = np.zeros((1, 40, 40), dtype=bool)
     stack[0, 10:30, 10:30] = True
-    plain = largest_box(stack)
+    plain = largest_head_box(stack)
     stack[0, 18:22, 30:36] = True  # an ear, a fifth of the head's length
     stack[0, 30:35, 19:21] = True
-    assert largest_box(stack) == plain
+    assert largest_head_box(stack) == plain
 
 
 def test_holes_are_closed_in_each_slice_alone() -> None:
     stack = np.ones((3, 9, 9), dtype=bool)
     stack[:, 4, 4] = False  # open above and below
     stack[1, :5, 4] = False  # and here to the side
-    filled = fill_by_slice(stack)
+    filled = fill_holes_by_slice(stack)
     assert filled[0].all()
     assert filled[2].all()
     assert filled[1].sum() == 76
@@ -96,7 +95,7 @@ def test_every_grid_shows_the_same_head(name: str) -> None:
     """Thick slices, oblique and mirrored axes: the phantom sampled straight on the stack."""
     volume = brain(*GRIDS[name])
     slices = to_slices(volume, FITTED)
-    placement = slices.placement
+    placement = slices.grid
     truth = brain(placement.shape, placement.affine).array / placement.scale
     inner = ndimage.binary_erosion(slices.foreground, iterations=2)
     difference = np.abs(slices.x[:, 0] - truth)[inner]
@@ -121,9 +120,9 @@ def test_a_lesion_is_seen_at_its_place_and_comes_back_there(name: str, scale: fl
     healthy = brain(shape, larger, scale=scale)
     sick = with_lesion(healthy, at, 14.0 * scale, 0.4)
     plain = to_slices(healthy, FITTED)
-    change = np.where(plain.placement.from_source(np.abs(sick.array - healthy.array)) > 100, 1.0, 0.0)
-    assert centroid_mm(change, plain.placement.affine) == pytest.approx(at, abs=0.4 * max(pixel_mm(plain)))
-    back = plain.placement.to_volume(change.astype(np.float32))
+    change = np.where(plain.grid.sample_volume(np.abs(sick.array - healthy.array)) > 100, 1.0, 0.0)
+    assert centroid_mm(change, plain.grid.affine) == pytest.approx(at, abs=0.4 * max(pixel_mm(plain)))
+    back = plain.grid.to_volume(change.astype(np.float32))
     assert back.shape == shape
     found = np.nan_to_num(back) > 0.5
     assert centroid_mm(found.astype(np.float32), larger) == pytest.approx(at, abs=1.5)
@@ -135,7 +134,7 @@ def test_a_lesion_is_seen_at_its_place_and_comes_back_there(name: str, scale: fl
 def test_the_slices_come_back_as_the_scan(name: str) -> None:
     volume = brain(*GRIDS[name])
     slices = to_slices(volume, FITTED)
-    back = slices.placement.to_volume(slices.x[:, 0]) * slices.placement.scale
+    back = slices.grid.to_volume(slices.x[:, 0]) * slices.grid.scale
     inner = ndimage.binary_erosion(volume.array > 0, iterations=4) & np.isfinite(back)
     assert inner.sum() > 3000
     assert np.abs(back - volume.array)[inner].mean() < 12  # of 800: two interpolations
@@ -187,7 +186,7 @@ def test_intensities_are_those_of_what_the_pictures_show() -> None:
     bright[:, :, :24] *= 1.5
     expected, found = to_slices(volume, reaching), to_slices(Volume(bright, volume.affine), reaching)
     top = analysed_slices(expected, reaching)[1:]
-    assert found.placement.scale == pytest.approx(expected.placement.scale, rel=0.01)
+    assert found.grid.scale == pytest.approx(expected.grid.scale, rel=0.01)
     # The head starts at a share of the brightest percent of everything: some surface pixels turn.
     both = found.foreground[top] & expected.foreground[top]
     np.testing.assert_allclose(found.x[top, 0][both], expected.x[top, 0][both], atol=0.01)

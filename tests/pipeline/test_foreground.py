@@ -6,7 +6,7 @@ from scipy import ndimage
 
 from app.manifest import Residual
 from app.pipeline.findings import label_findings
-from app.pipeline.foreground import FOREGROUND_LEVEL, background_of, bounding_box, stands_out
+from app.pipeline.preprocess import FOREGROUND_LEVEL, background_level, bounding_box, foreground_mask
 from app.volume import FloatArray
 
 SHAPES = ((17, 19, 13), (16, 18, 1), (1, 20, 14), (14, 2, 15))
@@ -28,22 +28,22 @@ def test_the_foreground_is_that_of_the_whole_volume(shape: tuple[int, ...], seed
     sizes[0] = 0
     largest = labels == sizes.argmax()
     expected = ndimage.binary_fill_holes(largest.squeeze()).reshape(shape)
-    np.testing.assert_array_equal(stands_out(signal), expected)
+    np.testing.assert_array_equal(foreground_mask(signal), expected)
 
 
 def test_a_ring_one_voxel_thick_stays_open_in_a_volume_and_is_filled_in_a_slice() -> None:
     ring = np.zeros((9, 9, 5), np.float32)
     ring[2:7, 2:7, 2] = 1
     ring[3:6, 3:6, 2] = 0
-    assert stands_out(ring).sum() == 16
-    assert stands_out(ring[..., 2:3]).sum() == 25
+    assert foreground_mask(ring).sum() == 16
+    assert foreground_mask(ring[..., 2:3]).sum() == 25
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_background_is_the_median_of_the_faces(shape: tuple[int, ...]) -> None:
     array = texture(shape, 0) + np.float32(0.25)
     faces = [np.take(array, i, axis=axis).ravel() for axis in range(3) for i in (0, -1) if shape[axis] > 2]
-    assert background_of(array) == float(np.median(np.concatenate(faces)))
+    assert background_level(array) == float(np.median(np.concatenate(faces)))
 
 
 def test_a_bounding_box_holds_all_and_no_more() -> None:

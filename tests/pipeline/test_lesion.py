@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from app.pipeline.lesion import insert_lesion
+from app.pipeline.synthetic_lesion import insert_lesion
 
 SPACING = np.array([1.0, 1.0, 2.0])
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from app.errors import Cancelled, OutOfMemory
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 
 Z = np.arange(7 * 3 * 2 * 2, dtype=np.float32).reshape(7, 3, 2, 2)
 
 
-def counting(sizes: list[int]) -> Models:
+def counting(sizes: list[int]) -> Networks:
     """Models that note the batches they see."""
 
     def network(*arrays: Any) -> Any:
@@ -20,26 +20,26 @@ def counting(sizes: list[int]) -> Models:
         return np.asarray(sum(a.reshape(len(a), -1).sum(axis=1) for a in arrays), dtype=np.float32)
 
     either: Any = network
-    return Models(either, either, either)
+    return Networks(either, either, either)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (100, [7])])
 def test_batches_cover_every_slice_once(size: int, expected: list[int]) -> None:
     sizes: list[int] = []
     ticks: list[int] = []
-    models = counting(sizes).in_batches(size, ticks.append)
+    networks = counting(sizes).in_batches(size, ticks.append)
     t = np.full(7, 500)
-    np.testing.assert_array_equal(models.denoise(Z, t), Z.reshape(7, -1).sum(axis=1) + 500)
+    np.testing.assert_array_equal(networks.denoise(Z, t), Z.reshape(7, -1).sum(axis=1) + 500)
     assert sizes == ticks == expected
 
 
 def test_all_three_networks_are_batched_and_ticked() -> None:
     sizes: list[int] = []
     ticks: list[int] = []
-    models = counting(sizes).in_batches(4, ticks.append)
-    models.encode(Z)
-    models.denoise(Z, np.full(7, 1))
-    models.decode(Z)
+    networks = counting(sizes).in_batches(4, ticks.append)
+    networks.encode(Z)
+    networks.denoise(Z, np.full(7, 1))
+    networks.decode(Z)
     assert sizes == ticks == [4, 3] * 3
 
 
@@ -65,9 +65,9 @@ def test_memory_that_runs_out_halves_the_batch_for_all_networks_and_changes_noth
         return plain.encode(*arrays)
 
     either: Any = tight
-    models = Models(either, either, either).in_batches(5, lambda _: None)
-    np.testing.assert_array_equal(models.encode(Z), plain.encode(Z))
-    models.decode(Z)
+    networks = Networks(either, either, either).in_batches(5, lambda _: None)
+    np.testing.assert_array_equal(networks.encode(Z), plain.encode(Z))
+    networks.decode(Z)
     assert sizes == [2, 2, 2, 1, 7, 2, 2, 2, 1]
     with pytest.raises(OutOfMemory, match="3 slices"):
-        Models(either, either, either).in_batches(6, lambda _: None).denoise(Z, np.full(7, 1))
+        Networks(either, either, either).in_batches(6, lambda _: None).denoise(Z, np.full(7, 1))

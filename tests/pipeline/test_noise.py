@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from app.pipeline.noise import KeyedNoise, Purpose
+from app.pipeline.diffusion import KeyedNoise, Purpose
 
 NOISE = KeyedNoise(7, (2, 6, 5))
 SLICES = np.array([3, 10, 4, 0])

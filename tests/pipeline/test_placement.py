@@ -7,10 +7,10 @@ from hypothesis import settings as run
 from hypothesis import strategies as st
 from nibabel import affines
 
-from app.pipeline import placement
-from app.pipeline.prepare import to_slices
+from app.pipeline import grid
+from app.pipeline.preprocess import to_slices
 from app.volume import Volume
-from tests.support.grids import CORNER_MM, GRIDS, PREPARATION, centroid_mm, prepared, reference, tilted
+from tests.support.grids import CORNER_MM, GRIDS, PREPROCESSING, centroid_mm, prepared, reference, tilted
 from tests.support.phantom import ball, brain, grid, with_lesion
 
 
@@ -18,10 +18,10 @@ from tests.support.phantom import ball, brain, grid, with_lesion
 @pytest.mark.parametrize("at", [(25.0, 30.0, 12.0), (-31.0, -22.0, -17.0)])
 def test_a_blob_comes_back_to_its_place(name: str, at: tuple[float, float, float]) -> None:
     volume, slices = prepared(name)
-    placement = slices.placement
-    indices = np.moveaxis(np.indices(placement.shape), 0, -1)
-    distance = np.linalg.norm(affines.apply_affine(placement.affine, indices) - np.array(at), axis=-1)
-    back = placement.to_volume(np.exp(-((distance / 9) ** 2)).astype(np.float32))
+    placement = slices.grid
+    indices = np.moveaxis(np.indices(grid.shape), 0, -1)
+    distance = np.linalg.norm(affines.apply_affine(grid.affine, indices) - np.array(at), axis=-1)
+    back = grid.to_volume(np.exp(-((distance / 9) ** 2)).astype(np.float32))
     assert back.shape == volume.shape
     offset = affines.apply_affine(np.linalg.inv(volume.affine), centroid_mm(np.nan_to_num(back), volume.affine))
     assert offset == pytest.approx(affines.apply_affine(np.linalg.inv(volume.affine), np.array(at)), abs=0.3)
@@ -35,19 +35,19 @@ def test_a_lesion_of_the_scan_is_seen_at_its_place(name: str) -> None:
     """The other direction: from the scan's millimetres to the stack's."""
     at = (28.0, -25.0, 14.0)
     volume, plain = prepared(name)
-    sick = to_slices(with_lesion(volume, at, 12, 0.5), PREPARATION)
+    sick = to_slices(with_lesion(volume, at, 12, 0.5), PREPROCESSING)
     change = np.where(plain.x[:, 0] - sick.x[:, 0] > 0.1, 1.0, 0.0)
-    assert centroid_mm(change, plain.placement.affine) == pytest.approx(at, abs=0.9)  # 0.3 pixel
+    assert centroid_mm(change, plain.grid.affine) == pytest.approx(at, abs=0.9)  # 0.3 pixel
 
 
 def test_beyond_the_slices_nothing_is_known() -> None:
     volume, slices = reference()
-    placement = slices.placement
-    back = placement.to_volume(np.ones(placement.shape, dtype=np.float32))
+    placement = slices.grid
+    back = grid.to_volume(np.ones(grid.shape, dtype=np.float32))
     inside = affines.apply_affine(
-        np.linalg.inv(placement.affine) @ volume.affine, np.moveaxis(np.indices(volume.shape), 0, -1)
+        np.linalg.inv(grid.affine) @ volume.affine, np.moveaxis(np.indices(volume.shape), 0, -1)
     )
-    reached = ((inside >= -0.5) & (inside <= np.array(placement.shape) - 0.5)).all(axis=-1)
+    reached = ((inside >= -0.5) & (inside <= np.array(grid.shape) - 0.5)).all(axis=-1)
     np.testing.assert_array_equal(np.isfinite(back), reached)
     assert 0.3 < reached.mean() < 1
     np.testing.assert_allclose(back[reached], 1.0, atol=1e-6)
@@ -55,10 +55,10 @@ def test_beyond_the_slices_nothing_is_known() -> None:
 
 def test_unknown_pixels_stay_unknown_and_do_not_spill() -> None:
     volume, slices = reference()
-    stack = np.full(slices.placement.shape, 5.0, dtype=np.float32)
+    stack = np.full(slices.grid.shape, 5.0, dtype=np.float32)
     stack[:10] = np.nan
-    back = slices.placement.to_volume(stack)
-    z = affines.apply_affine(slices.placement.affine, [10, 0, 0])[2]
+    back = slices.grid.to_volume(stack)
+    z = affines.apply_affine(slices.grid.affine, [10, 0, 0])[2]
     z_of = affines.apply_affine(volume.affine, np.column_stack([[26] * 48, [32] * 48, range(48)]))[:, 2]
     line = back[26, 32]
     assert np.isnan(line[z_of < z - 1.5]).all()
@@ -70,9 +70,9 @@ def test_unknown_pixels_stay_unknown_and_do_not_spill() -> None:
 def test_a_value_beside_the_unknown_is_not_faded(name: str) -> None:
     """A voxel between a known and an unknown pixel is a mean of the known alone, not of known and 0."""
     _, slices = prepared(name)
-    stack = np.full(slices.placement.shape, 5.0, dtype=np.float32)
+    stack = np.full(slices.grid.shape, 5.0, dtype=np.float32)
     stack[:20] = np.nan
-    back = slices.placement.to_volume(stack)
+    back = slices.grid.to_volume(stack)
     np.testing.assert_allclose(back[np.isfinite(back)], 5.0, atol=1e-4)
 
 
@@ -86,10 +86,10 @@ def test_any_tilt_and_spacing_brings_a_ball_back(
     x, y, z = (int(200 / s) for s in spacing)
     shape = (x, y, z)
     volume = brain(shape, tilted(grid(shape, spacing), *degrees))
-    placement = to_slices(volume, PREPARATION).placement
-    stack = np.arange(np.prod(placement.shape), dtype=np.float32).reshape(placement.shape)
-    on_stack = ball(Volume(stack, placement.affine), at, 20.0)
-    back = placement.to_volume(on_stack.astype(np.float32)) > 0.5
+    placement = to_slices(volume, PREPROCESSING).grid
+    stack = np.arange(np.prod(grid.shape), dtype=np.float32).reshape(grid.shape)
+    on_stack = ball(Volume(stack, grid.affine), at, 20.0)
+    back = grid.to_volume(on_stack.astype(np.float32)) > 0.5
     truth = ball(volume, at, 20)
     assert 2 * (back & truth).sum() / (back.sum() + truth.sum()) > 0.93
     voxel = affines.apply_affine(np.linalg.inv(volume.affine), centroid_mm(back.astype(float), volume.affine))
@@ -100,12 +100,12 @@ def test_any_tilt_and_spacing_brings_a_ball_back(
 def test_axis_by_axis_is_the_general_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the axes run along each other, products of matrices give what the affine transform gives."""
     _, slices = prepared(name)
-    stack = np.random.default_rng(0).random(slices.placement.shape, dtype=np.float32)
+    stack = np.random.default_rng(0).random(slices.grid.shape, dtype=np.float32)
     stack[slices.foreground == 0] = np.nan
-    quick = slices.placement.to_volume(stack)
+    quick = slices.grid.to_volume(stack)
     monkeypatch.setattr(placement, "_scaled_axes", lambda _: False)
     monkeypatch.setattr(placement, "SLAB_VOXELS", 1)  # and slab by slab what it gives at once
-    general = slices.placement.to_volume(stack)
+    general = slices.grid.to_volume(stack)
     np.testing.assert_array_equal(np.isnan(quick), np.isnan(general))
     np.testing.assert_allclose(quick, general, atol=1e-6)
 
@@ -124,8 +124,8 @@ def test_mirrored_and_turned_grids_are_the_general_way_in_any_slabs(
     scan[:3, :3] = np.diag(steps)[:, order]
     shape = (60, 50, 45)
     scan[:3, 3] = -scan[:3, :3] @ (np.array(shape) / 2)
-    placed = placement.Placement(slices, (9, 14, 12), scan, shape, 0.0, 1.0)
-    assert placement._scaled_axes((np.linalg.inv(slices) @ scan)[:3, :3])
+    placed = grid.SliceGrid(slices, (9, 14, 12), scan, shape, 0.0, 1.0)
+    assert grid._scaled_axes((np.linalg.inv(slices) @ scan)[:3, :3])
     quick = placed.to_volume(stack)
     monkeypatch.setattr(placement, "SLAB_VOXELS", 7000)
     # BLAS adds in another order for another size: the slabs' size is fixed, so that a scan gives the same bytes.
@@ -140,8 +140,8 @@ def test_mirrored_and_turned_grids_are_the_general_way_in_any_slabs(
 def test_threads_do_not_change_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(placement, "SLAB_VOXELS", 20_000)
     shape, spacing = (40, 44, 30), (3.7, 4.1, 5.0)
-    slices = to_slices(brain(shape, tilted(grid(shape, spacing), 7.0, -4.0, 11.0)), PREPARATION)
+    slices = to_slices(brain(shape, tilted(grid(shape, spacing), 7.0, -4.0, 11.0)), PREPROCESSING)
     stack = np.where(slices.foreground, slices.x[:, 0], np.float32(np.nan))
-    alone, several, default = (slices.placement.to_volume(stack, threads) for threads in (1, 3, 0))
+    alone, several, default = (slices.grid.to_volume(stack, threads) for threads in (1, 3, 0))
     assert np.isfinite(alone).any()
     assert alone.tobytes() == several.tobytes() == default.tobytes()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.pipeline.schedule import CLEAN, Schedule
+from app.pipeline.diffusion import CLEAN, Schedule
 from tests.support.oracle import GaussianDenoiser
 
 MEAN, SD = 0.70, 0.50

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from app.pipeline.prepare import to_slices
+from app.pipeline.preprocess import to_slices
 from app.volume import Volume
-from tests.support.grids import PREPARATION, reference
+from tests.support.grids import PREPROCESSING, reference
 from tests.support.phantom import brain, grid
 
-WINDOW = PREPARATION.model_copy(update={"window": (0.0, 80.0), "intensity_percentile": None, "intensity_level": None})
+WINDOW = PREPROCESSING.model_copy(update={"window": (0.0, 80.0), "intensity_percentile": None, "intensity_level": None})
 
 
 def head_ct(outside: float = -1000.0, bone: float = 1500.0) -> Volume:
@@ -25,10 +25,10 @@ def head_ct(outside: float = -1000.0, bone: float = 1500.0) -> Volume:
 def test_a_window_maps_its_ends_to_zero_and_one() -> None:
     volume = head_ct()
     slices = to_slices(volume, WINDOW)
-    placement = slices.placement
+    placement = slices.grid
     assert (placement.background, placement.scale) == (0.0, 80.0)
     inner = ndimage.binary_erosion(slices.foreground, iterations=5)
-    hounsfield = placement.from_source(volume.array)
+    hounsfield = placement.sample_volume(volume.array)
     np.testing.assert_allclose(slices.x[:, 0][inner], hounsfield[inner] / 80, atol=1e-5)
     assert slices.x[:, 0][slices.foreground & (hounsfield > 1400)].min() > 0.95
     assert slices.x[:, 0][~slices.foreground].max() == 0
@@ -54,6 +54,6 @@ def test_bone_does_not_shine_into_the_brain() -> None:
     inner = ndimage.binary_erosion(phantom.array > 0, iterations=6)
     array = np.where(phantom.array > 0, np.where(inner, 40.0, 1500.0), -1000.0).astype(np.float32)
     slices = to_slices(Volume(array, affine), WINDOW)
-    deep = slices.placement.from_source(ndimage.binary_erosion(inner).astype(np.float32)) > 0.999
+    deep = slices.grid.sample_volume(ndimage.binary_erosion(inner).astype(np.float32)) > 0.999
     assert deep.sum() > 10_000
     assert slices.x[:, 0][deep].max() < 0.56  # 0.5 is 40 HU; smoothed before it is cut, it would be above 0.7

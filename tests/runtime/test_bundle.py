@@ -15,13 +15,12 @@ import pytest
 
 from app.errors import DamagedBundle, ProviderUnavailable
 from app.pipeline.detect import detect
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
 from app.runtime.bundle import INT8_TOLERANCE, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.files import side_by_side
-from app.runtime.session import open_session
+from app.runtime.session import open_session, run_concurrently
 from app.volume import FloatArray
 from tests.support.bundle import INT8, INT8_STEP, add_int8, write_tiny_bundle
-from tests.support.oracle import gaussian_models
+from tests.support.oracle import gaussian_networks
 from tests.support.phantom import brain, with_lesion
 
 
@@ -51,31 +50,31 @@ def rewrite_manifest(folder: Path) -> None:
 def test_the_graphs_are_the_exact_models(bundle: Bundle) -> None:
     """The ONNX of the tests against numpy: an oracle that is itself checked."""
     s = bundle.manifest.schedule
-    oracle = gaussian_models(Schedule.linear(s.steps, s.beta_start, s.beta_end))
+    oracle = gaussian_networks(Schedule.linear(s.steps, s.beta_start, s.beta_end))
     rng = np.random.default_rng(5)
     x = rng.random((3, 1, 64, 56), dtype=np.float32)
     z = rng.standard_normal((3, *bundle.manifest.latent_shape), dtype=np.float32)
     t = np.array([1, 500, 999])
-    np.testing.assert_allclose(bundle.models.encode(x), oracle.encode(x), atol=2e-5)
-    np.testing.assert_allclose(bundle.models.denoise(z, t), oracle.denoise(z, t), atol=2e-6)
-    np.testing.assert_allclose(bundle.models.decode(z), oracle.decode(z), atol=2e-6)
+    np.testing.assert_allclose(bundle.networks.encode(x), oracle.encode(x), atol=2e-5)
+    np.testing.assert_allclose(bundle.networks.denoise(z, t), oracle.denoise(z, t), atol=2e-6)
+    np.testing.assert_allclose(bundle.networks.decode(z), oracle.decode(z), atol=2e-6)
 
 
 def test_a_slice_is_told_the_same_in_any_batch(bundle: Bundle) -> None:
     rng = np.random.default_rng(6)
     z = rng.standard_normal((5, *bundle.manifest.latent_shape), dtype=np.float32)
     t = np.array([100, 200, 300, 400, 500])
-    together = bundle.models.denoise(z, t)
-    apart = np.concatenate([bundle.models.denoise(z[i : i + 1], t[i : i + 1]) for i in range(5)])
+    together = bundle.networks.denoise(z, t)
+    apart = np.concatenate([bundle.networks.denoise(z[i : i + 1], t[i : i + 1]) for i in range(5)])
     np.testing.assert_allclose(together, apart, atol=1e-6)
 
 
 def test_a_scan_is_told_the_same_in_any_batch(bundle: Bundle) -> None:
     scan = with_lesion(brain(), (25.0, 10.0, 20.0))
-    expected = detect(scan, bundle.models, bundle.manifest)
+    expected = detect(scan, bundle.networks, bundle.manifest)
     assert expected.latent_mask.any()
     for size in (1, 5):
-        other = detect(scan, bundle.models.in_batches(size, lambda _: None), bundle.manifest)
+        other = detect(scan, bundle.networks.in_batches(size, lambda _: None), bundle.manifest)
         np.testing.assert_array_equal(other.latent_mask, expected.latent_mask)
         np.testing.assert_allclose(other.anomaly, expected.anomaly, atol=1e-5)
 
@@ -111,10 +110,10 @@ def test_on_a_cpu_the_denoiser_in_int8_is_served(in_int8: Path, bundle: Bundle) 
     assert (loaded.precision, bundle.precision, loaded.manifest.precision) == ("int8", "float32", "float32")
     z_t = np.random.default_rng(8).standard_normal((4, *loaded.manifest.latent_shape), dtype=np.float32)
     t = np.array([100, 200, 500, 900])
-    found, exact = loaded.models.denoise(z_t, t), bundle.models.denoise(z_t, t)
+    found, exact = loaded.networks.denoise(z_t, t), bundle.networks.denoise(z_t, t)
     np.testing.assert_array_equal(found, np.round(found / INT8_STEP) * INT8_STEP)
     assert INT8_STEP / 4 < np.abs(found - exact).max() <= INT8_STEP / 2 + 1e-5
-    np.testing.assert_array_equal(loaded.models.encode(z_image()), bundle.models.encode(z_image()))
+    np.testing.assert_array_equal(loaded.networks.encode(z_image()), bundle.networks.encode(z_image()))
 
 
 def z_image() -> FloatArray:
@@ -126,13 +125,13 @@ def test_float32_is_loaded_where_it_is_asked_for(in_int8: Path, bundle: Bundle) 
     assert loaded.precision == "float32"
     z_t = np.random.default_rng(8).standard_normal((2, *loaded.manifest.latent_shape), dtype=np.float32)
     t = np.array([100, 900])
-    np.testing.assert_array_equal(loaded.models.denoise(z_t, t), bundle.models.denoise(z_t, t))
+    np.testing.assert_array_equal(loaded.networks.denoise(z_t, t), bundle.networks.denoise(z_t, t))
 
 
 def test_int8_gives_the_same_bytes_again(in_int8: Path) -> None:
     scan = with_lesion(brain(), (25.0, 10.0, 20.0))
     again = [
-        detect(scan, loaded.models.in_batches(16, lambda _: None), loaded.manifest)
+        detect(scan, loaded.networks.in_batches(16, lambda _: None), loaded.manifest)
         for loaded in (load_bundle(in_int8, threads=1), load_bundle(in_int8, threads=1))
     ]
     assert again[0].latent_mask.any()
@@ -242,7 +241,7 @@ def test_a_graph_that_gives_nan_is_refused(copy: Path) -> None:
 def test_files_are_loadedside_by_side() -> None:
     """Both wait for each other: one after the other would never end."""
     meet = Barrier(2, timeout=10)
-    assert sorted(side_by_side("cpu", [meet.wait, meet.wait])) == [0, 1]
+    assert sorted(run_concurrently("cpu", [meet.wait, meet.wait])) == [0, 1]
 
 
 def test_on_cuda_files_are_loaded_one_after_the_other() -> None:
@@ -254,7 +253,7 @@ def test_on_cuda_files_are_loaded_one_after_the_other() -> None:
         sleep(0.01)
         return running.pop() + len(running)
 
-    assert side_by_side("cuda", [task] * 4) == [1, 1, 1, 1]
+    assert run_concurrently("cuda", [task] * 4) == [1, 1, 1, 1]
 
 
 def test_of_several_faults_the_first_file_is_named(copy: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from app.errors import DamagedBundle
-from app.manifest import Preparation
+from app.manifest import Preprocessing
 from app.runtime.bundle import find_bundles, load_bundle, shipped_models
 from app.runtime.extractor import CARD, EXTRACTOR, MANIFEST, load_extractor
 from tests.support.bundle import tiny_manifest
@@ -78,4 +78,4 @@ def test_a_bundle_of_brains_alone_brings_it(tiny_models: Path, tmp_path: Path) -
 
 def test_a_manifest_that_does_not_say_so_is_of_scans_as_they_come() -> None:
     fields = tiny_manifest().preparation.model_dump(exclude={"brain_only"})
-    assert Preparation.model_validate(fields).brain_only is False
+    assert Preprocessing.model_validate(fields).brain_only is False

@@ -10,10 +10,10 @@ import onnxruntime
 import pytest
 
 from app.errors import OutOfMemory, ProviderUnavailable
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.runtime import bundle as runtime
 from app.runtime.bundle import load_bundle
-from app.runtime.fixed import FixedBatch
+from app.runtime.fixed_batch import FixedBatch
 from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray
 
@@ -95,7 +95,7 @@ def test_memory_that_runs_out_halves_the_fixed_batch_too(path: Path) -> None:
     run: Any = network
     z, t = some(path, 7)
     ticks: list[int] = []
-    models = Models(run, run, run).in_batches(4, ticks.append)
+    models = Networks(run, run, run).in_batches(4, ticks.append)
     np.testing.assert_array_equal(models.denoise(z, t), as_callable(open_session(path, "cpu", 1))(z, t))
     assert (opened, ticks, network.size) == ([4, 2], [2, 2, 2, 1], 2)
 
@@ -128,7 +128,7 @@ def test_cuda_is_asked_for_alone_and_for_full_float32(
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None, raising=False)
     monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
     with pytest.raises(Exception, match="could not be loaded") as caught:
-        open_session(path, "cuda", batch=4, graphs=graphs)
+        open_session(path, "cuda", batch=4, cuda_graphs=graphs)
     assert isinstance(caught.value, ProviderUnavailable) == graphs  # else the file would be at fault
     assert isinstance(caught.value.__cause__, Asked)
     provider, options = caught.value.__cause__.args
@@ -167,4 +167,4 @@ def test_a_bundle_on_cuda_runs_in_fixed_batches_and_its_golden_pair_comes_out(
     plain = load_bundle(path.parent, threads=1)
     assert plain.batch == 16
     z, t = some(path, 11)
-    np.testing.assert_array_equal(loaded.models.denoise(z, t), plain.models.denoise(z, t))
+    np.testing.assert_array_equal(loaded.networks.denoise(z, t), plain.networks.denoise(z, t))

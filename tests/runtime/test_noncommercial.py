@@ -12,7 +12,7 @@ from app.export.nifti import write_nifti
 from app.jobs.engine import INFERRED, BundleEngine
 from app.main import create_app
 from app.manifest import Manifest
-from app.runtime.choice import choose, permit
+from app.runtime.selection import check_licence, select_model
 from app.settings import Settings
 from app.volume import Source
 from tests.api.support import FakeEngine, scan
@@ -31,33 +31,33 @@ FLAIR_SCAN, NIFTI = Source("dicom", "MR", ("FLAIR",)), Source("nifti")
 
 def test_it_is_never_chosen_for_a_scan() -> None:
     with pytest.raises(WrongSequence) as caught:
-        choose([tiny_manifest(), restricted()], FLAIR_SCAN, None)
-    assert choose([tiny_manifest(), restricted()], NIFTI, None).manifest.name == "tiny"
+        select_model([tiny_manifest(), restricted()], FLAIR_SCAN, None)
+    assert select_model([tiny_manifest(), restricted()], NIFTI, None).manifest.name == "tiny"
     assert "flair" not in caught.value.expected
 
 
 def test_alone_it_is_not_chosen_either_and_the_answer_says_how_to_have_it() -> None:
     with pytest.raises(UnknownModel, match="0 models fit") as caught:
-        choose([restricted()], NIFTI, None)
+        select_model([restricted()], NIFTI, None)
     assert caught.value.expected == "one of flair-0.0.1 (MR, FLAIR; only when asked for by name)."
 
 
 def test_asked_for_by_name_it_is_found() -> None:
-    choice = choose([tiny_manifest(), restricted()], FLAIR_SCAN, "flair")
-    assert (choice.manifest.name, choice.by, choice.doubt) == ("flair", "caller", "")
+    choice = select_model([tiny_manifest(), restricted()], FLAIR_SCAN, "flair")
+    assert (choice.manifest.name, choice.by, choice.warning) == ("flair", "caller", "")
 
 
 def test_the_operator_must_allow_it() -> None:
-    permit(restricted(), noncommercial=True)
-    permit(tiny_manifest(), noncommercial=False)
+    check_licence(restricted(), noncommercial=True)
+    check_licence(tiny_manifest(), noncommercial=False)
     with pytest.raises(NonCommercialModel, match=r"CC-BY-NC-SA-4\.0") as caught:
-        permit(restricted(), noncommercial=False)
+        check_licence(restricted(), noncommercial=False)
     assert "COUNTERPART_ALLOW_NONCOMMERCIAL" in caught.value.advice
     assert (caught.value.code, STATUS_OF_CODE[caught.value.code]) == ("non_commercial_model", 403)
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def networks(tmp_path: Path) -> Path:
     """A folder with the tiny bundle, under a licence that forbids commercial use."""
     folder = write_tiny_bundle(tmp_path / "models")
     manifest = folder / "manifest.json"

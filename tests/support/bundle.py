@@ -13,20 +13,20 @@ from app.manifest import (
     Calibration,
     File,
     Files,
-    Gate,
     KlMap,
     Latent,
     Licence,
     Manifest,
     NoiseSchedule,
-    Preparation,
+    OodCheck,
+    Preprocessing,
     Provenance,
     Range,
     Residual,
     Reverse,
 )
-from app.pipeline.prepare import to_slices
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
+from app.pipeline.preprocess import to_slices
 from app.volume import FloatArray
 from tests.support.oracle import CELL, MEANS, SCALE, SDS, SHIFT, SIGNS, TISSUE_LEVEL
 from tests.support.phantom import brain
@@ -59,7 +59,7 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
         intended_use="Tests.",
         modality="MR",
         sequence="T1",
-        preparation=Preparation(
+        preparation=Preprocessing(
             subject="a skull-stripped brain",
             advice="Send the phantom of the tests.",
             spacing_mm=(3.0, 3.0, 3.0),
@@ -89,7 +89,7 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
             healthy_false_positive_ml=0.0,
             min_lesion_ml=1.0,
         ),
-        gate=Gate(timesteps=(500,), typical=(wide,), reconstruction=wide, latent=wide, max_fraction_out=1.0),
+        gate=OodCheck(timesteps=(500,), typical=(wide,), reconstruction=wide, latent=wide, max_fraction_out=1.0),
         calibration=Calibration(subjects=("phantom",), slice_score=wide, scan_score=wide),
         files=files or Files(encoder=nothing, denoiser=nothing, decoder=nothing, golden=nothing),
         licence=Licence(data="synthetic", licence="Apache-2.0", attribution="none needed"),

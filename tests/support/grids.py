@@ -7,12 +7,12 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy.spatial.transform import Rotation
 
-from app.pipeline.prepare import Slices, to_slices
+from app.pipeline.preprocess import Slices, to_slices
 from app.volume import Affine, Volume
 from tests.support.bundle import tiny_manifest
 from tests.support.phantom import brain, grid
 
-PREPARATION = tiny_manifest().preparation
+PREPROCESSING = tiny_manifest().preparation
 # Corner of the stack that `brain()` fills: 40 slices of 64 x 56 pixels of 3 mm around the origin.
 CORNER_MM = (-82.5, -94.5, -58.5)
 
@@ -39,14 +39,14 @@ GRIDS = {
 def prepared(name: str) -> tuple[Volume, Slices]:
     """Sample the phantom on one of `GRIDS`, and prepare it."""
     volume = brain(*GRIDS[name])
-    return volume, to_slices(volume, PREPARATION)
+    return volume, to_slices(volume, PREPROCESSING)
 
 
 @cache
 def reference() -> tuple[Volume, Slices]:
     """Sample the phantom on its own grid, and prepare it."""
     volume = brain()
-    return volume, to_slices(volume, PREPARATION)
+    return volume, to_slices(volume, PREPROCESSING)
 
 
 def centroid_mm(weights: npt.NDArray[np.floating], affine: Affine) -> npt.NDArray[np.float64]:

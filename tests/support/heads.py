@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from app.brain import Networks
+from app.pipeline.brain_extraction import ExtractionNetworks
 from app.volume import FloatArray
 
 
@@ -20,4 +20,4 @@ def nothing(x: FloatArray) -> FloatArray:
     return np.full_like(x, -5)
 
 
-ORACLE = Networks(outline, outline)
+ORACLE = ExtractionNetworks(outline, outline)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.pipeline.models import IntArray, Models
-from app.pipeline.schedule import Schedule
-from app.volume import FloatArray
+from app.pipeline.diffusion import Schedule
+from app.pipeline.networks import Networks
+from app.volume import FloatArray, IntArray
 
 # Encoding: mean of the pixels of a cell that are brighter than this, so that a cell on the edge of
 # the head reads as tissue; then shifted, scaled and signed, one sign a channel.
@@ -66,9 +66,9 @@ def decode(z0: FloatArray) -> FloatArray:
     return np.asarray(np.clip(tissue.repeat(CELL, axis=2).repeat(CELL, axis=3), 0, 1), dtype=np.float32)
 
 
-def gaussian_models(schedule: Schedule) -> Models:
+def gaussian_networks(schedule: Schedule) -> Networks:
     """Make the exact models of a phantom's slices."""
-    return Models(encode, GaussianDenoiser(schedule, _channels(MEANS), _channels(SDS)), decode)
+    return Networks(encode, GaussianDenoiser(schedule, _channels(MEANS), _channels(SDS)), decode)
 
 
 def _channels(values: tuple[float, ...]) -> npt.NDArray[np.float64]:

@@ -13,7 +13,7 @@ from app import __version__
 from app.export.report import RESEARCH_USE_ONLY, Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
 from app.manifest import Range
 from app.pipeline.detect import Detection
-from app.pipeline.findings import Lesion, Result
+from app.pipeline.findings import Lesion, ScanResult
 from app.volume import Scan, Volume
 from tests.support.phantom import positions
 
@@ -21,7 +21,7 @@ Point = tuple[float, float, float]
 MODEL = ModelUsed(id="tiny-0.0.1", sha256="5a" * 32, provider="cpu", seed=7, licence="Apache-2.0")
 
 
-def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[Result, Report]:
+def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[ScanResult, Report]:
     """Mark balls (centre in RAS+ mm, radius in mm) that do not touch."""
     volume = scan.volume
     inside = [_ball(volume, centre, radius) for centre, radius in balls]
@@ -39,7 +39,7 @@ def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[Result, Re
         )
     assert ndimage.label(labels, np.ones((3, 3, 3)))[1] == len(balls), "balls that touch are one lesion"
     nothing = cast("Detection", None)  # nobody asks such a result for its counterpart
-    result = Result(labels, anomaly, volume.affine, tuple(lesions), volume, nothing)
+    result = ScanResult(labels, anomaly, volume.affine, tuple(lesions), volume, nothing)
     return result, report_of(scan, result)
 
 
@@ -58,7 +58,7 @@ def _ball(volume: Volume, centre_mm: Point, radius_mm: float) -> npt.NDArray[np.
     return found
 
 
-def report_of(scan: Scan, result: Result) -> Report:
+def report_of(scan: Scan, result: ScanResult) -> Report:
     """The report that belongs to a result."""
     wide = Range(low=0.0, high=1.0)
     return Report(

@@ -42,7 +42,7 @@ def test_the_next_healthy_scan_is_held_as_often_as_promised() -> None:
     for _ in range(2000):
         subjects, scanners = rng.normal(0, 0.1, (10, 1)), rng.normal(0, 0.2, (10, 5))
         healthy = np.exp(1 + subjects + scanners)
-        outside.append(not next_healthy(healthy[:9], 0.05).holds(float(healthy[9, 0])))
+        outside.append(not next_healthy(healthy[:9], 0.05).contains(float(healthy[9, 0])))
     assert np.mean(outside) == pytest.approx(0.05, abs=0.015)
 
 

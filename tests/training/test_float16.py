@@ -30,7 +30,7 @@ def test_the_denoiser_alone_computes_in_float16(tmp_path: Path) -> None:
     graph = onnx.load(folder / "denoiser.onnx").graph
     float32 = onnx.TensorProto.FLOAT
     assert {v.type.tensor_type.elem_type for v in (graph.input[0], graph.output[0])} == {float32}
-    converted, plain = load_bundle(folder, threads=1).models, load_bundle(HEADCT, threads=1, quantised=False).models
+    converted, plain = load_bundle(folder, threads=1).networks, load_bundle(HEADCT, threads=1, quantised=False).networks
     with np.load(folder / "golden.npz") as golden:
         off = np.abs(converted.denoise(golden["z_t"], golden["t"]) - plain.denoise(golden["z_t"], golden["t"])).max()
         np.testing.assert_array_equal(converted.encode(golden["x"]), plain.encode(golden["x"]))

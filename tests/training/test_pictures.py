@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from app.manifest import Preparation
-from app.pipeline.prepare import to_slices
+from app.manifest import Preprocessing
+from app.pipeline.preprocess import to_slices
 from tests.support.phantom import brain, grid
 from training import data, pictures
 from training.calibrate import apart
@@ -114,7 +114,7 @@ def test_front_and_left_of_a_picture_stay_there(headct: Config) -> None:
     assert best > turned
 
 
-def headct_free(config: Config) -> Preparation:
+def headct_free(config: Config) -> Preprocessing:
     """The same preparation with intensities by a percentile, for the phantom's own units."""
     free = {"window": None, "intensity_percentile": 98.0, "intensity_level": 0.5}
     return config.preparation.model_copy(update=free)

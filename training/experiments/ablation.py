@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from app.manifest import Manifest
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.runtime.bundle import load_bundle
 from app.volume import FloatArray
 from training.calibrate import apart, residual_settings, significant
@@ -40,14 +40,14 @@ FALSE_POSITIVE_ML = (0.5, 1.0, 2.0)
 EXTENT_SHARES = (1.0, 0.8, 0.6, 0.4)
 
 
-def measure(cases: list[Case], tried: dict[str, Candidate], models: Models) -> tuple[Document, list[FloatArray]]:
+def measure(cases: list[Case], tried: dict[str, Candidate], models: Networks) -> tuple[Document, list[FloatArray]]:
     """AUPRC and best-achievable Dice of each candidate, by kind of case; and the maps as shipped."""
     remembering = Remembering(models)
     found: dict[str, list[FloatArray]] = {name: [] for name in tried}
     for case in tqdm(cases, desc="candidates", unit="scan"):
         remembering.forget()
         for name, candidate in tried.items():
-            found[name].append(judged(candidate.map(case, remembering.models), case))
+            found[name].append(judged(candidate.map(case, remembering.networks), case))
     kinds: dict[str, list[int]] = {}
     for i, case in enumerate(cases):
         kinds.setdefault(case.kind, []).append(i)
@@ -118,7 +118,7 @@ def run(names: Iterable[str] = tuple(CASES)) -> None:
             continue
         start = time.perf_counter()
         # In float32: the ranges of int8 were taken at the bundle's own noise levels.
-        models = load_bundle(bundle_folder(e.config), quantised=False).models.in_batches(BATCH, lambda _: None)
+        models = load_bundle(bundle_folder(e.config), quantised=False).networks.in_batches(BATCH, lambda _: None)
         tried = candidates(e.manifest, e.config, models)
         cases = bundle_cases(e.config, e.manifest, CASES[name])
         kinds, found = measure(cases, tried, models)

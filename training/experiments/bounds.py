@@ -13,13 +13,13 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from app.manifest import Manifest, View
-from app.pipeline import anomaly
-from app.pipeline.detect import compare, mean_view, settle
-from app.pipeline.models import Models
-from app.pipeline.prepare import BoolArray, to_slices
-from app.pipeline.seen import Seen, surprise
-from app.pipeline.views import turn
-from app.volume import FloatArray
+from app.pipeline import diffusion, residual
+from app.pipeline.detect import compare_view
+from app.pipeline.diffusion import EncodedView, smoothed_kl_map
+from app.pipeline.networks import Networks
+from app.pipeline.preprocess import to_slices
+from app.pipeline.residual import augment, average_views, postprocess_residual
+from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import load_scan
 from training.experiments import kept
@@ -53,8 +53,8 @@ def touched(truth: BoolArray, shape: tuple[int, ...]) -> BoolArray:
 
 def edges(truth: BoolArray) -> BoolArray:
     """A pixel on either side of a lesion's edge in its slices, (K, H, W): there, the truth is a matter of rounding."""
-    grown = ndimage.binary_dilation(truth, structure=anomaly.IN_PLANE)
-    return np.asarray(grown & ~anomaly.erode(truth, 1), dtype=np.bool_)
+    grown = ndimage.binary_dilation(truth, structure=diffusion.IN_PLANE)
+    return np.asarray(grown & ~residual.erode_foreground(truth, 1), dtype=np.bool_)
 
 
 def healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
@@ -70,7 +70,7 @@ def truth_of(step: str, case: Case) -> BoolArray:
     return case.truth & ~edges(case.truth) if step == NO_EDGES else case.truth
 
 
-def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) -> dict[str, FloatArray]:
+def maps(case: Case, healthy: FloatArray, models: Networks, manifest: Manifest) -> dict[str, FloatArray]:
     """The anomaly map of each step, (K, H, W).
 
     Parameters
@@ -83,10 +83,10 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
     for view, seen in seen_in_views(case, models, manifest):
         for step, values in _residuals(seen, case, healthy, view, models, manifest).items():
             found[step].append(values)
-    inner = anomaly.erode(case.foreground, manifest.residual.erosion)
+    inner = residual.erode_foreground(case.foreground, manifest.residual.erosion)
     spacing = manifest.preparation.spacing_mm
     settled = {
-        step: settle(mean_view(each, manifest.views), case.x, inner, manifest.residual, spacing)
+        step: postprocess_residual(average_views(each, manifest.views), case.x, inner, manifest.residual, spacing)
         for step, each in found.items()
     }
     settled[NO_EDGES] = np.where(edges(case.truth), np.float32(np.nan), settled[SHIPPED])
@@ -94,21 +94,21 @@ def maps(case: Case, healthy: FloatArray, models: Models, manifest: Manifest) ->
 
 
 def _residuals(
-    seen: Seen, case: Case, healthy: FloatArray, view: View, models: Models, manifest: Manifest
+    seen: EncodedView, case: Case, healthy: FloatArray, view: View, models: Networks, manifest: Manifest
 ) -> dict[str, FloatArray]:
     """The residual of each step in one view."""
-    lesion = touched(turn(case.truth, view), seen.latents.shape) & seen.latents
-    kl = surprise(seen, manifest)
+    lesion = touched(augment(case.truth, view), seen.foreground_latents.shape) & seen.foreground_latents
+    kl = smoothed_kl_map(seen, manifest)
     high = np.float32(2 * manifest.kl.threshold)
-    counterpart = models.decode(models.encode(turn(healthy, view)))[:, 0]
+    counterpart = models.decode(models.encode(augment(healthy, view)))[:, 0]
 
     def under(kl: FloatArray) -> FloatArray:
-        return compare(seen, np.asarray(kl, dtype=np.float32), models, manifest).residual
+        return compare_view(seen, np.asarray(kl, dtype=np.float32), models, manifest).residual
 
     def against(mask: BoolArray) -> FloatArray:
-        off = anomaly.residual(seen.x[:, 0], counterpart, mask)
+        off = residual.masked_residual(seen.x[:, 0], counterpart, mask)
         floor = manifest.residual.contrast_floor
-        return anomaly.weigh(off, counterpart, kl, seen.latents, floor, by_kl=False)
+        return residual.weight_residual(off, counterpart, kl, seen.foreground_latents, floor, by_kl=False)
 
     return {
         SHIPPED: under(kl),
@@ -117,7 +117,7 @@ def _residuals(
         MASK: under(np.where(lesion, high, 0)),
         COUNTERPART: against(lesion),
         UNMASKED: against(np.ones_like(lesion)),
-        FLOOR: anomaly.upsample(lesion, seen.x.shape[2:]),
+        FLOOR: residual.upsample(lesion, seen.x.shape[2:]),
     }
 
 
@@ -133,7 +133,7 @@ def spread_cases(every: Iterable[Case], count: int) -> list[Case]:
     return chosen
 
 
-def measure(config: Config, models: Models, manifest: Manifest, cases: list[Case]) -> Document:
+def measure(config: Config, models: Networks, manifest: Manifest, cases: list[Case]) -> Document:
     """AUPRC and best-achievable Dice of each step, by grade."""
     found: dict[str, list[FloatArray]] = {step: [] for step in STEPS}
     for case in tqdm(cases, desc=manifest.id, unit="scan"):
@@ -162,7 +162,7 @@ def run() -> None:
             continue
         start = time.perf_counter()
         cases = spread_cases(synthetic(e.config, e.manifest, "validation"), count)
-        rows = measure(e.config, e.models, e.manifest, cases)
+        rows = measure(e.config, e.networks, e.manifest, cases)
         told = {"provenance": now, "whole_seconds": time.perf_counter() - start}
         document["bundles"][name] = told | {"grades": rows}
         kept.write(PART, document)

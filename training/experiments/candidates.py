@@ -11,13 +11,11 @@ import torch
 from monai.metrics.regression import compute_ssim_and_cs
 
 from app.manifest import KlMap, Manifest, Residual, View
-from app.pipeline import anomaly
-from app.pipeline.detect import compare, mean_view, settle
-from app.pipeline.models import Models
-from app.pipeline.noise import KeyedNoise
-from app.pipeline.schedule import Schedule
-from app.pipeline.seen import Seen, see, surprise
-from app.pipeline.views import turn
+from app.pipeline import diffusion, residual
+from app.pipeline.detect import compare_view
+from app.pipeline.diffusion import EncodedView, KeyedNoise, Schedule, encode_view, smoothed_kl_map
+from app.pipeline.networks import Networks
+from app.pipeline.residual import augment, average_views, postprocess_residual
 from app.volume import FloatArray
 from training.calibrate import components, kl_threshold, significant
 from training.config import Config
@@ -39,7 +37,7 @@ PLAIN_EMPTY = 0.8
 PAPER_LEVELS, PAPER_STEPS, PAPER_PERCENTILE = (400, 450, 500, 550, 600), (500, 400, 300, 200, 100, 50), 97.5
 
 # What differs in one view, (K, H, W), from its slices and their KL map.
-Differs = Callable[[Seen, FloatArray, Models, Manifest], FloatArray]
+Differs = Callable[[EncodedView, FloatArray, Networks, Manifest], FloatArray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,50 +58,50 @@ class Candidate:
     differs: Differs
     after: Callable[[FloatArray], FloatArray] | None = None
 
-    def map(self, case: Case, models: Models) -> FloatArray:
+    def map(self, case: Case, models: Networks) -> FloatArray:
         """The anomaly map of the judged slices of a case, as `detect` makes it but for the change, (K, H, W)."""
         manifest = self.manifest
         found = [
-            self.differs(seen, surprise(seen, manifest), models, manifest)
+            self.differs(seen, smoothed_kl_map(seen, manifest), models, manifest)
             for _, seen in seen_in_views(case, models, manifest)
         ]
-        inner = anomaly.erode(case.foreground, manifest.residual.erosion)
-        settled = settle(
-            mean_view(found, manifest.views), case.x, inner, manifest.residual, manifest.preparation.spacing_mm
+        inner = residual.erode_foreground(case.foreground, manifest.residual.erosion)
+        settled = postprocess_residual(
+            average_views(found, manifest.views), case.x, inner, manifest.residual, manifest.preparation.spacing_mm
         )
         return settled if self.after is None else self.after(settled)
 
 
-def seen_in_views(case: Case, models: Models, manifest: Manifest) -> Iterator[tuple[View, Seen]]:
+def seen_in_views(case: Case, models: Networks, manifest: Manifest) -> Iterator[tuple[View, EncodedView]]:
     """The judged slices of a case in each view of the bundle, encoded, with the noise of serving."""
     s = manifest.schedule
     schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
     for index, view in enumerate(manifest.views):
         noise = KeyedNoise(manifest.seed, manifest.latent_shape, index)
-        diffusion = anomaly.Diffusion(schedule, models.denoise, noise)
-        yield view, see(turn(case.x, view), turn(case.foreground, view), case.known, models, diffusion)
+        diffusion = diffusion.Diffusion(schedule, models.denoise, noise)
+        yield view, encode_view(augment(case.x, view), augment(case.foreground, view), case.known, models, diffusion)
 
 
-def residual(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> FloatArray:
+def residual(seen: EncodedView, kl: FloatArray, models: Networks, manifest: Manifest) -> FloatArray:
     """As served."""
-    return compare(seen, kl, models, manifest).residual
+    return compare_view(seen, kl, models, manifest).residual
 
 
-def second_look(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> FloatArray:
+def second_look(seen: EncodedView, kl: FloatArray, models: Networks, manifest: Manifest) -> FloatArray:
     """The counterpart is looked at again: what of a lesion was left in it is imagined away too (THOR; MAD-AD)."""
-    mask = compare(seen, kl, models, manifest).mask
-    healed = anomaly.inpaint(seen.z0, mask, seen.known, seen.diffusion, manifest.reverse.timesteps)
-    return residual(seen, np.maximum(kl, surprise(replace(seen, z0=healed), manifest)), models, manifest)
+    mask = compare_view(seen, kl, models, manifest).mask
+    healed = diffusion.inpaint(seen.z0, mask, seen.known, seen.diffusion, manifest.reverse.timesteps)
+    return residual(seen, np.maximum(kl, smoothed_kl_map(replace(seen, z0=healed), manifest)), models, manifest)
 
 
-def kl_alone(seen: Seen, kl: FloatArray, _models: Models, _manifest: Manifest) -> FloatArray:
+def kl_alone(seen: EncodedView, kl: FloatArray, _models: Networks, _manifest: Manifest) -> FloatArray:
     """The KL map, up-sampled: no counterpart (ANDi, arXiv 2312.01904)."""
-    return anomaly.upsample(np.where(seen.latents, kl, np.float32(0)), seen.x.shape[2:])
+    return residual.upsample(np.where(seen.foreground_latents, kl, np.float32(0)), seen.x.shape[2:])
 
 
-def structural(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> FloatArray:
+def structural(seen: EncodedView, kl: FloatArray, models: Networks, manifest: Manifest) -> FloatArray:
     """1 - SSIM of slices and counterparts, mean over window sizes; as it is where nothing was imagined, 0."""
-    pair = [torch.from_numpy(v)[:, None] for v in (seen.x[:, 0], compare(seen, kl, models, manifest).counterpart)]
+    pair = [torch.from_numpy(v)[:, None] for v in (seen.x[:, 0], compare_view(seen, kl, models, manifest).counterpart)]
     unlike = []
     for size in WINDOWS:
         padded = [torch.nn.functional.pad(v, (size // 2,) * 4, mode="reflect") for v in pair]
@@ -113,9 +111,9 @@ def structural(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -
     return mean
 
 
-def brighter(seen: Seen, kl: FloatArray, models: Models, manifest: Manifest) -> FloatArray:
+def brighter(seen: EncodedView, kl: FloatArray, models: Networks, manifest: Manifest) -> FloatArray:
     """Where the slice is brighter than its counterpart, and nowhere else."""
-    found = compare(seen, kl, models, manifest)
+    found = compare_view(seen, kl, models, manifest)
     return np.where(seen.x[:, 0] > found.counterpart, found.residual, np.float32(0))
 
 
@@ -125,7 +123,7 @@ class Changes:
     KL thresholds come from the KL maps of healthy validation scans, as in calibration.
     """
 
-    def __init__(self, own: Manifest, config: Config, models: Models) -> None:
+    def __init__(self, own: Manifest, config: Config, models: Networks) -> None:
         self.own = own
         self._config = config
         self._models = models
@@ -179,7 +177,7 @@ class Changes:
         )
 
 
-def candidates(own: Manifest, config: Config, models: Models) -> dict[str, Candidate]:
+def candidates(own: Manifest, config: Config, models: Networks) -> dict[str, Candidate]:
     """By what is changed; `AS_SHIPPED` first, what the others are compared with."""
     changes = Changes(own, config, models)
     manifests = {
@@ -229,10 +227,10 @@ def residuals(changes: Changes) -> dict[str, Residual]:
 class Remembering:
     """A bundle's networks, each asked once of the same arrays: most candidates ask for the same."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Networks) -> None:
         self._known: dict[tuple[str, ...], FloatArray] = {}
         self._asked = models
-        self.models = Models(
+        self.networks = Networks(
             encode=lambda x: self._ask("encode", x),
             denoise=lambda z_t, t: self._ask("denoise", z_t, t),
             decode=lambda z0: self._ask("decode", z0),

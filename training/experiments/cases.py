@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from app.manifest import Manifest
-from app.pipeline import anomaly
-from app.pipeline.prepare import BoolArray, Slices, analysed_slices, to_slices
-from app.volume import FloatArray, Volume
+from app.pipeline import diffusion, residual
+from app.pipeline.preprocess import Slices, analysed_slices, to_slices
+from app.volume import BoolArray, FloatArray, Volume
 from training.config import Config, data_root
 from training.data import load_scan, load_volume
 from training.lesions import SPRITE_EVERY, Lesioned, gold_shape, insert_lesion, insert_sprites
@@ -87,8 +87,8 @@ def make_case(
     known = analysed_slices(slices, manifest.preparation)
     if healthy is not None:
         known = known[healthy(slices)[known]]
-    placed = slices.placement.from_source(truth.astype(np.float32))[known] > 0.5
-    judged = anomaly.erode(slices.foreground[known], manifest.residual.erosion)
+    placed = slices.grid.sample_volume(truth.astype(np.float32))[known] > 0.5
+    judged = residual.erode_foreground(slices.foreground[known], manifest.residual.erosion)
     return Case(subject, kind, volume, slices, known, placed, judged)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from app.manifest import Manifest, View
-from app.pipeline.models import IntArray, Models
+from app.pipeline.networks import Networks
 from app.runtime.bundle import load_bundle
-from app.volume import FloatArray
+from app.volume import FloatArray, IntArray
 from training.calibrate import kl_threshold, significant
 from training.config import Config
 from training.data import load_scan
@@ -67,10 +67,10 @@ POINTS = (
 class Counting:
     """A bundle's networks, with how many slices the denoiser was asked of."""
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Networks) -> None:
         self.evaluations = 0
         self._denoise = models.denoise
-        self.models = replace(models, denoise=self)
+        self.networks = replace(models, denoise=self)
 
     def __call__(self, z_t: FloatArray, t: IntArray) -> FloatArray:
         self.evaluations += len(z_t)
@@ -93,7 +93,7 @@ def changed(manifest: Manifest, point: Point, threshold: Callable[[tuple[int, ..
     return manifest.model_copy(update={"views": manifest.views[: point.views], "kl": kl, "reverse": reverse})
 
 
-def recalibrated(config: Config, models: Models, percentile: float, levels: tuple[int, ...]) -> float:
+def recalibrated(config: Config, models: Networks, percentile: float, levels: tuple[int, ...]) -> float:
     """The KL threshold at other noise levels: a percentile of healthy validation latents, as in calibration."""
     detection = config.detection.model_copy(update={"kl_timesteps": levels, "views": (View(),)})
     asked = config.model_copy(update={"detection": detection})
@@ -114,10 +114,10 @@ def chosen_cases(every: Iterable[Case], count: int) -> list[Case]:
     return chosen
 
 
-def measure(models: Models, manifest: Manifest, cases: list[Case]) -> Document:
+def measure(models: Networks, manifest: Manifest, cases: list[Case]) -> Document:
     """One point on all cases: both grades together."""
     counting = Counting(models)
-    maps = methods.ours(counting.models, manifest)
+    maps = methods.ours(counting.networks, manifest)
     start = time.perf_counter()
     found = [maps(case) for case in cases]
     seconds = time.perf_counter() - start
@@ -139,7 +139,7 @@ def run(names: Iterable[str] = tuple(CASES), points: tuple[Point, ...] = POINTS)
     for name in names:
         e = Experiment(name)
         # In float32: the ranges of int8 were taken at the bundle's own noise levels.
-        models = load_bundle(bundle_folder(e.config), quantised=False).models.in_batches(BATCH, lambda _: None)
+        models = load_bundle(bundle_folder(e.config), quantised=False).networks.in_batches(BATCH, lambda _: None)
         now, own = e.provenance("validation"), shipped(e.manifest)
         known = document["bundles"].get(name, {})
         rows = known["points"] if kept.fits(known.get("provenance", {}), now) else {}

@@ -80,7 +80,7 @@ class Experiment:
         self.config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
         self.bundle: Bundle = load_bundle(bundle_folder(self.config))
         self.manifest = self.bundle.manifest
-        self.models = self.bundle.models.in_batches(BATCH, lambda _: None)
+        self.networks = self.bundle.networks.in_batches(BATCH, lambda _: None)
         self.choices: list[Case] = []
 
     def makers(self) -> dict[str, Callable[[], Method]]:
@@ -88,7 +88,7 @@ class Experiment:
         plain = methods.without_model
         made: dict[str, Callable[[], Method]] = {
             OURS: lambda: Method(
-                OURS, "Counterpart", {"": methods.ours(self.models, self.manifest)}, (methods.AS_IT_IS,), self._size()
+                OURS, "Counterpart", {"": methods.ours(self.networks, self.manifest)}, (methods.AS_IT_IS,), self._size()
             ),
             "intensity": lambda: plain(self.config)["intensity"],
             "mean": lambda: plain(self.config)["mean"],

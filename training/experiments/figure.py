@@ -13,9 +13,8 @@ from matplotlib import pyplot as plt
 from app.manifest import Manifest
 from app.pipeline.detect import detect
 from app.pipeline.findings import label_findings
-from app.pipeline.models import Models
-from app.pipeline.prepare import BoolArray
-from app.volume import FloatArray
+from app.pipeline.networks import Networks
+from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.experiments.cases import Case, synthetic
 from training.experiments.methods import ungated
@@ -40,7 +39,7 @@ class Panel:
     top: float
 
 
-def panels(config: Config, models: Models, manifest: Manifest) -> list[Panel]:
+def panels(config: Config, models: Networks, manifest: Manifest) -> list[Panel]:
     """The slice with most of the lesion, of the first test subjects."""
     every = list(synthetic(config, manifest, "test"))
     by_kind = [[c for c in every if c.kind == kind] for kind in KINDS]
@@ -49,7 +48,7 @@ def panels(config: Config, models: Models, manifest: Manifest) -> list[Panel]:
     return [_panel(case, models, manifest) for case in chosen]
 
 
-def _panel(case: Case, models: Models, manifest: Manifest) -> Panel:
+def _panel(case: Case, models: Networks, manifest: Manifest) -> Panel:
     found = detect(case.volume, models, ungated(manifest))
     index = int(case.truth.sum(axis=(1, 2)).argmax())
     labels, _ = label_findings(found.anomaly[case.known], manifest.residual, manifest.preparation.voxel_ml)

@@ -93,7 +93,7 @@ def measure(e: Experiment, subjects: tuple[str, ...], shapes: dict[str, Insert])
         made = shapes[name](load_scan(e.config, subject).volume, contrast, i)
         row: Document = {"subject": subject, "shape": name, "contrast": contrast, "truth_ml": made.truth_ml}
         try:
-            detect(made.volume, e.models, manifest)
+            detect(made.volume, e.networks, manifest)
             yield row | {"outcome": "analysed"}
         except CounterpartError as error:
             yield row | {"outcome": error.code, "found": error.found}

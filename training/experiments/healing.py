@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from app.pipeline import anomaly
+from app.pipeline import diffusion, residual
 from app.volume import FloatArray
 from training.config import Config
 from training.experiments import transformer
@@ -116,7 +116,7 @@ class Transformer:
             for draw in range(draws):
                 seen = x.flip(-1) if flip else x
                 healed, anew = self._healed(seen, draw)
-                mask = anomaly.upsample(anew.numpy(), shape)
+                mask = residual.upsample(anew.numpy(), shape)
                 for kind, off in compared(seen[:, 0].numpy(), healed[:, 0].numpy()).items():
                     for where, values in ((WHOLE, off), (WITHIN, off * mask)):
                         back = values[..., ::-1] if flip else values

@@ -13,16 +13,14 @@ from tqdm import tqdm
 
 from app.errors import CounterpartError
 from app.manifest import Manifest
-from app.pipeline import anomaly
-from app.pipeline.detect import compare, mean_view
-from app.pipeline.gate import slice_scores
-from app.pipeline.models import Models
-from app.pipeline.noise import KeyedNoise
-from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
-from app.pipeline.schedule import Schedule
-from app.pipeline.seen import see
-from app.pipeline.views import turn
-from app.volume import FloatArray
+from app.pipeline import diffusion, residual
+from app.pipeline.detect import compare_view
+from app.pipeline.diffusion import KeyedNoise, Schedule, encode_view
+from app.pipeline.networks import Networks
+from app.pipeline.ood import slice_scores
+from app.pipeline.preprocess import analysed_slices, to_slices
+from app.pipeline.residual import augment, average_views
+from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import load_scan
 from training.experiments.cases import GRADES, RADIUS_PIXELS, Part
@@ -98,7 +96,7 @@ def healthy_and_near(config: Config, manifest: Manifest, part: Part) -> tuple[Pi
         radius = np.random.default_rng([i, 17]).uniform(*RADIUS_PIXELS) * config.data.pictures.pixel_mm
         made = insert_sprites(volume, radius, GRADES[NEAR_GRADE] * (-1) ** i, i, every=1)
         changed = to_slices(made.volume, manifest.preparation)
-        shown = changed.placement.from_source(made.truth.astype(np.float32))[known] > 0.5
+        shown = changed.grid.sample_volume(made.truth.astype(np.float32))[known] > 0.5
         some = known[shown.any(axis=(1, 2))]
         near.append((changed.x[some], changed.foreground[some], subject))
     return _joined(HEALTHY, plain), _joined(NEAR, near)
@@ -124,7 +122,7 @@ def foreign(config: Config, manifest: Manifest) -> Iterator[Pictures]:
         yield _joined(label, parts, refused)
 
 
-def our_scores(models: Models, manifest: Manifest) -> Scores:
+def our_scores(models: Networks, manifest: Manifest) -> Scores:
     """KL and residual as the service sees them, mean over views; and the KL at higher noise, as the paper has it."""
     s = manifest.schedule
     schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
@@ -132,24 +130,24 @@ def our_scores(models: Models, manifest: Manifest) -> Scores:
     def scores(x: FloatArray, foreground: BoolArray) -> dict[str, FloatArray]:
         kls, residuals = [], []
         found: dict[str, FloatArray] = {}
-        judged = anomaly.erode(foreground, manifest.residual.erosion)
+        judged = residual.erode_foreground(foreground, manifest.residual.erosion)
         for index, view in enumerate(manifest.views):
-            diffusion = anomaly.Diffusion(
+            diffusion = diffusion.Diffusion(
                 schedule, models.denoise, KeyedNoise(manifest.seed, manifest.latent_shape, index)
             )
-            seen = see(turn(x, view), turn(foreground, view), np.arange(len(x)), models, diffusion)
-            kl = anomaly.kl_map(seen.z0, seen.known, diffusion, manifest.kl.timesteps, manifest.kl.mean)
+            seen = encode_view(augment(x, view), augment(foreground, view), np.arange(len(x)), models, diffusion)
+            kl = diffusion.kl_map(seen.z0, seen.known, diffusion, manifest.kl.timesteps, manifest.kl.mean)
             # Pictures are no neighbours: the map is smoothed within each.
-            smooth = anomaly.smooth_kl(kl, seen.latents, (0.0, *manifest.kl_sigma[1:]))
-            residuals.append(compare(seen, smooth, models, manifest).residual)
-            kls.append(anomaly.upsample(kl, (x.shape[2], x.shape[3])))
+            smooth = diffusion.smooth_kl(kl, seen.foreground_latents, (0.0, *manifest.kl_sigma[1:]))
+            residuals.append(compare_view(seen, smooth, models, manifest).residual)
+            kls.append(residual.upsample(kl, (x.shape[2], x.shape[3])))
             if not index:
-                found[SERVED] = slice_scores(smooth, seen.latents)
+                found[SERVED] = slice_scores(smooth, seen.foreground_latents)
                 for t in LEVELS:
-                    level = anomaly.kl_map(seen.z0, seen.known, diffusion, (t,))
-                    found |= of_map(f"KL at t = {t}", anomaly.upsample(level, (x.shape[2], x.shape[3])), foreground)
-        found |= of_map("KL", mean_view(kls, manifest.views), foreground)
-        residual = anomaly.median(mean_view(residuals, manifest.views), manifest.residual.median_pixels)
+                    level = diffusion.kl_map(seen.z0, seen.known, diffusion, (t,))
+                    found |= of_map(f"KL at t = {t}", residual.upsample(level, (x.shape[2], x.shape[3])), foreground)
+        found |= of_map("KL", average_views(kls, manifest.views), foreground)
+        residual = residual.median_filter(average_views(residuals, manifest.views), manifest.residual.median_pixels)
         return found | of_map("residual", residual, judged)
 
     return scores
@@ -177,7 +175,7 @@ def likelihood_scores(made: Transformer) -> Scores:
 
     def scores(x: FloatArray, foreground: BoolArray) -> dict[str, FloatArray]:
         surprise = -made.likelihood(torch.from_numpy(x)).numpy()
-        return of_map("-log p", anomaly.upsample(surprise, (x.shape[2], x.shape[3])), foreground)
+        return of_map("-log p", residual.upsample(surprise, (x.shape[2], x.shape[3])), foreground)
 
     return scores
 

@@ -9,9 +9,9 @@ import torch
 from scipy import ndimage
 
 from app.manifest import Manifest, Range
-from app.pipeline import anomaly
+from app.pipeline import diffusion, residual
 from app.pipeline.detect import detect
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, cached_slices
@@ -42,7 +42,7 @@ AS_IT_IS = "as it is"
 FILTERS: dict[str, Callable[[FloatArray], FloatArray]] = {
     AS_IT_IS: lambda values: values,
     **{f"Gaussian of {p:g}": partial(gaussian, pixels=p) for p in (1.0, 2.0)},
-    **{f"median of {p}": partial(anomaly.median, pixels=p) for p in (3, 5)},
+    **{f"median of {p}": partial(residual.median_filter, pixels=p) for p in (3, 5)},
 }
 
 
@@ -79,7 +79,7 @@ def absolute(off: FloatArray) -> FloatArray:
 def compared(x: FloatArray, seen: FloatArray) -> dict[str, FloatArray]:
     """|x - seen| of slices (N, H, W), and the same over the local contrast of what is seen."""
     off = absolute(x - seen)
-    return {DIFFERENCE: off, OVER_CONTRAST: off / (CONTRAST_FLOOR + anomaly.local_contrast(seen))}
+    return {DIFFERENCE: off, OVER_CONTRAST: off / (CONTRAST_FLOOR + residual.local_contrast(seen))}
 
 
 def reconstructions(seen: Callable[[Case], FloatArray]) -> dict[str, Maps]:
@@ -103,7 +103,7 @@ def ungated(manifest: Manifest) -> Manifest:
     return manifest.model_copy(update={"gate": gate.model_copy(update=update)})
 
 
-def ours(models: Models, manifest: Manifest) -> Maps:
+def ours(models: Networks, manifest: Manifest) -> Maps:
     """The service's own map, of the whole scan."""
     opened = ungated(manifest)
 

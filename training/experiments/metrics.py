@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.pipeline.prepare import BoolArray
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray
 
 # Bins of a method's scores, half of them by the quantiles of its scores on lesions.
 BINS = 2048

@@ -13,8 +13,7 @@ from scipy.optimize import isotonic_regression
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-from app.pipeline.prepare import BoolArray
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray
 from training.config import ROOT
 from training.experiments.imagewise import NEAR, Scored
 from training.experiments.metrics import BOOTSTRAP, Interval

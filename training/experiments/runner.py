@@ -87,9 +87,9 @@ def _judged(method: str, validation: list[imagewise.Scored], tested: list[imagew
 
 def _scores(e: Experiment, method: str) -> imagewise.Scores:
     if method == OURS:
-        return imagewise.our_scores(e.models, e.manifest)
+        return imagewise.our_scores(e.networks, e.manifest)
     if method == "vqvae":
-        return imagewise.reconstruction_scores(lambda x: e.models.decode(e.models.encode(x)))
+        return imagewise.reconstruction_scores(lambda x: e.networks.decode(e.networks.encode(x)))
     opponent = opponent_of(method, e.config.name)
     train(opponent, e.config)
     if method == "transformer":
@@ -104,7 +104,7 @@ def show(_: list[str]) -> None:
     shown = []
     for name in figure.SHOWN:
         e = Experiment(name)
-        shown += figure.panels(e.config, e.models, e.manifest)
+        shown += figure.panels(e.config, e.networks, e.manifest)
     figure.draw(shown, FIGURE)
 
 

@@ -10,13 +10,13 @@ from app.export.dicom.segmentation import build_segmentation
 from app.export.dicom.source import read_source
 from app.export.dicom.structured_report import build_structured_report
 from app.export.report import Report
-from app.pipeline.findings import Result
+from app.pipeline.findings import ScanResult
 from app.volume import Scan
 
 SEGMENTATION, STRUCTURED_REPORT = "segmentation.dcm", "report.dcm"
 
 
-def write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[str, CounterpartError]:
+def write_dicom(out: Path, scan: Scan, result: ScanResult, report: Report) -> dict[str, CounterpartError]:
     """Write the DICOM objects of one analysis.
 
     The headers of the source are read again from `scan.source.instances`, and nothing of them is
@@ -51,7 +51,7 @@ def write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[s
     return {}
 
 
-def _build(scan: Scan, result: Result, report: Report) -> tuple[Dataset | None, Dataset]:
+def _build(scan: Scan, result: ScanResult, report: Report) -> tuple[Dataset | None, Dataset]:
     """Segmentation (None without a lesion) and report, each under UIDs of its own content."""
     try:
         source = read_source(scan)

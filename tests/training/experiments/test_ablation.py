@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch")
 
 from app.manifest import Manifest
-from app.pipeline.models import IntArray, Models
-from app.volume import FloatArray
+from app.pipeline.networks import Networks
+from app.volume import FloatArray, IntArray
 from training.experiments import ablation, candidates, methods
 from training.experiments.ablation_page import ablation_section
 from training.experiments.candidates import AS_SHIPPED, Candidate, Remembering
@@ -29,17 +29,17 @@ def test_networks_are_asked_once_of_the_same_arrays() -> None:
         asked.append(int(t[0]))
         return 2 * z_t
 
-    remembering = Remembering(Models(lambda x: x, denoise, lambda z: z))
+    remembering = Remembering(Networks(lambda x: x, denoise, lambda z: z))
     z = np.ones((2, 3, 4, 4), np.float32)
-    first = remembering.models.denoise(z, np.full(2, 5, np.int64))
+    first = remembering.networks.denoise(z, np.full(2, 5, np.int64))
     first += 1  # whoever asks may write into what is told
-    again = remembering.models.denoise(z.copy(), np.full(2, 5, np.int64))
+    again = remembering.networks.denoise(z.copy(), np.full(2, 5, np.int64))
     np.testing.assert_array_equal(again, 2 * z)
     assert asked == [5]
-    remembering.models.denoise(z, np.full(2, 20, np.int64))
-    remembering.models.denoise(z[:1], np.full(1, 5, np.int64))
+    remembering.networks.denoise(z, np.full(2, 20, np.int64))
+    remembering.networks.denoise(z[:1], np.full(1, 5, np.int64))
     remembering.forget()
-    remembering.models.denoise(z, np.full(2, 5, np.int64))
+    remembering.networks.denoise(z, np.full(2, 5, np.int64))
     assert asked == [5, 20, 5, 5]
 
 
@@ -64,13 +64,13 @@ def tried(experiment: Experiment, real_scans: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         candidates, "load_split", lambda _: split.model_copy(update={"validation": split.validation[:1]})
     )
-    return candidates.candidates(experiment.manifest, experiment.config, experiment.models)
+    return candidates.candidates(experiment.manifest, experiment.config, experiment.networks)
 
 
 @pytest.mark.data
 def test_the_first_candidate_is_what_is_served(experiment: Experiment, case: Case, tried: dict[str, Candidate]) -> None:
-    served = methods.ours(experiment.models, experiment.manifest)(case)
-    found = tried[AS_SHIPPED].map(case, experiment.models)
+    served = methods.ours(experiment.networks, experiment.manifest)(case)
+    found = tried[AS_SHIPPED].map(case, experiment.networks)
     np.testing.assert_allclose(judged(found, case), judged(served, case), atol=1e-5)
 
 
@@ -78,8 +78,8 @@ def test_the_first_candidate_is_what_is_served(experiment: Experiment, case: Cas
 def test_every_other_candidate_gives_another_map(
     experiment: Experiment, case: Case, tried: dict[str, Candidate]
 ) -> None:
-    asked = Remembering(experiment.models)
-    maps = {name: judged(candidate.map(case, asked.models), case) for name, candidate in tried.items()}
+    asked = Remembering(experiment.networks)
+    maps = {name: judged(candidate.map(case, asked.networks), case) for name, candidate in tried.items()}
     own = maps.pop(AS_SHIPPED)
     for name, other in maps.items():
         assert np.isfinite(other[case.judged]).all(), name

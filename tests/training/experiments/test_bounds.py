@@ -43,8 +43,8 @@ def test_the_first_step_is_what_is_served_and_the_others_know_more(real_scans: P
     made = sprites(e.config)(subject, GRADES["grade 3"], 0)
     case = make_case(subject, "grade 3", made.volume, made.truth, manifest)
     healthy = bounds.healthy_slices(e.config, case, manifest)
-    found = bounds.maps(case, healthy, e.models, manifest)
-    served = methods.ours(e.models, manifest)(case)
+    found = bounds.maps(case, healthy, e.networks, manifest)
+    served = methods.ours(e.networks, manifest)(case)
     np.testing.assert_allclose(judged(found[bounds.SHIPPED], case), judged(served, case), atol=1e-5)
     apart = np.isfinite(found[bounds.NO_EDGES])
     np.testing.assert_array_equal(apart, ~bounds.edges(case.truth))
@@ -60,7 +60,7 @@ def test_the_first_step_is_what_is_served_and_the_others_know_more(real_scans: P
     # Without a mask, it is the healthy slices that tell where the lesion is: another patient's do not.
     told = found[bounds.UNMASKED]
     assert told[inside].mean() > 3 * told[beside].mean()
-    others = bounds.maps(case, healthy[::-1].copy(), e.models, manifest)[bounds.UNMASKED]
+    others = bounds.maps(case, healthy[::-1].copy(), e.networks, manifest)[bounds.UNMASKED]
     assert others[inside].mean() < 2 * others[beside].mean()
 
 

@@ -20,7 +20,7 @@ def test_sprites_are_judged_in_slices_without_a_tumour(real_scans: Path) -> None
     ill = 0
     for case in islice(synthetic(config, manifest, "validation"), 3):
         real = load_tumour_scan(config, case.subject)
-        tumour = case.slices.placement.from_source(real.truth.astype(np.float32)).max(axis=(1, 2)) > 0
+        tumour = case.slices.grid.sample_volume(real.truth.astype(np.float32)).max(axis=(1, 2)) > 0
         ill += int(tumour.sum())
         assert not tumour[case.known].any(), f"a tumour of {case.subject} is judged"
         assert case.truth.any(), "no sprite in what is left"

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from app.manifest import Manifest
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from training.config import ROOT
 from training.experiments import curve
 from training.experiments.cases import Case
@@ -49,10 +49,10 @@ def test_what_a_bundle_does_is_a_point_of_the_curve(manifest: Manifest) -> None:
 
 
 def test_evaluations_are_counted_by_slices() -> None:
-    counting = curve.Counting(Models(lambda x: x, lambda z, _: 2 * z, lambda z: z))
+    counting = curve.Counting(Networks(lambda x: x, lambda z, _: 2 * z, lambda z: z))
     z = np.ones((5, 3, 2, 2), np.float32)
-    assert counting.models.denoise(z, np.zeros(5, np.int64))[0, 0, 0, 0] == 2
-    counting.models.denoise(z[:2], np.zeros(2, np.int64))
+    assert counting.networks.denoise(z, np.zeros(5, np.int64))[0, 0, 0, 0] == 2
+    counting.networks.denoise(z[:2], np.zeros(2, np.int64))
     assert counting.evaluations == 7
 
 

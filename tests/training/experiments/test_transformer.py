@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 from monai.networks.nets.transformer import DecoderOnlyTransformer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from app.pipeline.anomaly import upsample  # noqa: E402
+from app.pipeline.residual import upsample  # noqa: E402
 from training.experiments.healing import WHOLE, WITHIN, Transformer, drawn_in  # noqa: E402
 from training.experiments.methods import DIFFERENCE  # noqa: E402
 from training.experiments.transformer import (  # noqa: E402
