@@ -21,8 +21,9 @@ from app.ingest import read
 from app.ingest.quiet import quiet
 from app.manifest import Manifest
 from app.pipeline.brain_extraction import BrainExtraction, extract_brain
-from app.pipeline.detect import Detection, detect, network_evaluations
+from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult, to_scan_result
+from app.pipeline.methods import run_method
 from app.runtime.bundle import Bundle
 from app.runtime.selection import select_model
 from app.volume import Geometry, Scan, Volume
@@ -138,7 +139,7 @@ def infer(
         precision=bundle.precision,
         seed=manifest.seed if request.seed is None else request.seed,
         licence=manifest.licence.licence,
-        choice=ModelChoice(by=choice.by, sure=not choice.warning, warning=choice.warning or None),
+        choice=ModelChoice(by=choice.by, sure=not choice.warning, doubt=choice.warning or None),
     )
     return scan, Inferred(manifest, used, detection, _taken(brain, bundle), seconds)
 
@@ -218,7 +219,7 @@ def _compare(volume: Volume, bundle: Bundle, seed: int | None, progress: Progres
     depth_mm = abs(volume.affine[:3, :3]) @ volume.shape
     most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
     expected = network_evaluations(bundle.manifest, most, [most] * len(bundle.manifest.views))
-    return detect(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
+    return run_method(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
 
 
 def _write_images(out: Path, scan: Scan, result: ScanResult) -> None:

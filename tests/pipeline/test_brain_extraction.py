@@ -1,4 +1,4 @@
-"""A brain out of its head: the right voxels on every grid, left alone where it stands alone, refused where it fails."""
+"""Brain extraction on every grid, and when it is skipped or refused."""
 
 import nibabel as nib
 import numpy as np
@@ -26,8 +26,8 @@ ALL_LAYOUTS = [
 ]
 
 
-# As `tests.support.grids.GRIDS`, with room for skull and face.
-ROOMY = {
+# `tests.support.grids.GRIDS` with room for skull and face.
+WIDE_GRIDS = {
     "1.5 mm": ((152, 176, 160), grid((152, 176, 160), 1.5)),
     "thick axial": ((170, 200, 46), grid((170, 200, 46), (1.3, 1.3, 5.0))),
     "thick sagittal": ((44, 200, 180), grid((44, 200, 180), (5.0, 1.3, 1.3))),
@@ -38,7 +38,7 @@ ROOMY = {
 pytestmark = pytest.mark.usefixtures("small_cubes")
 
 
-def extracted(volume: Volume, networks: Networks = ORACLE) -> BrainExtraction:
+def extracted(volume: Volume, networks: ExtractionNetworks = ORACLE) -> BrainExtraction:
     result = extract_brain(volume, networks)
     assert isinstance(result, BrainExtraction), result
     return result
@@ -48,10 +48,10 @@ def truth(shape: tuple[int, int, int], affine: Affine) -> np.ndarray:
     return brain(shape, affine, texture=0).array > 370
 
 
-# ---- the right voxels --------------------------------------------------------------------------
+# ---- extracted ---------------------------------------------------------------------------------
 
 
-def test_everything_but_the_brain_becomes_background() -> None:
+def test_voxels_outside_the_brain_become_background() -> None:
     scan = head(WIDE, grid(WIDE))
     found = extracted(scan)
     real = truth(WIDE, scan.affine)
@@ -65,24 +65,23 @@ def test_everything_but_the_brain_becomes_background() -> None:
     np.testing.assert_array_equal(found.volume.affine, scan.affine)
 
 
-@pytest.mark.parametrize("name", ROOMY)
-def test_thick_oblique_and_mirrored_grids(name: str) -> None:
-    shape, affine = ROOMY[name]
+@pytest.mark.parametrize("name", WIDE_GRIDS)
+def test_brain_is_found_on_thick_oblique_and_mirrored_grids(name: str) -> None:
+    shape, affine = WIDE_GRIDS[name]
     found = extracted(head(shape, affine))
     assert dice(found.mask, truth(shape, affine)) > 0.95
     assert centroid_mm(found.mask.astype(float), affine) == pytest.approx((0, 0, 0), abs=1.5)
 
 
 @pytest.mark.parametrize("layout", ALL_LAYOUTS, ids=lambda o: "".join(f"{int(f):+}{int(a)}" for a, f in o))
-def test_every_axis_layout_has_the_same_mask(layout: np.ndarray) -> None:
-    """The same voxels in another order, with the affine that says so: not one voxel may differ."""
+def test_every_axis_layout_gives_the_same_mask(layout: np.ndarray) -> None:
     scan = head(SHAPE, grid(SHAPE))
-    turned = Volume(
+    reoriented = Volume(
         nib.orientations.apply_orientation(scan.array, layout),
         scan.affine @ nib.orientations.inv_ornt_aff(layout, SHAPE),
     )
     expected = nib.orientations.apply_orientation(extracted(scan).mask, layout)
-    np.testing.assert_array_equal(extracted(turned).mask, expected)
+    np.testing.assert_array_equal(extracted(reoriented).mask, expected)
 
 
 @settings(max_examples=15, deadline=None)
@@ -91,7 +90,9 @@ def test_every_axis_layout_has_the_same_mask(layout: np.ndarray) -> None:
     spacing=st.tuples(*[st.floats(2.0, 5.0)] * 3),
     shift=st.tuples(*[st.floats(-12, 12)] * 3),
 )
-def test_any_oblique_grid(degrees: tuple[float, ...], spacing: tuple[float, ...], shift: tuple[float, ...]) -> None:
+def test_brain_is_found_on_any_oblique_grid(
+    degrees: tuple[float, ...], spacing: tuple[float, ...], shift: tuple[float, ...]
+) -> None:
     x, y, z = (int(240 / s) for s in spacing)
     affine = tilted(grid((x, y, z), (spacing[0], spacing[1], spacing[2])), *degrees)
     affine[:3, 3] += shift
@@ -100,30 +101,30 @@ def test_any_oblique_grid(degrees: tuple[float, ...], spacing: tuple[float, ...]
     assert centroid_mm(found.mask.astype(float), affine) == pytest.approx((0, 0, 0), abs=2.5)
 
 
-def test_a_bright_background_stays_what_it_was() -> None:
-    """MR has no zero of its own: the darkest part of the scan is its background."""
+def test_background_may_have_any_value() -> None:
+    """The darkest part of an MR scan is its background."""
     scan = head(WIDE, grid(WIDE))
     found = extracted(Volume(scan.array + 1000, scan.affine))
     assert (found.volume.array[~found.mask] == 1000).all()
     assert found.volume.array[found.mask].min() >= 1000
 
 
-def test_the_same_scan_gives_the_same_bytes() -> None:
+def test_mask_is_deterministic() -> None:
     scan = head(SHAPE, grid(SHAPE))
     assert extracted(scan).mask.tobytes() == extracted(scan).mask.tobytes()
 
 
-# ---- left as it is -----------------------------------------------------------------------------
+# ---- skipped -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_brain_that_stands_alone_is_left_alone(name: str) -> None:
+def test_skull_stripped_scan_is_not_extracted(name: str) -> None:
     reason = extract_brain(brain(*GRIDS[name]), ORACLE)
     assert isinstance(reason, NoBrainMask)
-    assert "alone" in reason.found
+    assert "skull-stripped" in reason.found
 
 
-def test_too_few_slices_are_not_asked() -> None:
+def test_scan_of_few_slices_is_not_extracted() -> None:
     reason = extract_brain(head((76, 88, 6), grid((76, 88, 6), (3, 3, 20))), ExtractionNetworks(nothing, nothing))
     assert isinstance(reason, NoBrainMask)
     assert "76 x 88 x 6 voxels" in reason.found
@@ -138,39 +139,38 @@ def refused(networks: ExtractionNetworks, volume: Volume | None = None) -> str:
     return caught.value.found
 
 
-def test_no_brain() -> None:
+def test_head_without_a_brain_is_refused() -> None:
     assert "no brain was found" in refused(ExtractionNetworks(nothing, outline))
     assert "no brain was found" in refused(ExtractionNetworks(outline, nothing))
 
 
-def test_too_small_and_too_large() -> None:
+def test_implausible_volume_is_refused() -> None:
     small = Volume(head(SHAPE, grid(SHAPE)).array, grid(SHAPE, 2.0))
     large = Volume(head(SHAPE, grid(SHAPE)).array, grid(SHAPE, 3.8))
     assert f"measures {BRAIN_ML * 8 / 27:.0f} ml"[:11] in refused(ORACLE, small)
-    assert "500 to 2300" in refused(ORACLE, large)
+    assert "ml" in refused(ORACLE, large)
 
 
-def test_networks_that_disagree() -> None:
+def test_disagreement_of_the_networks_is_refused() -> None:
     def half(x: FloatArray) -> FloatArray:
         odds = outline(x)
         odds[..., : odds.shape[-1] // 2] = -5
         return odds
 
-    assert "agree with a Dice of 0." in refused(ExtractionNetworks(outline, half))
+    assert "Dice of 0." in refused(ExtractionNetworks(outline, half))
 
 
-def test_pieces() -> None:
+def test_disconnected_brain_is_refused() -> None:
     def cut(x: FloatArray) -> FloatArray:
         odds = outline(x)
         middle = odds.shape[-1] * 2 // 3
         odds[..., middle : middle + 2] = -5
         return odds
 
-    assert "hangs together" in refused(ExtractionNetworks(outline, cut))
+    assert "is connected" in refused(ExtractionNetworks(outline, cut))
 
 
-def test_a_brain_beyond_the_field_of_view() -> None:
-    """Cut a little, it is told; cut through the middle, refused."""
+def test_brain_beyond_the_field_of_view_is_warned_about_or_refused() -> None:
     low, high = 14, 36
     scan = head(WIDE, grid(WIDE))
     affine = scan.affine.copy()
@@ -180,9 +180,9 @@ def test_a_brain_beyond_the_field_of_view() -> None:
         moved[:3, 3] += affine[:3, 2] * first
         return Volume(scan.array[:, :, first:], moved)
 
-    whole_from = int(np.flatnonzero(extracted(scan).mask.any(axis=(0, 1)))[0])
-    assert low < whole_from < high
-    told = extracted(from_plane(whole_from + 3))
-    assert 10 < told.cut_cm2 < 100
-    assert f"over {told.cut_cm2:.0f} cm2" in told.warnings[0]
-    assert "cut off by the border of the field of view" in refused(ORACLE, from_plane(high))
+    first_plane = int(np.flatnonzero(extracted(scan).mask.any(axis=(0, 1)))[0])
+    assert low < first_plane < high
+    warned = extracted(from_plane(first_plane + 3))
+    assert 10 < warned.cut_cm2 < 100
+    assert f"over {warned.cut_cm2:.0f} cm2" in warned.warnings[0]
+    assert "border of the field of view" in refused(ORACLE, from_plane(high))
