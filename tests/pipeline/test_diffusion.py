@@ -130,7 +130,7 @@ def test_kl_weight_is_undefined_at_the_first_step() -> None:
 def ddim_factor(t: int, t_next: int) -> float:
     """Return the factor by which one DDIM step with the exact denoiser multiplies the distance from the mean."""
     a, b = float(SCHEDULE.alpha_bar_at(t)), float(SCHEDULE.alpha_bar_at(t_next))
-    return (np.sqrt(a * b) * SD**2 + np.sqrt((1 - a) * (1 - b))) / (a * SD**2 + 1 - a)
+    return float(np.sqrt(a * b) * SD**2 + np.sqrt((1 - a) * (1 - b))) / (a * SD**2 + 1 - a)
 
 
 def ddim_moments(times: tuple[int, ...]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A bundle of non-commercial data serves only when it is asked for by name and the operator allows it."""
+"""Non-commercial bundle: it is used only if the caller names it and the operator allows it."""
 
 from pathlib import Path
 
@@ -29,25 +29,25 @@ def restricted(name: str = "flair", sequence: str = "FLAIR") -> Manifest:
 FLAIR_SCAN, NIFTI = Source("dicom", "MR", ("FLAIR",)), Source("nifti")
 
 
-def test_it_is_never_chosen_for_a_scan() -> None:
+def test_restricted_bundle_is_not_selected_for_a_scan() -> None:
     with pytest.raises(WrongSequence) as caught:
         select_model([tiny_manifest(), restricted()], FLAIR_SCAN, None)
     assert select_model([tiny_manifest(), restricted()], NIFTI, None).manifest.name == "tiny"
     assert "flair" not in caught.value.expected
 
 
-def test_alone_it_is_not_chosen_either_and_the_answer_says_how_to_have_it() -> None:
-    with pytest.raises(UnknownModel, match="0 models fit") as caught:
+def test_only_bundle_is_not_selected_if_it_is_restricted() -> None:
+    with pytest.raises(UnknownModel) as caught:
         select_model([restricted()], NIFTI, None)
-    assert caught.value.expected == "one of flair-0.0.1 (MR, FLAIR; only when asked for by name)."
+    assert "only when asked for by name" in caught.value.expected
 
 
-def test_asked_for_by_name_it_is_found() -> None:
-    choice = select_model([tiny_manifest(), restricted()], FLAIR_SCAN, "flair")
-    assert (choice.manifest.name, choice.by, choice.warning) == ("flair", "caller", "")
+def test_restricted_bundle_is_selected_by_name() -> None:
+    selection = select_model([tiny_manifest(), restricted()], FLAIR_SCAN, "flair")
+    assert (selection.manifest.name, selection.by, selection.warning) == ("flair", "caller", "")
 
 
-def test_the_operator_must_allow_it() -> None:
+def test_operator_must_accept_the_licence() -> None:
     check_licence(restricted(), noncommercial=True)
     check_licence(tiny_manifest(), noncommercial=False)
     with pytest.raises(NonCommercialModel, match=r"CC-BY-NC-SA-4\.0") as caught:
@@ -57,8 +57,8 @@ def test_the_operator_must_allow_it() -> None:
 
 
 @pytest.fixture
-def networks(tmp_path: Path) -> Path:
-    """A folder with the tiny bundle, under a licence that forbids commercial use."""
+def models(tmp_path: Path) -> Path:
+    """Return a folder with the tiny bundle under a non-commercial licence."""
     folder = write_tiny_bundle(tmp_path / "models")
     manifest = folder / "manifest.json"
     text = manifest.read_text()
@@ -74,14 +74,14 @@ def head(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_engine_refuses_it_before_it_is_loaded(models: Path, tmp_path: Path, head: Path) -> None:
+def test_engine_refuses_a_restricted_bundle(models: Path, tmp_path: Path, head: Path) -> None:
     engine = BundleEngine(models, "cpu", 1)
-    engine.warm_up()  # nothing to load, and nothing broken
+    engine.warm_up()
     with pytest.raises(NonCommercialModel):
         engine.infer(head, tmp_path, Request(model="tiny"), lambda *_: None)
 
 
-def test_where_it_is_allowed_it_serves_and_says_what_it_is_for(models: Path, tmp_path: Path, head: Path) -> None:
+def test_allowed_bundle_is_used_and_its_report_states_the_restriction(models: Path, tmp_path: Path, head: Path) -> None:
     engine = BundleEngine(models, "cpu", 1, noncommercial=True)
     engine.warm_up()
     engine.infer(head, tmp_path, Request(model="tiny"), lambda *_: None)
@@ -95,7 +95,7 @@ def test_where_it_is_allowed_it_serves_and_says_what_it_is_for(models: Path, tmp
 
 
 @pytest.mark.parametrize(("allowed", "status"), [(False, 403), (True, 202)])
-def test_a_call_that_names_it_is_answered_before_the_upload(tmp_path: Path, status: int, *, allowed: bool) -> None:
+def test_request_for_a_restricted_bundle_is_refused_at_once(tmp_path: Path, status: int, *, allowed: bool) -> None:
     engine = FakeEngine()
     engine.manifests = [restricted(), tiny_manifest()]
     settings = Settings(store=str(tmp_path), allow_noncommercial=allowed, drain_seconds=0)

@@ -1,4 +1,4 @@
-"""Memory that runs out for real: the process's address space is limited, and onnxruntime asks for more."""
+"""Sessions that run out of memory, in a process with a limited address space."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from app.runtime.session import as_callable, open_session
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
-# A slice becomes so many MiB on its way through the graph.
+# Memory of one slice in the graph.
 SLICE_MIB = 64
 
 LIMITED = """
@@ -22,7 +22,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from app.errors import OutOfMemory
-from app.pipeline.networks import Models
+from app.pipeline.networks import Networks
 from app.runtime.session import as_callable, open_session
 
 run = as_callable(open_session(Path(sys.argv[1]), "cpu", 1))
@@ -31,9 +31,9 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[2]) * 2**20, resource.RLIM_INFINITY))
 sizes = []
 try:
-    models = Models(run, run, run).in_batches(16, sizes.append)
-    print(*models.encode(np.arange(40, dtype=np.float32)[:, None]).ravel().astype(int))
-    models.decode(np.zeros((9, 1), np.float32))
+    networks = Networks(run, run, run).in_batches(16, sizes.append)
+    print(*networks.encode(np.arange(40, dtype=np.float32)[:, None]).ravel().astype(int))
+    networks.decode(np.zeros((9, 1), np.float32))
 except OutOfMemory as error:
     print(error.code, error.found)
 print(*sizes)
@@ -42,7 +42,7 @@ print(*sizes)
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph that gives back its input by way of a large array."""
+    """Return a graph that computes its input from a large array."""
     width = SLICE_MIB * MIB // 4
     graph = helper.make_graph(
         [
@@ -60,24 +60,24 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("mib", "told"),
+    ("mib", "printed"),
     [
-        # Room for 8 slices and not for 16: halved once, and for all networks.
+        # Memory for 8 slices but not for 16: the batch of all networks is halved once.
         (12 * SLICE_MIB, [" ".join(map(str, range(40))), "8 8 8 8 8 8 1"]),
-        # Not for 8 either: halved no further.
+        # Not enough memory for 8 slices: the batch is not halved again.
         (
             6 * SLICE_MIB,
             ["out_of_memory A network evaluation of 8 slices needs more memory than there is.", ""],
         ),
     ],
 )
-def test_memory_that_runs_out_halves_the_batch_once(wide: Path, mib: int, told: list[str]) -> None:
+def test_batch_is_halved_once_if_memory_runs_out(wide: Path, mib: int, printed: list[str]) -> None:
     command = [sys.executable, "-c", LIMITED, str(wide), str(mib)]
-    ended = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    assert ended.stdout.splitlines() == told
+    result = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == printed
 
 
-def test_another_fault_of_the_runtime_stays_what_it_is(wide: Path) -> None:
+def test_other_errors_of_onnxruntime_pass(wide: Path) -> None:
     run = as_callable(open_session(wide, "cpu", 1))
     with pytest.raises(Exception, match="INVALID_ARGUMENT") as caught:
         run(np.zeros((1, 2), np.float32))
