@@ -83,8 +83,8 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
         reverse=Reverse(timesteps=(500, 400, 300, 200, 100)),
         residual=Residual(
             smoothing_mm=0.0,
-            threshold=0.15,
-            extent_threshold=0.15,
+            threshold=0.22,
+            extent_threshold=0.22,
             healthy_false_positive_ml=0.0,
             min_lesion_ml=1.0,
         ),
