@@ -217,7 +217,7 @@ def _compare(volume: Volume, bundle: Bundle, seed: int | None, progress: Progres
         progress("infer", min(done / expected, 1.0))
 
     depth_mm = abs(volume.affine[:3, :3]) @ volume.shape
-    most = max(1, int(depth_mm[2] / bundle.manifest.preparation.spacing_mm[0]))
+    most = max(1, int(depth_mm[2] / bundle.manifest.preprocessing.spacing_mm[0]))
     expected = network_evaluations(bundle.manifest, most, [most] * len(bundle.manifest.views))
     return run_method(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
 

@@ -191,7 +191,7 @@ def models() -> None:
         raise typer.Exit(STATUS_OTHER)
     for manifest in manifests:
         typer.echo(f"{manifest.id}: {manifest.title}")
-        typer.echo(f"  {manifest.modality}, {manifest.sequence}; {manifest.preparation.subject}")
+        typer.echo(f"  {manifest.modality}, {manifest.sequence}; {manifest.preprocessing.subject}")
         typer.echo(f"  {manifest.intended_use}")
         typer.echo(f"  {manifest.licence.licence}; trained on {manifest.licence.data}")
 

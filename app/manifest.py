@@ -56,7 +56,7 @@ class Preprocessing(FrozenModel):
     brain_only: bool = Field(
         default=False, description="The model was trained on skull-stripped brains. Brain extraction runs first."
     )
-    fit: HeadBox | None = Field(
+    head_box: HeadBox | None = Field(
         default=None,
         description="Every head is scaled to this box. `spacing_mm` is then the spacing of a typical head.",
     )
@@ -78,9 +78,9 @@ class Preprocessing(FrozenModel):
 
     @model_validator(mode="after")
     def _check_head_box(self) -> "Preprocessing":
-        if self.fit is not None and (self.fit.rows > self.shape[0] or self.fit.columns > self.shape[1]):
+        if self.head_box is not None and (self.head_box.rows > self.shape[0] or self.head_box.columns > self.shape[1]):
             raise ValueError("the box of the head must lie inside the slice")
-        if self.fit is not None and self.brain_only:
+        if self.head_box is not None and self.brain_only:
             raise ValueError("a box of the head needs whole heads, but the model takes brains only")
         return self
 
@@ -180,14 +180,14 @@ class OodCheck(FrozenModel):
     """Settings of the out-of-distribution check (`app.pipeline.ood`)."""
 
     timesteps: tuple[int, ...] = Field(description="Noise levels at which the median KL of slices is checked.")
-    typical: tuple[Range, ...] = Field(
+    median_kl_range: tuple[Range, ...] = Field(
         description="Healthy range of the median KL of a slice, one for each noise level. The largest median of a scan "
         "must reach the low end, and the smallest must not exceed the high end."
     )
-    reconstruction: Range = Field(description="Healthy range of the mean |x - D(z0)| over the foreground.")
-    latent: Range = Field(description="Healthy range of the KL of a single latent.")
-    max_fraction_out: float = Field(description="Largest fraction of foreground latents outside `latent`.")
-    max_slices_out: float | None = Field(
+    reconstruction_range: Range = Field(description="Healthy range of the mean |x - D(z0)| over the foreground.")
+    latent_kl_range: Range = Field(description="Healthy range of the KL of a single latent.")
+    max_outlier_fraction: float = Field(description="Largest fraction of foreground latents outside `latent_kl_range`.")
+    max_outlier_slice_fraction: float | None = Field(
         default=None,
         ge=0,
         le=1,
@@ -290,7 +290,7 @@ class Manifest(FrozenModel):
     method: str = Field(
         default="coarse-patch-diffusion", description="Name of the detection method (`app.pipeline.methods.METHODS`)."
     )
-    preparation: Preprocessing
+    preprocessing: Preprocessing
     latent: Latent
     schedule: NoiseSchedule
     seed: int = Field(description="Default seed of the keyed noise.")
@@ -301,7 +301,7 @@ class Manifest(FrozenModel):
     kl: KlMap
     reverse: Reverse
     residual: Residual
-    gate: OodCheck
+    ood: OodCheck
     calibration: Calibration
     files: Files
     licence: Licence
@@ -319,30 +319,30 @@ class Manifest(FrozenModel):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latent of one slice."""
-        rows, columns = self.preparation.shape
+        rows, columns = self.preprocessing.shape
         f = self.latent.downsampling
         return self.latent.channels, rows // f, columns // f
 
     @property
     def kl_sigma(self) -> tuple[float, float, float]:
         """Smoothing of the KL map in slices, rows and columns of latents."""
-        return latent_sigma(self.kl.smoothing_mm, self.preparation, self.latent.downsampling)
+        return latent_sigma(self.kl.smoothing_mm, self.preprocessing, self.latent.downsampling)
 
     @model_validator(mode="after")
     def _check_consistency(self) -> "Manifest":
-        levels = (*self.kl.timesteps, *self.reverse.timesteps, *self.gate.timesteps)
+        levels = (*self.kl.timesteps, *self.reverse.timesteps, *self.ood.timesteps)
         if not self.kl.timesteps or not self.reverse.timesteps or not all(0 < t < self.schedule.steps for t in levels):
             raise ValueError("every time step must lie between 1 and T - 1")
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")
         if not self.views or self.views[0] != View():
             raise ValueError("the first view must be the plain one")
-        if len(self.gate.timesteps) != len(self.gate.typical):
+        if len(self.ood.timesteps) != len(self.ood.median_kl_range):
             raise ValueError("the out-of-distribution check needs one range for each of its time steps")
-        if self.preparation.window is not None and self.modality != "CT":
+        if self.preprocessing.window is not None and self.modality != "CT":
             raise ValueError("a window is in Hounsfield units, which only CT has")
         if self.precision == "float16" and self.files.denoiser_int8 is not None:
             raise ValueError("a bundle in float16 must not have a denoiser in int8")
-        if any(side % self.latent.downsampling for side in self.preparation.shape):
+        if any(side % self.latent.downsampling for side in self.preprocessing.shape):
             raise ValueError("the shape of a slice must be a multiple of the down-sampling")
         return self

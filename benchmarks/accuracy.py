@@ -69,8 +69,8 @@ def judge(measured: "Measured") -> dict[str, Any]:
         measured.peers.threshold = healthy_threshold(measured.peers, config)
     dices, precisions, refused = [], [], 0
     for case in make_cases(config)[: job.cases]:
-        slices = to_slices(case.volume, measured.manifest.preparation)
-        known = analysed_slices(slices, measured.manifest.preparation)
+        slices = to_slices(case.volume, measured.manifest.preprocessing)
+        known = analysed_slices(slices, measured.manifest.preprocessing)
         truth = slices.grid.sample_volume(case.truth.astype(np.float32))[known] > 0.5
         if not truth.any():
             continue
@@ -99,8 +99,8 @@ def healthy_threshold(peers: Peers, config: Config) -> float:
     """The paper's: a percentile of the KL of healthy validation latents."""
     values = []
     for subject in load_split(config.data.splits).validation[:HEALTHY_SUBJECTS]:
-        slices = to_slices(load_volume(subject_path(config, subject)), peers.manifest.preparation)
-        known = analysed_slices(slices, peers.manifest.preparation)
+        slices = to_slices(load_volume(subject_path(config, subject)), peers.manifest.preprocessing)
+        known = analysed_slices(slices, peers.manifest.preprocessing)
         some = known[np.unique(np.linspace(0, len(known) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]]
         latents = diffusion.latent_foreground(slices.foreground[some], peers.manifest.latent.downsampling)
         values.append(peers.latent_kl(slices.x[some])[latents])

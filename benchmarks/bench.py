@@ -33,7 +33,7 @@ class Bench:
     @cached_property
     def known(self) -> Any:
         """Indices of the slices that are analysed."""
-        return analysed_slices(self.slices, self.bundle.manifest.preparation)
+        return analysed_slices(self.slices, self.bundle.manifest.preprocessing)
 
     def look(self, chosen: Any, view: int = 0) -> EncodedView:
         """Some slices, encoded, in one view."""

@@ -70,7 +70,7 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int) -> list[
     gigaflop = network_gigaflops(folder, Config.load(config))["denoise"]
     with TemporaryDirectory() as scratch:
         volume = read(scan, scratch=Path(scratch)).volume
-        bench = Bench(bundle, to_slices(volume, bundle.manifest.preparation))
+        bench = Bench(bundle, to_slices(volume, bundle.manifest.preprocessing))
         kinds: tuple[Iterable[Switch], ...] = (
             switches.skips(bench),
             switches.evaluations(bench, gigaflop, Ceiling().time()),

@@ -168,7 +168,7 @@ class Peers:
 
     def gigaflops(self, row: Row) -> dict[str, float]:
         """Of one evaluation of each network on one slice: two for a multiply and an add."""
-        height, width = self.manifest.preparation.shape
+        height, width = self.manifest.preprocessing.shape
         x, z = torch.zeros(1, 1, height, width), torch.zeros(1, *self.manifest.latent_shape)
         t = torch.zeros(1, dtype=torch.int64)
         asked: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]] = {

@@ -37,7 +37,7 @@ def memory_gigabytes() -> float:
 def feeds(manifest: Manifest) -> dict[str, dict[str, Any]]:
     """One batch for each network; their speed does not depend on what is in it."""
     rng = np.random.default_rng(0)
-    x = rng.random((CPU_BATCH, 1, *manifest.preparation.shape), dtype=np.float32)
+    x = rng.random((CPU_BATCH, 1, *manifest.preprocessing.shape), dtype=np.float32)
     z = rng.standard_normal((CPU_BATCH, *manifest.latent_shape), dtype=np.float32)
     t = np.full(CPU_BATCH, manifest.kl.timesteps[0], np.int64)
     return {"encoder": {"x": x}, "denoiser": {"z_t": z, "t": t}, "decoder": {"z0": z}}

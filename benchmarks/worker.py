@@ -67,8 +67,8 @@ class Measured:
         if row.sample is None:
             self.whole(models)
             return
-        slices = to_slices(self.volume, self.manifest.preparation)
-        known = analysed_slices(slices, self.manifest.preparation)
+        slices = to_slices(self.volume, self.manifest.preprocessing)
+        known = analysed_slices(slices, self.manifest.preprocessing)
         self.slices = len(known)
         chosen = spread(known, min(job.sample or row.sample, len(known)))
         x, foreground = slices.x[chosen], slices.foreground[chosen]

@@ -117,14 +117,14 @@ def main() -> None:
     """Print the numbers."""
     config = Config.load(ROOT / "training" / "configs" / "headct.toml")
     assert config.data.pictures is not None
-    grey, pixel_mm, fit = open_pictures(config).grey, config.data.pictures.pixel_mm, config.preparation.fit
+    grey, pixel_mm, fit = open_pictures(config).grey, config.data.pictures.pixel_mm, config.preprocessing.head_box
     assert fit is not None
     air, count = np.unique([np.bincount(picture.ravel()).argmax() for picture in grey], return_counts=True)
     print("MedNIST, air:", ", ".join(f"{a} in {n} pictures" for a, n in zip(air, count, strict=True)))
     tell("MedNIST", inside_skulls(grey.astype(np.float32), BONE_GREY, DARK_GREY), 1.0, config)
     ge = ge_head()
     tell("GE", inside_skulls(as_pictures(ge, pixel_mm), BONE_HU, DARK_HU), 0.5)
-    rows, columns = affines.voxel_sizes(to_slices(ge, config.preparation).grid.affine)[1:]
+    rows, columns = affines.voxel_sizes(to_slices(ge, config.preprocessing).grid.affine)[1:]
     print(f"GE, served: pixels of {rows:.2f} x {columns:.2f} mm")
 
     blocks = load_split(config.data.splits).validation

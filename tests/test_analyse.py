@@ -143,7 +143,7 @@ def test_the_report_is_what_was_returned_and_adds_up(done: tuple[Path, Report]) 
     assert report.analysed.volume_ml == pytest.approx(np.isfinite(anomaly).sum() * 0.027, abs=0.1)
     assert report.input.shape == SHAPE
     assert report.input.spacing_mm == pytest.approx((3, 3, 3), abs=1e-4)
-    assert report.scores.fraction_out == 0
+    assert report.scores.outlier_fraction == 0
     analysed = report.analysed.slices - len(report.analysed.slices_not_analysed)
     assert report.work.network_evaluations == 3 * analysed + 5 * report.work.slices_reversed + 8
     assert 0 < report.work.slices_reversed < analysed
@@ -269,7 +269,7 @@ def test_a_nifti_scan_says_why_it_has_no_dicom_results(done: tuple[Path, Report]
 ROOMY = (76, 88, 80)
 
 
-def with_extractor(bundle: Bundle, networks: Networks = ORACLE) -> Bundle:
+def with_extractor(bundle: Bundle, networks: ExtractionNetworks = ORACLE) -> Bundle:
     nothing_there = File(name="none", sha256="0" * 64)
     files = ExtractorFiles(coarse=nothing_there, fine=nothing_there, golden=nothing_there)
     manifest = ExtractorManifest(

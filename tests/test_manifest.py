@@ -29,9 +29,9 @@ def test_manifest_is_read_as_it_was_written() -> None:
 OPTIONAL: dict[str, Change] = {
     "method": lambda m: m.pop("method"),
     "views": lambda m: m.pop("views"),
-    "window": lambda m: m["preparation"].pop("window"),
-    "head box": lambda m: m["preparation"].pop("fit"),
-    "brain only": lambda m: m["preparation"].pop("brain_only"),
+    "window": lambda m: m["preprocessing"].pop("window"),
+    "head box": lambda m: m["preprocessing"].pop("head_box"),
+    "brain only": lambda m: m["preprocessing"].pop("brain_only"),
     "denoiser in int8": lambda m: m["files"].pop("denoiser_int8"),
     "non-commercial": lambda m: m["licence"].pop("non_commercial"),
 }
@@ -43,8 +43,8 @@ def test_optional_fields_have_defaults(name: str) -> None:
 
 
 def test_ct_may_have_a_window_instead_of_a_percentile() -> None:
-    changed = read_changed(lambda m: (m.update(modality="CT"), m["preparation"].update(WINDOW)))
-    assert changed.preparation.window == (0.0, 80.0)
+    changed = read_changed(lambda m: (m.update(modality="CT"), m["preprocessing"].update(WINDOW)))
+    assert changed.preprocessing.window == (0.0, 80.0)
 
 
 def test_denoiser_in_int8_needs_one_in_float32() -> None:
@@ -55,7 +55,7 @@ def test_denoiser_in_int8_needs_one_in_float32() -> None:
 
 
 def test_preprocessing_may_have_a_head_box() -> None:
-    box = read_changed(lambda m: m["preparation"].update(fit=HEAD_BOX)).preparation.fit
+    box = read_changed(lambda m: m["preprocessing"].update(head_box=HEAD_BOX)).preprocessing.head_box
     assert box is not None
     assert (box.rows, box.columns, box.reach_mm) == (48, 40, None)
 
@@ -64,7 +64,7 @@ def test_derived_properties() -> None:
     manifest = tiny_manifest()
     assert manifest.id == "tiny-0.0.1"
     assert manifest.latent_shape == (3, 16, 14)
-    assert manifest.preparation.voxel_ml == 0.027
+    assert manifest.preprocessing.voxel_ml == 0.027
 
 
 def test_range_contains_its_ends() -> None:
@@ -85,7 +85,7 @@ REFUSED: dict[str, Change] = {
     "an unknown field": lambda m: m.update(colour="red"),
     "an unknown field in a part": lambda m: m["kl"].update(colour="red"),
     "an unknown format version": lambda m: m.update(format_version=2),
-    "a missing part": lambda m: m.pop("gate"),
+    "a missing part": lambda m: m.pop("ood"),
     "a name with a slash": lambda m: m.update(name="../tiny"),
     "a name in capitals": lambda m: m.update(name="Tiny"),
     "an unknown modality": lambda m: m.update(modality="PET"),
@@ -96,16 +96,16 @@ REFUSED: dict[str, Change] = {
     "no reverse steps": lambda m: m["reverse"].update(timesteps=[]),
     "reverse steps that ascend": lambda m: m["reverse"].update(timesteps=[100, 500]),
     "a repeated reverse step": lambda m: m["reverse"].update(timesteps=[500, 500, 100]),
-    "a shape that is no multiple of the down-sampling": lambda m: m["preparation"].update(shape=[63, 56]),
-    "a reversed range": lambda m: m["gate"].update(reconstruction={"low": 2.0, "high": 1.0}),
-    "a noise level without a range": lambda m: m["gate"].update(timesteps=[400, 500]),
-    "no intensity mapping": lambda m: m["preparation"].update(intensity_level=None),
-    "a window and a percentile": lambda m: (m.update(modality="CT"), m["preparation"].update(window=[0.0, 80.0])),
-    "a window of an MR": lambda m: m["preparation"].update(WINDOW),
-    "a head box larger than the slice": lambda m: m["preparation"].update(fit={**HEAD_BOX, "rows": 65}),
-    "an empty head box": lambda m: m["preparation"].update(fit={**HEAD_BOX, "columns": 0}),
-    "a head box for brains": lambda m: m["preparation"].update(fit=HEAD_BOX, brain_only=True),
-    "a reversed window": lambda m: (m.update(modality="CT"), m["preparation"].update(WINDOW, window=[80.0, 0.0])),
+    "a shape that is no multiple of the down-sampling": lambda m: m["preprocessing"].update(shape=[63, 56]),
+    "a reversed range": lambda m: m["ood"].update(reconstruction_range={"low": 2.0, "high": 1.0}),
+    "a noise level without a range": lambda m: m["ood"].update(timesteps=[400, 500]),
+    "no intensity mapping": lambda m: m["preprocessing"].update(intensity_level=None),
+    "a window and a percentile": lambda m: (m.update(modality="CT"), m["preprocessing"].update(window=[0.0, 80.0])),
+    "a window of an MR": lambda m: m["preprocessing"].update(WINDOW),
+    "a head box larger than the slice": lambda m: m["preprocessing"].update(head_box={**HEAD_BOX, "rows": 65}),
+    "an empty head box": lambda m: m["preprocessing"].update(head_box={**HEAD_BOX, "columns": 0}),
+    "a head box for brains": lambda m: m["preprocessing"].update(head_box=HEAD_BOX, brain_only=True),
+    "a reversed window": lambda m: (m.update(modality="CT"), m["preprocessing"].update(WINDOW, window=[80.0, 0.0])),
     "a median filter of even side": lambda m: m["residual"].update(median_pixels=4),
     # No value exceeds NaN, so every scan would be healthy.
     "a threshold of NaN": lambda m: m["kl"].update(threshold=float("nan")),

@@ -128,11 +128,11 @@ def calibrate_gate(scans: list[Examined], models: Networks, config: Config) -> O
     ]
     return OodCheck(
         timesteps=d.gate_timesteps,
-        typical=tuple(ranges[:-1]),
-        reconstruction=ranges[-1],
-        latent=span(low, high),
-        max_fraction_out=d.gate_fraction_out,
-        max_slices_out=d.gate_slices_out,
+        median_kl_range=tuple(ranges[:-1]),
+        reconstruction_range=ranges[-1],
+        latent_kl_range=span(low, high),
+        max_outlier_fraction=d.gate_fraction_out,
+        max_outlier_slice_fraction=d.gate_slices_out,
     )
 
 
@@ -208,7 +208,7 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
         healthy_false_positive_ml=d.false_positive_ml,
         min_lesion_ml=d.min_lesion_ml,
     )
-    found = residual_threshold(maps, settings, d.false_positive_ml, config.preparation.voxel_ml)
+    found = residual_threshold(maps, settings, d.false_positive_ml, config.preprocessing.voxel_ml)
     # A healthy set without any residual says nothing of how small a difference matters.
     threshold = max(significant(found), d.least_threshold)
     thresholds = {"threshold": threshold, "extent_threshold": significant(d.extent_share * threshold)}

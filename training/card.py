@@ -19,13 +19,13 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
     split = load_split(config.data.splits)
     curve = read_curve(config.run_folder / "vqvae.csv")
     channels, h, w = manifest.latent_shape
-    rows, columns = manifest.preparation.shape
-    spacing = " x ".join(f"{s:g}" for s in manifest.preparation.spacing_mm)
+    rows, columns = manifest.preprocessing.shape
+    spacing = " x ".join(f"{s:g}" for s in manifest.preprocessing.spacing_mm)
     path.write_text(
         TEMPLATE.read_text().format(
             m=manifest,
             p=manifest.provenance,
-            prep=manifest.preparation,
+            prep=manifest.preprocessing,
             split=config.data.splits,
             test=len(split.test),
             rows=rows,
@@ -55,18 +55,18 @@ def write_card(path: Path, config: Config, manifest: Manifest, parity: Parity) -
                 f"| gate, median KL of some slice at t = {t} | {r.low} to {r.high} "
                 f"| but for {config.detection.gate_refused:.0%} of "
                 "healthy scans, over all scores (Student's t, logarithms) |"
-                for t, r in zip(manifest.gate.timesteps, manifest.gate.typical, strict=True)
+                for t, r in zip(manifest.gate.timesteps, manifest.gate.median_kl_range, strict=True)
             )
             + _slices_out(manifest),
-            low=manifest.preparation.extent_mm[0],
-            high=manifest.preparation.extent_mm[1],
+            low=manifest.preprocessing.extent_mm[0],
+            high=manifest.preprocessing.extent_mm[1],
         )
     )
 
 
 def _slices_out(manifest: Manifest) -> str:
     """The gate's line on single slices, where it asks them."""
-    share, healthy = manifest.gate.max_slices_out, manifest.calibration.slice_score
+    share, healthy = manifest.gate.max_outlier_slice_fraction, manifest.calibration.slice_score
     if share is None:
         return ""
     rule = f"of {healthy.low} to {healthy.high} nats; of a scan of under {GATE_SLICES} slices in place of the medians"
@@ -111,7 +111,7 @@ def _weights(manifest: Manifest) -> str:
 
 def _fit(manifest: Manifest) -> str:
     """What a head is stretched to, in words."""
-    fit = manifest.preparation.fit
+    fit = manifest.preprocessing.fit
     if fit is None:
         return ""
     reach = "" if fit.reach_mm is None else f"; not further than {fit.reach_mm:g} mm below its top"

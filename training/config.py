@@ -163,7 +163,7 @@ class Config(FrozenModel):
     version: str
     seed: int
     data: DataConfig
-    preparation: Preprocessing
+    preprocessing: Preprocessing
     schedule: NoiseSchedule
     augmentation: AugmentationConfig
     coarse_noise: CoarseNoiseConfig
@@ -181,10 +181,10 @@ class Config(FrozenModel):
     @property
     def training_preparation(self) -> Preprocessing:
         """How training's scans become slices: as in serving, but that pictures have no height to be cut at."""
-        fit = self.preparation.fit
+        fit = self.preprocessing.head_box
         if self.data.pictures is None or fit is None:
-            return self.preparation
-        return self.preparation.model_copy(update={"fit": fit.model_copy(update={"reach_mm": None})})
+            return self.preprocessing
+        return self.preprocessing.model_copy(update={"fit": fit.model_copy(update={"reach_mm": None})})
 
     @property
     def downsampling(self) -> int:

@@ -108,7 +108,7 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
     split = load_split(config.data.splits)
     subjects: tuple[str, ...] = getattr(split, part)
     copies = config.data.copies if part == "train" else 0
-    preparation = config.preparation.model_dump(exclude=NOT_OF_THE_SLICES, exclude_none=True)
+    preparation = config.preprocessing.model_dump(exclude=NOT_OF_THE_SLICES, exclude_none=True)
     key = json.dumps(
         [preparation, config.data.model_dump(exclude_none=True), config.seed, data_hash(config, subjects), copies]
     )

@@ -75,7 +75,7 @@ def make_schedule(settings: NoiseSchedule) -> Schedule:
 
 def make_diffusion(models: Networks, config: Config, view: int = 0) -> diffusion.Diffusion:
     """The diffusion model with the noise that serving will draw by default."""
-    rows, columns = config.preparation.shape
+    rows, columns = config.preprocessing.shape
     f = config.downsampling
     noise = KeyedNoise(config.seed, (config.vqvae.embedding_dim, rows // f, columns // f), view)
     return diffusion.Diffusion(make_schedule(config.schedule), models.denoise, noise)
@@ -88,7 +88,7 @@ def examine(scan: Volume | HealthyScan, models: Networks, config: Config) -> Exa
     known = healthy.known(slices, config.training_preparation)
     x, foreground = slices.x[known], slices.foreground[known]
     d = config.detection
-    sigma = latent_sigma(d.kl_smoothing_mm, config.preparation, config.downsampling)
+    sigma = latent_sigma(d.kl_smoothing_mm, config.preprocessing, config.downsampling)
     looks = {}
     for index, view in enumerate(d.views):
         seen = encode_view(
@@ -132,5 +132,5 @@ def judged_map(
     looks = [scan.looks[view] for view in d.views]
     residual = average_views([differs(*each) for each in zip(looks, masks, imagined, strict=True)], d.views)
     judged = residual.erode_foreground(scan.foreground, d.erosion)
-    settled = postprocess_residual(residual, scan.plain.seen.x, judged, d, config.preparation.spacing_mm)
+    settled = postprocess_residual(residual, scan.plain.seen.x, judged, d, config.preprocessing.spacing_mm)
     return np.where(judged, settled, np.float32(np.nan))

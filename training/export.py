@@ -105,7 +105,7 @@ def strip_debug(path: Path) -> None:
 def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, np.ndarray[tuple[int, ...], np.dtype]]:
     """Synthetic slices (no patient's), and what the networks make of them."""
     rng = np.random.default_rng(config.seed)
-    height, width = config.preparation.shape
+    height, width = config.preprocessing.shape
     rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     head = (rows**2 / 0.8 + columns**2 / 0.7) < 1
     texture = ndimage.gaussian_filter(rng.standard_normal((2, height, width)), (0, 2, 2))

@@ -96,8 +96,8 @@ def with_lesion(config: Config, scan: Volume, contrast: float) -> Volume:
     """A validation scan with a lesion shape of validation, or with an ellipse in each picture."""
     if config.data.pictures is None:
         return insert_lesion(scan, gold_shape(load_split(config.data.splits).shapes_validation[6]), contrast, 0).volume
-    ct = config.preparation.window is not None
-    return insert_sprites(scan, SPRITE_PIXELS * config.preparation.spacing_mm[1], contrast, 0, ct=ct, every=1).volume
+    ct = config.preprocessing.window is not None
+    return insert_sprites(scan, SPRITE_PIXELS * config.preprocessing.spacing_mm[1], contrast, 0, ct=ct, every=1).volume
 
 
 def _heights(detection: Detection) -> list[int]:

@@ -37,7 +37,7 @@ def load_vqvae(
 
 def latent_size(config: Config) -> tuple[int, int]:
     """Rows and columns of latents."""
-    rows, columns = (side // config.downsampling for side in config.preparation.shape)
+    rows, columns = (side // config.downsampling for side in config.preprocessing.shape)
     return rows, columns
 
 

@@ -82,7 +82,7 @@ def load_stack(config: Config, subject: str) -> Stack:
 
 def in_units(grey: UInt8Array, config: Config) -> npt.NDArray[np.float32]:
     """Grey values as Hounsfield units, where the model has a window; else as they are."""
-    settings, window = config.data.pictures, config.preparation.window
+    settings, window = config.data.pictures, config.preprocessing.window
     assert settings is not None, "volumes have units"
     if window is None:
         return grey.astype(np.float32)
@@ -94,7 +94,7 @@ def picture_affine(config: Config) -> Affine:
     """Columns run to the left, rows to posterior, pictures upwards, one slice spacing apart."""
     settings = config.data.pictures
     assert settings is not None, "volumes have an affine"
-    return np.diag([-settings.pixel_mm, -settings.pixel_mm, config.preparation.spacing_mm[0], 1.0])
+    return np.diag([-settings.pixel_mm, -settings.pixel_mm, config.preprocessing.spacing_mm[0], 1.0])
 
 
 def pictures_hash(config: Config, subjects: tuple[str, ...]) -> str:

@@ -104,7 +104,7 @@ def _load_denoiser(network: nn.Module, graph: onnx.GraphProto, known: Weights, c
     state = network.state_dict()
     missing = {name for name in state if name not in known}
     folded = _folded(graph, {name: w for name, w in known.items() if name not in state})
-    rows, columns = (side // config.downsampling for side in config.preparation.shape)
+    rows, columns = (side // config.downsampling for side in config.preprocessing.shape)
     example = torch.zeros(1, config.vqvae.embedding_dim, rows, columns)
     order = [name for name in _used_order(network, example) if name in missing]
     weights = {name: known[name] for name in state if name in known}

@@ -98,9 +98,9 @@ def spread(value: float, resampled: Sequence[float]) -> list[float]:
 def intensity_of(scan: TumourScan, bundle: Bundle) -> FloatArray:
     """What the model sees of the scan, inside the eroded head of the slices that it analyses; 0 elsewhere."""
     manifest = bundle.manifest
-    slices = to_slices(scan.volume, manifest.preparation)
+    slices = to_slices(scan.volume, manifest.preprocessing)
     inside = np.zeros_like(slices.foreground)
-    known = analysed_slices(slices, manifest.preparation)
+    known = analysed_slices(slices, manifest.preprocessing)
     inside[known] = residual.erode_foreground(slices.foreground[known], manifest.residual.erosion)
     return slices.grid.to_volume(np.where(inside, slices.x[:, 0], np.float32(0)))
 

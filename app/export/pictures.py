@@ -38,11 +38,11 @@ def write_preview(path: Path, detection: Detection, manifest: Manifest, notice: 
     notice : str
         Printed below: "Research use only ...".
     """
-    labels, _ = label_findings(detection.anomaly, manifest.residual, manifest.preparation.voxel_ml)
+    labels, _ = label_findings(detection.anomaly, manifest.residual, manifest.preprocessing.voxel_ml)
     found = labels > 0
     threshold = manifest.residual.threshold
     rows = [_row(detection, found, index, threshold) for index in _key_slices(detection, found)]
-    height, width = (side * ZOOM for side in manifest.preparation.shape)
+    height, width = (side * ZOOM for side in manifest.preprocessing.shape)
     canvas = Image.new(
         "RGB",
         (MARGIN + len(COLUMNS) * (width + GAP), HEADER + len(rows) * (height + GAP) + FOOTER),

@@ -116,8 +116,8 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
     diffusion = Diffusion(Schedule.from_settings(manifest.schedule), networks.denoise, noise)
 
     # 1. Resample the scan to slices ("Notation").
-    slices = to_slices(volume, manifest.preparation)
-    indices = analysed_slices(slices, manifest.preparation)
+    slices = to_slices(volume, manifest.preprocessing)
+    indices = analysed_slices(slices, manifest.preprocessing)
     x, foreground = slices.x[indices], slices.foreground[indices]
 
     # 2. Encode the slices and compute the KL map ("KL map").
@@ -125,7 +125,7 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
     kl = smoothed_kl_map(plain, manifest)
 
     # 3. Refuse a scan that differs everywhere ("Out-of-distribution check").
-    scores = compute_scan_scores(kl, plain, networks, manifest.gate)
+    scores = compute_scan_scores(kl, plain, networks, manifest.ood)
     check_in_distribution(scores, manifest)
 
     # 4. Mask the latents, generate the counterpart and compute the residual
@@ -142,7 +142,7 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
 
     # 6. Post-process the mean residual ("Residual").
     valid_mask = erode_foreground(foreground, manifest.residual.erosion)
-    residual = postprocess_residual(residual, x, valid_mask, manifest.residual, manifest.preparation.spacing_mm)
+    residual = postprocess_residual(residual, x, valid_mask, manifest.residual, manifest.preprocessing.spacing_mm)
 
     count = len(slices.x)
     return Detection(
@@ -197,7 +197,7 @@ def network_evaluations(manifest: Manifest, analysed: int, reversed_slices: Sequ
     reversed_slices : sequence of int
         Number of slices with a latent mask that is not empty, one a view.
     """
-    ood = len(sample_slices(analysed)) * len(manifest.gate.timesteps)
+    ood = len(sample_slices(analysed)) * len(manifest.ood.timesteps)
     kl = len(manifest.views) * analysed * len(manifest.kl.timesteps)
     return ood + kl + sum(reversed_slices) * len(manifest.reverse.timesteps)
 

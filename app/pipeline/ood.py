@@ -52,7 +52,7 @@ def compute_scan_scores(kl: FloatArray, view: EncodedView, networks: Networks, s
     settings : OodCheck
     """
     inside = kl[view.foreground_latents]
-    outside = (inside < settings.latent.low) | (inside > settings.latent.high)
+    outside = (inside < settings.latent_kl_range.low) | (inside > settings.latent_kl_range.high)
     return ScanScores(
         scan=_mean_kl(kl, view.foreground_latents),
         slices=slice_scores(kl, view.foreground_latents),
@@ -114,27 +114,27 @@ def check_in_distribution(scores: ScanScores, manifest: Manifest) -> None:
         outside the healthy range, the reconstruction error is outside the healthy range, or too many latents are
         outliers.
     """
-    settings, few = manifest.gate, len(scores.slices) < SAMPLED_SLICES
+    settings, few = manifest.ood, len(scores.slices) < SAMPLED_SLICES
     # The extremes over a few slices differ from those over a whole stack. If slices are checked one by one, that check
     # is enough for a scan of few slices.
-    reasons = [] if few and settings.max_slices_out is not None else _median_kl_reasons(scores, settings)
-    if settings.max_slices_out is not None:
+    reasons = [] if few and settings.max_outlier_slice_fraction is not None else _median_kl_reasons(scores, settings)
+    if settings.max_outlier_slice_fraction is not None:
         healthy = manifest.calibration.slice_score
         fraction = outlier_slice_fraction(scores.slices, healthy)
-        if fraction > settings.max_slices_out:
+        if fraction > settings.max_outlier_slice_fraction:
             reasons.append(
                 f"{fraction:.0%} of its slices have a mean KL outside {healthy.low:.3g} to {healthy.high:.3g}, "
-                f"at most {settings.max_slices_out:.0%} are accepted"
+                f"at most {settings.max_outlier_slice_fraction:.0%} are accepted"
             )
-    if not settings.reconstruction.contains(scores.reconstruction):
+    if not settings.reconstruction_range.contains(scores.reconstruction):
         reasons.append(
             f"its reconstruction error is {scores.reconstruction:.3g}, "
-            f"healthy scans have {settings.reconstruction.low:.3g} to {settings.reconstruction.high:.3g}"
+            f"healthy scans have {settings.reconstruction_range.low:.3g} to {settings.reconstruction_range.high:.3g}"
         )
-    if scores.outlier_fraction > settings.max_fraction_out:
+    if scores.outlier_fraction > settings.max_outlier_fraction:
         reasons.append(
             f"{scores.outlier_fraction:.0%} of its latents are outside the healthy range, at most "
-            f"{settings.max_fraction_out:.0%} are accepted"
+            f"{settings.max_outlier_fraction:.0%} are accepted"
         )
     if reasons:
         raise OutOfDistribution(
@@ -150,7 +150,9 @@ def _median_kl_reasons(scores: ScanScores, settings: OodCheck) -> list[str]:
     return [
         f"the median KL of its slices at t = {t} is {low:.3g} to {high:.3g}, "
         f"healthy scans have slices between {healthy.low:.3g} and {healthy.high:.3g}"
-        for t, (low, high), healthy in zip(settings.timesteps, scores.median_kl_range, settings.typical, strict=True)
+        for t, (low, high), healthy in zip(
+            settings.timesteps, scores.median_kl_range, settings.median_kl_range, strict=True
+        )
         if not (low <= healthy.high and high >= healthy.low)
     ]
 

@@ -72,8 +72,8 @@ def to_slices(volume: Volume, settings: Preprocessing) -> Slices:
     WrongFieldOfView
         The foreground is larger or smaller than that of any training scan.
     """
-    if settings.fit is not None:
-        return _to_slices_of_one_size(volume, settings, settings.fit)
+    if settings.head_box is not None:
+        return _to_slices_of_one_size(volume, settings, settings.head_box)
     array = volume.array if settings.window is None else np.maximum(volume.array, np.float32(AIR_HU))
     background = background_level(array)
     signal = array - np.float32(background)
@@ -159,9 +159,9 @@ def analysed_slices(slices: Slices, settings: Preprocessing) -> IntArray:
 
 def _first_slice(count: int, settings: Preprocessing) -> int:
     """Return the lowest of `count` slices that is within the reach of the training pictures."""
-    if settings.fit is None or settings.fit.reach_mm is None:
+    if settings.head_box is None or settings.head_box.reach_mm is None:
         return 0
-    return max(0, count - 1 - int(settings.fit.reach_mm / settings.spacing_mm[0] + TIE))
+    return max(0, count - 1 - int(settings.head_box.reach_mm / settings.spacing_mm[0] + TIE))
 
 
 def _slice_grid(

@@ -146,7 +146,7 @@ def load_bundle(
 
     def load_extractor_if_needed() -> Extractor | None:
         # The extractor is shipped with the code. The bundles may be in another folder.
-        needed = manifest.preparation.brain_only
+        needed = manifest.preprocessing.brain_only
         return load_extractor(shipped_models() / EXTRACTOR, provider, threads) if needed else None
 
     def check_other_files() -> None:

@@ -148,7 +148,7 @@ def _report(request: Request) -> Report:
         input=Input(format="nifti", modality=None, shape=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0), notes=()),
         analysed=Extent(volume_ml=8.0, slices=2, slices_not_analysed=(), z_mm=(0.0, 1.0)),
         scores=ScoresReported(
-            scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
+            scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, outlier_fraction=0.0
         ),
         threshold=0.2,
         extent_threshold=0.1,

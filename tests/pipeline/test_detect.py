@@ -59,7 +59,7 @@ def test_slices_with_little_foreground_are_not_analysed(
 
 
 def test_scores_are_those_of_the_kl_map(healthy: Volume, networks: Networks, manifest: Manifest) -> None:
-    d = detect(healthy, networks, with_part(manifest, "gate", latent=Range(low=1e-4, high=2e-3)))
+    d = detect(healthy, networks, with_part(manifest, "ood", latent_kl_range=Range(low=1e-4, high=2e-3)))
     inside = d.kl[np.isfinite(d.kl)]
     assert d.scores.scan == pytest.approx(inside.mean(dtype=np.float64), rel=1e-5)
     assert d.scores.outlier_fraction == pytest.approx(((inside < 1e-4) | (inside > 2e-3)).mean())

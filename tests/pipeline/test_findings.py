@@ -32,7 +32,7 @@ GRIDS = {
 
 def empty_detection(volume: Volume, manifest: Manifest) -> Detection:
     """Return a detection without findings."""
-    slices = to_slices(volume, manifest.preparation)
+    slices = to_slices(volume, manifest.preprocessing)
     n, _, height, width = slices.x.shape
     latents = np.zeros((n, height // 4, width // 4))
     anomaly = np.where(slices.foreground, np.float32(0), np.float32(np.nan))

@@ -14,7 +14,7 @@ from tests.support.phantom import HALF_AXES_MM, ball, brain, grid, with_lesion
 
 SCALED = PREPROCESSING.model_copy(
     update={
-        "fit": HeadBox(rows=48, columns=40, foreground_level=0.3),
+        "head_box": HeadBox(rows=48, columns=40, foreground_level=0.3),
         "extent_mm": ((60.0, 80.0, 0.0), (240.0, 280.0, 300.0)),
     }
 )
@@ -168,8 +168,8 @@ def test_skin_does_not_enlarge_the_box() -> None:
 def test_slices_below_the_reach_are_not_analysed() -> None:
     volume = brain((66, 80, 60))
     plain = to_slices(volume, SCALED)
-    assert SCALED.fit is not None
-    reaching = SCALED.model_copy(update={"fit": SCALED.fit.model_copy(update={"reach_mm": 60.0})})
+    assert SCALED.head_box is not None
+    reaching = SCALED.model_copy(update={"head_box": SCALED.head_box.model_copy(update={"reach_mm": 60.0})})
     everything, some = analysed_slices(plain, SCALED), analysed_slices(to_slices(volume, reaching), reaching)
     assert some[-1] == everything[-1]
     assert some[0] == len(plain.x) - 1 - 20  # 60 mm of 3 mm slices below the highest one
@@ -177,8 +177,8 @@ def test_slices_below_the_reach_are_not_analysed() -> None:
 
 
 def test_neck_below_the_reach_does_not_scale_intensities() -> None:
-    assert SCALED.fit is not None
-    reaching = SCALED.model_copy(update={"fit": SCALED.fit.model_copy(update={"reach_mm": 60.0})})
+    assert SCALED.head_box is not None
+    reaching = SCALED.model_copy(update={"head_box": SCALED.head_box.model_copy(update={"reach_mm": 60.0})})
     volume = brain((66, 80, 60))
     bright = volume.array.copy()
     bright[:, :, :24] *= 1.5

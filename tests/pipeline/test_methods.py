@@ -38,13 +38,13 @@ def test_default_method_is_registered(manifest: Manifest) -> None:
 
 def test_maps_have_the_shape_of_the_slices(detection: Detection, own: Manifest) -> None:
     d, count = detection, len(detection.slices.x)
-    assert d.slices.x.shape == (count, 1, *own.preparation.shape)
+    assert d.slices.x.shape == (count, 1, *own.preprocessing.shape)
     assert d.slices.x.dtype == d.kl.dtype == d.counterpart.dtype == d.anomaly.dtype == np.float32
     assert d.analysed.shape == (count,)
     assert d.kl.shape == d.latent_mask.shape == (count, *own.latent_shape[1:])
-    assert d.counterpart.shape == d.anomaly.shape == (count, *own.preparation.shape)
+    assert d.counterpart.shape == d.anomaly.shape == (count, *own.preprocessing.shape)
     assert d.scores.slices.shape == (int(d.analysed.sum()),)
-    assert len(d.scores.median_kl_range) == len(own.gate.timesteps)
+    assert len(d.scores.median_kl_range) == len(own.ood.timesteps)
     assert len(d.reversed) == len(own.views)
     assert all(0 <= n <= d.analysed.sum() for n in d.reversed)
 

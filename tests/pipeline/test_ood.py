@@ -21,10 +21,10 @@ def test_reconstruction_error_is_checked_on_both_sides(
 ) -> None:
     value = detect(healthy, networks, manifest).scores.reconstruction
     around = Range(low=value * 0.99, high=value * 1.01)
-    detect(healthy, networks, with_part(manifest, "gate", reconstruction=around))
+    detect(healthy, networks, with_part(manifest, "ood", reconstruction_range=around))
     beyond = Range(low=value * 1.01, high=1.0) if side == "low" else Range(low=0.0, high=value * 0.99)
     with pytest.raises(OutOfDistribution, match=f"reconstruction error is {value:.3g}"):
-        detect(healthy, networks, with_part(manifest, "gate", reconstruction=beyond))
+        detect(healthy, networks, with_part(manifest, "ood", reconstruction_range=beyond))
 
 
 def test_range_of_the_median_kl_must_overlap_the_healthy_range(
@@ -33,17 +33,17 @@ def test_range_of_the_median_kl_must_overlap_the_healthy_range(
     smallest, largest = detect(healthy, networks, manifest).scores.median_kl_range[0]
     assert smallest < 0.9 * largest
     for low, high in ((largest * 0.99, 1.0), (0.0, smallest * 1.01)):
-        detect(healthy, networks, with_part(manifest, "gate", typical=(Range(low=low, high=high),)))
+        detect(healthy, networks, with_part(manifest, "ood", median_kl_range=(Range(low=low, high=high),)))
     for low, high in ((largest * 1.01, 1.0), (0.0, smallest * 0.99)):
         with pytest.raises(OutOfDistribution, match=f"median KL .* t = 500 is {smallest:.3g} to {largest:.3g}"):
-            detect(healthy, networks, with_part(manifest, "gate", typical=(Range(low=low, high=high),)))
+            detect(healthy, networks, with_part(manifest, "ood", median_kl_range=(Range(low=low, high=high),)))
 
 
 def test_large_fraction_of_outlier_latents_is_refused(
     healthy: Volume, sick: Volume, networks: Networks, manifest: Manifest
 ) -> None:
     largest = np.nanmax(detect(healthy, networks, manifest).kl)
-    strict = with_part(manifest, "gate", latent=Range(low=0.0, high=float(largest)), max_fraction_out=0.1)
+    strict = with_part(manifest, "ood", latent_kl_range=Range(low=0.0, high=float(largest)), max_outlier_fraction=0.1)
     assert 0 < detect(sick, networks, strict).scores.outlier_fraction < 0.1
     huge = with_lesion(healthy, (0.0, 0.0, 0.0), 55.0, 0.45)
     with pytest.raises(OutOfDistribution, match="of its latents"):
@@ -54,10 +54,10 @@ def test_large_fraction_of_outlier_slices_is_refused(healthy: Volume, networks: 
     slices = detect(healthy, networks, manifest).scores.slices
     odd = with_part(manifest, "calibration", slice_score=Range(low=0.0, high=float(np.quantile(slices, 0.4))))
     assert outlier_slice_fraction(slices, odd.calibration.slice_score) == pytest.approx(0.6, abs=0.03)
-    detect(healthy, networks, odd)  # max_slices_out is not set
-    detect(healthy, networks, with_part(odd, "gate", max_slices_out=0.7))
+    detect(healthy, networks, odd)  # max_outlier_slice_fraction is not set
+    detect(healthy, networks, with_part(odd, "ood", max_outlier_slice_fraction=0.7))
     with pytest.raises(OutOfDistribution, match="of its slices have a mean KL"):
-        detect(healthy, networks, with_part(odd, "gate", max_slices_out=0.5))
+        detect(healthy, networks, with_part(odd, "ood", max_outlier_slice_fraction=0.5))
 
 
 def test_slice_without_a_score_is_an_outlier() -> None:
@@ -67,7 +67,7 @@ def test_slice_without_a_score_is_an_outlier() -> None:
 def test_scan_of_few_slices_is_checked_slice_by_slice(healthy: Volume, networks: Networks, manifest: Manifest) -> None:
     """The range over the slices of a stack does not apply to a single slice."""
     smallest, largest = detect(healthy, networks, manifest).scores.median_kl_range[0]
-    never = with_part(manifest, "gate", typical=(Range(low=largest * 2, high=largest * 3),))
+    never = with_part(manifest, "ood", median_kl_range=(Range(low=largest * 2, high=largest * 3),))
     middle = healthy.array.shape[2] // 2
     few = Volume(healthy.array[:, :, middle : middle + 1], healthy.affine)
     scores = detect(few, networks, manifest).scores
@@ -76,7 +76,7 @@ def test_scan_of_few_slices_is_checked_slice_by_slice(healthy: Volume, networks:
     with pytest.raises(OutOfDistribution, match="median KL"):
         detect(few, networks, never)  # without a check of slices, the range is checked
     own = Range(low=0.9 * float(scores.slices.min()), high=1.1 * float(scores.slices.max()))
-    by_slice = with_part(with_part(never, "gate", max_slices_out=0.5), "calibration", slice_score=own)
+    by_slice = with_part(with_part(never, "ood", max_outlier_slice_fraction=0.5), "calibration", slice_score=own)
     detect(few, networks, by_slice)
     with pytest.raises(OutOfDistribution, match="median KL"):
         detect(healthy, networks, by_slice)  # enough slices: both are checked

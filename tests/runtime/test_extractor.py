@@ -67,7 +67,7 @@ def test_extractor_is_loaded_for_models_of_brains_only(tiny_models: Path, tmp_pa
     assert load_bundle(folder, threads=1).extractor is None
     path = folder / "manifest.json"
     data = json.loads(path.read_text())
-    data["preparation"]["brain_only"] = True
+    data["preprocessing"]["brain_only"] = True
     path.write_text(json.dumps(data))
     extractor = load_bundle(folder, threads=1).extractor
     assert extractor is not None

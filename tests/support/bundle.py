@@ -59,7 +59,7 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
         intended_use="Tests.",
         modality="MR",
         sequence="T1",
-        preparation=Preprocessing(
+        preprocessing=Preprocessing(
             subject="a skull-stripped brain",
             advice="Send the phantom of the tests.",
             spacing_mm=(3.0, 3.0, 3.0),
@@ -88,7 +88,13 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
             healthy_false_positive_ml=0.0,
             min_lesion_ml=1.0,
         ),
-        gate=OodCheck(timesteps=(500,), typical=(wide,), reconstruction=wide, latent=wide, max_fraction_out=1.0),
+        ood=OodCheck(
+            timesteps=(500,),
+            median_kl_range=(wide,),
+            reconstruction_range=wide,
+            latent_kl_range=wide,
+            max_outlier_fraction=1.0,
+        ),
         calibration=Calibration(subjects=("phantom",), slice_score=wide, scan_score=wide),
         files=files or Files(encoder=no_file, denoiser=no_file, decoder=no_file, golden=no_file),
         licence=Licence(data="synthetic", licence="Apache-2.0", attribution="none needed"),
@@ -151,7 +157,7 @@ def _golden(bundle: Path) -> dict[str, Array]:
 
     manifest = tiny_manifest()
     schedule = Schedule.from_settings(SCHEDULE)
-    stack = to_slices(brain(), manifest.preparation).x
+    stack = to_slices(brain(), manifest.preprocessing).x
     x = stack[[len(stack) // 3, len(stack) // 2]]
     z0 = run("encoder", x=x)
     t = np.array(GOLDEN_TIMES, dtype=np.int64)

@@ -12,7 +12,7 @@ from app.volume import Affine, Volume
 from tests.support.bundle import tiny_manifest
 from tests.support.phantom import brain, grid
 
-PREPROCESSING = tiny_manifest().preparation
+PREPROCESSING = tiny_manifest().preprocessing
 # Corner of the stack of `brain()`: 40 slices of 64 x 56 pixels of 3 mm around the origin.
 CORNER_MM = (-82.5, -94.5, -58.5)
 

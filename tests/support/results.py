@@ -74,7 +74,7 @@ def report_of(scan: Scan, result: ScanResult) -> Report:
         ),
         analysed=Extent(volume_ml=1234.5, slices=40, slices_not_analysed=(0, 39), z_mm=(-51.5, 62.0)),
         scores=ScoresReported(
-            scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
+            scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, outlier_fraction=0.0
         ),
         threshold=0.4,
         extent_threshold=0.2,

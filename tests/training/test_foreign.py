@@ -64,6 +64,6 @@ def test_a_stack_to_be_refused_is_as_wide_as_a_head(archive: Path, monkeypatch: 
     config = Config.load(ROOT / "training" / "configs" / "headct.toml")
     found = list(foreign.all_foreign(config))
     assert [f.kind.split(",")[0] for f in found] == ["MedNIST CXR", "MedNIST Hand", "MedNIST Hand"]
-    np.testing.assert_allclose(found[0].volume.spacing, [200 / 64, 200 / 64, config.preparation.spacing_mm[0]])
+    np.testing.assert_allclose(found[0].volume.spacing, [200 / 64, 200 / 64, config.preprocessing.spacing_mm[0]])
     flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
     assert list(foreign.all_foreign(flair)) == []

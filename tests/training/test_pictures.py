@@ -97,7 +97,7 @@ def test_every_picture_is_a_slice_of_the_size_of_all(headct: Config) -> None:
     scan = load_scan(headct, block_name(BLOCK))
     slices = to_slices(scan.volume, headct.training_preparation)
     assert len(slices.x) == BLOCK
-    fit = headct.preparation.fit
+    fit = headct.preprocessing.head_box
     assert fit is not None
     largest = slices.foreground[slices.foreground.sum(axis=(1, 2)).argmax()]
     rows, columns = largest.any(axis=1).sum(), largest.any(axis=0).sum()
@@ -117,7 +117,7 @@ def test_front_and_left_of_a_picture_stay_there(headct: Config) -> None:
 def headct_free(config: Config) -> Preprocessing:
     """The same preparation with intensities by a percentile, for the phantom's own units."""
     free = {"window": None, "intensity_percentile": 98.0, "intensity_level": 0.5}
-    return config.preparation.model_copy(update=free)
+    return config.preprocessing.model_copy(update=free)
 
 
 def test_slices_beside_a_tumour_are_not_learnt_from(flair: Config) -> None:
@@ -195,7 +195,7 @@ def test_exclusions_have_names_and_reasons(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", ["headct", "flair"])
 def test_a_configuration_says_what_its_bundle_is(name: str) -> None:
     config = Config.load(CONFIGS / f"{name}.toml")
-    assert config.preparation.fit is not None
+    assert config.preprocessing.head_box is not None
     assert config.bundle.intended_use.startswith("Research use only")
     assert config.bundle.non_commercial is (name == "flair")
     assert (ROOT / "training" / "limits" / f"{name}.md").is_file()

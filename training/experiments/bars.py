@@ -168,7 +168,7 @@ def _mean_of_large(scans: dict[str, list[float]] | None, key: str) -> Spread | N
     """Mean over the scans of `t1` that have so much of a lesion."""
     if not scans:
         return None
-    pixel_ml = Config.load(CONFIGS / "t1.toml").preparation.voxel_ml
+    pixel_ml = Config.load(CONFIGS / "t1.toml").preprocessing.voxel_ml
     pairs = zip(scans[key], scans["truth_pixels"], strict=True)
     return spread(asdict(mean_interval([value for value, pixels in pairs if pixels * pixel_ml >= LEAST_ML])))
 

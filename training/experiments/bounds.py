@@ -59,7 +59,7 @@ def edges(truth: BoolArray) -> BoolArray:
 
 def healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
     """The judged slices without the lesion, (K, 1, H, W), as bright beside it as they are with it."""
-    plain = to_slices(load_scan(config, case.subject).volume, manifest.preparation).x[case.known]
+    plain = to_slices(load_scan(config, case.subject).volume, manifest.preprocessing).x[case.known]
     beside = (case.foreground & ~case.truth)[:, None]
     # A lesion moves the percentile that a scan is divided by.
     return np.asarray(plain * (np.median(case.x[beside]) / np.median(plain[beside])), dtype=np.float32)
@@ -84,7 +84,7 @@ def maps(case: Case, healthy: FloatArray, models: Networks, manifest: Manifest) 
         for step, values in _residuals(seen, case, healthy, view, models, manifest).items():
             found[step].append(values)
     inner = residual.erode_foreground(case.foreground, manifest.residual.erosion)
-    spacing = manifest.preparation.spacing_mm
+    spacing = manifest.preprocessing.spacing_mm
     settled = {
         step: postprocess_residual(average_views(each, manifest.views), case.x, inner, manifest.residual, spacing)
         for step, each in found.items()

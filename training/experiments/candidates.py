@@ -67,7 +67,7 @@ class Candidate:
         ]
         inner = residual.erode_foreground(case.foreground, manifest.residual.erosion)
         settled = postprocess_residual(
-            average_views(found, manifest.views), case.x, inner, manifest.residual, manifest.preparation.spacing_mm
+            average_views(found, manifest.views), case.x, inner, manifest.residual, manifest.preprocessing.spacing_mm
         )
         return settled if self.after is None else self.after(settled)
 

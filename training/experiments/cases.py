@@ -83,8 +83,8 @@ def make_case(
         Which slices (N,) show nothing but the truth. The others are not judged: a tumour there would count as a
         false positive.
     """
-    slices = to_slices(volume, manifest.preparation)
-    known = analysed_slices(slices, manifest.preparation)
+    slices = to_slices(volume, manifest.preprocessing)
+    known = analysed_slices(slices, manifest.preprocessing)
     if healthy is not None:
         known = known[healthy(slices)[known]]
     placed = slices.grid.sample_volume(truth.astype(np.float32))[known] > 0.5
@@ -103,9 +103,9 @@ def sprites(config: Config) -> Insert:
     every = 1 if config.data.pictures.kind == "lgg" else SPRITE_EVERY
 
     def insert(subject: str, contrast: float, seed: int) -> Lesioned:
-        radius = np.random.default_rng([seed, 13]).uniform(*RADIUS_PIXELS) * config.preparation.spacing_mm[1]
+        radius = np.random.default_rng([seed, 13]).uniform(*RADIUS_PIXELS) * config.preprocessing.spacing_mm[1]
         volume = load_scan(config, subject).volume
-        return insert_sprites(volume, radius, contrast, seed, ct=config.preparation.window is not None, every=every)
+        return insert_sprites(volume, radius, contrast, seed, ct=config.preprocessing.window is not None, every=every)
 
     return insert
 

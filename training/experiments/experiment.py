@@ -57,7 +57,7 @@ def detection_hash(manifest: Manifest) -> str:
 
 def cases_hash(manifest: Manifest) -> str:
     """SHA-256 over what of a bundle decides the slices that every method sees, and where it is judged."""
-    told = manifest.preparation.model_dump(mode="json", exclude=NOT_OF_THE_SLICES, exclude_defaults=True)
+    told = manifest.preprocessing.model_dump(mode="json", exclude=NOT_OF_THE_SLICES, exclude_defaults=True)
     return hashlib.sha256(json.dumps([told, manifest.residual.erosion], sort_keys=True).encode()).hexdigest()
 
 

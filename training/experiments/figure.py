@@ -51,7 +51,7 @@ def panels(config: Config, models: Networks, manifest: Manifest) -> list[Panel]:
 def _panel(case: Case, models: Networks, manifest: Manifest) -> Panel:
     found = detect(case.volume, models, ungated(manifest))
     index = int(case.truth.sum(axis=(1, 2)).argmax())
-    labels, _ = label_findings(found.anomaly[case.known], manifest.residual, manifest.preparation.voxel_ml)
+    labels, _ = label_findings(found.anomaly[case.known], manifest.residual, manifest.preprocessing.voxel_ml)
     at = case.known[index]
     return Panel(
         f"{manifest.id}\n{case.subject}\n{case.kind}",

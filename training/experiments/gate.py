@@ -70,8 +70,8 @@ Insert = Callable[[Volume, float, int], Lesioned]
 def inserts(config: Config, split: Split) -> dict[str, Insert]:
     """What is inserted into the scans of a bundle, by name."""
     if config.data.pictures is not None:
-        radius = RADIUS_PIXELS[1] * config.preparation.spacing_mm[1]
-        ct = config.preparation.window is not None
+        radius = RADIUS_PIXELS[1] * config.preprocessing.spacing_mm[1]
+        ct = config.preprocessing.window is not None
 
         def ellipses(every: int) -> Insert:
             return lambda volume, c, seed: insert_sprites(volume, radius, c, seed, ct=ct, every=every)

@@ -78,7 +78,7 @@ class Pictures:
 def anything(manifest: Manifest) -> Manifest:
     """A manifest that prepares pictures of any size: the models are to judge them."""
     update = {"extent_mm": ANYTHING_MM, "min_foreground_cm2": 0.0}
-    return manifest.model_copy(update={"preparation": manifest.preparation.model_copy(update=update)})
+    return manifest.model_copy(update={"preparation": manifest.preprocessing.model_copy(update=update)})
 
 
 def healthy_and_near(config: Config, manifest: Manifest, part: Part) -> tuple[Pictures, Pictures]:
@@ -89,13 +89,13 @@ def healthy_and_near(config: Config, manifest: Manifest, part: Part) -> tuple[Pi
     for i, subject in enumerate(split.validation if part == "validation" else split.test):
         scan = load_scan(config, subject)
         volume = scan.volume
-        slices = to_slices(volume, manifest.preparation)
+        slices = to_slices(volume, manifest.preprocessing)
         # Of pictures no two are neighbours: none that shows too little is judged for lying between two others.
-        known = scan.known(slices, manifest.preparation)
+        known = scan.known(slices, manifest.preprocessing)
         plain.append((slices.x[known], slices.foreground[known], subject))
         radius = np.random.default_rng([i, 17]).uniform(*RADIUS_PIXELS) * config.data.pictures.pixel_mm
         made = insert_sprites(volume, radius, GRADES[NEAR_GRADE] * (-1) ** i, i, every=1)
-        changed = to_slices(made.volume, manifest.preparation)
+        changed = to_slices(made.volume, manifest.preprocessing)
         shown = changed.grid.sample_volume(made.truth.astype(np.float32))[known] > 0.5
         some = known[shown.any(axis=(1, 2))]
         near.append((changed.x[some], changed.foreground[some], subject))
@@ -109,7 +109,7 @@ def _joined(kind: str, parts: list[tuple[FloatArray, BoolArray, str]], refused: 
 
 def foreign(config: Config, manifest: Manifest) -> Iterator[Pictures]:
     """The five other classes of MedNIST, stacked like the subjects of the healthy ones."""
-    opened = anything(manifest).preparation
+    opened = anything(manifest).preprocessing
     for label, stacks in groupby(mednist_stacks(config), key=lambda stack: stack.kind):
         parts, refused = [], 0
         for stack in stacks:

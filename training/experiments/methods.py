@@ -93,9 +93,9 @@ def reconstructions(seen: Callable[[Case], FloatArray]) -> dict[str, Maps]:
 
 def ungated(manifest: Manifest) -> Manifest:
     """One that refuses no scan for its looks: the maps are compared, not the gates."""
-    gate = manifest.gate
+    gate = manifest.ood
     update = {
-        "typical": (EVERYTHING,) * len(gate.typical),
+        "typical": (EVERYTHING,) * len(gate.median_kl_range),
         "reconstruction": EVERYTHING,
         "max_fraction_out": 1.0,
         "max_slices_out": None,

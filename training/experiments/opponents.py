@@ -102,7 +102,7 @@ def build(name: str, config: Config) -> nn.Module:
         rows, columns = latent_size(config)
         transformer: nn.Module = build_transformer(config.vqvae.codes, rows * columns)
         return transformer
-    shape = (1, *config.preparation.shape)
+    shape = (1, *config.preprocessing.shape)
     dense: nn.Module = VarAutoEncoder(2, shape, 1, DENSE, CHANNELS, (2,) * len(CHANNELS), norm="BATCH")
     return dense
 

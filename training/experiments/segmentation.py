@@ -99,7 +99,7 @@ def _per_scan(cases: list[Case], counts: Counts) -> dict[str, list[float]]:
 
 def shipped_dice(values: FloatArray, case: Case, manifest: Manifest) -> float:
     """Dice of the mask that a map (K, H, W) becomes at the bundle's thresholds."""
-    labels, _ = label_findings(values, manifest.residual, manifest.preparation.voxel_ml)
+    labels, _ = label_findings(values, manifest.residual, manifest.preprocessing.voxel_ml)
     return dice(labels > 0, case.truth)
 
 

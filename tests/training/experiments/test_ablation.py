@@ -95,7 +95,7 @@ def test_every_other_candidate_gives_another_map(
 @pytest.mark.data
 def test_a_stricter_rule_has_a_higher_threshold_and_the_shipped_one_is_told(experiment: Experiment, case: Case) -> None:
     rng = np.random.default_rng(1)
-    shape = (6, *experiment.manifest.preparation.shape)
+    shape = (6, *experiment.manifest.preprocessing.shape)
     healthy = [np.abs(rng.standard_normal(shape)).astype(np.float32) for _ in range(3)]
     found = judged(np.where(case.truth, 10.0, 0.0).astype(np.float32), case)
     rows = ablation.thresholds(experiment.config, experiment.manifest, healthy, [case], [found])

@@ -51,7 +51,7 @@ def test_outside_of_a_repository_it_is_unknown(tmp_path: Path) -> None:
 
 def test_a_gate_a_word_or_a_version_leaves_what_was_measured() -> None:
     manifest = tiny_manifest()
-    same = with_part(manifest, "gate", max_fraction_out=0.5, max_slices_out=0.5)
+    same = with_part(manifest, "gate", max_outlier_fraction=0.5, max_outlier_slice_fraction=0.5)
     same = with_part(same, "provenance", denoiser_steps=9).model_copy(update={"version": "9.9.9", "title": "other"})
     assert detection_hash(same) == detection_hash(manifest)
 

@@ -34,7 +34,7 @@ def test_the_gate_alone_is_the_gate_that_is_served() -> None:
     folder = next((ROOT / "models").glob("t1-*"))
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
     asked = gate.alone(manifest)
-    assert asked.gate == manifest.gate
+    assert asked.ood == manifest.ood
     assert asked.kl.timesteps == manifest.kl.timesteps
     assert asked.kl.threshold > 1e30
     assert len(asked.views) == 1
