@@ -18,8 +18,8 @@ from app.export.nifti import write_nifti
 from app.export.pictures import write_preview
 from app.export.report import RESEARCH_USE_ONLY, BrainReported, ModelChoice, ModelUsed, Report, build_report
 from app.inferred import Inferred, Taken
-from app.ingest import read
-from app.ingest.quiet import quiet
+from app.ingest.reader import read_scan
+from app.dicom_attributes import silence_libraries
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect, network_evaluations
 from app.pipeline.findings import Result, to_result
@@ -118,7 +118,7 @@ def infer(
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         progress("read", 0.0)
-        scan = read(path, scratch=scratch, series=request.series, geometry=request.geometry)
+        scan = read_scan(path, scratch=scratch, series=request.series, geometry=request.geometry)
         choice = choose(manifests, scan.source, request.model)
         manifest = choice.manifest
         progress("read", 1.0)
@@ -257,7 +257,7 @@ def _write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[
     # A second of imports that a NIfTI file does not need.
     from app.export.dicom import write_dicom  # noqa: PLC0415
 
-    with quiet():
+    with silence_libraries():
         return write_dicom(out, scan, result, report)
 
 

@@ -107,7 +107,7 @@ def check_decoders() -> Iterator[Check]:
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
-    from app.ingest import pixels
+    from app.ingest.dicom import pixels
 
     assert pixels  # it chooses among pydicom's decoders
     for name, syntaxes in SYNTAXES.items():

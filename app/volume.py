@@ -87,7 +87,7 @@ class Source:
     contrast_agent : bool
         It says that one was given.
     hounsfield : bool
-        NIfTI, MGH: its values look like Hounsfield units (`app.ingest.hounsfield`).
+        NIfTI, MGH: its values look like Hounsfield units (`app.ingest.volume_file`).
     sform_code : int
         NIfTI's code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     instances : tuple of Path

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.pipeline.prepare import to_slices
 from app.runtime.bundle import load_bundle
 from benchmarks.ceiling import Ceiling
@@ -69,7 +69,7 @@ def measure_gains(folder: Path, config: Path, scan: Path, repeats: int) -> list[
     bundle = load_bundle(folder)
     gigaflop = network_gigaflops(folder, Config.load(config))["denoise"]
     with TemporaryDirectory() as scratch:
-        volume = read(scan, scratch=Path(scratch)).volume
+        volume = read_scan(scan, scratch=Path(scratch)).volume
         bench = Bench(bundle, to_slices(volume, bundle.manifest.preparation))
         kinds: tuple[Iterable[Switch], ...] = (
             switches.skips(bench),

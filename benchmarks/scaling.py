@@ -11,7 +11,7 @@ import numpy as np
 from nibabel.processing import resample_to_output
 from tqdm import tqdm
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.volume import Volume
 from benchmarks.served import serve
 
@@ -74,7 +74,7 @@ def measure_scaling(scan: Path, models: Path, repeats: int, *, quick: bool = Fal
     found: dict[str, Any] = {"slices": [], "resolution": [], "together": []}
     with TemporaryDirectory() as made:
         folder = Path(made)
-        volume = read(scan, scratch=folder).volume
+        volume = read_scan(scan, scratch=folder).volume
         whole = write(volume, folder / "whole.nii.gz")
         several = list(variants(volume))[:: len(SHARES)] if quick else list(variants(volume))
         files = [(kind, value, v.shape, write(v, folder / f"{kind}-{value}.nii.gz")) for kind, value, v in several]

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.processing import resample_from_to
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.volume import Volume
 from benchmarks.missing import Missing
 from tests.support.dicom import Series, write_series, zipped
@@ -55,5 +55,5 @@ def make_series(data: Path, folder: Path) -> Path:
         raise Missing(f"the CT series is made of {HEAD}, which is not among the data: set COUNTERPART_DATA")
     with TemporaryDirectory() as made:
         unpack(data / HEAD, Path(made) / "head")
-        head = read(Path(made) / "head", scratch=Path(made), geometry="resample").volume
+        head = read_scan(Path(made) / "head", scratch=Path(made), geometry="resample").volume
         return zipped(folder / "ct.zip", write_series(Path(made) / "series", make_volume(head), CT))

@@ -14,7 +14,7 @@ import pydicom
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 
-from app.ingest.pixels import Frame, read_frames
+from app.ingest.dicom.pixels import Frame, read_frames
 from app.pipeline.placement import MOST_THREADS
 from app.runtime.bundle import load_bundle
 from app.volume import FloatArray, Volume

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Phase of each function, as its caller knows it. Renamed or moved: a test says so.
 PHASES = {
     "app.analyse.read": "decode the file",
-    "app.ingest.single._inflated": "inflate",
+    "app.ingest.volume_file._inflated": "inflate",
     "app.analyse._take_out": "extract the brain",
     "app.pipeline.detect.to_slices": "resample",
     "app.pipeline.anomaly.kl_map": "KL",

@@ -48,13 +48,13 @@ class Measured:
     """
 
     def __init__(self, row: Row, job: Job) -> None:
-        from app.ingest import read
+        from app.ingest.reader import read_scan
         from app.pipeline.prepare import analysed_slices, to_slices
         from app.runtime.bundle import load_bundle
 
         self.row, self.job, self.counts = row, job, Counter[str]()
         with TemporaryDirectory() as scratch:
-            self.volume = read(job.scan, scratch=Path(scratch)).volume
+            self.volume = read_scan(job.scan, scratch=Path(scratch)).volume
         if row.name in SERVED:
             bundle = load_bundle(job.bundle, quantised=row.name != FLOAT32)
             self.manifest, models = bundle.manifest, bundle.models

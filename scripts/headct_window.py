@@ -17,7 +17,7 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.pipeline.prepare import FWHM_PER_SIGMA, to_slices
 from app.volume import FloatArray, Volume
 from training.archives import unpack
@@ -90,7 +90,7 @@ def ge_head() -> Volume:
     """The human head CT of the DICOM archives, its tilted and uneven slices resampled."""
     with TemporaryDirectory() as folder:
         unpack(data_root() / "dicom" / GE, Path(folder))
-        return read(Path(folder), scratch=Path(folder), geometry="resample").volume
+        return read_scan(Path(folder), scratch=Path(folder), geometry="resample").volume
 
 
 def as_pictures(volume: Volume, pixel_mm: float) -> FloatArray:

@@ -25,7 +25,7 @@ from typing import Any
 import httpx2
 import nibabel as nib
 
-from app.ingest import STANDARD
+from app.ingest.reader import DEFAULT_LIMITS
 from scripts.fleet import URL, Node, fleet, follow
 from tests.support.dicom import Series, write_series
 from tests.support.phantom import brain
@@ -162,7 +162,7 @@ def attacks(folder: Path, mib: int) -> list[Attack]:
     one = next(iter(series.values()))
     escaping = {f"{OUTSIDE[i % len(OUTSIDE)]}{i}": content for i, content in enumerate(series.values())}
     tiny = {f"{number % 97}/{number}": b"tiny" for number in range(MANY)}
-    inflated = STANDARD.max_inflated_bytes // MIB + 1
+    inflated = DEFAULT_LIMITS.max_inflated_bytes // MIB + 1
     inner = packed({"inner.zip": packed(series)})
     return [
         Attack("a series, as it should be", body(packed(series)), READ),

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 from app.analyse import Request
 from app.inferred import load, save
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.jobs.engine import INFERRED, BundleEngine
 from app.jobs.store import Store
 
@@ -58,7 +58,7 @@ def measure(scan: Path, folder: Path, repeats: int) -> None:
     print(f"write and sync      {milliseconds(repeats, write_and_sync):.0f} ms")
     print("the step after another worker's death, in place of the inference:")
     print(f"read the file       {milliseconds(repeats, lambda: load(file)):.0f} ms")
-    print(f"read the scan       {milliseconds(repeats, lambda: read(scan, scratch=work)):.0f} ms")
+    print(f"read the scan       {milliseconds(repeats, lambda: read_scan(scan, scratch=work)):.0f} ms")
     engine.close()
 
 

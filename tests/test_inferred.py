@@ -12,7 +12,7 @@ from app.analyse import DICOM_FILES, Request, export, infer
 from app.errors import NoBrainMask
 from app.inferred import Taken, load
 from app.inferred import save as save_inferred
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.pipeline.models import Models
 from app.runtime.bundle import Bundle, load_bundle
 from tests.support.dicom import SECRET, Series, write_series, zipped
@@ -43,7 +43,7 @@ def both(path: Path, folder: Path, bundle: Bundle) -> tuple[dict[str, bytes], di
     loaded = load(folder / "inferred")
     assert loaded.manifest == inferred.manifest
     assert type(loaded.brain) is type(inferred.brain)
-    reports = export(scan, inferred, here, quiet), export(read(path, scratch=second), loaded, there, quiet)
+    reports = export(scan, inferred, here, quiet), export(read_scan(path, scratch=second), loaded, there, quiet)
     assert reports[0] == reports[1]
     written, again = ({p.name: p.read_bytes() for p in out.iterdir()} for out in (here, there))
     return written, again

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.volume import FloatArray, Volume
 from training.archives import unpack
 from training.config import Config, data_root
@@ -88,7 +88,7 @@ def heads() -> Iterator[Foreign]:
     for kind, name in (("UIH", "uih_umr770_t1_sag_32of160"), ("studyforrest", "studyforrest_t1_defaced_96of384")):
         with TemporaryDirectory() as folder:
             unpack(root / "dicom" / f"{name}.tar.xz", Path(folder))
-            yield Foreign(kind, name, read(Path(folder), scratch=Path(folder)).volume)
+            yield Foreign(kind, name, read_scan(Path(folder), scratch=Path(folder)).volume)
 
 
 def volumes() -> Iterator[Foreign]:

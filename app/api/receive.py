@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
-from app.ingest import ACCEPTED, HEAD_BYTES, sniff
+from app.ingest.reader import ACCEPTED_FORMATS, HEAD_BYTES, detect_format
 from app.jobs.incoming import Incoming
 
 # Bytes handed to a thread at once: a hop costs as much as hashing some kilobytes.
@@ -135,7 +135,7 @@ class BodyReader:
         self._incoming.end()
 
     def _check(self) -> None:
-        sniff(self._incoming.heads[0][:HEAD_BYTES])
+        detect_format(self._incoming.heads[0][:HEAD_BYTES])
         self._known = True
 
 
@@ -178,7 +178,7 @@ class FormReader:
         refusal: NotAnImageFormat | EmptyUpload | None = None
         for head in self._incoming.heads:
             try:
-                sniff(head[:HEAD_BYTES])
+                detect_format(head[:HEAD_BYTES])
             except (NotAnImageFormat, EmptyUpload) as error:
                 refusal = error if refusal is None or head else refusal
             else:
@@ -229,7 +229,7 @@ class RelatedReader(FormReader):
 def _empty() -> EmptyUpload:
     return EmptyUpload(
         "The request holds no scan.",
-        expected=ACCEPTED,
+        expected=ACCEPTED_FORMATS,
         advice="Send the file as the body (curl --data-binary @scan.nii.gz) or in a form (curl -F file=@scan.nii.gz).",
     )
 

@@ -11,7 +11,7 @@ from app.analyse import UNPACKED, Progress, Request, export, infer
 from app.errors import NotReady
 from app.export.report import Report
 from app.inferred import Inferred, load, save
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.choice import permit
@@ -179,7 +179,7 @@ class BundleEngine:
                 return export(last.scan, last.inferred, out, progress)
             progress("export", 0.0)
             with TemporaryDirectory(prefix=UNPACKED, dir=out) as scratch:
-                again = read(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
+                again = read_scan(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
                 return export(again, load(inferred), out, progress)
         finally:
             self._forget()

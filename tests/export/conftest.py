@@ -12,8 +12,8 @@ from scipy.spatial.transform import Rotation
 from app.errors import CounterpartError
 from app.export.dicom import write_dicom
 from app.export.report import Report
-from app.ingest import read
-from app.ingest.quiet import quiet
+from app.ingest.reader import read_scan
+from app.dicom_attributes import silence_libraries
 from app.pipeline.findings import Result
 from app.volume import Affine, Scan
 from tests.support.dicom import Series, datasets, save
@@ -51,7 +51,7 @@ def write(out: Path, scan: Scan, balls: Sequence[tuple[Point, float]] = BALLS, *
     result, report = marked(scan, balls)
     report = report.model_copy(update=changes)
     out.mkdir(parents=True, exist_ok=True)
-    with quiet():
+    with silence_libraries():
         absent = write_dicom(out, scan, result, report)
     return Written(scan, result, report, absent, out / "segmentation.dcm", out / "report.dcm")
 
@@ -62,7 +62,7 @@ def scan_of(folder: Path, series: Series, affine: Affine | None = None, change: 
     if change:
         change(slices)
     save(folder / "series", slices)
-    return read(folder / "series", scratch=folder / "scratch")
+    return read_scan(folder / "series", scratch=folder / "scratch")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 from pydicom.dataset import FileDataset
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from tests.export.conftest import BALLS, Written, scan_of, write
 from tests.support.dicom import Series
 from tests.support.results import MODEL
@@ -41,7 +41,7 @@ def test_the_same_bytes_whenever_and_wherever(
         shutil.copy(path, tmp_path / "again" / f"{number}.dcm")
     for module in (highdicom.base, highdicom.base_content, highdicom.sr.sop):
         monkeypatch.setattr(module.datetime, "datetime", LaterClock)
-    again = write(tmp_path / "out", read(tmp_path / "again", scratch=tmp_path / "scratch"))
+    again = write(tmp_path / "out", read_scan(tmp_path / "again", scratch=tmp_path / "scratch"))
     assert again.segmentation.read_bytes() == written.segmentation.read_bytes()
     assert again.structured_report.read_bytes() == written.structured_report.read_bytes()
 

@@ -9,8 +9,8 @@ import pydicom
 import pytest
 from nibabel import affines
 
-from app.ingest import read
-from app.ingest.quiet import quiet
+from app.ingest.reader import read_scan
+from app.dicom_attributes import silence_libraries
 from app.volume import Scan
 from tests.export.conftest import SHAPE, Written, oblique, scan_of, write
 from tests.export.test_segmentation import enhanced
@@ -48,7 +48,7 @@ def japanese(folder: Path) -> Scan:
 def multi_frame(folder: Path) -> Scan:
     image = enhanced(datasets(brain(SHAPE, oblique(5, 5, 5)), Series(plane="coronal")))
     image.save_as(folder / "image", enforce_file_format=True)
-    return read(folder / "image", scratch=folder / "scratch")
+    return read_scan(folder / "image", scratch=folder / "scratch")
 
 
 def resampled_grid(folder: Path) -> Scan:
@@ -70,7 +70,7 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def judged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = tmp_path_factory.mktemp("judged")
-    with quiet():
+    with silence_libraries():
         written = write(folder / "out", CASES[request.param](folder))
         write(folder / "healthy", written.scan, ())
     assert written.absent == {}
@@ -140,13 +140,13 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_series(archives: Path, tmp_path: Path, name: str) -> None:
     folder = archives / REAL[name]
-    with quiet():
+    with silence_libraries():
         if "enhanced" in name:
-            scan = read(folder, scratch=tmp_path / "scratch")
+            scan = read_scan(folder, scratch=tmp_path / "scratch")
             refused = write(tmp_path, scan, ()).absent["segmentation.dcm"]
             assert refused.found == "The series does not state FrameOfReferenceUID in every image."
             folder = _with_frame_of_reference(folder, tmp_path)
-        scan = read(folder, scratch=tmp_path / "scratch")
+        scan = read_scan(folder, scratch=tmp_path / "scratch")
         (big, small), radius = _places(scan)
         written = write(tmp_path / "out", scan, ((big, radius), (small, radius * 0.7)))
     assert written.absent == {}

@@ -14,8 +14,8 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import ImplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from app.export.dicom.source import PATIENT, STUDY
-from app.ingest import read
-from app.ingest.quiet import quiet
+from app.ingest.reader import read_scan
+from app.dicom_attributes import silence_libraries
 from app.volume import Scan, Volume
 from tests.export.conftest import BALLS, SHAPE, SPACING, Change, Written, oblique, scan_of, write
 from tests.ingest.test_round_trip import LAYOUTS
@@ -79,7 +79,7 @@ def test_a_lesion_lies_where_it_was_put_in_every_axis_layout(tmp_path: Path, lay
     array = orientations.apply_orientation(whole.array, layout)
     volume = Volume(array, whole.affine @ orientations.inv_ornt_aff(layout, whole.shape))
     save(tmp_path / "s", datasets(volume, Series(plane=None)))
-    written = write(tmp_path / "out", read(tmp_path / "s", scratch=tmp_path / "scratch"))
+    written = write(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
     assert written.absent == {}
     found = segment_points(written.segmentation)
     for label in (1, 2):
@@ -113,7 +113,7 @@ def enhanced(slices: list[FileDataset]) -> LegacyConvertedEnhancedMRImage:
         dataset.AcquisitionDate, dataset.AcquisitionTime, dataset.AcquisitionNumber = "20200102", "130000", 1
     shuffled = [slices[i] for i in np.random.default_rng(4).permutation(len(slices))]
     uid = generate_uid(entropy_srcs=["enhanced"])
-    with quiet():
+    with silence_libraries():
         made = LegacyConvertedEnhancedMRImage(shuffled, generate_uid(entropy_srcs=["enhanced series"]), 1, uid, 1)
     del made.ClinicalTrialTimePointID  # highdicom's own addition: there is no trial
     return made
@@ -128,7 +128,7 @@ def multi_frame(folder: Path, *, changed: bool = False) -> Scan:
             frame.PlaneOrientationSequence = shared.PlaneOrientationSequence
         del shared.PixelMeasuresSequence, shared.PlaneOrientationSequence
     image.save_as(folder / "image", enforce_file_format=True)
-    return read(folder / "image", scratch=folder / "scratch")
+    return read_scan(folder / "image", scratch=folder / "scratch")
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["shared", "per frame"])
@@ -166,7 +166,7 @@ def test_irregular_slices_that_were_resampled_are_segmented_in_place(tmp_path: P
     slices = datasets(brain(SHAPE, oblique(*TURNS["oblique"])), Series())
     fault(slices)
     save(tmp_path / "series", slices)
-    scan = read(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample")
+    scan = read_scan(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample")
     assert scan.source.resampled
     written = write(tmp_path / "out", scan)
     assert written.absent == {}
@@ -178,7 +178,7 @@ def test_slices_that_were_resampled_are_not_those_that_lie_beside_them(tmp_path:
     slices = datasets(brain(SHAPE, oblique(0, 0, 0)), Series())
     shift(slices, 16, (0, 0, 0.2))
     save(tmp_path / "series", slices)
-    written = write(tmp_path / "out", read(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample"))
+    written = write(tmp_path / "out", read_scan(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample"))
     check_place(written)
     made = pydicom.dcmread(written.segmentation)
     assert not any(frame.get("DerivationImageSequence") for frame in made.PerFrameFunctionalGroupsSequence)
@@ -187,7 +187,7 @@ def test_slices_that_were_resampled_are_not_those_that_lie_beside_them(tmp_path:
 @pytest.mark.parametrize("downwards", [False, True])
 def test_a_mosaic_is_segmented_where_its_tiles_lie(tmp_path: Path, *, downwards: bool) -> None:
     (path,) = save(tmp_path, [mosaic(brain(SHAPE, oblique(*TURNS["oblique"])), Series(), downwards=downwards)])
-    written = write(tmp_path / "out", read(path, scratch=tmp_path / "scratch"))
+    written = write(tmp_path / "out", read_scan(path, scratch=tmp_path / "scratch"))
     assert written.absent == {}
     check_place(written)
     made, source = pydicom.dcmread(written.segmentation), pydicom.dcmread(path)
@@ -204,7 +204,7 @@ def test_of_two_echoes_the_one_that_was_read_is_segmented_and_named(tmp_path: Pa
     named = {}
     for number in (1, 2):
         series = f"{source.SeriesInstanceUID}/{number}"
-        scan = read(path, scratch=tmp_path / "scratch", series=series)
+        scan = read_scan(path, scratch=tmp_path / "scratch", series=series)
         assert len(set(scan.source.frames)) == SHAPE[2]
         written = write(tmp_path / f"out{number}", scan)
         assert written.absent == {}
@@ -387,7 +387,7 @@ def every(**values: object) -> Change:
     ],
 )
 def test_headers_as_they_come(tmp_path: Path, change: Change, expected: dict[str, str]) -> None:
-    with quiet():
+    with silence_libraries():
         written = write(tmp_path / "out", scan_of(tmp_path, Series(), change=change))
         assert written.absent == {}
         for path in (written.segmentation, written.structured_report):
@@ -437,7 +437,7 @@ def bad_ratio(slices: list[FileDataset]) -> None:
     ],
 )
 def test_a_series_that_nothing_can_refer_to(tmp_path: Path, change: Change, message: str) -> None:
-    with quiet():
+    with silence_libraries():
         # Implicit: the value is taken for what the attribute should be.
         written = write(tmp_path / "out", scan_of(tmp_path, Series(syntax=ImplicitVRLittleEndian), change=change))
     assert set(written.absent) == {"segmentation.dcm", "report.dcm"}
@@ -455,5 +455,5 @@ def test_two_multi_frame_images_are_refused(tmp_path: Path) -> None:
         image.SOPInstanceUID = f"1.2.{number}"
         (tmp_path / "s").mkdir(exist_ok=True)
         image.save_as(tmp_path / "s" / str(number), enforce_file_format=True)
-    written = write(tmp_path / "out", read(tmp_path / "s", scratch=tmp_path / "scratch"))
+    written = write(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
     assert "spread over 2 multi-frame images" in written.absent["segmentation.dcm"].found

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from nibabel import affines
 
-from app.ingest import read
+from app.ingest.reader import read_scan
 from app.volume import Affine, Scan, Volume
 from training.archives import unpack
 
@@ -19,7 +19,7 @@ def read_scan(tmp_path: Path) -> Read:
     """`read` with a scratch folder of its own."""
 
     def call(path: Path, **options: object) -> Scan:
-        return read(path, scratch=tmp_path / "scratch", **options)  # type: ignore[arg-type]
+        return read_scan(path, scratch=tmp_path / "scratch", **options)  # type: ignore[arg-type]
 
     return call
 

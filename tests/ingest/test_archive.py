@@ -9,7 +9,8 @@ import pytest
 from isal import isal_zlib
 
 from app.errors import NoImageInArchive, SeveralSeries, TruncatedFile, UnsafeArchive
-from app.ingest import Limits, archive
+from app.ingest.reader import Limits
+from app.ingest import archive
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.support.dicom import write_series, zipped

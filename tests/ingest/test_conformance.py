@@ -6,7 +6,8 @@ from pathlib import Path
 from pydicom.pixels.decoders.base import _PIXEL_DATA_DECODERS
 from pydicom.uid import UID
 
-from app.ingest import STANDARD, pixels, sequence, series
+from app.ingest.reader import DEFAULT_LIMITS
+from app.ingest.dicom import pixels, sequence, series
 from tests.ingest.test_pixels import CHARACTER_SETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,24 +54,24 @@ def test_the_sop_classes_have_their_names() -> None:
 
 
 def test_the_rules_are_those_of_the_code_in_their_order() -> None:
-    assert [row[1] for row in rows("Which stack is read")] == [what for what, _ in series._RULES]
+    assert [row[1] for row in rows("Which stack is read")] == [what for what, _ in series.EXCLUSION_RULES]
 
 
 def test_the_sequences_are_those_of_the_code() -> None:
     table = rows("Which model", 1)
-    assert [row[0] for row in table] == list(sequence.WORDS)
-    assert {row[1]: row[0] for row in table if row[1]} == sequence.CODED
+    assert [row[0] for row in table] == list(sequence.NAME_PATTERNS)
+    assert {row[1]: row[0] for row in table if row[1]} == sequence.CONTRAST_CODES
     for name, _, words, _, _ in table:
         for word in words.partition(";")[0].split(", "):
-            assert re.search(sequence.WORDS[name], word), (name, word)
+            assert re.search(sequence.NAME_PATTERNS[name], word), (name, word)
     times = {row[0]: list(map(int, re.findall(r"\d+(?= |;|$)", re.sub(r"T[12]\*?", "", row[3])))) for row in table}
-    short, long, late = sequence.SHORT_ECHO, sequence.LONG_ECHO, sequence.LATE_GRADIENT_ECHO
-    assert times["T1"] == [short, sequence.SHORT_REPETITION, *sequence.T1_INVERSION, short]
+    short, long, late = sequence.MAX_SHORT_ECHO, sequence.MIN_LONG_ECHO, sequence.MIN_T2_STAR_ECHO
+    assert times["T1"] == [short, sequence.MAX_SHORT_REPETITION, *sequence.T1_INVERSION, short]
     assert times["T2*"] == [late]
-    assert times["T2"] == [long, sequence.LONG_REPETITION]
-    assert times["FLAIR"] == [sequence.FLUID_NULLED, long]
-    assert times["PD"] == [short, sequence.LONG_REPETITION]
-    assert times["STIR"] == list(sequence.FAT_NULLED)
+    assert times["T2"] == [long, sequence.MIN_LONG_REPETITION]
+    assert times["FLAIR"] == [sequence.MIN_FLAIR_INVERSION, long]
+    assert times["PD"] == [short, sequence.MIN_LONG_REPETITION]
+    assert times["STIR"] == list(sequence.STIR_INVERSION)
 
 
 def test_the_character_sets_are_those_that_are_tested() -> None:
@@ -81,4 +82,4 @@ def test_the_character_sets_are_those_that_are_tested() -> None:
 
 def test_the_limits_are_those_of_the_code() -> None:
     values = [int(row[1]) for row in rows("Limits")]
-    assert values == [STANDARD.max_inflated_bytes, STANDARD.max_files, STANDARD.max_voxels]
+    assert values == [DEFAULT_LIMITS.max_inflated_bytes, DEFAULT_LIMITS.max_files, DEFAULT_LIMITS.max_voxels]

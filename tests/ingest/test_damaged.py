@@ -10,7 +10,7 @@ from pydicom.uid import JPEGLSLossless
 
 from app.errors import CounterpartError, IrregularSlices, TruncatedFile
 from app.volume import Volume
-from scripts.fuzz_ingest import held_mb
+from tests.proofs.fuzz_ingest import held_mb
 from tests.ingest.conftest import Read
 from tests.support.dicom import SECRET, Series, datasets, scanned, write_series, zipped
 from tests.support.encoded import stored

@@ -23,7 +23,7 @@ from app.errors import (
     UnsupportedPixels,
     WrongModality,
 )
-from app.ingest import Limits
+from app.ingest.reader import Limits
 from app.volume import Volume
 from tests.ingest.conftest import Read, centroid_mm, placed
 from tests.support.dicom import SECRET, Plane, Series, datasets, save, scanned, series_uid, write_series

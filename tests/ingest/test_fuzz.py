@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.fuzz_ingest import fuzz, seeds
+from tests.proofs.fuzz_ingest import fuzz, seeds
 
 COUNT, SEED = 300, 20261123
 

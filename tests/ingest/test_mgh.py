@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from app.errors import CounterpartError, InvalidGeometry, NotAVolume, TooManyVoxels, TruncatedFile
-from app.ingest import Limits
+from app.ingest.reader import Limits
 from app.volume import Volume
 from tests.ingest.conftest import Read
 

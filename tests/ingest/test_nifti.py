@@ -22,7 +22,8 @@ from app.errors import (
     TruncatedFile,
     UnsupportedPixels,
 )
-from app.ingest import Limits, single
+from app.ingest.reader import Limits
+from app.ingest import volume_file
 from app.volume import Volume
 from tests.ingest.conftest import Read, placed
 
@@ -65,7 +66,7 @@ def test_any_affine_comes_back(
     image = kind(array, None)
     image.set_sform(affine, code=1)
     (folder / "scan").write_bytes(image.to_bytes())
-    scan = single.read(folder / "scan", folder, Limits())
+    scan = volume_file.read_volume_file(folder / "scan", folder, Limits())
     np.testing.assert_array_equal(scan.volume.array, array)
     np.testing.assert_allclose(scan.volume.affine, affine, rtol=1e-6, atol=1e-5)
 
@@ -285,5 +286,5 @@ def test_what_an_extension_holds_is_not_looked_at(kind: type[nib.Nifti1Image], t
     assert content[code : code + 4] == b"\x06\0\0\0"
     content[code] = 2  # DICOM
     (tmp_path / "scan.nii").write_bytes(content)
-    scan = single.read(tmp_path / "scan.nii", tmp_path, Limits())
+    scan = volume_file.read_volume_file(tmp_path / "scan.nii", tmp_path, Limits())
     np.testing.assert_array_equal(scan.volume.array, array)

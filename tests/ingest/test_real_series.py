@@ -10,10 +10,11 @@ from pydicom import dcmread
 from scipy import ndimage
 
 from app.errors import CounterpartError, NotAVolume
-from app.ingest import read, single
-from app.ingest.limits import STANDARD
-from app.ingest.pixels import Frame, read_frames
-from app.ingest.quiet import quiet
+from app.ingest.reader import read_scan
+from app.ingest import volume_file
+from app.ingest.limits import DEFAULT_LIMITS
+from app.ingest.dicom.pixels import Frame, read_frames
+from app.dicom_attributes import silence_libraries
 from tests.ingest.conftest import Read
 
 pytestmark = pytest.mark.data
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.data
 def outcome(path: Path, scratch: Path) -> str:
     """The code of the error, or "read"."""
     try:
-        read(path, scratch=scratch)
+        read_scan(path, scratch=scratch)
     except CounterpartError as error:
         return error.code
     return "read"
@@ -146,7 +147,7 @@ def test_one_slice_in_eight_encodings(archives: Path, read_scan: Read) -> None:
 
 @pytest.mark.parametrize("name", ["JPEG-lossy", "JPGExtended"])
 def test_twelve_bit_jpeg_as_dcmtk_decodes_it(archives: Path, name: str) -> None:
-    with quiet():
+    with silence_libraries():
         path = archives / "pydicom" / "pydicom" / f"{name}.dcm"
         array, _ = read_frames([Frame(path, 0)], 1024, 256)
     assert (array.sum(dtype=np.float64), array.max(), array[128, 512, 0]) == DCMDJPEG
@@ -156,7 +157,7 @@ def test_twelve_bit_jpeg_as_dcmtk_decodes_it(archives: Path, name: str) -> None:
 def test_near_lossless_jpeg_ls_as_dcmtk_decodes_it(archives: Path, bits: int, expected: tuple[int, int, int]) -> None:
     """Sum, first and another pixel of what dcmtk's dcmdjpls gives."""
     path = archives / "pydicom" / "pydicom" / f"JPEGLSNearLossless_{bits:02d}.dcm"
-    with quiet():
+    with silence_libraries():
         array, _ = read_frames([Frame(path, 0)], 45 if bits == 8 else 50, 10)
     assert (array.sum(dtype=np.float64), array[0, 0, 0], array[5, 5, 0]) == expected
 
@@ -183,7 +184,7 @@ def test_a_ct_in_jpeg_2000_is_the_uncompressed_one(
 
 def test_a_real_modality_look_up_table(archives: Path) -> None:
     """Sum, ends and first pixel; its file is a secondary capture, which no scan is."""
-    with quiet():
+    with silence_libraries():
         array, _ = read_frames([Frame(archives / "pydicom" / "pydicom-data" / "mlut_18.dcm", 0)], 512, 512)
     found = (array.sum(dtype=np.float64), array.min(), array.max(), array[0, 0, 0])
     assert found == (8697190668, 0, 65535, 32759)
@@ -222,7 +223,7 @@ def test_every_file_alone_is_read_or_refused(archives: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["CT_pitch", "M2208_T2w", "MNI152_T1_2mm", "shear", "clinical_stroke_T2"])
 def test_nifti_as_nibabel_reads_it(real_scans: Path, tmp_path: Path, name: str) -> None:
     path = real_scans / "nifti_misc" / f"{name}.nii.gz"
-    scan, image = single.read(path, tmp_path, STANDARD), nib.load(path)
+    scan, image = volume_file.read_volume_file(path, tmp_path, DEFAULT_LIMITS), nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
     np.testing.assert_array_equal(scan.volume.array, image.get_fdata(dtype=np.float32))
     np.testing.assert_array_equal(scan.volume.affine, image.affine)

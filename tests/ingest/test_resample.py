@@ -11,9 +11,9 @@ from nibabel import affines
 from pydicom.dataset import FileDataset
 
 from app.errors import InvalidGeometry, IrregularSlices, NotAVolume, TooManyVoxels
-from app.ingest import Limits
-from app.ingest.plane import Plane
-from app.ingest.resample import resample, target
+from app.ingest.reader import Limits
+from app.ingest.dicom.geometry import Plane
+from app.ingest.dicom.resample import resample, plan_grid
 from app.volume import Affine, FloatArray, Volume
 from tests.ingest.conftest import Read, placed
 from tests.ingest.test_stack import shift, tilt
@@ -53,7 +53,7 @@ def test_a_linear_image_keeps_its_value_in_every_place(shifts: list[tuple[float,
         (np.array(p.position) + (index * (0.8, 1.2)) @ turned) @ (SLOPES * [-1, -1, 1]) + 500  # LPS
         for p in planes
     ]
-    onto = target(planes, columns, rows)
+    onto = plan_grid(planes, columns, rows)
     found = resample(np.stack(slices, axis=-1).astype(np.float32), onto)
     # Where every slice reaches, whatever its shift.
     middle = (slice(11 - onto.corner[0], 18 - onto.corner[0]), slice(8 - onto.corner[1], 17 - onto.corner[1]))

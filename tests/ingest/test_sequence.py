@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
-from app.ingest.sequence import Said, said
+from app.ingest.dicom.sequence import SequenceInfo, classify_sequence
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.support.dicom import SECRET, Series, datasets, save, write_series
@@ -53,7 +53,7 @@ def header(**values: object) -> Dataset:
     ],
 )
 def test_names(name: str, expected: str) -> None:
-    assert said(header(SeriesDescription=name)).weightings == (expected,)
+    assert classify_sequence(header(SeriesDescription=name)).weightings == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_names(name: str, expected: str) -> None:
     ["", "Localizer", "Head", "survey", "t10", "WATT2000", "prostate", "PDA", "ax_asc_35sl", "different", "perfect"],
 )
 def test_names_that_say_nothing(name: str) -> None:
-    assert said(header(SeriesDescription=name)) == Said()
+    assert classify_sequence(header(SeriesDescription=name)) == SequenceInfo()
 
 
 @pytest.mark.parametrize(
@@ -88,16 +88,16 @@ def test_times(
     dataset = header(ScanningSequence=kinds, EchoTime=echo, RepetitionTime=repetition)
     if inversion is not None:
         dataset.InversionTime = inversion
-    assert said(dataset).weightings == expected
+    assert classify_sequence(dataset).weightings == expected
 
 
 def test_witnesses_that_agree_are_one_and_those_that_do_not_are_all_heard() -> None:
     times = {"ScanningSequence": ["SE"], "EchoTime": 100, "RepetitionTime": 4000}
-    assert said(header(SeriesDescription="t2_tse", **times)).weightings == ("T2",)
-    assert said(header(SeriesDescription="t1_se", **times)).weightings == ("T1", "T2")
-    assert said(header(SeriesDescription="t1 and stir")).weightings == ("T1", "STIR")
+    assert classify_sequence(header(SeriesDescription="t2_tse", **times)).weightings == ("T2",)
+    assert classify_sequence(header(SeriesDescription="t1_se", **times)).weightings == ("T1", "T2")
+    assert classify_sequence(header(SeriesDescription="t1 and stir")).weightings == ("T1", "STIR")
     # How it was read out is no contradiction.
-    assert said(header(ProtocolName="dwi", ScanningSequence=["EP"], EchoTime=90)).weightings == ("DWI",)
+    assert classify_sequence(header(ProtocolName="dwi", ScanningSequence=["EP"], EchoTime=90)).weightings == ("DWI",)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_witnesses_that_agree_are_one_and_those_that_do_not_are_all_heard() -> N
     ],
 )
 def test_a_contrast_agent(values: dict[str, object], expected: bool) -> None:  # noqa: FBT001
-    assert said(header(**values)).contrast_agent is expected
+    assert classify_sequence(header(**values)).contrast_agent is expected
 
 
 def coded(contrast: str, echo: float, repetition: float) -> tuple[Dataset, Dataset, Dataset]:
@@ -133,7 +133,7 @@ def test_each_frame_of_an_enhanced_image_speaks_for_itself() -> None:
         group.MREchoSequence = [echoes]
         groups.append(group)
     dataset.PerFrameFunctionalGroupsSequence = groups
-    assert [said(dataset, frame).weightings for frame in range(4)] == [("PD",), ("T2",), ("T2",), ("T1", "T2")]
+    assert [classify_sequence(dataset, frame).weightings for frame in range(4)] == [("PD",), ("T2",), ("T2",), ("T1", "T2")]
 
 
 def test_the_stack_that_is_read_is_asked(tmp_path: Path, read_scan: Read, volume: Volume) -> None:

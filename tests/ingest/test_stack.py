@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydicom.dataset import FileDataset
 
 from app.errors import IrregularSlices, NotAVolume
-from app.ingest.plane import Plane
-from app.ingest.stack import arrange
+from app.ingest.dicom.geometry import Plane
+from app.ingest.dicom.geometry import arrange_slices
 from app.volume import Volume
 from tests.ingest.conftest import Read, placed
 from tests.support.dicom import RAS_TO_LPS, Series, datasets, save
@@ -93,12 +93,12 @@ def test_any_stack_is_put_in_order_and_in_place(
     places = [lps[:3, 3] + k * lps[:3, 2] for k in range(count)]
     planes = [Plane(tuple(place), orientation, (spacing[1], spacing[0]), None) for place in places]
     shuffled = np.random.default_rng(count).permutation(count)
-    arranged = arrange([planes[k] for k in shuffled])
+    arranged = arrange_slices([planes[k] for k in shuffled])
     np.testing.assert_array_equal(shuffled[arranged.order], np.arange(count))
     np.testing.assert_allclose(arranged.affine, RAS_TO_LPS @ lps, atol=1e-9)
     assert arranged.faults == ()
     if 0 < missing < count - 1 and count > 4:  # of two gaps, none is the usual one
-        (fault,) = arrange([plane for k, plane in enumerate(planes) if k != missing]).faults
+        (fault,) = arrange_slices([plane for k, plane in enumerate(planes) if k != missing]).faults
         assert fault.startswith(f"Slice {missing + 1} of {count} is missing: gap of ")
 
 

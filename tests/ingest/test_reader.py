@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from app.errors import EmptyUpload, NotAnImageFormat
-from app.ingest import HEAD_BYTES, sniff
+from app.ingest.reader import HEAD_BYTES, detect_format
 
 
 def nifti_bytes(kind: type[nib.Nifti1Image] = nib.Nifti1Image, order: str = "<") -> bytes:
@@ -15,7 +15,7 @@ def nifti_bytes(kind: type[nib.Nifti1Image] = nib.Nifti1Image, order: str = "<")
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_nifti_of_both_versions_and_byte_orders(kind: type[nib.Nifti1Image], order: str) -> None:
-    assert sniff(nifti_bytes(kind, order)[:HEAD_BYTES]) == "nifti"
+    assert detect_format(nifti_bytes(kind, order)[:HEAD_BYTES]) == "nifti"
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ def test_nifti_of_both_versions_and_byte_orders(kind: type[nib.Nifti1Image], ord
     ],
 )
 def test_other_signatures(head: bytes, expected: str) -> None:
-    assert sniff(head) == expected
+    assert detect_format(head) == expected
 
 
 def test_a_header_cut_short_is_still_a_nifti() -> None:
-    assert sniff(nifti_bytes()[:200]) == "nifti"
+    assert detect_format(nifti_bytes()[:200]) == "nifti"
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_a_header_cut_short_is_still_a_nifti() -> None:
 )
 def test_what_is_no_image_format(head: bytes) -> None:
     with pytest.raises(NotAnImageFormat):
-        sniff(head)
+        detect_format(head)
 
 
 def test_a_header_without_its_voxels_says_how_to_mend_it() -> None:
     with pytest.raises(NotAnImageFormat, match=r"\.hdr and \.img"):
-        sniff(nifti_bytes()[:344] + b"ni1\0")
+        detect_format(nifti_bytes()[:344] + b"ni1\0")
 
 
 def test_nothing() -> None:
     with pytest.raises(EmptyUpload):
-        sniff(b"")
+        detect_format(b"")

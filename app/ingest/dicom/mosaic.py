@@ -1,8 +1,8 @@
-"""Siemens mosaics: the slices of one volume as tiles of one image. nibabel knows where they lie.
+"""Siemens mosaics: all slices of one volume as tiles of one image.
 
-The tiles run in rows from the top left; the image's own position is that of a picture as large as
-the mosaic, around the centre of the slice; which way the slices go is said in Siemens' private
-header alone, and without it a mosaic is not read.
+The tiles are arranged in rows from the top left. ImagePositionPatient of a mosaic is that of an image as large as
+the mosaic, centred on the slice. Only the private header of Siemens (CSA) states the direction of the slices, so a
+mosaic without it is not read. nibabel parses that header.
 """
 
 import math
@@ -12,33 +12,33 @@ import numpy.typing as npt
 import pydicom
 from pydicom.tag import BaseTag, Tag
 
-from app.ingest.plane import Plane
+from app.ingest.dicom.geometry import Plane
 
-# The private creators of group 0029, and the image header of each of their blocks.
+# The private creators of group 0029, and the image header in each of their blocks.
 _BLOCKS = (0x10, 0x11, 0x12)
-TAGS: list[BaseTag] = [
+MOSAIC_TAGS: list[BaseTag] = [
     Tag(keyword) for keyword in ("Manufacturer", "SpacingBetweenSlices", "ImagePositionPatient", "Rows", "Columns")
 ] + [Tag(0x0029, element) for block in _BLOCKS for element in (block, (block << 8) + 0x10)]
 
 
-def tiles_of(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | None:
-    """Place the tiles of a mosaic.
+def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | None:
+    """Return the positions of the tiles of a mosaic.
 
     Parameters
     ----------
     dataset : pydicom.Dataset
-        Header with `TAGS`.
+        Header with `MOSAIC_TAGS`.
 
     Returns
     -------
     planes : tuple of Plane
-        One a tile, in their order.
+        Position of each tile.
     side : int
-        Tiles side by side, and one below the other.
-    None
-        Where the private header, the distance of slices or a place in space is missing.
+        Number of tiles along one side of the mosaic.
+
+    None is returned if the private header, the slice spacing or the position is missing.
     """
-    # It warns when it is imported, that it knows Siemens only: imported where warnings are kept quiet.
+    # nibabel.nicom emits a warning when it is imported: this runs inside `silence_libraries`.
     from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal  # noqa: PLC0415
     from nibabel.nicom.dicomwrappers import MosaicWrapper  # noqa: PLC0415
 
@@ -60,8 +60,8 @@ def tiles_of(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | None:
     return tuple(Plane(tuple(first + k * step), orientation, spacing, thickness) for k in range(count)), side
 
 
-def split(mosaic: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
-    """Cut a picture into its tiles, (rows, columns) -> (side * side, rows / side, columns / side)."""
+def split_tiles(mosaic: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
+    """Split a mosaic into its tiles, (rows, columns) -> (side * side, rows / side, columns / side)."""
     rows, columns = mosaic.shape[0] // side, mosaic.shape[1] // side
     tiles = mosaic.reshape(side, rows, side, columns).swapaxes(1, 2)  # (down, across, rows, columns)
     return tiles.reshape(side * side, rows, columns)

@@ -1,4 +1,4 @@
-"""What a DICOM file says of itself: what decides whether, and where, its frames belong."""
+"""Read from DICOM files the header attributes that select and order their frames."""
 
 import zlib
 from collections.abc import Iterable
@@ -10,15 +10,13 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
+from app.dicom_attributes import functional_group, numbers, text, texts
 from app.errors import UnsafeArchive
-from app.ingest.archive import CHUNK_BYTES
-from app.ingest.attributes import functional_group, numbers, text, texts
-from app.ingest.limits import Limits
-from app.ingest.mosaic import TAGS as MOSAIC_TAGS
-from app.ingest.mosaic import tiles_of
-from app.ingest.plane import Kind, Plane
+from app.ingest.dicom.geometry import AcquisitionKey, Plane
+from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
+from app.ingest.limits import CHUNK_BYTES, Limits
 
-# Read these and nothing else: the header of a hospital's file can be larger than its image.
+# Only these are read: the header of a clinical file can be larger than its image.
 _KEYWORDS = (
     "SOPClassUID",
     "SOPInstanceUID",
@@ -54,16 +52,25 @@ META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
 
 @dataclass(frozen=True)
 class Header:
-    """What one file holds.
+    """Header of one DICOM file.
 
     Attributes
     ----------
+    path : Path
+    instance, series, frame_of_reference : str
+        SOPInstanceUID, SeriesInstanceUID and FrameOfReferenceUID; empty if absent.
+    modality, photometric : str
+        Modality and PhotometricInterpretation; empty if absent.
+    image_type : tuple of str
+        Values of ImageType in upper case.
     rows, columns : int
-        Of a frame; of one tile where the image is a Siemens mosaic.
+        Size of a frame, or of one tile of a Siemens mosaic.
+    samples : int
+        SamplesPerPixel: 1 for grey, 3 for colour.
     planes : tuple of Plane or None
-        One a frame, or one a tile; None for a frame without a place in space.
+        Position of each frame, or of each tile of a mosaic; None for a frame without a position.
     tiles : int
-        Siemens mosaic: how many tiles are side by side; 0 for every other image.
+        Number of tiles along one side of a Siemens mosaic; 0 for every other image.
     """
 
     path: Path
@@ -109,94 +116,96 @@ class Header:
 
 
 def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], list[str]]:
-    """Read DICOM files up to their pixels.
+    """Read the headers of DICOM files, up to the pixel data.
 
     Parameters
     ----------
     paths : iterable of Path
     limits : Limits
-        What a deflated file may become.
+        Limits for a deflated file.
 
     Returns
     -------
     headers : list of Header
+        Headers of the readable files.
     damaged : list of str
-        For each file that breaks off inside its header, or holds a value that DICOM does not allow:
-        its SeriesInstanceUID where that can still be read, else an empty string.
+        One item for each file that ends inside its header or contains a value that DICOM does not allow: its
+        SeriesInstanceUID, or an empty string if that cannot be read.
 
     Raises
     ------
     UnsafeArchive
-        A deflated file inflates without end.
+        If a deflated file inflates to more than the limit.
     """
     headers, damaged = [], []
     for path in paths:
-        header = _read(path, limits)
+        header = _read_header(path, limits)
         if header is None:
-            damaged.append(_series_of(path))
+            damaged.append(_series_uid(path))
         else:
             headers.append(header)
     return headers, damaged
 
 
-def _read(path: Path, limits: Limits) -> Header | None:
+def _read_header(path: Path, limits: Limits) -> Header | None:
+    """Return the header of a file, or None if it is damaged."""
     try:
         check_deflated(path, limits)
         with path.open("rb") as file:
-            pixels = _Pixels()
-            dataset = read_partial(file, stop_when=pixels.begin_at, force=True, specific_tags=_TAGS)
-        header = _header(path, dataset)
-        # pydicom takes a file that breaks off for one that ends: an image's header lacks its end then.
-        whole = pixels.begun or (header.is_image and header.is_placed) or not _is_of_an_image(dataset)
+            pixel_data = _PixelDataDetector()
+            dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
+        header = _parse_header(path, dataset)
+        # pydicom reads a truncated file without an error. The header of a truncated image has no pixel data.
+        is_complete = pixel_data.found or (header.is_image and header.is_placed) or not _is_image_class(dataset)
     except UnsafeArchive:
         raise
-    except Exception:  # noqa: BLE001 - a broken header makes pydicom raise whatever its parts raise
+    except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
         return None
-    return header if whole else None
+    return header if is_complete else None
 
 
-class _Pixels:
-    """Whether a file has any: told of each of its elements."""
+class _PixelDataDetector:
+    """Detector for the group of the pixel data, called by pydicom for each element of a file."""
 
-    begun = False
+    found = False
 
-    def begin_at(self, tag: BaseTag, _vr: str | None, _length: int) -> bool:
-        self.begun |= tag.group == PIXEL_GROUP
-        return self.begun
+    def is_reached(self, tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        self.found |= tag.group == PIXEL_GROUP
+        return self.found
 
 
-def _is_of_an_image(dataset: pydicom.FileDataset) -> bool:
-    """By its SOP class; a file that does not even say that breaks off before it."""
+def _is_image_class(dataset: pydicom.FileDataset) -> bool:
+    """Return True if the SOP class is one of images, or is missing because the file ends before it."""
     if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         return False
-    if not dataset.get("SOPInstanceUID"):  # it follows the class
+    if not dataset.get("SOPInstanceUID"):  # it follows the SOP class
         return True
-    kind = UID(text(dataset, "SOPClassUID"))
-    return not kind.is_private and (not kind.keyword or kind.keyword.endswith("ImageStorage"))
+    sop_class = UID(text(dataset, "SOPClassUID"))
+    return not sop_class.is_private and (not sop_class.keyword or sop_class.keyword.endswith("ImageStorage"))
 
 
-def _series_of(path: Path) -> str:
-    """SeriesInstanceUID of a damaged file, if it comes before the damage."""
+def _series_uid(path: Path) -> str:
+    """Return the SeriesInstanceUID of a damaged file, or an empty string if it comes after the damage."""
     try:
         with path.open("rb") as file:
-            wanted = Tag("SeriesInstanceUID")
-            dataset = read_partial(file, stop_when=lambda tag, *_: tag > wanted, force=True, specific_tags=[wanted])
+            last = Tag("SeriesInstanceUID")
+            dataset = read_partial(file, stop_when=lambda tag, *_: tag > last, force=True, specific_tags=[last])
             return text(dataset, "SeriesInstanceUID")
-    except Exception:  # noqa: BLE001 - as above
+    except Exception:  # noqa: BLE001 - as in `_read_header`
         return ""
 
 
 def check_deflated(path: Path, limits: Limits) -> None:
-    """Refuse a deflated data set that inflates without end: pydicom inflates it in one piece.
+    """Check the size of a deflated data set before pydicom inflates it in one piece.
 
     Raises
     ------
     UnsafeArchive
-        More than `limits.max_inflated_bytes`.
+        If it inflates to more than `limits.max_inflated_bytes`.
     """
     with path.open("rb") as file:
         read_preamble(file, force=True)
-        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_after_meta)
+        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_is_after_meta)
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
             return
         inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
@@ -206,20 +215,20 @@ def check_deflated(path: Path, limits: Limits) -> None:
                 raise UnsafeArchive(
                     f"A deflated DICOM file inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.",
                     expected="a DICOM series.",
-                    advice="Export the series uncompressed.",
+                    advice="Export the series without compression.",
                 )
 
 
-def _after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+def _is_after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
     return tag.group != META_GROUP
 
 
-def _header(path: Path, dataset: pydicom.Dataset) -> Header:
+def _parse_header(path: Path, dataset: pydicom.Dataset) -> Header:
     image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-    planes, tiles = _planes(dataset), 0
+    planes, tiles = _locate_frames(dataset), 0
     if "MOSAIC" in image_type:
-        planes, tiles = tiles_of(dataset) or ((None,), 0)
+        planes, tiles = locate_tiles(dataset) or ((None,), 0)
         rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
     return Header(
         path=path,
@@ -237,14 +246,14 @@ def _header(path: Path, dataset: pydicom.Dataset) -> Header:
     )
 
 
-def _planes(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
+def _locate_frames(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
     count = int(dataset.get("NumberOfFrames") or 1)
-    # Each frame of an enhanced image has its own group; without one, no frame has a place.
-    groups = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
-    return tuple(_plane(dataset, frame) for frame in range(count)) if count in (1, groups) else (None,)
+    # Each frame of an enhanced image has its own item; without the items, no frame has a position.
+    items = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
+    return tuple(_locate_frame(dataset, frame) for frame in range(count)) if count in (1, items) else (None,)
 
 
-def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
+def _locate_frame(dataset: pydicom.Dataset, frame: int) -> Plane | None:
     measures = functional_group(dataset, frame, "PixelMeasuresSequence")
     position = numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
     orientation = numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
@@ -252,15 +261,16 @@ def _plane(dataset: pydicom.Dataset, frame: int) -> Plane | None:
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
     thickness = measures.get("SliceThickness")
-    return Plane(position, orientation, spacing, float(thickness) if thickness else None, _kind(dataset, frame))
+    key = _acquisition_key(dataset, frame)
+    return Plane(position, orientation, spacing, float(thickness) if thickness else None, key)
 
 
-def _kind(dataset: pydicom.Dataset, frame: int) -> Kind:
+def _acquisition_key(dataset: pydicom.Dataset, frame: int) -> AcquisitionKey:
     echo = functional_group(dataset, frame, "MREchoSequence")
     b_value = numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
     echo_ms = numbers(echo, "EffectiveEchoTime") or numbers(echo, "EchoTime")
     frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
-    # Classic images have it as third or later value of the image type (Siemens, Philips).
-    said = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
-    component = next((_COMPONENTS[word] for word in said if word in _COMPONENTS), "")
-    return Kind(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
+    # Single-frame images of Siemens and Philips state the component as the third or a later value of ImageType.
+    values = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
+    component = next((_COMPONENTS[value] for value in values if value in _COMPONENTS), "")
+    return AcquisitionKey(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
