@@ -11,7 +11,7 @@ from nibabel.processing import resample_from_to
 from app.ingest.reader import read_scan
 from app.volume import Volume
 from benchmarks.missing import Missing
-from tests.support.dicom import Series, write_series, zipped
+from tests.support.dicom import Series, write_series, zip_files
 from training.archives import unpack
 
 HEAD = Path("dicom", "ge_ct_head_human_28.tar.xz")
@@ -56,4 +56,4 @@ def make_series(data: Path, folder: Path) -> Path:
     with TemporaryDirectory() as made:
         unpack(data / HEAD, Path(made) / "head")
         head = read_scan(Path(made) / "head", scratch=Path(made), geometry="resample").volume
-        return zipped(folder / "ct.zip", write_series(Path(made) / "series", make_volume(head), CT))
+        return zip_files(folder / "ct.zip", write_series(Path(made) / "series", make_volume(head), CT))

@@ -21,7 +21,7 @@ from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, load_bundle
 from app.runtime.extractor import Extractor
 from app.volume import Volume
-from tests.support.dicom import RAS_TO_LPS, SECRET, Series, write_series, zipped
+from tests.support.dicom import RAS_TO_LPS, SECRET, Series, write_series, zip_files
 from tests.support.heads import ORACLE, nothing
 from tests.support.phantom import LESION_MM, RADIUS_MM, ball, brain, grid, head, with_lesion
 from tests.support.segmentation import segment_points
@@ -213,7 +213,7 @@ def test_a_dicom_series_gives_the_mask_of_its_nifti(
     files = write_series(tmp_path / "series", volume, Series(plane=plane))  # type: ignore[arg-type]
     out = tmp_path / "out"
     out.mkdir()
-    run(zipped(tmp_path / "series.zip", files), out, bundle)
+    run(zip_files(tmp_path / "series.zip", files), out, bundle)
     (first, mask), (second, other) = load(done[0], "mask"), load(out, "mask")
     here, there = (
         {tuple(p) for p in np.round(nib.affines.apply_affine(i.affine, np.argwhere(m)) * 2).astype(int)}
@@ -233,7 +233,7 @@ def test_a_dicom_series_has_dicom_results_at_the_place_of_the_mask(
     files = write_series(tmp_path / "series", volume, Series(plane=plane))  # type: ignore[arg-type]
     out = tmp_path / "out"
     out.mkdir()
-    report = run(zipped(tmp_path / "series.zip", files), out, bundle)
+    report = run(zip_files(tmp_path / "series.zip", files), out, bundle)
     assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, *DICOM_FILES))
     assert set(report.absent) == {BRAIN_FILE}
     image, mask = load(out, "mask")

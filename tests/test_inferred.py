@@ -15,7 +15,7 @@ from app.inferred import save as save_inferred
 from app.ingest.reader import read_scan
 from app.pipeline.models import Models
 from app.runtime.bundle import Bundle, load_bundle
-from tests.support.dicom import SECRET, Series, write_series, zipped
+from tests.support.dicom import SECRET, Series, write_series, zip_files
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, grid, head, with_lesion
 from tests.test_analyse import ROOMY, SHAPE, quiet, save, with_extractor
 
@@ -63,7 +63,7 @@ def test_a_head_has_the_same_bytes_from_the_file(bundle: Bundle, small_cubes: No
 def test_a_dicom_series_has_the_same_bytes_from_the_file(bundle: Bundle, tmp_path: Path) -> None:
     volume = with_lesion(brain(SHAPE, grid(SHAPE)), LESION_MM, RADIUS_MM)
     files = write_series(tmp_path / "series", volume, Series(plane="coronal"))
-    written, again = both(zipped(tmp_path / "series.zip", files), tmp_path, bundle)
+    written, again = both(zip_files(tmp_path / "series.zip", files), tmp_path, bundle)
     assert set(DICOM_FILES) < set(written)
     assert written == again
     assert SECRET.encode() not in (tmp_path / "inferred").read_bytes()

@@ -15,7 +15,7 @@ from nibabel.spatialimages import SpatialImage
 from app.main import create_app
 from app.settings import Settings
 from app.volume import Volume
-from tests.support.dicom import write_series, zipped
+from tests.support.dicom import write_series, zip_files
 from tests.support.phantom import brain, with_lesion
 from tests.support.segmentation import segment_points
 
@@ -29,7 +29,7 @@ def client(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def send_series(client: TestClient, folder: Path, volume: Volume) -> dict[str, Any]:
-    archive = zipped(folder / "series.zip", write_series(folder / "series", volume))
+    archive = zip_files(folder / "series.zip", write_series(folder / "series", volume))
     answer = client.post("/v1/scans", content=archive.read_bytes(), headers={"Prefer": "wait=120"})
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()

@@ -16,7 +16,7 @@ from pydicom.uid import JPEGBaseline8Bit
 from app.api.logs import ALLOWED
 from tests.api.served import APART, CHECKOUT, Served, served
 from tests.api.support import scan
-from tests.support.dicom import SECRET, Series, datasets, save, zipped
+from tests.support.dicom import SECRET, Series, make_datasets, save, zip_files
 from tests.support.phantom import brain
 
 URL = "/v1/scans"
@@ -31,7 +31,7 @@ TEXTS = (
 
 def planted(series: Series | None = None) -> list[FileDataset]:
     """A series with the name in every text, in a private element, and in a nested one."""
-    slices = datasets(brain(), series or Series())
+    slices = make_datasets(brain(), series or Series())
     for dataset in slices:
         for keyword in TEXTS:
             setattr(dataset, keyword, SECRET)
@@ -89,16 +89,16 @@ def sendings(folder: Path) -> Iterator[Path]:
         slices = planted()
         spoil(slices)
         files = [path.rename(path.with_name(f"{SECRET}-{path.name}")) for path in save(folder / str(number), slices)]
-        yield zipped(folder / f"{SECRET}-{number}.zip", files)
+        yield zip_files(folder / f"{SECRET}-{number}.zip", files)
     whole = (folder / f"{SECRET}-{len(CASES) - 1}.zip").read_bytes()
     half = folder / f"{SECRET}-half.zip"
     half.write_bytes(whole[: len(whole) // 2])
     yield half
     files[-1].write_bytes(files[-1].read_bytes()[:CUT])
-    yield zipped(folder / f"{SECRET}-cut.zip", files)
+    yield zip_files(folder / f"{SECRET}-cut.zip", files)
     text = folder / f"{SECRET}.txt"
     text.write_text(SECRET)
-    yield zipped(folder / f"{SECRET}-text.zip", [text])
+    yield zip_files(folder / f"{SECRET}-text.zip", [text])
 
 
 SENDINGS = len(CASES) + 3

@@ -15,7 +15,7 @@ from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from app.volume import Volume
 from tests.api.served import served
-from tests.support.dicom import write_series, zipped
+from tests.support.dicom import write_series, zip_files
 
 pytestmark = [
     pytest.mark.data,
@@ -86,7 +86,7 @@ def test_the_same_scan_as_dicom_has_the_same_mask_in_the_same_place(real_scans: 
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "scan.nii")
 
     files = write_series(tmp_path / "series", Volume(voxels, image.affine))
-    archive = zipped(tmp_path / "series.zip", files)
+    archive = zip_files(tmp_path / "series.zip", files)
     _detect(tmp_path / "scan.nii", tmp_path / "nifti")
     _detect(archive, tmp_path / "dicom")
     from_nifti, from_dicom = (_load(tmp_path / way / "mask.nii.gz") for way in ("nifti", "dicom"))

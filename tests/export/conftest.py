@@ -16,7 +16,7 @@ from app.ingest.reader import read_scan
 from app.dicom_attributes import silence_libraries
 from app.pipeline.findings import Result
 from app.volume import Affine, Scan
-from tests.support.dicom import Series, datasets, save
+from tests.support.dicom import Series, make_datasets, save
 from tests.support.phantom import brain, grid
 from tests.support.results import Point, marked
 
@@ -58,7 +58,7 @@ def write(out: Path, scan: Scan, balls: Sequence[tuple[Point, float]] = BALLS, *
 
 def scan_of(folder: Path, series: Series, affine: Affine | None = None, change: Change | None = None) -> Scan:
     """Write a phantom as a series, change its data sets, and read it."""
-    slices = datasets(brain(SHAPE, grid(SHAPE, SPACING) if affine is None else affine), series)
+    slices = make_datasets(brain(SHAPE, grid(SHAPE, SPACING) if affine is None else affine), series)
     if change:
         change(slices)
     save(folder / "series", slices)

@@ -14,7 +14,7 @@ from app.dicom_attributes import silence_libraries
 from app.volume import Scan
 from tests.export.conftest import SHAPE, Written, oblique, scan_of, write
 from tests.export.test_segmentation import enhanced
-from tests.support.dicom import RAS_TO_LPS, Series, datasets
+from tests.support.dicom import RAS_TO_LPS, Series, make_datasets
 from tests.support.judges import tool
 from tests.support.phantom import brain
 from tests.support.results import Point
@@ -46,7 +46,7 @@ def japanese(folder: Path) -> Scan:
 
 
 def multi_frame(folder: Path) -> Scan:
-    image = enhanced(datasets(brain(SHAPE, oblique(5, 5, 5)), Series(plane="coronal")))
+    image = enhanced(make_datasets(brain(SHAPE, oblique(5, 5, 5)), Series(plane="coronal")))
     image.save_as(folder / "image", enforce_file_format=True)
     return read_scan(folder / "image", scratch=folder / "scratch")
 

@@ -10,7 +10,7 @@ from nibabel import affines, orientations
 
 from app.export.nifti import write_nifti
 from app.volume import Volume
-from tests.ingest.test_round_trip import ANGLES, LAYOUTS, laid_out
+from tests.support.geometry import ANGLES, LAYOUTS, make_layout
 
 
 def mask_of(volume: Volume) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -27,7 +27,7 @@ def centroid(array: Any, affine: Any) -> Any:
 def test_the_centroid_of_a_mask_in_every_axis_layout(
     tmp_path: Path, layout: Any, angles: tuple[float, float, float]
 ) -> None:
-    volume = laid_out(layout, angles)
+    volume = make_layout(layout, angles)
     mask = mask_of(volume)
     write_nifti(tmp_path / "mask.nii.gz", mask, volume.affine, 1, "a mask")
     image = nib.load(tmp_path / "mask.nii.gz")
@@ -41,7 +41,7 @@ def test_the_centroid_of_a_mask_in_every_axis_layout(
 
 
 def test_the_qform_of_a_sheared_affine_is_off(tmp_path: Path) -> None:
-    volume = laid_out(LAYOUTS[0], ANGLES["oblique"])
+    volume = make_layout(LAYOUTS[0], ANGLES["oblique"])
     affine = volume.affine.copy()
     affine[:3, 2] += 0.3 * affine[:3, 0]
     mask = mask_of(volume)

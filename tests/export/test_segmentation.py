@@ -18,13 +18,13 @@ from app.ingest.reader import read_scan
 from app.dicom_attributes import silence_libraries
 from app.volume import Scan, Volume
 from tests.export.conftest import BALLS, SHAPE, SPACING, Change, Written, oblique, scan_of, write
-from tests.ingest.test_round_trip import LAYOUTS
-from tests.ingest.test_stack import shift, tilt
-from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, datasets, save
-from tests.support.enhanced import enhanced as with_echoes
+from tests.support.geometry import LAYOUTS
+from tests.support.dicom import shift_slice, tilt_gantry
+from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, make_datasets, save
+from tests.support.enhanced import make_enhanced as with_echoes
 from tests.support.grids import tilted
 from tests.support.judges import tool
-from tests.support.mosaic import mosaic
+from tests.support.mosaic import make_mosaic
 from tests.support.phantom import brain, grid
 from tests.support.results import resampled
 from tests.support.segmentation import segment_points
@@ -78,7 +78,7 @@ def test_a_lesion_lies_where_it_was_put_in_every_axis_layout(tmp_path: Path, lay
     whole = brain(SMALL, tilted(grid(SMALL, 11.0), *TURNS["oblique"]))
     array = orientations.apply_orientation(whole.array, layout)
     volume = Volume(array, whole.affine @ orientations.inv_ornt_aff(layout, whole.shape))
-    save(tmp_path / "s", datasets(volume, Series(plane=None)))
+    save(tmp_path / "s", make_datasets(volume, Series(plane=None)))
     written = write(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
     assert written.absent == {}
     found = segment_points(written.segmentation)
@@ -120,7 +120,7 @@ def enhanced(slices: list[FileDataset]) -> LegacyConvertedEnhancedMRImage:
 
 
 def multi_frame(folder: Path, *, changed: bool = False) -> Scan:
-    image = enhanced(datasets(brain(SHAPE, oblique(*TURNS["oblique"])), Series(plane="sagittal")))
+    image = enhanced(make_datasets(brain(SHAPE, oblique(*TURNS["oblique"])), Series(plane="sagittal")))
     if changed:  # measures and orientation with every frame, in place of once for all
         shared = image.SharedFunctionalGroupsSequence[0]
         for frame in image.PerFrameFunctionalGroupsSequence:
@@ -160,10 +160,10 @@ def test_a_resampled_scan_is_segmented_on_its_own_grid(tmp_path: Path, mirrored:
 
 
 @pytest.mark.parametrize(
-    "fault", [tilt, lambda s: s.pop(9), lambda s: shift(s, 12, (0, 0, 2.3))], ids=["tilt", "gap", "uneven"]
+    "fault", [tilt_gantry, lambda s: s.pop(9), lambda s: shift_slice(s, 12, (0, 0, 2.3))], ids=["tilt", "gap", "uneven"]
 )
 def test_irregular_slices_that_were_resampled_are_segmented_in_place(tmp_path: Path, fault: Change) -> None:
-    slices = datasets(brain(SHAPE, oblique(*TURNS["oblique"])), Series())
+    slices = make_datasets(brain(SHAPE, oblique(*TURNS["oblique"])), Series())
     fault(slices)
     save(tmp_path / "series", slices)
     scan = read_scan(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample")
@@ -175,8 +175,8 @@ def test_irregular_slices_that_were_resampled_are_segmented_in_place(tmp_path: P
 
 def test_slices_that_were_resampled_are_not_those_that_lie_beside_them(tmp_path: Path) -> None:
     """A fifth of a millimetre off its place: too much for the reader, near enough to be taken for the source's."""
-    slices = datasets(brain(SHAPE, oblique(0, 0, 0)), Series())
-    shift(slices, 16, (0, 0, 0.2))
+    slices = make_datasets(brain(SHAPE, oblique(0, 0, 0)), Series())
+    shift_slice(slices, 16, (0, 0, 0.2))
     save(tmp_path / "series", slices)
     written = write(tmp_path / "out", read_scan(tmp_path / "series", scratch=tmp_path / "scratch", geometry="resample"))
     check_place(written)
@@ -186,7 +186,7 @@ def test_slices_that_were_resampled_are_not_those_that_lie_beside_them(tmp_path:
 
 @pytest.mark.parametrize("downwards", [False, True])
 def test_a_mosaic_is_segmented_where_its_tiles_lie(tmp_path: Path, *, downwards: bool) -> None:
-    (path,) = save(tmp_path, [mosaic(brain(SHAPE, oblique(*TURNS["oblique"])), Series(), downwards=downwards)])
+    (path,) = save(tmp_path, [make_mosaic(brain(SHAPE, oblique(*TURNS["oblique"])), Series(), is_reversed=downwards)])
     written = write(tmp_path / "out", read_scan(path, scratch=tmp_path / "scratch"))
     assert written.absent == {}
     check_place(written)
@@ -404,8 +404,8 @@ def test_slices_that_lean_a_little_keep_their_own_positions(tmp_path: Path) -> N
     def rough(slices: list[FileDataset]) -> None:
         for k, dataset in enumerate(slices):
             dataset.ImagePositionPatient = [round(float(v), 1) for v in dataset.ImagePositionPatient]
-            tilt = 4e-4 * (k % 2)
-            dataset.ImageOrientationPatient = [1, tilt, 0, -tilt, 1, 0]
+            tilt_gantry = 4e-4 * (k % 2)
+            dataset.ImageOrientationPatient = [1, tilt_gantry, 0, -tilt_gantry, 1, 0]
 
     written = write(tmp_path / "out", scan_of(tmp_path, Series(), change=rough))
     assert written.absent == {}
@@ -449,7 +449,7 @@ def test_a_series_that_nothing_can_refer_to(tmp_path: Path, change: Change, mess
 
 
 def test_two_multi_frame_images_are_refused(tmp_path: Path) -> None:
-    slices = datasets(brain(SHAPE, oblique(0, 0, 0)), Series())
+    slices = make_datasets(brain(SHAPE, oblique(0, 0, 0)), Series())
     for number, part in enumerate((slices[:20], slices[20:])):
         image = enhanced(part)
         image.SOPInstanceUID = f"1.2.{number}"

@@ -24,7 +24,7 @@ from tests.api.support import FakeEngine
 from tests.api.test_served import URL, until
 from tests.jobs.test_workflow import started, submit
 from tests.jobs.test_workflow import until as reached
-from tests.support.dicom import write_series, zipped
+from tests.support.dicom import write_series, zip_files
 from tests.support.phantom import brain, grid, with_lesion
 
 SHAPE = (58, 70, 52)
@@ -36,7 +36,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DICOM series in a zip: to read it again is to unpack it again."""
     folder = tmp_path_factory.mktemp("series")
     volume = with_lesion(brain(SHAPE, grid(SHAPE)), (25.0, 10.0, 20.0), 15.0)
-    return zipped(folder / "series.zip", write_series(folder / "series", volume))
+    return zip_files(folder / "series.zip", write_series(folder / "series", volume))
 
 
 @pytest.fixture(scope="module")
