@@ -64,10 +64,10 @@ def test_an_invalid_file_of_another_series_is_left_out_and_counted(
     assert scan.source.notes == ("Left out: 14 damaged DICOM files.",)
 
 
-@pytest.mark.parametrize(("k", "place"), [(7, "Slice 8 of 14 is missing"), (0, ""), (13, "")])
+@pytest.mark.parametrize(("k", "gap"), [(7, "Slice 8 of 14 is missing"), (0, ""), (13, "")])
 @pytest.mark.parametrize("at", [ROWS, SPACING, None])
 def test_a_damaged_file_of_the_series_is_refused_with_its_number(
-    tmp_path: Path, read_scan: Read, volume: Volume, k: int, place: str, *, at: bytes | None
+    tmp_path: Path, read_scan: Read, volume: Volume, k: int, gap: str, *, at: bytes | None
 ) -> None:
     """A damaged first or last slice leaves no gap: it is found by its SeriesInstanceUID."""
     paths = write_series(tmp_path / "s", volume)
@@ -78,7 +78,7 @@ def test_a_damaged_file_of_the_series_is_refused_with_its_number(
     with pytest.raises(TruncatedFile) as refused:
         read_scan(tmp_path / "s")
     assert refused.value.found.startswith("1 of 14 files of the series")
-    assert place in refused.value.found
+    assert gap in refused.value.found
     assert SECRET not in str(refused.value)
 
 

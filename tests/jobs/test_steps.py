@@ -201,7 +201,7 @@ def test_the_usual_export_reads_nothing_again(
         reads.append("again")
         raise FileNotFoundError
 
-    monkeypatch.setattr("app.jobs.engine.read", counted)
+    monkeypatch.setattr("app.jobs.engine.read_scan", counted)
     engine.infer(archive, tmp_path, Request(), quiet)
     file = (tmp_path / INFERRED).rename(tmp_path / "held")
     engine.export(archive, file, tmp_path, Request(), quiet)

@@ -150,7 +150,7 @@ def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], l
 def _read_header(path: Path, limits: Limits) -> Header | None:
     """Return the header of a file, or None if it is damaged."""
     try:
-        check_deflated(path, limits)
+        _check_deflated(path, limits)
         with path.open("rb") as file:
             pixel_data = _PixelDataDetector()
             dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
@@ -195,7 +195,7 @@ def _series_uid(path: Path) -> str:
         return ""
 
 
-def check_deflated(path: Path, limits: Limits) -> None:
+def _check_deflated(path: Path, limits: Limits) -> None:
     """Check the size of a deflated data set before pydicom inflates it in one piece.
 
     Raises

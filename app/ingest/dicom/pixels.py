@@ -134,7 +134,7 @@ def _to_values(dataset: pydicom.Dataset, stored: StoredPixels, index: int) -> tu
     """Return one frame in the scan's units, and a mask of its padding if the file states a padding value."""
     padding = _padding_mask(dataset, stored)
     if _is_inverted(dataset):
-        # Invert over the whole stored range (PS3.3 C.7.6.3.1.2), so that every slice is inverted alike.
+        # Invert over the whole stored range (PS3.3 C.7.6.3.1.2), so that every slice is inverted equally.
         bits, signed = int(dataset.BitsStored), int(dataset.PixelRepresentation)
         stored = (-1 if signed else 2**bits - 1) - stored.astype(np.int64)
     transform = functional_group(dataset, index, "PixelValueTransformationSequence")
