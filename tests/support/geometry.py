@@ -34,7 +34,10 @@ def make_affine(spacing: tuple[float, float, float], angles: tuple[float, float,
 
 
 def make_layout(layout: Any, angles: tuple[float, float, float]) -> Volume:
-    """Return a volume of distinct whole numbers, stored along the axes of a layout. The three axes have different lengths."""
+    """Return a volume of distinct whole numbers, stored along the axes of a layout.
+
+    The three axes have different lengths.
+    """
     shape = (11, 13, 12)
     array = np.random.default_rng(3).permutation(int(np.prod(shape))).reshape(shape).astype(np.float32)
     affine = make_affine(SPACING, angles) @ orientations.inv_ornt_aff(layout, shape)
