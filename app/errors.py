@@ -4,6 +4,8 @@ An error says what was found, what was expected and what to do about it, and nev
 patient's value. It knows nothing of HTTP: `app.api.problems` gives each class its status.
 """
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -364,3 +366,44 @@ def from_problem(problem: dict[str, str]) -> CounterpartError:
         found += cls.__subclasses__()
     cls = next((cls for cls in found if cls.code == problem["code"]), InternalError)
     return cls(problem["found"], expected=problem["expected"], advice=problem["advice"])
+
+
+# ---- unexpected exceptions ---------------------------------------------------------------------
+
+
+class UnexpectedError(Exception):
+    """An unexpected exception in another process, of which only the class and the location are known.
+
+    Parameters
+    ----------
+    location : dict of str
+        Result of `error_location` in the other process.
+    """
+
+    def __init__(self, location: dict[str, str]) -> None:
+        super().__init__(location["where"])
+        self.location = location
+
+
+def error_location(error: BaseException) -> dict[str, str]:
+    """Return the class and the source location of an exception, without its text, which can hold patient data.
+
+    Returns
+    -------
+    dict of str
+        `exception`, the name of the class, and `where`, the location as "file.py:line".
+    """
+    if isinstance(error, UnexpectedError):
+        return error.location
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown"
+    return {"exception": type(error).__name__, "where": where}
+
+
+def scan_out_of_memory() -> OutOfMemory:
+    """Return the error for a scan that did not fit into memory outside the networks."""
+    return OutOfMemory(
+        "The machine has too little memory to read, analyse or write this scan.",
+        expected="enough memory for one scan (see Sizing in docs/operations.md).",
+        advice="Send the scan again when fewer programs run on this machine, or give the worker more memory.",
+    )

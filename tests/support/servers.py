@@ -1,4 +1,4 @@
-"""The servers that the proofs and the tests need, on loopback, each a process that ends with its block."""
+"""PostgreSQL and S3 servers on loopback for tests and proofs. Each server stops at the end of its block."""
 
 import os
 import shutil
@@ -12,15 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import obstore
-from obstore.store import S3Store
-
 START_SECONDS = 60
 BUCKET = "scans"
 
 
 def free_port() -> int:
-    """A port that nobody listens on just now."""
+    """Return a port that no process listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -28,16 +25,16 @@ def free_port() -> int:
 
 
 def find_postgres() -> Path | None:
-    """Folder of the newest PostgreSQL server's programs, as Debian's package puts them; None where there is none."""
+    """Return the folder of the newest PostgreSQL server of a Debian package, or None if there is none."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
     return found[-1].parent if found else None
 
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """A fresh PostgreSQL with an empty database; yields its URL.
+    """Start PostgreSQL with an empty database and yield its URL.
 
-    The server refuses to run as root: then it runs as the user that Debian's package made.
+    The server refuses to run as root. It then runs as the user that the Debian package created.
     """
     programs = find_postgres()
     if programs is None:
@@ -48,22 +45,22 @@ def postgres() -> Iterator[str]:
         if user:
             shutil.chown(folder, user)
 
-        def start(program: str, *words: str) -> subprocess.Popen[bytes]:
-            command = [str(programs / program), *words]
+        def start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
+            command = [str(programs / program), *arguments]
             return subprocess.Popen(command, cwd="/", user=user, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
-        def run(program: str, *words: str) -> int:
-            return start(program, *words).wait(START_SECONDS)
+        def run(program: str, *arguments: str) -> int:
+            return start(program, *arguments).wait(START_SECONDS)
 
-        data, where = f"{folder}/data", ("-h", "127.0.0.1", "-p", str(port))
+        data, address = f"{folder}/data", ("-h", "127.0.0.1", "-p", str(port))
         if run("initdb", "-D", data, "-U", "counterpart", "-A", "trust", "--no-sync"):
             raise RuntimeError("initdb failed")
-        process = start("postgres", "-D", data, "-k", folder, *where)
+        process = start("postgres", "-D", data, "-k", folder, *address)
         try:
             _wait_for(port, process)
-            while run("pg_isready", *where):
+            while run("pg_isready", *address):
                 time.sleep(0.1)
-            if run("createdb", *where, "-U", "counterpart", "counterpart"):
+            if run("createdb", *address, "-U", "counterpart", "counterpart"):
                 raise RuntimeError("createdb failed")
             yield f"postgresql://counterpart@127.0.0.1:{port}/counterpart"
         finally:
@@ -73,7 +70,7 @@ def postgres() -> Iterator[str]:
 
 @contextmanager
 def s3() -> Iterator[dict[str, str]]:
-    """An S3-compatible server (moto's, in memory) with one bucket; yields the environment that finds it."""
+    """Start an S3-compatible server (moto, in memory) with one bucket, and yield its environment variables."""
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -93,25 +90,12 @@ def s3() -> Iterator[dict[str, str]]:
         process.wait(30)
 
 
-def list_bucket(environ: dict[str, str], prefix: str) -> list[str]:
-    """Names of the objects in the bucket."""
-    store = S3Store(
-        BUCKET,
-        endpoint=environ["AWS_ENDPOINT_URL"],
-        region=environ["AWS_REGION"],
-        access_key_id=environ["AWS_ACCESS_KEY_ID"],
-        secret_access_key=environ["AWS_SECRET_ACCESS_KEY"],
-        client_options={"allow_http": True},
-    )
-    return [entry["path"] for page in obstore.list(store, prefix) for entry in page]
-
-
 def _make_bucket(port: int) -> None:
-    """One request of the protocol; this server does not look at signatures."""
-    with socket.create_connection(("127.0.0.1", port), 30) as wire:
+    """Create the bucket with one HTTP request. This server does not check signatures."""
+    with socket.create_connection(("127.0.0.1", port), 30) as connection:
         request = f"PUT /{BUCKET} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-        wire.sendall(request.encode())
-        status = wire.recv(15)
+        connection.sendall(request.encode())
+        status = connection.recv(15)
     if b" 200" not in status:
         raise RuntimeError(f"no bucket: {status!r}")
 
