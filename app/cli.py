@@ -46,11 +46,11 @@ def errors_told(given: Mapping[str, Path | None] | None = None) -> Iterator[None
         typer.echo(f"{error.strerror or type(error).__name__}: {_place(error, given or {})}", err=True)
         raise typer.Exit(STATUS_OTHER) from error
     except Exception as error:
-        from app.jobs.runner import where
+        from app.errors import error_location
 
         # No traceback: the text of an exception may hold a patient's data, or a database's password.
         fault = InternalError(
-            "Counterpart met an unexpected {exception} in {where}.".format(**where(error)),
+            "Counterpart met an unexpected {exception} in {where}.".format(**error_location(error)),
             expected="a result or a reason.",
             advice="Report this line: it holds nothing of the scan.",
         )

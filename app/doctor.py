@@ -170,11 +170,11 @@ def check_shared(settings: Settings) -> Iterator[Check]:
                 yield Check("bucket", "ok", settings.bucket)
     if settings.database:
         from app.jobs.database import connect
-        from app.jobs.roster import Roster
+        from app.jobs.recovery import WorkerRegistry
 
         database = connect(settings.database_url)
         try:
-            Roster(database).create()
+            WorkerRegistry(database).create_tables()
         except Exception as error:  # noqa: BLE001  # whatever the driver raises, with the password in its text
             mend = f"Check {PREFIX}DATABASE, and that the server lets this user in and create tables."
             yield Check("database", "fail", f"it does not answer ({type(error).__name__})", mend)

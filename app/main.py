@@ -16,13 +16,13 @@ from app import __version__
 from app.api import events, logs, problems, scans, system
 from app.api.service import Readiness, Service
 from app.export.report import RESEARCH_USE_ONLY
-from app.jobs.apart import Apart
 from app.jobs.bucket import BucketStore
 from app.jobs.engine import BundleEngine, Engine
 from app.jobs.metrics import Metrics
-from app.jobs.retention import Limits
+from app.jobs.retention import StorageLimits
 from app.jobs.store import Store
-from app.jobs.workflow import Jobs
+from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.workflow import JobService
 from app.settings import Settings
 
 log = structlog.get_logger("counterpart.service")
@@ -59,8 +59,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
     store = BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
-    limits = Limits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-    jobs = Jobs(engine, store, settings.database_url, metrics, limits)
+    limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
+    jobs = JobService(engine, store, settings.database_url, metrics, limits)
     service = Service(settings, engine, store, jobs, Readiness(loading=worker))
 
     @asynccontextmanager
@@ -138,7 +138,7 @@ def make_engine(settings: Settings, *, worker: bool) -> Engine:
         "gpu_batch": settings.gpu_batch,
     }
     known = BundleEngine(**arguments)
-    return Apart(known, "app.jobs.engine:BundleEngine", arguments) if worker else known
+    return SubprocessEngine(known, "app.jobs.engine:BundleEngine", arguments) if worker else known
 
 
 def _run(app: FastAPI, settings: Settings) -> None:

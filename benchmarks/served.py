@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx2
 
-from scripts.fleet import ENDED, URL, fleet
-from scripts.prove_soak import family
+from app.jobs.job import ENDED_STATES
+from tests.proofs.deployment import URL, deploy
+from tests.proofs.soak import process_tree
 
 # A client asks this often whether its scan is done: half of it is, on average, in every time measured here.
 ASK_SECONDS = 0.05
@@ -34,13 +35,13 @@ class Served:
         One for each upload: the same bytes with the same seed would give the job that there is already.
     """
 
-    base: str
+    url: str
     processes: tuple[int, ...]
     seeds: Iterator[int] = field(default_factory=count)
 
     def peak_bytes(self) -> int:
         """Largest resident memory of every process so far, added: an upper bound of what all held at once."""
-        members = {member for process in self.processes for member in family(process)}
+        members = {member for process in self.processes for member in process_tree(process)}
         return sum(_peak(member) for member in members)
 
     def analyse(self, scan: Path) -> dict[str, Any]:
@@ -51,14 +52,14 @@ class Served:
         RuntimeError
             The scan was not analysed.
         """
-        with httpx2.Client(base_url=self.base, timeout=LIMIT_SECONDS) as client:
+        with httpx2.Client(base_url=self.url, timeout=LIMIT_SECONDS) as client:
             start = time.perf_counter()
             with scan.open("rb") as file:
                 answer = client.post(URL, content=file, params={"seed": next(self.seeds)})
             answer.raise_for_status()
             uploaded = time.perf_counter() - start
             job = f"{URL}/{answer.json()['id']}"
-            while (found := client.get(job).json())["state"] not in ENDED:
+            while (found := client.get(job).json())["state"] not in ENDED_STATES:
                 if time.perf_counter() - start > LIMIT_SECONDS:
                     raise RuntimeError(f"{scan.name} took longer than {LIMIT_SECONDS:.0f} s")
                 time.sleep(ASK_SECONDS)
@@ -101,12 +102,12 @@ def serve(models: Path, workers: int = 0, threads: int = 0) -> Iterator[Served]:
     threads : int
         Of one network evaluation; 0 takes every core.
     """
-    with TemporaryDirectory() as folder, fleet(Path(folder), models=str(models), threads=str(threads)) as all_of_it:
+    with TemporaryDirectory() as folder, deploy(Path(folder), models=str(models), threads=str(threads)) as all_of_it:
         api = all_of_it.start("serve", *(["--no-worker"] if workers else []))
         others = [all_of_it.start("worker") for _ in range(workers)]
         for node in (api, *others):
             node.wait_until_ready()
-        yield Served(api.base, tuple(node.process.pid for node in (api, *others)))
+        yield Served(api.url, tuple(node.process.pid for node in (api, *others)))
 
 
 def fresh(scan: Path, models: Path, repeats: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from app.analyse import Request
 from app.inferred import load, save
 from app.ingest import read
-from app.jobs.engine import INFERRED, BundleEngine
+from app.jobs.engine import INFERENCE_FILE, BundleEngine
 from app.jobs.store import Store
 
 JOB = "0" * 16 + "-" + "0" * 16
@@ -37,20 +37,20 @@ def measure(scan: Path, folder: Path, repeats: int) -> None:
     """Infer once, then write, sync and read what was inferred; print it."""
     store = Store(folder)
     (folder / "jobs" / JOB).mkdir()
-    work = store.work(JOB)
+    work = store.create_work_folder(JOB)
     engine = BundleEngine(None, "cpu", 0)
     engine.warm_up()
     start = time.perf_counter()
     engine.infer(scan, work, Request(), lambda *_: None)
     seconds = time.perf_counter() - start
-    file = work / INFERRED
+    file = work / INFERENCE_FILE
     inferred = load(file)
     megabytes = file.stat().st_size / 1e6
     names: list[str] = []
 
     def write_and_sync() -> None:
         save(inferred, work / "again")
-        names.append(store.hold(JOB, work / "again"))
+        names.append(store.save_intermediate(JOB, work / "again"))
 
     print(f"file                {megabytes:.1f} MB; the scan {scan.stat().st_size / 1e6:.1f} MB")
     print(f"infer               {seconds:.2f} s, writing included")

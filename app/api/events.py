@@ -14,7 +14,7 @@ from app.api.scans import JobId, problems
 from app.api.schemas import Event
 from app.api.service import Of, Service, authorise
 from app.errors import NotFound
-from app.jobs.job import ENDED, Job
+from app.jobs.job import ENDED_STATES, Job
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
 
@@ -41,19 +41,19 @@ async def stream(request: Request, service: Service, job: Job) -> AsyncIterator[
     spoken = time.monotonic()
     yield "retry: 2000\n\n"
     while not await request.is_disconnected():
-        place = (await run_in_threadpool(service.jobs.places)).get(job.id) if job.state == "queued" else None
+        place = (await run_in_threadpool(service.queue.positions)).get(job.id) if job.state == "queued" else None
         event = event_of(job, place, datetime.now(UTC))
         if told is None or event != told.model_copy(update={"seconds_left": event.seconds_left}):
             told, spoken = event, time.monotonic()
-            yield f"event: {'end' if job.state in ENDED else 'progress'}\ndata: {event.model_dump_json()}\n\n"
+            yield f"event: {'end' if job.state in ENDED_STATES else 'progress'}\ndata: {event.model_dump_json()}\n\n"
         elif time.monotonic() - spoken > SILENCE_SECONDS:
             spoken = time.monotonic()
             yield ": still there\n\n"
-        if job.state in ENDED:
+        if job.state in ENDED_STATES:
             return
         await asyncio.sleep(LOOK_SECONDS)
         try:
-            job = await run_in_threadpool(service.jobs.get, job.id)
+            job = await run_in_threadpool(service.queue.get, job.id)
         except NotFound:
             yield f"event: end\ndata: {json.dumps({'state': 'erased'})}\n\n"
             return
@@ -69,7 +69,7 @@ async def stream(request: Request, service: Service, job: Job) -> AsyncIterator[
 )
 async def follow_scan(request: Request, service: Of, job: JobId) -> StreamingResponse:
     """Follow a scan: state, stage, percent, place in the queue, seconds left, each as soon as it changes."""
-    found = await run_in_threadpool(service.jobs.get, job)
+    found = await run_in_threadpool(service.queue.get, job)
     # A proxy that collects answers would hold the events back.
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream(request, service, found), media_type="text/event-stream", headers=headers)

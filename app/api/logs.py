@@ -13,7 +13,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, Processor
 
-from app.jobs.runner import where
+from app.errors import error_location
 
 ALLOWED = frozenset(
     {
@@ -90,7 +90,7 @@ def _without_message(_: Any, __: str, event: EventDict) -> EventDict:
     return {
         **{key: event[key] for key in ("level", "logger", "timestamp", "_record", "_from_structlog") if key in event},
         "event": "library",
-        **(where(error) if error else {"where": f"{record.filename}:{record.lineno}"}),
+        **(error_location(error) if error else {"where": f"{record.filename}:{record.lineno}"}),
     }
 
 

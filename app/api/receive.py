@@ -11,7 +11,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
 from app.ingest import ACCEPTED, HEAD_BYTES, sniff
-from app.jobs.incoming import Incoming
+from app.jobs.store import Upload
 
 # Bytes handed to a thread at once: a hop costs as much as hashing some kilobytes.
 BLOCK = 1 << 20
@@ -28,7 +28,7 @@ class Reader(Protocol):
         """There is no more: refuse what cannot be a scan."""
 
 
-async def receive(request: Request, incoming: Incoming, max_mb: int, max_files: int) -> None:
+async def receive(request: Request, incoming: Upload, max_mb: int, max_files: int) -> None:
     """Stream a request's body into `incoming`.
 
     Raises
@@ -96,7 +96,7 @@ def _boundary(options: Mapping[bytes, bytes], kind: str) -> bytes:
     return boundary
 
 
-def _reader(content_type: str, incoming: Incoming, max_files: int) -> Reader:
+def _reader(content_type: str, incoming: Upload, max_files: int) -> Reader:
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
         return FormReader(_boundary(options, "multipart/form-data"), incoming, max_files)
@@ -114,7 +114,7 @@ def _reader(content_type: str, incoming: Incoming, max_files: int) -> Reader:
 class BodyReader:
     """The body is the scan, whatever its Content-Type says."""
 
-    def __init__(self, incoming: Incoming) -> None:
+    def __init__(self, incoming: Upload) -> None:
         self._incoming = incoming
         self._known = False
 
@@ -142,7 +142,7 @@ class BodyReader:
 class FormReader:
     """multipart/form-data with one or many files; Starlette's would keep each of them open."""
 
-    def __init__(self, boundary: bytes, incoming: Incoming, max_files: int) -> None:
+    def __init__(self, boundary: bytes, incoming: Upload, max_files: int) -> None:
         self._incoming = incoming
         self._max_files = max_files
         self._header = (bytearray(), bytearray())

@@ -7,7 +7,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.api.problems import problem_response, told
 from app.errors import BadRange, UnsatisfiableRange
-from app.jobs.store import Fetched
+from app.jobs.store import StoredFile
 
 MEDIA_TYPES = {
     "gz": "application/gzip",
@@ -28,7 +28,7 @@ class ResultFile(FileResponse):
     headers : mapping of str to str
     """
 
-    def __init__(self, fetched: Fetched, name: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, fetched: StoredFile, name: str, headers: Mapping[str, str]) -> None:
         media_type = MEDIA_TYPES[name.rpartition(".")[2]]
         super().__init__(fetched.path, headers=headers, media_type=media_type, filename=name)
         self._fetched = fetched
@@ -47,7 +47,7 @@ class ResultFile(FileResponse):
         try:
             await super().__call__(scope, receive, watch)
         finally:
-            self._fetched.let_go()
+            self._fetched.close()
         if refused is None:
             return
         expected, advice = "bytes=0-99, within the file.", "Send no Range for the whole file; HEAD tells its length."

@@ -22,7 +22,7 @@ from app.api.results import MEDIA_TYPES, ResultFile
 from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
 from app.errors import BadRequest, InternalError, NoSuchResult, NotFinished, UnknownModel
-from app.jobs.job import ENDED, Cursor, Job, Priority, State, Which
+from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Priority, State
 from app.runtime.choice import permit
 from app.volume import Geometry
 
@@ -120,10 +120,10 @@ async def send_scan(
 ) -> Response:
     """Send a scan. The same bytes, model and parameters, or the same Idempotency-Key, give the same job."""
     service.readiness.check()
-    await run_in_threadpool(service.jobs.check_room, declared(request))
-    with service.store.receive() as incoming:
+    await run_in_threadpool(service.queue.check_capacity, declared(request))
+    with service.store.receive_upload() as incoming:
         await receive(request, incoming, service.settings.max_upload_mb, service.settings.max_files)
-        id_ = await run_in_threadpool(service.jobs.submit, incoming, wanted, idempotency_key, priority)
+        id_ = await run_in_threadpool(service.queue.submit, incoming, wanted, idempotency_key, priority)
     seconds = _wait_seconds(prefer)
     job = await _wait(request, service, id_, seconds)
     headers = {"Location": views.path_of(job.id)}
@@ -132,7 +132,7 @@ async def send_scan(
     if seconds and job.state == "failed":
         assert job.problem is not None
         return problem_response(job_problem(job.problem), headers)
-    finished = bool(seconds) and job.state in ENDED
+    finished = bool(seconds) and job.state in ENDED_STATES
     if not finished:
         headers["Retry-After"] = RETRY_SECONDS
     scan = await run_in_threadpool(views.scan, service, job)
@@ -150,40 +150,40 @@ def _which(
         AwareDatetime | None, Query(description="Sent then or later: ISO 8601 with its offset, + written %2B.")
     ] = None,
     created_before: Annotated[AwareDatetime | None, Query(description="Sent before then.")] = None,
-) -> Which:
+) -> JobFilter:
     """Which jobs of the list; all that is given must hold."""
-    return Which(tuple(state or ()), priority, model, code, created_after, created_before)
+    return JobFilter(tuple(state or ()), priority, model, code, created_after, created_before)
 
 
 @router.get("", responses=problems(400, 401))
 def list_scans(
     service: Of,
-    which: Annotated[Which, Depends(_which)],
+    which: Annotated[JobFilter, Depends(_which)],
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     after: Annotated[str | None, Query(description="From `next` of the page before.")] = None,
 ) -> ScanList:
     """List jobs, newest first. New jobs do not shift the pages that follow."""
-    jobs = service.jobs.page(which, limit + 1, _cursor(after))
+    jobs = service.queue.list_jobs(which, limit + 1, _cursor(after))
     return ScanList(scans=views.summaries(service, jobs[:limit]), next=_next(jobs, which, limit))
 
 
 @router.get("/{job}", responses=problems(401, 404))
 def get_scan(service: Of, job: JobId) -> Scan:
     """Follow a scan: state, stage, progress, place in the queue, and in the end its findings."""
-    return views.scan(service, service.jobs.get(job))
+    return views.scan(service, service.queue.get(job))
 
 
 @router.post("/{job}/cancel", responses=problems(401, 404, 409))
 def cancel_scan(service: Of, job: JobId) -> Scan:
     """Stop a scan, between two network evaluations. It never answers for the same content again."""
-    service.jobs.cancel(job)
-    return views.scan(service, service.jobs.get(job))
+    service.queue.cancel(job)
+    return views.scan(service, service.queue.get(job))
 
 
 @router.delete("/{job}", status_code=204, responses=problems(401, 404))
 def erase_scan(service: Of, job: JobId) -> None:
     """Erase a scan with its results and every trace; a running one is stopped."""
-    service.jobs.erase(job)
+    service.queue.erase(job)
 
 
 @router.head("/{job}/{name}", include_in_schema=False)
@@ -205,7 +205,7 @@ def get_result(
     `brain.nii.gz` belongs to a head that a brain was taken out of, the DICOM results to a scan that came as
     DICOM; where there is none, 404 says why.
     """
-    found = service.jobs.get(job)
+    found = service.queue.get(job)
     if found.state == "failed":
         assert found.problem is not None
         return problem_response(job_problem(found.problem))
@@ -242,8 +242,8 @@ def _wait_seconds(prefer: str | None) -> int:
 async def _wait(request: Request, service: Service, id_: str, seconds: int) -> Job:
     deadline = time.monotonic() + seconds
     while True:
-        job = await run_in_threadpool(service.jobs.get, id_)
-        if job.state in ENDED or time.monotonic() >= deadline or await request.is_disconnected():
+        job = await run_in_threadpool(service.queue.get, id_)
+        if job.state in ENDED_STATES or time.monotonic() >= deadline or await request.is_disconnected():
             return job
         await asyncio.sleep(LOOK_SECONDS)
 
@@ -257,7 +257,7 @@ def _cursor(after: str | None) -> Cursor | None:
     return Cursor(datetime.fromtimestamp(int(parts[1]) / 1_000_000, UTC), parts[2])
 
 
-def _next(jobs: Sequence[Job], which: Which, limit: int) -> str | None:
+def _next(jobs: Sequence[Job], which: JobFilter, limit: int) -> str | None:
     if len(jobs) <= limit:
         return None
     last = jobs[limit - 1]

@@ -7,11 +7,11 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.errors import CounterpartError, InternalError, Unauthorised
+from app.errors import CounterpartError, InternalError, Unauthorised, error_location
 from app.jobs.engine import Engine
-from app.jobs.runner import where
+from app.jobs.queue import JobQueue
 from app.jobs.store import Store
-from app.jobs.workflow import Jobs
+from app.jobs.workflow import JobService
 from app.settings import Settings
 
 bearer = HTTPBearer(auto_error=False, description="COUNTERPART_TOKEN, where the operator set one.")
@@ -32,7 +32,7 @@ class Readiness:
             self.broken = error
         except Exception as error:  # noqa: BLE001  # /livez and the finished jobs go on answering
             self.broken = InternalError(
-                f"Loading the models met an unexpected {where(error)['exception']} in {where(error)['where']}.",
+                f"Loading the models met an unexpected {error_location(error)['exception']} in {error_location(error)['where']}.",
                 expected="models that load.",
                 advice="Run `counterpart doctor`.",
             )
@@ -57,8 +57,13 @@ class Service:
     settings: Settings
     engine: Engine
     store: Store
-    jobs: Jobs
+    jobs: JobService
     readiness: Readiness
+
+    @property
+    def queue(self) -> JobQueue:
+        """Return the queue of the jobs."""
+        return self.jobs.queue
 
 
 def of(request: Request) -> Service:

@@ -6,8 +6,7 @@ from app.api.scans import problems
 from app.api.schemas import Health, Model, ModelCard, ModelList
 from app.api.schemas import Readiness as Ready
 from app.api.service import Of, authorise
-from app.errors import NotFound, NotReady
-from app.jobs.runner import where
+from app.errors import NotFound, NotReady, error_location
 from app.manifest import Manifest
 
 models = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(authorise)])
@@ -49,10 +48,10 @@ def ready(service: Of) -> Ready:
         )
     service.store.check()
     try:
-        workers = service.jobs.workers()
+        workers = service.queue.count_workers()
     except Exception as error:  # noqa: BLE001  # whatever the driver raises
         raise NotReady(
-            f"The database of the jobs does not answer ({where(error)['exception']}).",
+            f"The database of the jobs does not answer ({error_location(error)['exception']}).",
             expected="a database that can be read.",
             advice="Check COUNTERPART_DATABASE, and the disk of COUNTERPART_STORE.",
         ) from None
@@ -63,7 +62,7 @@ def ready(service: Of) -> Ready:
 @health.get("/metrics", dependencies=[Depends(authorise)], response_class=Response)
 def metrics(service: Of) -> Response:
     """Prometheus metrics of this process and its queue."""
-    return Response(service.jobs.metrics(), media_type="text/plain; version=0.0.4")
+    return Response(service.queue.metrics(), media_type="text/plain; version=0.0.4")
 
 
 def _model(manifest: Manifest) -> Model:

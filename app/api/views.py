@@ -43,7 +43,7 @@ def path_of(job: str) -> str:
 
 def summaries(service: Service, jobs: Sequence[Job]) -> tuple[Summary, ...]:
     """Jobs in a list."""
-    places = service.jobs.places() if any(job.state == "queued" for job in jobs) else {}
+    places = service.queue.positions() if any(job.state == "queued" for job in jobs) else {}
     return tuple(_summary(job, places) for job in jobs)
 
 

@@ -321,6 +321,7 @@ class Store:
 
 
 def file_or_folder(folder: Path) -> Path:
+    """Return the only file of a scan's folder, or the folder if it has several files."""
     return folder if (folder / "000001").exists() else folder / "000000"
 
 

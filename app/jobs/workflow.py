@@ -186,9 +186,7 @@ class JobService:
 
     def is_wanted(self, job: str) -> bool:
         """Return False once the job was cancelled, erased or given to another worker."""
-        held = list_workflows(
-            workflow_ids=[job], status="PENDING", executor_id=self._executor_id, load_output=False
-        )
+        held = list_workflows(workflow_ids=[job], status="PENDING", executor_id=self._executor_id, load_output=False)
         return bool(held)
 
     def record_progress(self, job: str, stage: str, progress: float) -> None:

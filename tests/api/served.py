@@ -11,12 +11,12 @@ from pathlib import Path
 
 import httpx2
 
-from app.jobs.apart import Apart
 from app.jobs.engine import Engine
+from app.jobs.subprocess_engine import SubprocessEngine
 from app.main import serve, work
 from app.settings import read_settings
-from scripts.servers import free_port
 from tests.api.support import FakeEngine
+from tests.support.servers import free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 FAKE = (sys.executable, "-m", "tests.api.served")
@@ -84,7 +84,7 @@ def _wait_until_ready(http: httpx2.Client, process: subprocess.Popen[bytes], log
 if __name__ == "__main__":
     engine: Engine = FakeEngine()
     if "--apart" in sys.argv:
-        engine = Apart(engine, "tests.api.support:FakeEngine", {})
+        engine = SubprocessEngine(engine, "tests.api.support:FakeEngine", {})
     if "--no-api" in sys.argv:
         work(read_settings(), engine)
     else:

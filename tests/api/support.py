@@ -16,7 +16,7 @@ import numpy as np
 from app import errors
 from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request
 from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
-from app.jobs.engine import INFERRED
+from app.jobs.engine import INFERENCE_FILE
 from app.manifest import Manifest, Range
 from tests.support.bundle import tiny_manifest
 
@@ -65,8 +65,8 @@ class FakeEngine:
         if self.broken:
             raise self.broken
 
-    def guard(self, *, on: bool) -> None:
-        self.guarded = on
+    def limit_memory(self, *, enabled: bool) -> None:
+        self.guarded = enabled
 
     def close(self) -> None:
         pass
@@ -91,7 +91,7 @@ class FakeEngine:
             time.sleep(0.05 if seconds else 0)
         if "die" in orders:
             os._exit(9)
-        (out / INFERRED).write_text(f"{out.parent.name} {len(self.seen)}")
+        (out / INFERENCE_FILE).write_text(f"{out.parent.name} {len(self.seen)}")
 
     def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
         self.exported.append((inferred.read_text(), out))

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from app.jobs.apart import LOOK_SECONDS, STOP_SECONDS
-from app.jobs.runner import CHECK_SECONDS
-from scripts.soak_traffic import until_let_go
+from app.jobs.subprocess_engine import POLL_SECONDS, STOP_SECONDS
+from app.jobs.worker import CHECK_SECONDS
 from tests.api.served import APART, served
 from tests.api.support import scan
 from tests.api.test_served import URL, until
+from tests.proofs.traffic import wait_until_released
 
 SECOND = 1.0
 # The soak measures it on a machine of its own (scripts/prove_soak.py). One that is busy with other things adds to
@@ -20,7 +20,7 @@ TIMES, BUSY = 5, 4.0
 
 def test_the_waits_between_a_cancel_and_the_end_of_the_inference_are_less_than_a_second() -> None:
     """In turn, and each may be waited for in full; beside them two queries and a signal."""
-    assert CHECK_SECONDS + LOOK_SECONDS + STOP_SECONDS <= 0.8 * SECOND
+    assert CHECK_SECONDS + POLL_SECONDS + STOP_SECONDS <= 0.8 * SECOND
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_worker_lets_go_within_a_second(tmp_path: Path, orders: dict[str, ob
             time.sleep(0.2 + 0.07 * number)  # at another point between two looks
             start = time.monotonic()
             assert service.http.post(f"{URL}/{job}/cancel").status_code == 200
-            seconds.append(until_let_go(folder) - start)
+            seconds.append(wait_until_released(folder) - start)
             assert [path.name for path in folder.iterdir()] == ["scan"]
             if seconds[-1] < SECOND:
                 break

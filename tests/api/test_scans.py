@@ -435,5 +435,5 @@ def test_a_disk_that_fills_up_meanwhile_is_507(client: TestClient, monkeypatch: 
     def write(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("app.jobs.incoming.Incoming.write", write)
+    monkeypatch.setattr("app.jobs.store.Upload.write", write)
     assert send(client, wait=False, name="half").json()["code"] == "store_full"

@@ -89,7 +89,7 @@ def test_a_fault_of_the_service_is_a_problem_without_its_text(
     def fail(*_: object) -> None:
         raise RuntimeError("Zweistein")
 
-    monkeypatch.setattr(service.jobs, "page", fail)
+    monkeypatch.setattr(service.queue, "list_jobs", fail)
     quiet = TestClient(client.app, raise_server_exceptions=False)
     answer = quiet.get("/v1/scans")
     assert answer.status_code == 500
@@ -97,5 +97,5 @@ def test_a_fault_of_the_service_is_a_problem_without_its_text(
     assert answer.json()["code"] == "internal_error"
     assert "Zweistein" not in answer.text
 
-    monkeypatch.setattr(service.jobs, "workers", fail)
+    monkeypatch.setattr(service.queue, "count_workers", fail)
     assert quiet.get("/readyz").json()["code"] == "not_ready"

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scripts.servers import find_postgres, postgres, s3
+from tests.support.servers import find_postgres, postgres, s3
 
 
 @pytest.fixture(scope="module")

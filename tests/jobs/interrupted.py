@@ -9,8 +9,8 @@ import sys
 from types import SimpleNamespace
 
 from app import analyse
-from app.jobs.apart import Apart
 from app.jobs.engine import BundleEngine
+from app.jobs.subprocess_engine import SubprocessEngine
 from app.main import serve, work
 from app.manifest import Manifest
 from app.runtime.bundle import Bundle
@@ -21,7 +21,7 @@ analyse.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignm
 HERE = "tests.jobs.interrupted"
 
 
-class Killed(Apart):
+class Killed(SubprocessEngine):
     """An engine whose process never comes to the export."""
 
     def export(self, *_: object) -> None:  # type: ignore[override]
@@ -39,12 +39,12 @@ class Networkless(BundleEngine):
         raise AssertionError(f"the networks of {manifest.id} were asked for")
 
 
-def made(kind: str, settings: Settings) -> Apart:
+def made(kind: str, settings: Settings) -> SubprocessEngine:
     """The engine of a kind."""
     arguments = {"models": str(settings.models), "provider": "cpu", "threads": 1}
     known = BundleEngine(settings.models, "cpu", threads=1)
     make = f"{HERE}:Networkless" if kind == "networkless" else f"{HERE}:BundleEngine"
-    return (Killed if kind == "killed" else Apart)(known, make, arguments)
+    return (Killed if kind == "killed" else SubprocessEngine)(known, make, arguments)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from app.analyse import RESULT_FILES, Request
-from app.errors import NotReady, OutOfDistribution, OutOfMemory
-from app.jobs.apart import Apart
+from app.errors import NotReady, OutOfDistribution, OutOfMemory, UnexpectedError, error_location
 from app.jobs.child import NICENESS, free_memory
-from app.jobs.engine import INFERRED, ProcessDied, Unexpected
-from app.jobs.runner import Interrupted, where
+from app.jobs.engine import INFERENCE_FILE, ChildProcessDied
+from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.worker import Interrupted
 from tests.api.support import FakeEngine, scan
 from tests.jobs.test_workflow import started, submit, until
 
@@ -38,13 +38,13 @@ class Stillborn(FakeEngine):
 
 
 @pytest.fixture
-def apart() -> Iterator[Apart]:
-    made = Apart(FakeEngine(), "tests.jobs.test_apart:Poor", {"spare": GIB})
+def apart() -> Iterator[SubprocessEngine]:
+    made = SubprocessEngine(FakeEngine(), "tests.jobs.test_apart:Poor", {"spare": GIB})
     yield made
     made.close()
 
 
-def analyse(engine: Apart, folder: Path, *, stop_after: float = 1e9, **orders: object) -> list[tuple[str, float]]:
+def analyse(engine: SubprocessEngine, folder: Path, *, stop_after: float = 1e9, **orders: object) -> list[tuple[str, float]]:
     (folder / "scan").write_bytes(scan(**orders))
     told = []
     begin = time.monotonic()
@@ -55,17 +55,17 @@ def analyse(engine: Apart, folder: Path, *, stop_after: float = 1e9, **orders: o
             raise Interrupted
 
     engine.infer(folder / "scan", folder, Request(seed=5), progress)
-    report = engine.export(folder / "scan", folder / INFERRED, folder, Request(seed=5), progress)
+    report = engine.export(folder / "scan", folder / INFERENCE_FILE, folder, Request(seed=5), progress)
     assert (report.model.id, report.model.seed, report.lesion_volume_ml) == ("tiny-0.0.1", 5, 2.5)
     return told
 
 
-def child(engine: Apart) -> int:
+def child(engine: SubprocessEngine) -> int:
     assert engine._child is not None
     return engine._child._process.pid
 
 
-def test_a_scan_is_analysed_by_another_process(apart: Apart, tmp_path: Path) -> None:
+def test_a_scan_is_analysed_by_another_process(apart: SubprocessEngine, tmp_path: Path) -> None:
     apart.warm_up()
     first = child(apart)
     told = analyse(apart, tmp_path, seconds=0.2)
@@ -80,17 +80,17 @@ def test_a_scan_is_analysed_by_another_process(apart: Apart, tmp_path: Path) -> 
     assert os.getpriority(os.PRIO_PROCESS, first) == min(os.nice(0) + NICENESS, 19)
 
 
-def test_errors_are_those_that_were_raised(apart: Apart, tmp_path: Path) -> None:
+def test_errors_are_those_that_were_raised(apart: SubprocessEngine, tmp_path: Path) -> None:
     with pytest.raises(OutOfDistribution, match=r"^Found\. Expected: expected\. Advice\.$"):
         analyse(apart, tmp_path, fail="OutOfDistribution")
-    with pytest.raises(Unexpected) as caught:
+    with pytest.raises(UnexpectedError) as caught:
         analyse(apart, tmp_path, crash="Zweistein")
-    assert where(caught.value)["exception"] == "ValueError"
-    assert where(caught.value)["where"].startswith("support.py:")
+    assert error_location(caught.value)["exception"] == "ValueError"
+    assert error_location(caught.value)["where"].startswith("support.py:")
     assert "Zweistein" not in str(caught.value)
 
 
-def test_out_of_memory_fails_one_scan_and_what_it_held_is_given_back(apart: Apart, tmp_path: Path) -> None:
+def test_out_of_memory_fails_one_scan_and_what_it_held_is_given_back(apart: SubprocessEngine, tmp_path: Path) -> None:
     analyse(apart, tmp_path, hungry=GIB // 2)
     first = child(apart)
     with pytest.raises(OutOfMemory):
@@ -101,8 +101,8 @@ def test_out_of_memory_fails_one_scan_and_what_it_held_is_given_back(apart: Apar
     assert held < GIB // 2
 
 
-def test_a_death_is_seen_and_another_child_takes_its_place(apart: Apart, tmp_path: Path) -> None:
-    with pytest.raises(ProcessDied, match="status 9"):
+def test_a_death_is_seen_and_another_child_takes_its_place(apart: SubprocessEngine, tmp_path: Path) -> None:
+    with pytest.raises(ChildProcessDied, match="status 9"):
         analyse(apart, tmp_path, die=True)
     analyse(apart, tmp_path, name="the next")
     os.kill(child(apart), signal.SIGKILL)  # between two scans: nobody's fault
@@ -111,13 +111,13 @@ def test_a_death_is_seen_and_another_child_takes_its_place(apart: Apart, tmp_pat
 
 
 def test_a_child_that_dies_over_its_models_is_told() -> None:
-    engine = Apart(FakeEngine(), "tests.jobs.test_apart:Stillborn", {})
+    engine = SubprocessEngine(FakeEngine(), "tests.jobs.test_apart:Stillborn", {})
     with pytest.raises(NotReady, match="signal 9"):
         engine.warm_up()
     engine.close()
 
 
-def test_who_is_not_wanted_stops_at_once(apart: Apart, tmp_path: Path) -> None:
+def test_who_is_not_wanted_stops_at_once(apart: SubprocessEngine, tmp_path: Path) -> None:
     apart.warm_up()
     first = child(apart)
     start = time.monotonic()
@@ -132,7 +132,7 @@ def test_who_is_not_wanted_stops_at_once(apart: Apart, tmp_path: Path) -> None:
     analyse(apart, tmp_path, name="the next")
 
 
-def test_the_child_ends_with_its_parent_however_that_ended(apart: Apart) -> None:
+def test_the_child_ends_with_its_parent_however_that_ended(apart: SubprocessEngine) -> None:
     apart.warm_up()
     assert apart._child is not None
     os.kill(child(apart), signal.SIGTERM)  # a supervisor that signals all: the parent decides
@@ -142,7 +142,7 @@ def test_the_child_ends_with_its_parent_however_that_ended(apart: Apart) -> None
 
 
 def test_a_guarded_scan_cannot_take_what_the_worker_needs(tmp_path: Path) -> None:
-    apart = Apart(FakeEngine(), "tests.api.support:FakeEngine", {})
+    apart = SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {})
     try:
         apart.guard(on=True)
         analyse(apart, tmp_path, hungry=GIB // 8)
@@ -171,7 +171,7 @@ def test_free_memory_is_that_of_the_container(tmp_path: Path, files: dict[str, s
 
 
 def test_a_scan_that_kills_its_worker_twice_is_parked_and_another_that_was_killed_is_not(tmp_path: Path) -> None:
-    engine = Apart(FakeEngine(), "tests.jobs.test_apart:Poor", {"spare": GIB})
+    engine = SubprocessEngine(FakeEngine(), "tests.jobs.test_apart:Poor", {"spare": GIB})
     with started(tmp_path, engine) as jobs:
         killer = submit(jobs, tmp_path, die=True, seconds=1)
         unlucky = submit(jobs, tmp_path, name="unlucky")

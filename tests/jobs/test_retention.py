@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import NotFound
 from app.jobs.job import Job
-from app.jobs.retention import GIGABYTE, Limits, surplus
+from app.jobs.retention import GIGABYTE, StorageLimits, select_expired
 from tests.api.support import FakeEngine
 from tests.jobs.test_workflow import started, submit, until
 
@@ -25,23 +25,23 @@ SIZES = {"old": 3 * GIGABYTE, "middle": 2 * GIGABYTE, "young": GIGABYTE, "runnin
 @pytest.mark.parametrize(
     ("limits", "erased"),
     [
-        (Limits(), []),
-        (Limits(keep_days=30), ["old"]),
-        (Limits(keep_days=0.5), ["old", "middle", "young"]),
-        (Limits(keep_gb=7), []),
-        (Limits(keep_gb=6), ["old"]),
-        (Limits(keep_gb=3), ["old", "middle"]),
-        (Limits(keep_gb=0.1), ["old", "middle", "young"]),  # what has not ended is kept
-        (Limits(keep_days=30, keep_gb=3), ["old", "middle"]),
+        (StorageLimits(), []),
+        (StorageLimits(keep_days=30), ["old"]),
+        (StorageLimits(keep_days=0.5), ["old", "middle", "young"]),
+        (StorageLimits(keep_gb=7), []),
+        (StorageLimits(keep_gb=6), ["old"]),
+        (StorageLimits(keep_gb=3), ["old", "middle"]),
+        (StorageLimits(keep_gb=0.1), ["old", "middle", "young"]),  # what has not ended is kept
+        (StorageLimits(keep_days=30, keep_gb=3), ["old", "middle"]),
     ],
 )
-def test_the_oldest_that_ended_go_first(limits: Limits, erased: list[str]) -> None:
-    assert surplus(JOBS, SIZES, limits, NOW) == erased
+def test_the_oldest_that_ended_go_first(limits: StorageLimits, erased: list[str]) -> None:
+    assert select_expired(JOBS, SIZES, limits, NOW) == erased
 
 
 def test_what_waited_long_is_not_old() -> None:
     late = replace(ended("late", 1), created=NOW - timedelta(days=90))
-    assert surplus([late], {}, Limits(keep_days=30), NOW) == []
+    assert select_expired([late], {}, StorageLimits(keep_days=30), NOW) == []
 
 
 def test_what_is_kept_too_long_leaves_no_trace(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_what_is_kept_too_long_leaves_no_trace(tmp_path: Path) -> None:
         until(jobs, kept, "succeeded")
         jobs.retain()
         jobs.get(kept)
-        jobs._limits = Limits(keep_gb=1e-9)
+        jobs._limits = StorageLimits(keep_gb=1e-9)
         jobs.retain()
         with pytest.raises(NotFound):
             jobs.get(kept)

@@ -3,20 +3,20 @@ from pathlib import Path
 import pytest
 
 from app.jobs.database import connect
-from app.jobs.roster import DEATHS, DEATHS_AT_MOST, LEASE_SECONDS, Roster, Watch
+from app.jobs.recovery import DEATHS, DEATHS_AT_MOST, LEASE_SECONDS, HeartbeatMonitor, WorkerRegistry
 
 A, B, C = "job-a", "job-b", "job-c"
 
 
 @pytest.fixture
-def roster(tmp_path: Path) -> Roster:
-    made = Roster(connect(f"sqlite:///{tmp_path}/jobs.sqlite"))
+def roster(tmp_path: Path) -> WorkerRegistry:
+    made = WorkerRegistry(connect(f"sqlite:///{tmp_path}/jobs.sqlite"))
     made.create()
     made.create()  # as a second process does
     return made
 
 
-def test_a_worker_beats_and_leaves(roster: Roster) -> None:
+def test_a_worker_beats_and_leaves(roster: WorkerRegistry) -> None:
     for _ in range(3):
         roster.beat("w")
     roster.beat("v")
@@ -25,7 +25,7 @@ def test_a_worker_beats_and_leaves(roster: Roster) -> None:
     assert roster.beats() == {"v": 0}
 
 
-def test_a_scan_is_blamed_at_the_second_death_that_was_seen(roster: Roster) -> None:
+def test_a_scan_is_blamed_at_the_second_death_that_was_seen(roster: WorkerRegistry) -> None:
     roster.killed("w1", A)
     assert roster.blamed(A) == 0
     roster.killed("w1", A)
@@ -39,7 +39,7 @@ def test_a_scan_is_blamed_at_the_second_death_that_was_seen(roster: Roster) -> N
     assert roster.blamed(B) == DEATHS
 
 
-def test_a_scan_is_not_blamed_for_workers_that_were_killed_with_it(roster: Roster) -> None:
+def test_a_scan_is_not_blamed_for_workers_that_were_killed_with_it(roster: WorkerRegistry) -> None:
     for death in range(DEATHS_AT_MOST - 1):
         roster.lost(f"w{death}", [A, C])
         roster.lost(f"w{death}", [A])  # noticed by two processes
@@ -50,7 +50,7 @@ def test_a_scan_is_not_blamed_for_workers_that_were_killed_with_it(roster: Roste
 
 
 def test_only_who_stands_still_is_dead() -> None:
-    watch = Watch()
+    watch = HeartbeatMonitor()
     assert watch.dead({"beats": 0, "still": 5, "no row": -1}, 0) == []
     assert watch.dead({"beats": 1, "still": 5, "no row": -1}, LEASE_SECONDS / 2) == []
     assert watch.dead({"beats": 1, "still": 5, "no row": -1, "new": 0}, LEASE_SECONDS + 1) == ["still", "no row"]

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from app.analyse import RESULT_FILES, Request
+from app.errors import error_location
 from app.jobs.metrics import Metrics
-from app.jobs.runner import Interrupted, Outcome, Runner, where
 from app.jobs.store import Store
+from app.jobs.worker import Interrupted, Outcome, Worker
 from tests.api.support import FakeEngine, scan
 from tests.jobs.test_store import JOB, fill
 
@@ -39,13 +40,13 @@ class Paper:
         self.notes.append((stage, progress))
 
 
-def runner(folder: Path, ledger: Paper, **orders: object) -> Runner:
+def runner(folder: Path, ledger: Paper, **orders: object) -> Worker:
     store = Store(folder)
     fill(store, JOB, scan(**orders))
-    return Runner(FakeEngine(), store, ledger, Metrics())
+    return Worker(FakeEngine(), store, ledger, Metrics())
 
 
-def analyse(worker: Runner) -> Outcome:
+def analyse(worker: Worker) -> Outcome:
     """Both steps of a job, or the one that failed."""
     with worker.begin(JOB, Request()) as attempt:
         outcome = attempt.infer()
@@ -106,9 +107,9 @@ def test_stopping_waits_a_while(tmp_path: Path, drain: float, ends: bool) -> Non
 def test_a_place_has_no_text() -> None:
     with pytest.raises(ValueError, match="Zweistein") as caught:
         int("Zweistein")
-    assert where(caught.value)["exception"] == "ValueError"
-    assert where(caught.value)["where"].startswith("test_runner.py:")
-    assert "Zweistein" not in str(where(caught.value))
+    assert error_location(caught.value)["exception"] == "ValueError"
+    assert error_location(caught.value)["where"].startswith("test_runner.py:")
+    assert "Zweistein" not in str(error_location(caught.value))
 
 
 def test_memory_that_runs_out_beside_the_networks_is_told_as_such(tmp_path: Path) -> None:

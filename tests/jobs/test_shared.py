@@ -8,11 +8,11 @@ import pytest
 from app.errors import StoreUnavailable
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect
-from app.jobs.roster import DEATHS, Roster
-from scripts.servers import BUCKET
+from app.jobs.recovery import DEATHS, WorkerRegistry
 from tests.api.served import API, WORKER, served
 from tests.api.support import scan
 from tests.jobs.test_store import JOB, fill
+from tests.support.servers import BUCKET
 
 URL = "/v1/scans"
 WAIT = {"Prefer": "wait=120"}
@@ -116,7 +116,7 @@ def test_a_bucket_that_is_not_there_is_named(bucket: BucketStore, tmp_path: Path
 
 def test_the_roster_on_postgresql(database: str) -> None:
     engines = connect(database), connect(database)
-    one, two = map(Roster, engines)
+    one, two = map(WorkerRegistry, engines)
     one.create()
     two.create()
     one.beat("w")

@@ -10,15 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from app.analyse import DICOM_FILES, RESULT_FILES, Request
-from app.jobs.apart import Apart
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect, recorded_steps, workflow_status
-from app.jobs.engine import INFERRED, BundleEngine
-from app.jobs.listing import WORKFLOW
-from app.jobs.store import HELD, Store
-from app.jobs.upgrade import begin_again
-from app.jobs.workflow import Jobs
-from scripts.servers import BUCKET
+from app.jobs.engine import INFERENCE_FILE, BundleEngine
+from app.jobs.queue import WORKFLOW
+from app.jobs.recovery import restart_outdated_jobs
+from app.jobs.store import INTERMEDIATE_PREFIX, Store
+from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.workflow import JobService
 from tests.api.served import served
 from tests.api.support import FakeEngine
 from tests.api.test_served import URL, until
@@ -26,6 +25,7 @@ from tests.jobs.test_workflow import started, submit
 from tests.jobs.test_workflow import until as reached
 from tests.support.dicom import write_series, zipped
 from tests.support.phantom import brain, grid, with_lesion
+from tests.support.servers import BUCKET
 
 SHAPE = (58, 70, 52)
 RESULTS = (*RESULT_FILES, *DICOM_FILES)
@@ -118,7 +118,7 @@ def test_another_machine_exports_what_a_killed_one_inferred(
     assert bucket._names("") == []
 
 
-def exporting(jobs: Jobs, engine: FakeEngine, folder: Path, times: int = 1) -> str:
+def exporting(jobs: JobService, engine: FakeEngine, folder: Path, times: int = 1) -> str:
     """A job that is at its export, and will be for long."""
     job = submit(jobs, folder, slow_export=60)
     deadline = time.monotonic() + 120
@@ -176,7 +176,7 @@ def test_an_export_that_fails_leaves_nothing_of_it_and_is_not_inferred_twice(
         return hold(store, job, inferred)
 
     monkeypatch.setattr(Store, "hold", counted)
-    with started(tmp_path, Apart(FakeEngine(), "tests.api.support:FakeEngine", {})) as jobs:
+    with started(tmp_path, SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {})) as jobs:
         jobs_of = {"internal_error": submit(jobs, tmp_path, crash_late="x")}
         jobs_of["worker_lost"] = submit(jobs, tmp_path, die_late=True)
         for code, job in jobs_of.items():
@@ -203,7 +203,7 @@ def test_the_usual_export_reads_nothing_again(
 
     monkeypatch.setattr("app.jobs.engine.read", counted)
     engine.infer(archive, tmp_path, Request(), quiet)
-    file = (tmp_path / INFERRED).rename(tmp_path / "held")
+    file = (tmp_path / INFERENCE_FILE).rename(tmp_path / "held")
     engine.export(archive, file, tmp_path, Request(), quiet)
     assert reads == []
     assert within(tmp_path) == sorted(["held", *RESULTS])
@@ -243,9 +243,9 @@ def test_what_a_dead_worker_of_other_steps_held_begins_again_and_what_a_living_o
             status = "ENQUEUED" if name == "handed back" else "PENDING"
             row = table.update().where(table.c.workflow_uuid == held[name])
             connection.execute(row.values(status=status, executor_id=worker, application_version="older"))
-    assert begin_again(database, WORKFLOW, "2") == [held["handed back"]]
-    assert begin_again(database, WORKFLOW, "2", "w1") == [held["dead"]]
-    assert begin_again(database, WORKFLOW, "2", "w1") == []
+    assert restart_outdated_jobs(database, WORKFLOW, "2") == [held["handed back"]]
+    assert restart_outdated_jobs(database, WORKFLOW, "2", "w1") == [held["dead"]]
+    assert restart_outdated_jobs(database, WORKFLOW, "2", "w1") == []
     with database.connect() as connection:
         left = {*connection.execute(sa.select(steps.c.workflow_uuid)).scalars()}
         versions = dict(connection.execute(sa.select(table.c.workflow_uuid, table.c.application_version)).all())

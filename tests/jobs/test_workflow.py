@@ -14,20 +14,20 @@ from dbos import DBOS
 from app.analyse import Request
 from app.errors import NotFound, QueueFull
 from app.jobs.engine import Engine
-from app.jobs.job import Cursor, State, Which
+from app.jobs.job import Cursor, JobFilter, State
 from app.jobs.metrics import Metrics
-from app.jobs.retention import Limits
-from app.jobs.roster import DEATHS
-from app.jobs.runner import Interrupted
+from app.jobs.recovery import DEATHS
+from app.jobs.retention import StorageLimits
 from app.jobs.store import STALE_SECONDS, Store
-from app.jobs.workflow import Jobs
+from app.jobs.worker import Interrupted
+from app.jobs.workflow import JobService
 from tests.api.support import FakeEngine, scan
 from tests.jobs.test_store import fill
 
 
 @contextmanager
-def started(folder: Path, engine: Engine, limit: int = 100) -> Iterator[Jobs]:
-    jobs = Jobs(engine, Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), Limits(queue=limit))
+def started(folder: Path, engine: Engine, limit: int = 100) -> Iterator[JobService]:
+    jobs = JobService(engine, Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), StorageLimits(queue=limit))
     jobs.start()
     try:
         yield jobs
@@ -35,7 +35,7 @@ def started(folder: Path, engine: Engine, limit: int = 100) -> Iterator[Jobs]:
         jobs.stop(0)
 
 
-def submit(jobs: Jobs, folder: Path, **orders: object) -> str:
+def submit(jobs: JobService, folder: Path, **orders: object) -> str:
     with Store(folder).receive() as incoming:
         incoming.begin()
         incoming.write(scan(**orders))
@@ -43,7 +43,7 @@ def submit(jobs: Jobs, folder: Path, **orders: object) -> str:
         return jobs.submit(incoming, Request(), None)
 
 
-def until(jobs: Jobs, job: str, state: State) -> None:
+def until(jobs: JobService, job: str, state: State) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if jobs.get(job).state == state:
@@ -64,7 +64,7 @@ def test_a_job_goes_on_after_any_number_of_restarts(tmp_path: Path) -> None:
     with started(tmp_path, engine) as jobs:
         until(jobs, job, "succeeded")
         assert jobs.get(job).model == "tiny-0.0.1"
-        assert jobs.page(Which(), 10, None) == [jobs.get(job)]
+        assert jobs.page(JobFilter(), 10, None) == [jobs.get(job)]
 
 
 def test_what_was_analysed_before_a_death_is_only_published_after_it(
@@ -95,7 +95,7 @@ def test_a_scan_that_could_not_be_kept_is_no_job(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(Store, "keep", fail)
         with pytest.raises(OSError, match=r"^$"):
             submit(jobs, tmp_path)
-        assert jobs.page(Which(), 10, None) == []
+        assert jobs.page(JobFilter(), 10, None) == []
 
 
 def test_an_erased_job_has_no_row_left(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) 
 
         seen: list[str] = []
         after = None
-        while page := jobs.page(Which(("queued",)), 4, after):
+        while page := jobs.page(JobFilter(("queued",)), 4, after):
             seen += [job.id for job in page]
             after = Cursor(page[-1].created, page[-1].id)
         assert sorted(seen) == sorted(sent)
@@ -220,17 +220,17 @@ def test_the_list_knows_models_codes_and_times(tmp_path: Path) -> None:
         created = jobs.get(good).created
         hour = timedelta(hours=1)
 
-        def ids(which: Which) -> set[str]:
+        def ids(which: JobFilter) -> set[str]:
             return {job.id for job in jobs.page(which, 10, None)}
 
         for model, expected in (("tiny", {good}), ("tiny-0.0.1", {good}), ("tin", set()), ("tiny-0.0.2", set())):
-            assert ids(Which(model=model)) == expected
-        assert ids(Which(code="out_of_distribution")) == {bad}
-        assert ids(Which(states=("succeeded",), code="out_of_distribution")) == set()
-        assert ids(Which(priority="routine")) == {good, bad}
+            assert ids(JobFilter(model=model)) == expected
+        assert ids(JobFilter(code="out_of_distribution")) == {bad}
+        assert ids(JobFilter(states=("succeeded",), code="out_of_distribution")) == set()
+        assert ids(JobFilter(priority="routine")) == {good, bad}
         jobs._roster.demote([bad])
-        assert ids(Which(priority="routine")) == {good, bad}
-        assert ids(Which(priority="stat")) == set()
-        assert ids(Which(created_after=created - hour, created_before=created + hour)) == {good, bad}
-        assert ids(Which(created_after=created + hour)) == ids(Which(created_before=created)) == set()
-        assert good in ids(Which(created_after=created))
+        assert ids(JobFilter(priority="routine")) == {good, bad}
+        assert ids(JobFilter(priority="stat")) == set()
+        assert ids(JobFilter(created_after=created - hour, created_before=created + hour)) == {good, bad}
+        assert ids(JobFilter(created_after=created + hour)) == ids(JobFilter(created_before=created)) == set()
+        assert good in ids(JobFilter(created_after=created))

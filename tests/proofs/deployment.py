@@ -104,11 +104,13 @@ class Deployment:
 
 
 @contextmanager
-def deploy(folder: Path, checkout: Path = CHECKOUT, **settings: str) -> Iterator[Deployment]:
+def deploy(folder: Path, checkout: str = str(CHECKOUT), **settings: str) -> Iterator[Deployment]:
     """Yield a deployment in a folder, by default with the tiny bundle, and stop its processes at the end.
 
     Parameters
     ----------
+    checkout : str
+        Source tree of the version that runs.
     **settings : str
         Settings in lower case without their prefix, and variables that begin with AWS_.
     """
@@ -118,7 +120,7 @@ def deploy(folder: Path, checkout: Path = CHECKOUT, **settings: str) -> Iterator
         models.mkdir()
         write_tiny_bundle(models)
     defaults = {"models": str(models), "threads": "1", "store": str(folder / "store")}
-    deployment = Deployment(folder, as_environ({**defaults, **settings}), checkout)
+    deployment = Deployment(folder, as_environ({**defaults, **settings}), Path(checkout))
     try:
         yield deployment
     finally:

@@ -107,9 +107,8 @@ def digests_when_succeeded(service: ServiceProcess, jobs: list[str]) -> list[str
 def check_out(version: str, folder: Path) -> Path:
     """Extract the tree of an older version, and write a bundle of that version into it."""
     folder.mkdir()
-    archive = subprocess.run(  # noqa: S607
-        ["git", "archive", version], cwd=CHECKOUT, capture_output=True, check=True
-    ).stdout
+    command = ["git", "archive", version]
+    archive = subprocess.run(command, cwd=CHECKOUT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "-x"], cwd=folder, input=archive, check=True)  # noqa: S607
     code = "from pathlib import Path; from tests.support.bundle import write_tiny_bundle as w; w(Path('own'))"
     subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(folder)}, check=True)
@@ -122,7 +121,7 @@ def run_steps(folder: Path, live: Environment, fresh: Environment) -> None:
     version = OLD_SHARED_VERSION if live.shared else OLD_VERSION
     tree = check_out(version, folder / "old")
     kind = "postgresql" if live.shared else "sqlite"
-    with deploy(folder / "a", tree, models=str(tree / "own"), drain_seconds="30", **live.settings) as old:
+    with deploy(folder / "a", str(tree), models=str(tree / "own"), drain_seconds="30", **live.settings) as old:
         services = start_all(old, live)
         first = submit_all(services[0], scans, "first")
         before = digests_when_succeeded(services[0], first)

@@ -9,7 +9,7 @@ from app.analyse import RESULT_FILES, Request
 from app.api.problems import STATUS_OF_CODE
 from app.errors import NonCommercialModel, UnknownModel, WrongSequence
 from app.export.nifti import write_nifti
-from app.jobs.engine import INFERRED, BundleEngine
+from app.jobs.engine import INFERENCE_FILE, BundleEngine
 from app.main import create_app
 from app.manifest import Manifest
 from app.runtime.choice import choose, permit
@@ -85,7 +85,7 @@ def test_where_it_is_allowed_it_serves_and_says_what_it_is_for(models: Path, tmp
     engine = BundleEngine(models, "cpu", 1, noncommercial=True)
     engine.warm_up()
     engine.infer(head, tmp_path, Request(model="tiny"), lambda *_: None)
-    report = engine.export(head, tmp_path / INFERRED, tmp_path, Request(model="tiny"), lambda *_: None)
+    report = engine.export(head, tmp_path / INFERENCE_FILE, tmp_path, Request(model="tiny"), lambda *_: None)
     assert report.research_use_only is True
     assert report.notice.startswith("Research use only")
     assert {path.name for path in tmp_path.iterdir()} >= set(RESULT_FILES)
