@@ -31,7 +31,7 @@ StepOutput = dict[str, object]
 
 
 class Interrupted(BaseException):
-    """The step stops now without an output: the job was cancelled or erased, or continues at the next start.
+    """Stop of a step without an output, because its job was cancelled or erased, or continues at the next start.
 
     Not an Exception, so that neither the pipeline nor the workflow treats it as a failure.
     """
@@ -40,8 +40,8 @@ class Interrupted(BaseException):
 class JobState(Protocol):
     """State of the jobs that the worker reads and updates."""
 
-    def is_wanted(self, job: str) -> bool:
-        """Return False once the job was cancelled, erased or given to another worker."""
+    def is_assigned(self, job: str) -> bool:
+        """Return whether this worker still has the job: it was not cancelled, erased or given to another worker."""
 
     def record_progress(self, job: str, stage: str, progress: float) -> None:
         """Record the stage of a job and its progress, 0 to 1."""
@@ -54,7 +54,7 @@ class JobState(Protocol):
 
 
 class Worker:
-    """Runs one job at a time until the process is asked to end.
+    """Runs one job at a time until the process shuts down.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Worker:
         Raises
         ------
         Interrupted
-            The process is asked to end, so no new attempt starts.
+            The process shuts down, so no new attempt starts.
         """
         if self._draining.is_set():
             # As long as this worker holds the job, the queue does not give it the next one.
@@ -188,7 +188,7 @@ class Attempt:
                 if crashes := self.state.record_crash(self.job):
                     return {"problem": quarantine_problem(self.job, crashes)}
             except Exception as error:  # noqa: BLE001  # no exception may stop the queue
-                if not self.state.is_wanted(self.job):
+                if not self.state.is_assigned(self.job):
                     raise Interrupted from None
                 return {"problem": self._failure_problem(error, time.perf_counter() - start)}
 
@@ -207,7 +207,7 @@ class Attempt:
         name = self.store.save_intermediate(self.job, work / INFERENCE_FILE)
         # A cancellation discards intermediate files after it changed the state. This check comes after the save, so
         # that one of both removes the file.
-        if not self.state.is_wanted(self.job):
+        if not self.state.is_assigned(self.job):
             self.store.discard_intermediate(self.job, name)
             raise Interrupted
         log.info("inference finished", job=self.job, seconds=round(time.perf_counter() - start, 2))
@@ -257,7 +257,7 @@ class Attempt:
             now, is_new_stage = time.monotonic(), stage != current_stage
             if is_new_stage or now - last_check >= CHECK_SECONDS:
                 last_check = now
-                if not self.state.is_wanted(self.job):
+                if not self.state.is_assigned(self.job):
                     raise Interrupted
             if is_new_stage or now - last_record >= PROGRESS_SECONDS:
                 current_stage, last_record = stage, now

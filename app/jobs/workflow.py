@@ -184,8 +184,8 @@ class JobService:
 
     # ---- JobState, for the worker ----
 
-    def is_wanted(self, job: str) -> bool:
-        """Return False once the job was cancelled, erased or given to another worker."""
+    def is_assigned(self, job: str) -> bool:
+        """Return whether this worker still has the job: it was not cancelled, erased or given to another worker."""
         held = list_workflows(workflow_ids=[job], status="PENDING", executor_id=self._executor_id, load_output=False)
         return bool(held)
 

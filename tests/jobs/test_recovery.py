@@ -78,7 +78,7 @@ def test_job_of_a_dead_worker_is_requeued_once(tmp_path: Path) -> None:
         wait_for_state(service, job, "running")
         (worker,) = service.find_busy_workers()
         assert service.requeue_jobs("another worker") == []
-        assert service.is_wanted(job)
+        assert service.is_assigned(job)
         assert service.requeue_jobs(worker) == [job]
         # This worker is alive, though. It stops the job and, as the only worker, starts it again.
         while len(engine.seen) < 2:

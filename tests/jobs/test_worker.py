@@ -14,14 +14,14 @@ from tests.jobs.support import JOB, commit_scan
 
 
 class FakeJobState:
-    """A state in memory, which no longer wants the job after some checks."""
+    """A state in memory, which withdraws the job after some checks."""
 
     def __init__(self, checks: int = 1000) -> None:
         self.checks = checks
         self.crashes = 0
         self.progress: list[tuple[str, float]] = []
 
-    def is_wanted(self, job: str) -> bool:
+    def is_assigned(self, job: str) -> bool:
         assert job == JOB
         self.checks -= 1
         return self.checks >= 0
@@ -69,7 +69,7 @@ def test_problem_of_an_unexpected_exception_has_its_class_and_not_its_text(tmp_p
 
 
 @pytest.mark.parametrize("orders", [{"seconds": 60}, {"fail": "Cancelled"}])
-def test_unwanted_job_stops_early_and_leaves_only_its_scan(tmp_path: Path, orders: dict[str, object]) -> None:
+def test_cancelled_job_stops_early_and_leaves_only_its_scan(tmp_path: Path, orders: dict[str, object]) -> None:
     start = time.monotonic()
     with pytest.raises(Interrupted):
         run_job(make_worker(tmp_path, FakeJobState(checks=2), **orders))
