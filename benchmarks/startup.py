@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 # A new process: when it was started is handed over, on a clock that all processes share.
 PROBE = """
 import sys, time
-from app.slim import import_nibabel
+from app.cli import import_nibabel
 import_nibabel()  # as the command does
 from app.runtime import session
 made = session.as_callable

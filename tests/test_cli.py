@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from app import __version__
 from app.analyse import RESULT_FILES
 from app.cli import app
-from app.cli_detect import dice
+from app.pipeline.findings import dice
 from app.export.nifti import write_nifti
 from tests.support.dicom import SECRET, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion

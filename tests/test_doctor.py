@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from app import doctor
 from app.cli import app
-from app.doctor import Check, examine, tell
+from app.doctor import Check, run_checks, print_checks
 from app.settings import Settings
 
 
@@ -29,7 +29,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 
 def test_a_sound_installation_passes_every_check(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    checks = examine(settings())
+    checks = run_checks(settings())
     assert [c for c in checks if c.status == "fail"] == []
     assert [c.name for c in checks if c.name.startswith("decoder")] == [
         "decoder JPEG",
@@ -46,7 +46,7 @@ def test_a_sound_installation_passes_every_check(settings: Callable[..., Setting
 
 
 def test_a_provider_that_is_not_there_fails(settings: Callable[..., Settings]) -> None:
-    checks = by_name(examine(settings(provider="cuda")))
+    checks = by_name(run_checks(settings(provider="cuda")))
     for name in ("provider", "model tiny-0.0.1"):
         assert checks[name].status == "fail"
         assert checks[name].found.startswith("provider_unavailable: ")
@@ -57,13 +57,13 @@ def test_a_changed_bundle_fails(settings: Callable[..., Settings], tiny_models: 
     shutil.copytree(tiny_models, tmp_path / "models")
     with (tmp_path / "models" / "tiny-0.0.1" / "golden.npz").open("ab") as golden:
         golden.write(b"!")
-    check = by_name(examine(settings(models=tmp_path / "models")))["model tiny-0.0.1"]
+    check = by_name(run_checks(settings(models=tmp_path / "models")))["model tiny-0.0.1"]
     assert check.status == "fail"
     assert "golden.npz is not the file of the manifest" in check.found
 
 
 def test_no_bundle_fails(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    check = by_name(examine(settings(models=tmp_path)))["models"]
+    check = by_name(run_checks(settings(models=tmp_path)))["models"]
     assert (check.status, check.found) == ("fail", f"none in {tmp_path}")
 
 
@@ -106,7 +106,7 @@ def test_settings_are_shown_with_their_origin_and_without_secrets(
     monkeypatch.setenv("COUNTERPART_TOKEN", "geheim-token")
     monkeypatch.setenv("COUNTERPART_DATABASE", "postgresql://user:geheim-word@host/db")
     screen = StringIO()
-    tell([Check("one", "warn", "found [this]", "mend [that]")], settings(port=8123), Console(file=screen, width=200))
+    print_checks([Check("one", "warn", "found [this]", "mend [that]")], settings(port=8123), Console(file=screen, width=200))
     text = screen.getvalue()
     assert "geheim" not in text
     assert "found [this]" in text

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from app import __version__
 from app.cli import app
-from app.settings import PREFIX, SETTINGS_FILE, Settings
+from app.settings import PREFIX, SETTINGS_FILE_VARIABLE, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -28,7 +28,7 @@ EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 # Found by other libraries when pixels are decoded, never imported by ours.
 DECODERS = {"python-gdcm", "pylibjpeg", "pylibjpeg-openjpeg", "pyjpegls"}
 # Variables with the prefix that are no settings of the service.
-OTHER_VARIABLES = {SETTINGS_FILE, f"{PREFIX}DATA"}
+OTHER_VARIABLES = {SETTINGS_FILE_VARIABLE, f"{PREFIX}DATA"}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -75,7 +75,7 @@ def test_the_service_needs_neither_torch_nor_a_runtime_of_its_own_choice() -> No
 
 def test_the_service_imports_no_torch() -> None:
     """Here it is installed, so an import would be seen."""
-    code = "import sys, app.main, app.cli_detect, app.doctor; print({'torch', 'monai', 'onnx'} & set(sys.modules))"
+    code = "import sys, app.main, app.console, app.doctor; print({'torch', 'monai', 'onnx'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
 

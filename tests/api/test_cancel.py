@@ -8,9 +8,8 @@ import pytest
 from app.jobs.apart import LOOK_SECONDS, STOP_SECONDS
 from app.jobs.runner import CHECK_SECONDS
 from scripts.soak_traffic import until_let_go
-from tests.api.served import APART, served
-from tests.api.support import scan
-from tests.api.test_served import URL, until
+from tests.api.service_process import WITH_SUBPROCESS, run_service
+from tests.api.support import URL, fake_scan, wait_for_state
 
 SECOND = 1.0
 # The soak measures it on a machine of its own (scripts/prove_soak.py). One that is busy with other things adds to
@@ -33,10 +32,10 @@ def test_the_waits_between_a_cancel_and_the_end_of_the_inference_are_less_than_a
 )
 def test_the_worker_lets_go_within_a_second(tmp_path: Path, orders: dict[str, object]) -> None:
     seconds: list[float] = []
-    with served(tmp_path / "store", tmp_path / "log", APART) as service:
+    with run_service(tmp_path / "store", tmp_path / "log", WITH_SUBPROCESS) as service:
         for number in range(TIMES):
-            job = service.http.post(URL, content=scan(**orders, number=number)).json()["id"]
-            until(service.http, job, "running")
+            job = service.http.post(URL, content=fake_scan(**orders, number=number)).json()["id"]
+            wait_for_state(service.http, job, "running")
             folder = tmp_path / "store" / "jobs" / job
             while not any(folder.glob("work-*")):
                 time.sleep(0.01)
@@ -48,5 +47,5 @@ def test_the_worker_lets_go_within_a_second(tmp_path: Path, orders: dict[str, ob
             if seconds[-1] < SECOND:
                 break
         # The next one is analysed, by this child or by another.
-        assert service.http.post(URL, content=scan(name="next"), headers={"Prefer": "wait=120"}).status_code == 200
+        assert service.http.post(URL, content=fake_scan(name="next"), headers={"Prefer": "wait=120"}).status_code == 200
     assert min(seconds) < BUSY * SECOND, seconds

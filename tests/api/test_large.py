@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.api.served import served
-from tests.api.support import scan
+from tests.api.service_process import run_service
+from tests.api.support import fake_scan
 
 MIB = 1 << 20
 UPLOAD_MIB = 2048
@@ -18,14 +18,14 @@ def peak_mb(pid: int) -> float:
 
 
 def body(mib: int) -> Iterator[bytes]:
-    yield scan().ljust(MIB)
+    yield fake_scan().ljust(MIB)
     block = bytes(MIB)
     for _ in range(mib):
         yield block
 
 
 def test_two_gigabytes_are_received_in_little_memory(tmp_path: Path) -> None:
-    with served(tmp_path / "store", tmp_path / "log", max_upload_mb=str(UPLOAD_MIB)) as running:
+    with run_service(tmp_path / "store", tmp_path / "log", max_upload_mb=str(UPLOAD_MIB)) as running:
         before = peak_mb(running.process.pid)
         # Refused by its last block: all the others were written, and are gone.
         answer = running.http.post("/v1/scans", content=body(UPLOAD_MIB), timeout=600)

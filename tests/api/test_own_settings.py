@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from app.errors import DamagedBundle
 from app.main import create_app
 from app.settings import Settings
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 
 TOKEN = "a-long-random-value"  # noqa: S105
 
@@ -20,7 +20,7 @@ def test_not_ready_names_the_broken_part(tmp_path: Path) -> None:
         answer = client.get("/readyz")
         assert client.get("/livez").status_code == 200
         # Better refused at the door than accepted and failed.
-        assert client.post("/v1/scans", content=scan()).json() == answer.json()
+        assert client.post("/v1/scans", content=fake_scan()).json() == answer.json()
     assert answer.status_code == 503
     assert answer.json()["found"] == "tiny/encoder.onnx is missing."
 

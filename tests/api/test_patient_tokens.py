@@ -13,9 +13,9 @@ from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit
 
-from app.api.logs import ALLOWED
-from tests.api.served import APART, CHECKOUT, Served, served
-from tests.api.support import scan
+from app.api.logging import ALLOWED_KEYS
+from tests.api.service_process import CHECKOUT, WITH_SUBPROCESS, RunningService, run_service
+from tests.api.support import fake_scan
 from tests.support.dicom import SECRET, Series, datasets, save, zipped
 from tests.support.phantom import brain
 
@@ -115,17 +115,17 @@ def test_names_in_headers_appear_in_no_log_metric_or_error(
     scans: list[Path], tiny_models: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    with served(tmp_path / "store", log, (*CLI, "serve"), models=str(tiny_models), threads="1") as service:
+    with run_service(tmp_path / "store", log, (*CLI, "serve"), models=str(tiny_models), threads="1") as service:
         told, outcomes = _send_all(service, scans)
     assert outcomes[len(CASES) - 1] == "succeeded"  # the good one
     assert len(set(outcomes)) >= 5, outcomes
     assert SECRET.lower() not in told.lower()
     text = log.read_text()
     assert SECRET.lower() not in text.lower()
-    assert {key for line in text.splitlines() for key in json.loads(line)} <= ALLOWED
+    assert {key for line in text.splitlines() for key in json.loads(line)} <= ALLOWED_KEYS
 
 
-def _send_all(service: Served, scans: list[Path]) -> tuple[str, list[str]]:
+def _send_all(service: RunningService, scans: list[Path]) -> tuple[str, list[str]]:
     """All that is told about them, and how each ended."""
     told, outcomes = [], []
     wait = {"Prefer": "wait=120"}
@@ -149,11 +149,11 @@ def _send_all(service: Served, scans: list[Path]) -> tuple[str, list[str]]:
 def test_what_the_process_of_the_inference_says_of_a_fault_is_not_heard(tmp_path: Path) -> None:
     """An exception and its traceback, a library's log and warnings, what C writes: for all have the name in them."""
     log = tmp_path / "log"
-    with served(tmp_path / "store", log, APART) as service:
+    with run_service(tmp_path / "store", log, WITH_SUBPROCESS) as service:
         headers = {"Prefer": "wait=120"}
         answers = [
-            service.http.post(URL, content=scan(shout=SECRET, crash=SECRET), headers=headers),
-            service.http.post(URL, content=scan(shout=SECRET, die=True), headers=headers),
+            service.http.post(URL, content=fake_scan(shout=SECRET, crash=SECRET), headers=headers),
+            service.http.post(URL, content=fake_scan(shout=SECRET, die=True), headers=headers),
         ]
         told = [answer.text for answer in answers] + [service.http.get(place).text for place in ("/metrics", URL)]
     assert [answer.json()["code"] for answer in answers] == ["internal_error", "worker_lost"]

@@ -1,7 +1,7 @@
 import pytest
 
 from app import errors
-from app.api.problems import STATUS_OF_CODE, job_problem, status_of
+from app.api.problems import STATUS_OF_CODE, problem_of_failed_job, status_of
 from app.errors import CounterpartError
 
 
@@ -45,7 +45,7 @@ def test_a_cause_has_its_status(cls: type[CounterpartError], status: int) -> Non
     ("cls", "status"), [(errors.NotAnImageFormat, 422), (errors.EmptyUpload, 422), (errors.WorkerLost, 500)]
 )
 def test_what_a_job_tells_is_the_scans_or_the_services(cls: type[CounterpartError], status: int) -> None:
-    problem = job_problem(cls("Found.", expected="expected.", advice="Advice.").problem)
+    problem = problem_of_failed_job(cls("Found.", expected="expected.", advice="Advice.").problem)
     assert problem.status == status
     assert problem.detail == "Found. Expected: expected. Advice."
     assert problem.type == f"urn:problem-type:counterpart:{cls.code}"

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from app.analyse import RESULT_FILES
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 
 URL = "/v1/scans"
 WAIT = {"Prefer": "wait=120"}
@@ -21,7 +21,7 @@ PATIENCE = 120
 
 
 def send(client: TestClient, *, wait: bool = True, **orders: object) -> Response:
-    return client.post(URL, content=scan(**orders), headers=WAIT if wait else {})
+    return client.post(URL, content=fake_scan(**orders), headers=WAIT if wait else {})
 
 
 def until(client: TestClient, job: str, state: str) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_waiting_answers_with_the_finished_job(client: TestClient) -> None:
 
 
 def test_waiting_too_short_answers_202(client: TestClient) -> None:
-    answer = client.post(URL, content=scan(seconds=1.5, name="short"), headers={"Prefer": "respond-async, wait=0"})
+    answer = client.post(URL, content=fake_scan(seconds=1.5, name="short"), headers={"Prefer": "respond-async, wait=0"})
     assert answer.status_code == 202
     assert "preference-applied" not in answer.headers
     job = answer.json()["id"]
@@ -88,9 +88,9 @@ def test_the_same_bytes_and_parameters_are_the_same_job(client: TestClient, engi
     first = send(client, name="twice").json()["id"]
     analysed = len(engine.seen)
     assert send(client, name="twice").json()["id"] == first
-    assert client.post(URL, files={"file": ("other-name.nii", scan(name="twice"))}).json()["id"] == first
+    assert client.post(URL, files={"file": ("other-name.nii", fake_scan(name="twice"))}).json()["id"] == first
     assert len(engine.seen) == analysed
-    assert client.post(f"{URL}?seed=5", content=scan(name="twice"), headers=WAIT).json()["id"] != first
+    assert client.post(f"{URL}?seed=5", content=fake_scan(name="twice"), headers=WAIT).json()["id"] != first
     assert engine.seen[-1][1].seed == 5
 
 
@@ -110,7 +110,7 @@ def test_two_senders_at_one_moment_get_one_job(client: TestClient, engine: FakeE
 
 def test_a_key_names_its_job(client: TestClient) -> None:
     def post(key: str, **orders: object) -> Response:
-        return client.post(URL, content=scan(**orders), headers={"Idempotency-Key": key, **WAIT})
+        return client.post(URL, content=fake_scan(**orders), headers={"Idempotency-Key": key, **WAIT})
 
     first = post("key-1", name="keyed")
     assert post("key-1", name="keyed").json()["id"] == first.json()["id"]
@@ -289,7 +289,7 @@ def test_filters_hold_together_and_on_every_page(client: TestClient) -> None:
     while datetime.now(UTC) < start:
         time.sleep(0.05)
     failed = [send(client, fail="OutOfDistribution", name=f"filtered {i}").headers["location"] for i in range(3)]
-    stat = client.post(f"{URL}?priority=stat", content=scan(name="filtered stat"), headers=WAIT).json()["id"]
+    stat = client.post(f"{URL}?priority=stat", content=fake_scan(name="filtered stat"), headers=WAIT).json()["id"]
 
     def ids(**query: str | int) -> list[str]:
         found: list[str] = []
@@ -320,7 +320,7 @@ def test_filters_hold_together_and_on_every_page(client: TestClient) -> None:
     ],
 )
 def test_bad_parameters_are_refused_before_the_upload(client: TestClient, query: str, code: str) -> None:
-    answer = client.post(f"{URL}?{query}", content=scan())
+    answer = client.post(f"{URL}?{query}", content=fake_scan())
     assert answer.status_code == 400
     assert answer.json()["code"] == code
 
@@ -328,7 +328,7 @@ def test_bad_parameters_are_refused_before_the_upload(client: TestClient, query:
 @pytest.mark.parametrize("model", ["tiny", "tiny-0.0.1"])
 def test_a_model_may_be_named(client: TestClient, engine: FakeEngine, model: str) -> None:
     answer = client.post(
-        f"{URL}?model={model}&series=1.2.3/2&geometry=resample", content=scan(model=model), headers=WAIT
+        f"{URL}?model={model}&series=1.2.3/2&geometry=resample", content=fake_scan(model=model), headers=WAIT
     )
     assert answer.status_code == 200
     wanted = engine.seen[-1][1]
@@ -394,14 +394,14 @@ def test_stat_goes_before_what_is_routine(client: TestClient, engine: FakeEngine
     blocker = send(client, wait=False, seconds=60, name="before the urgent").json()["id"]
     until(client, blocker, "running")
     routine = send(client, wait=False, name="routine").json()
-    stat = client.post(f"{URL}?priority=stat", content=scan(name="stat")).json()
+    stat = client.post(f"{URL}?priority=stat", content=fake_scan(name="stat")).json()
     assert (routine["priority"], stat["priority"]) == ("routine", "stat")
     assert [client.get(f"{URL}/{job['id']}").json()["place"] for job in (stat, routine)] == [1, 2]
     analysed = len(engine.seen)
     client.delete(f"{URL}/{blocker}")
     until(client, routine["id"], "succeeded")
     assert [path.parts[-3] for path, _ in engine.seen[analysed:]] == [stat["id"], routine["id"]]
-    assert client.post(f"{URL}?priority=now", content=scan()).json()["code"] == "bad_request"
+    assert client.post(f"{URL}?priority=now", content=fake_scan()).json()["code"] == "bad_request"
 
 
 @pytest.mark.parametrize(

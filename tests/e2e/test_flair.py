@@ -12,7 +12,7 @@ import pytest
 from app.export.nifti import write_nifti
 from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
-from tests.api.served import served
+from tests.api.service_process import run_service
 from training.config import ROOT, Config
 from training.tumours import TumourScan, load_tumour_scan
 
@@ -51,7 +51,7 @@ def _image(answer: httpx2.Response) -> nib.Nifti1Image:
 
 
 def test_without_the_operators_leave_it_is_refused(scan: bytes, tmp_path: Path) -> None:
-    with served(tmp_path / "store", tmp_path / "log", COUNTERPART) as service:
+    with run_service(tmp_path / "store", tmp_path / "log", COUNTERPART) as service:
         answer = service.http.post("/v1/scans?model=flair", content=scan, headers=WAIT)
     assert (answer.status_code, answer.json()["code"]) == (403, "non_commercial_model")
     assert "COUNTERPART_ALLOW_NONCOMMERCIAL" in answer.json()["advice"]
@@ -60,7 +60,7 @@ def test_without_the_operators_leave_it_is_refused(scan: bytes, tmp_path: Path) 
 def test_allowed_and_named_it_finds_a_tumour_and_says_what_it_is_for(
     scan: bytes, patient: TumourScan, tmp_path: Path
 ) -> None:
-    with served(tmp_path / "store", tmp_path / "log", COUNTERPART, allow_noncommercial="true") as service:
+    with run_service(tmp_path / "store", tmp_path / "log", COUNTERPART, allow_noncommercial="true") as service:
         unnamed = service.http.post("/v1/scans", content=scan, headers=WAIT).json()
         job = service.http.post("/v1/scans?model=flair", content=scan, headers=WAIT).json()
         assert job["state"] == "succeeded", job

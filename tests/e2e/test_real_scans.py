@@ -14,7 +14,7 @@ import pytest
 from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from app.volume import Volume
-from tests.api.served import served
+from tests.api.service_process import run_service
 from tests.support.dicom import write_series, zipped
 
 pytestmark = [
@@ -31,7 +31,7 @@ COUNTERPART = (sys.executable, "-c", "from app.cli import main; main()")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
     """What `counterpart serve` starts."""
     folder = tmp_path_factory.mktemp("service")
-    with served(folder / "store", folder / "log", (*COUNTERPART, "serve")) as running:
+    with run_service(folder / "store", folder / "log", (*COUNTERPART, "serve")) as running:
         yield running.http
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from app import analyse
 from app.jobs.apart import Apart
 from app.jobs.engine import BundleEngine
-from app.main import serve, work
+from app.main import run_worker, serve
 from app.manifest import Manifest
 from app.runtime.bundle import Bundle
 from app.settings import Settings, read_settings
@@ -50,6 +50,6 @@ def made(kind: str, settings: Settings) -> Apart:
 if __name__ == "__main__":
     wanted = read_settings()
     if "--no-api" in sys.argv:
-        work(wanted, made(sys.argv[1], wanted))
+        run_worker(wanted, made(sys.argv[1], wanted))
     else:
         serve(wanted, made(sys.argv[1], wanted), worker="--no-worker" not in sys.argv)

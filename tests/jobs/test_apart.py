@@ -15,7 +15,7 @@ from app.jobs.apart import Apart
 from app.jobs.child import NICENESS, free_memory
 from app.jobs.engine import INFERRED, ProcessDied, Unexpected
 from app.jobs.runner import Interrupted, where
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 from tests.jobs.test_workflow import started, submit, until
 
 GIB = 1 << 30
@@ -45,7 +45,7 @@ def apart() -> Iterator[Apart]:
 
 
 def analyse(engine: Apart, folder: Path, *, stop_after: float = 1e9, **orders: object) -> list[tuple[str, float]]:
-    (folder / "scan").write_bytes(scan(**orders))
+    (folder / "scan").write_bytes(fake_scan(**orders))
     told = []
     begin = time.monotonic()
 
@@ -82,19 +82,19 @@ def test_a_scan_is_analysed_by_another_process(apart: Apart, tmp_path: Path) -> 
 
 def test_errors_are_those_that_were_raised(apart: Apart, tmp_path: Path) -> None:
     with pytest.raises(OutOfDistribution, match=r"^Found\. Expected: expected\. Advice\.$"):
-        analyse(apart, tmp_path, fail="OutOfDistribution")
+        analyse(apart, tmp_path, raise_error="OutOfDistribution")
     with pytest.raises(Unexpected) as caught:
-        analyse(apart, tmp_path, crash="Zweistein")
+        analyse(apart, tmp_path, raise_value_error="Zweistein")
     assert where(caught.value)["exception"] == "ValueError"
     assert where(caught.value)["where"].startswith("support.py:")
     assert "Zweistein" not in str(caught.value)
 
 
 def test_out_of_memory_fails_one_scan_and_what_it_held_is_given_back(apart: Apart, tmp_path: Path) -> None:
-    analyse(apart, tmp_path, hungry=GIB // 2)
+    analyse(apart, tmp_path, allocate_bytes=GIB // 2)
     first = child(apart)
     with pytest.raises(OutOfMemory):
-        analyse(apart, tmp_path, hungry=2 * GIB)
+        analyse(apart, tmp_path, allocate_bytes=2 * GIB)
     assert not Path(f"/proc/{first}").exists()
     analyse(apart, tmp_path, name="the next")
     held = int(Path(f"/proc/{child(apart)}/statm").read_text().split()[1]) * resource.getpagesize()
@@ -103,7 +103,7 @@ def test_out_of_memory_fails_one_scan_and_what_it_held_is_given_back(apart: Apar
 
 def test_a_death_is_seen_and_another_child_takes_its_place(apart: Apart, tmp_path: Path) -> None:
     with pytest.raises(ProcessDied, match="status 9"):
-        analyse(apart, tmp_path, die=True)
+        analyse(apart, tmp_path, exit_process=True)
     analyse(apart, tmp_path, name="the next")
     os.kill(child(apart), signal.SIGKILL)  # between two scans: nobody's fault
     time.sleep(0.2)
@@ -126,7 +126,7 @@ def test_who_is_not_wanted_stops_at_once(apart: Apart, tmp_path: Path) -> None:
     # It had time to stop by itself, and is kept with its models.
     assert child(apart) == first
     with pytest.raises(Interrupted):
-        analyse(apart, tmp_path, deaf=60, stop_after=0.3)
+        analyse(apart, tmp_path, ignore_messages_seconds=60, stop_after=0.3)
     assert apart._child is None
     assert time.monotonic() - start < 30
     analyse(apart, tmp_path, name="the next")
@@ -145,11 +145,11 @@ def test_a_guarded_scan_cannot_take_what_the_worker_needs(tmp_path: Path) -> Non
     apart = Apart(FakeEngine(), "tests.api.support:FakeEngine", {})
     try:
         apart.guard(on=True)
-        analyse(apart, tmp_path, hungry=GIB // 8)
+        analyse(apart, tmp_path, allocate_bytes=GIB // 8)
         with pytest.raises(OutOfMemory):
-            analyse(apart, tmp_path, hungry=int(0.9 * free_memory()))
+            analyse(apart, tmp_path, allocate_bytes=int(0.9 * free_memory()))
         apart.guard(on=False)
-        analyse(apart, tmp_path, hungry=int(0.9 * free_memory()))
+        analyse(apart, tmp_path, allocate_bytes=int(0.9 * free_memory()))
     finally:
         apart.close()
 
@@ -173,7 +173,7 @@ def test_free_memory_is_that_of_the_container(tmp_path: Path, files: dict[str, s
 def test_a_scan_that_kills_its_worker_twice_is_parked_and_another_that_was_killed_is_not(tmp_path: Path) -> None:
     engine = Apart(FakeEngine(), "tests.jobs.test_apart:Poor", {"spare": GIB})
     with started(tmp_path, engine) as jobs:
-        killer = submit(jobs, tmp_path, die=True, seconds=1)
+        killer = submit(jobs, tmp_path, exit_process=True, seconds=1)
         unlucky = submit(jobs, tmp_path, name="unlucky")
         for death in range(5):
             jobs._roster.lost(f"killed by hand {death}", [unlucky])
@@ -183,7 +183,7 @@ def test_a_scan_that_kills_its_worker_twice_is_parked_and_another_that_was_kille
         assert (problem["code"], problem["found"]) == ("worker_lost", "2 workers died while they analysed this scan.")
         until(jobs, unlucky, "succeeded")
         assert engine._guard
-        hungry = submit(jobs, tmp_path, hungry=2 * GIB)
+        hungry = submit(jobs, tmp_path, allocate_bytes=2 * GIB)
         until(jobs, hungry, "failed")
         problem = jobs.get(hungry).problem
         assert problem is not None

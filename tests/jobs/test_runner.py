@@ -8,7 +8,7 @@ from app.analyse import RESULT_FILES, Request
 from app.jobs.metrics import Metrics
 from app.jobs.runner import Interrupted, Outcome, Runner, where
 from app.jobs.store import Store
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 from tests.jobs.test_store import JOB, fill
 
 
@@ -41,7 +41,7 @@ class Paper:
 
 def runner(folder: Path, ledger: Paper, **orders: object) -> Runner:
     store = Store(folder)
-    fill(store, JOB, scan(**orders))
+    fill(store, JOB, fake_scan(**orders))
     return Runner(FakeEngine(), store, ledger, Metrics())
 
 
@@ -62,7 +62,7 @@ def test_progress_runs_over_the_whole_job(tmp_path: Path) -> None:
 
 
 def test_a_fault_is_told_by_its_class_alone(tmp_path: Path) -> None:
-    outcome = analyse(runner(tmp_path, Paper(), crash="Zweistein"))
+    outcome = analyse(runner(tmp_path, Paper(), raise_value_error="Zweistein"))
     assert "Zweistein" not in str(outcome)
     assert "ValueError" in str(outcome["problem"])
 
@@ -78,7 +78,7 @@ def test_what_nobody_wants_is_left_long_before_its_end(tmp_path: Path, orders: d
 
 def test_a_fault_after_the_erasure_is_no_failure(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        analyse(runner(tmp_path, Paper(wanted=1), crash="the folder is gone"))
+        analyse(runner(tmp_path, Paper(wanted=1), raise_value_error="the folder is gone"))
 
 
 @pytest.mark.parametrize(("drain", "ends"), [(50.0, True), (0.0, False)])
@@ -112,5 +112,5 @@ def test_a_place_has_no_text() -> None:
 
 
 def test_memory_that_runs_out_beside_the_networks_is_told_as_such(tmp_path: Path) -> None:
-    outcome = analyse(runner(tmp_path, Paper(), hungry=1 << 60))
+    outcome = analyse(runner(tmp_path, Paper(), allocate_bytes=1 << 60))
     assert "'out_of_memory'" in str(outcome["problem"])

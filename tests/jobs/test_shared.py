@@ -10,8 +10,8 @@ from app.jobs.bucket import BucketStore
 from app.jobs.database import connect
 from app.jobs.roster import DEATHS, Roster
 from scripts.servers import BUCKET
-from tests.api.served import API, WORKER, served
-from tests.api.support import scan
+from tests.api.service_process import API_ONLY, WORKER_ONLY, run_service
+from tests.api.support import fake_scan
 from tests.jobs.test_store import JOB, fill
 
 URL = "/v1/scans"
@@ -139,17 +139,17 @@ def test_a_worker_that_dies_is_replaced_by_another_machine(
     shared = {"database": database, "store": f"s3://{BUCKET}/cluster", "drain_seconds": "0"}
 
     def machine(name: str, role: tuple[str, ...]):  # type: ignore[no-untyped-def]
-        return served(tmp_path / name, tmp_path / f"{name}.log", role, environ=server, **shared)
+        return run_service(tmp_path / name, tmp_path / f"{name}.log", role, environ=server, **shared)
 
-    with machine("api-1", API) as api, machine("api-2", API) as other:
-        job = api.http.post(URL, content=scan(seconds=1.5)).json()["id"]
+    with machine("api-1", API_ONLY) as api, machine("api-2", API_ONLY) as other:
+        job = api.http.post(URL, content=fake_scan(seconds=1.5)).json()["id"]
         assert other.http.get(f"{URL}/{job}").json()["state"] == "queued"
-        assert other.http.post(URL, content=scan(seconds=1.5)).json()["id"] == job
-        with machine("worker-1", WORKER) as first:
+        assert other.http.post(URL, content=fake_scan(seconds=1.5)).json()["id"] == job
+        with machine("worker-1", WORKER_ONLY) as first:
             _until(other.http, job, "running")
             first.process.kill()
             first.process.wait()
-        with machine("worker-2", WORKER) as second:
+        with machine("worker-2", WORKER_ONLY) as second:
             assert second.http.get("/v1/scans").status_code == 404
             _until(api.http, job, "succeeded")
             assert other.http.get(f"{URL}/{job}/mask.nii.gz").content == b"mask.nii.gz" * 10

@@ -19,9 +19,8 @@ from app.jobs.store import HELD, Store
 from app.jobs.upgrade import begin_again
 from app.jobs.workflow import Jobs
 from scripts.servers import BUCKET
-from tests.api.served import served
-from tests.api.support import FakeEngine
-from tests.api.test_served import URL, until
+from tests.api.service_process import run_service
+from tests.api.support import URL, FakeEngine, wait_for_state
 from tests.jobs.test_workflow import started, submit
 from tests.jobs.test_workflow import until as reached
 from tests.support.dicom import write_series, zipped
@@ -43,9 +42,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calm(archive: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Results of the undisturbed run, whose export goes on from memory."""
     folder = tmp_path_factory.mktemp("calm")
-    with served(folder / "store", folder / "log", process("calm"), models=str(tiny_models)) as service:
+    with run_service(folder / "store", folder / "log", process("calm"), models=str(tiny_models)) as service:
         job = send(service.http, archive)
-        until(service.http, job, "succeeded")
+        wait_for_state(service.http, job, "succeeded")
         return published(service.http, job)
 
 
@@ -72,17 +71,17 @@ def test_a_worker_killed_before_the_export_has_its_scan_exported_without_the_net
     archive: Path, calm: dict[str, bytes], tiny_models: Path, tmp_path: Path
 ) -> None:
     store, log, models = tmp_path / "store", tmp_path / "log", str(tiny_models)
-    with served(store, log, process("killed"), models=models) as service:
+    with run_service(store, log, process("killed"), models=models) as service:
         job = send(service.http, archive)
         assert service.process.wait(120) == -9
     assert within(store / "jobs" / job) == ["inferred", "scan", "work"]
-    with served(store, log, process("networkless"), models=models) as service:
-        until(service.http, job, "succeeded")
+    with run_service(store, log, process("networkless"), models=models) as service:
+        wait_for_state(service.http, job, "succeeded")
         assert published(service.http, job) == calm
         assert within(store / "jobs" / job) == ["results", "scan"]
         # And it could indeed not have inferred.
         other = service.http.post(f"{URL}?seed=1", content=archive.read_bytes()).json()["id"]
-        until(service.http, other, "failed")
+        wait_for_state(service.http, other, "failed")
     assert '"exception": "AssertionError"' in log.read_text()
 
 
@@ -101,7 +100,7 @@ def test_another_machine_exports_what_a_killed_one_inferred(
     bucket = BucketStore(shared["store"], tmp_path / "looks")
 
     def machine(name: str, *command: str):  # type: ignore[no-untyped-def]
-        return served(tmp_path / name, tmp_path / f"{name}.log", process(*command), None, **shared)
+        return run_service(tmp_path / name, tmp_path / f"{name}.log", process(*command), None, **shared)
 
     with machine("api", "calm", "--no-worker") as api:
         with machine("first", "killed", "--no-api") as first:
@@ -110,7 +109,7 @@ def test_another_machine_exports_what_a_killed_one_inferred(
         (held,) = bucket._names(f"jobs/{job}/inferred/")
         assert bucket.sizes()[job] > 1_000_000
         with machine("second", "networkless", "--no-api"):
-            until(api.http, job, "succeeded")
+            wait_for_state(api.http, job, "succeeded")
             assert published(api.http, job) == calm
             assert held not in bucket._names("")
             assert not list((tmp_path / "second").rglob(f"{HELD}*"))
@@ -120,9 +119,9 @@ def test_another_machine_exports_what_a_killed_one_inferred(
 
 def exporting(jobs: Jobs, engine: FakeEngine, folder: Path, times: int = 1) -> str:
     """A job that is at its export, and will be for long."""
-    job = submit(jobs, folder, slow_export=60)
+    job = submit(jobs, folder, export_seconds=60)
     deadline = time.monotonic() + 120
-    while len(engine.exported) < times:
+    while len(engine.exports) < times:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert within(folder / "jobs" / job) == ["inferred", "scan", "work"]
@@ -141,11 +140,11 @@ def test_a_drained_export_goes_on_at_the_next_start_and_infers_only_what_is_lost
     assert within(tmp_path / "jobs" / job) == ["inferred", "scan"]
     if not kept:  # the store was restored from a copy that is older than the database's
         Store(tmp_path).release(job)
-    engine.slow_export = False
+    engine.export_seconds = False
     with started(tmp_path, engine) as jobs:
         reached(jobs, job, "succeeded")
-    assert len(engine.seen) == inferences
-    assert [text for text, _ in engine.exported] == [f"{job} 1", f"{job} {inferences}"]
+    assert len(engine.inferences) == inferences
+    assert [text for text, _ in engine.exports] == [f"{job} 1", f"{job} {inferences}"]
     assert within(tmp_path / "jobs" / job) == ["results", "scan"]
 
 
@@ -177,8 +176,8 @@ def test_an_export_that_fails_leaves_nothing_of_it_and_is_not_inferred_twice(
 
     monkeypatch.setattr(Store, "hold", counted)
     with started(tmp_path, Apart(FakeEngine(), "tests.api.support:FakeEngine", {})) as jobs:
-        jobs_of = {"internal_error": submit(jobs, tmp_path, crash_late="x")}
-        jobs_of["worker_lost"] = submit(jobs, tmp_path, die_late=True)
+        jobs_of = {"internal_error": submit(jobs, tmp_path, raise_in_export="x")}
+        jobs_of["worker_lost"] = submit(jobs, tmp_path, exit_process_in_export=True)
         for code, job in jobs_of.items():
             reached(jobs, job, "failed")
             problem = jobs.get(job).problem
@@ -218,13 +217,13 @@ def test_what_other_steps_have_begun_begins_again(tmp_path: Path, monkeypatch: p
     with started(tmp_path, engine) as jobs:
         begun = exporting(jobs, engine, tmp_path)
         waiting = submit(jobs, tmp_path, name="waiting")
-    engine.slow_export = False
+    engine.export_seconds = False
     monkeypatch.undo()
     with started(tmp_path, engine) as jobs:
         for job in (waiting, begun):
             reached(jobs, job, "succeeded")
     # Its inference too, though the older code had recorded it.
-    assert sorted(path.parents[1].name for path, _ in engine.seen) == sorted([begun, begun, waiting])
+    assert sorted(path.parents[1].name for path, _ in engine.inferences) == sorted([begun, begun, waiting])
     assert within(tmp_path / "jobs" / begun) == ["results", "scan"]
 
 

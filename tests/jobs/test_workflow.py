@@ -21,7 +21,7 @@ from app.jobs.roster import DEATHS
 from app.jobs.runner import Interrupted
 from app.jobs.store import STALE_SECONDS, Store
 from app.jobs.workflow import Jobs
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 from tests.jobs.test_store import fill
 
 
@@ -38,7 +38,7 @@ def started(folder: Path, engine: Engine, limit: int = 100) -> Iterator[Jobs]:
 def submit(jobs: Jobs, folder: Path, **orders: object) -> str:
     with Store(folder).receive() as incoming:
         incoming.begin()
-        incoming.write(scan(**orders))
+        incoming.write(fake_scan(**orders))
         incoming.end()
         return jobs.submit(incoming, Request(), None)
 
@@ -54,13 +54,13 @@ def until(jobs: Jobs, job: str, state: State) -> None:
 
 def test_a_job_goes_on_after_any_number_of_restarts(tmp_path: Path) -> None:
     engine = FakeEngine()
-    engine.slow = True
+    engine.is_slow = True
     for begun in range(1, DEATHS + 3):
         with started(tmp_path, engine) as jobs:
             job = submit(jobs, tmp_path)
-            while len(engine.seen) < begun:
+            while len(engine.inferences) < begun:
                 time.sleep(0.01)
-    engine.slow = False
+    engine.is_slow = False
     with started(tmp_path, engine) as jobs:
         until(jobs, job, "succeeded")
         assert jobs.get(job).model == "tiny-0.0.1"
@@ -84,7 +84,7 @@ def test_what_was_analysed_before_a_death_is_only_published_after_it(
     with started(tmp_path, engine) as jobs:
         until(jobs, job, "succeeded")
     assert Store(tmp_path).read(job, "mask.nii.gz") == b"mask.nii.gz" * 10
-    assert len(engine.seen) == 1
+    assert len(engine.inferences) == 1
 
 
 def test_a_scan_that_could_not_be_kept_is_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_a_scan_that_could_not_be_kept_is_no_job(tmp_path: Path, monkeypatch: py
 
 def test_an_erased_job_has_no_row_left(tmp_path: Path) -> None:
     with started(tmp_path, FakeEngine()) as jobs:
-        ended = [submit(jobs, tmp_path, name="done"), submit(jobs, tmp_path, fail="OutOfDistribution")]
+        ended = [submit(jobs, tmp_path, name="done"), submit(jobs, tmp_path, raise_error="OutOfDistribution")]
         until(jobs, ended[0], "succeeded")
         until(jobs, ended[1], "failed")
         running = submit(jobs, tmp_path, seconds=60)
@@ -151,7 +151,7 @@ def test_the_queue_is_first_in_first_out_and_pages_hold_a_burst(tmp_path: Path) 
 
         jobs.erase(blocker)
         until(jobs, sent[-1], "succeeded")
-        order = [path.parts[-3] for path, _ in engine.seen]
+        order = [path.parts[-3] for path, _ in engine.inferences]
         assert order == [blocker, *sent]
         with pytest.raises(NotFound):
             jobs.get(blocker)
@@ -169,7 +169,7 @@ def test_a_scan_that_lost_its_worker_goes_behind_the_others(tmp_path: Path) -> N
         assert jobs.get(suspect).priority == "routine"
         jobs.erase(blocker)
         until(jobs, suspect, "succeeded")
-        assert [path.parts[-3] for path, _ in engine.seen] == [blocker, other, suspect]
+        assert [path.parts[-3] for path, _ in engine.inferences] == [blocker, other, suspect]
 
 
 def test_what_a_dead_worker_held_is_taken_back_once(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_what_a_dead_worker_held_is_taken_back_once(tmp_path: Path) -> None:
         assert jobs.wanted(job)
         assert jobs.take_back(holder) == [job]
         # This worker is not dead, only taken for it: it lets go, and, there being no other, begins again.
-        while len(engine.seen) < 2:
+        while len(engine.inferences) < 2:
             time.sleep(0.05)
         assert jobs.holders() == {holder}
         assert jobs._roster.blamed(job) == 0
@@ -214,7 +214,7 @@ def test_an_upload_that_never_became_a_job_is_swept_after_a_day(tmp_path: Path) 
 
 def test_the_list_knows_models_codes_and_times(tmp_path: Path) -> None:
     with started(tmp_path, FakeEngine()) as jobs:
-        good, bad = submit(jobs, tmp_path), submit(jobs, tmp_path, fail="OutOfDistribution")
+        good, bad = submit(jobs, tmp_path), submit(jobs, tmp_path, raise_error="OutOfDistribution")
         until(jobs, good, "succeeded")
         until(jobs, bad, "failed")
         created = jobs.get(good).created

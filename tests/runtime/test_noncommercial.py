@@ -15,7 +15,7 @@ from app.manifest import Manifest
 from app.runtime.choice import choose, permit
 from app.settings import Settings
 from app.volume import Source
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 from tests.support.bundle import tiny_manifest, write_tiny_bundle
 from tests.support.phantom import brain
 
@@ -100,6 +100,6 @@ def test_a_call_that_names_it_is_answered_before_the_upload(tmp_path: Path, stat
     engine.manifests = [restricted(), tiny_manifest()]
     settings = Settings(store=str(tmp_path), allow_noncommercial=allowed, drain_seconds=0)
     with TestClient(create_app(settings, engine)) as client:
-        answer = client.post("/v1/scans?model=flair", content=scan(), headers={"content-type": "application/gzip"})
+        answer = client.post("/v1/scans?model=flair", content=fake_scan(), headers={"content-type": "application/gzip"})
     assert answer.status_code == status
     assert answer.json().get("code") == (None if allowed else "non_commercial_model")

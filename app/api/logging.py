@@ -1,7 +1,7 @@
-"""Structured logs that cannot tell a patient's data: keys are allowed one by one, the rest is dropped.
+"""Structured logs without patient data: only listed keys are written.
 
-Messages of libraries are dropped too, with the text of their exceptions: file names, URLs and values
-end up in both. What is left of such a record is who wrote it, where, and the exception's class.
+The messages of libraries and the texts of exceptions are dropped, because they may contain file names, URLs or
+header values. Such a record keeps the logger, the location and the class of the exception.
 """
 
 import logging
@@ -15,19 +15,21 @@ from structlog.typing import EventDict, Processor
 
 from app.jobs.runner import where
 
-ALLOWED = frozenset(
+ALLOWED_KEYS = frozenset(
     {
         *("event", "level", "timestamp", "logger", "exception", "where"),
         *("job", "stage", "code", "seconds", "model", "provider"),
         *("method", "route", "status", "host", "port"),
     }
 )
+# Probes and scrapes call these routes every few seconds. Only their errors are logged.
+UNLOGGED_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 
 log = structlog.get_logger("counterpart.http")
 
 
-def configure() -> None:
-    """Send every log of the process through the allow-list to standard error; JSON unless a person looks on."""
+def configure_logging() -> None:
+    """Write every log of the process to standard error: JSON, or coloured text on a terminal."""
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -45,8 +47,8 @@ def configure() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, _without_message],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _allowed, renderer],
+            foreign_pre_chain=[*shared, _drop_message],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _keep_allowed_keys, renderer],
         )
     )
     logging.root.handlers = [handler]
@@ -55,7 +57,7 @@ def configure() -> None:
 
 
 class AccessLog:
-    """One line a request: the route's template, never the path or the query."""
+    """Middleware that logs each request with the template of its route, never with its path or query."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -66,33 +68,31 @@ class AccessLog:
             return
         start, status = time.perf_counter(), 500
 
-        async def watch(message: Message) -> None:
+        async def record_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, watch)
+            await self._app(scope, receive, record_status)
         finally:
             route = getattr(scope.get("route"), "path", None)
             seconds = round(time.perf_counter() - start, 3)
-            # Probes and scrapes come every few seconds.
-            quiet = status < 400 and route in {"/livez", "/readyz", "/metrics"}
-            if not quiet:
+            if status >= 400 or route not in UNLOGGED_ROUTES:
                 log.info("request", method=scope["method"], route=route, status=status, seconds=seconds)
 
 
-def _without_message(_: Any, __: str, event: EventDict) -> EventDict:
-    """Reduce a library's record to where it came from."""
+def _drop_message(_: Any, __: str, event: EventDict) -> EventDict:
+    """Reduce the record of a library to its logger, level and location."""
     record: logging.LogRecord = event["_record"]
     error = record.exc_info[1] if record.exc_info else None
     return {
         **{key: event[key] for key in ("level", "logger", "timestamp", "_record", "_from_structlog") if key in event},
-        "event": "library",
+        "event": "library message",
         **(where(error) if error else {"where": f"{record.filename}:{record.lineno}"}),
     }
 
 
-def _allowed(_: Any, __: str, event: EventDict) -> EventDict:
-    return {key: value for key, value in event.items() if key in ALLOWED}
+def _keep_allowed_keys(_: Any, __: str, event: EventDict) -> EventDict:
+    return {key: value for key, value in event.items() if key in ALLOWED_KEYS}

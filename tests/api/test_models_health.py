@@ -3,7 +3,7 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.support import scan
+from tests.api.support import fake_scan
 
 
 def test_models_are_listed_and_shown(client: TestClient) -> None:
@@ -26,8 +26,8 @@ def test_health(client: TestClient) -> None:
 
 
 def test_metrics_count_outcomes_and_name_nobody(client: TestClient) -> None:
-    job = client.post("/v1/scans", content=scan(name="counted"), headers={"Prefer": "wait=120"}).json()["id"]
-    client.post("/v1/scans", content=scan(fail="OutOfDistribution"), headers={"Prefer": "wait=120"})
+    job = client.post("/v1/scans", content=fake_scan(name="counted"), headers={"Prefer": "wait=120"}).json()["id"]
+    client.post("/v1/scans", content=fake_scan(fail="OutOfDistribution"), headers={"Prefer": "wait=120"})
     text = client.get("/metrics").text
     assert 'counterpart_jobs_total{outcome="succeeded"} 1.0' in text
     assert 'counterpart_jobs_total{outcome="out_of_distribution"} 1.0' in text

@@ -1,4 +1,4 @@
-"""What `counterpart detect` does around `app.analyse`: a progress bar, a table, the Dice."""
+"""Terminal output of `counterpart detect`: progress bars, a table of findings, the Dice."""
 
 from pathlib import Path
 
@@ -14,18 +14,20 @@ from app.analyse import DICOM_FILES, Request, analyse
 from app.errors import NotAVolume, UnknownModel
 from app.export.report import Report
 from app.manifest import Manifest
+from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.choice import permit
 from app.settings import Settings
 
-TRUTH = "truth.nii.gz"
-# Two affines closer than this place every voxel of a head alike, well inside a voxel.
-SAME_GRID_MM = 1e-3
-STAGES = {"read": "Reading", "infer": "Comparing with its counterpart", "export": "Writing"}
+# `counterpart sample` writes this file beside its scan.
+TRUTH_FILE = "truth.nii.gz"
+# Largest difference of two affines of one grid, far below the size of a voxel.
+AFFINE_TOLERANCE_MM = 1e-3
+STAGES = {"read": "Read the scan", "infer": "Compare with the counterpart", "export": "Write the results"}
 
 
-class Bar:
-    """One line a stage on standard error; nothing where that is no terminal."""
+class ProgressBars:
+    """One progress bar for each stage on standard error, if that is a terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -34,42 +36,42 @@ class Bar:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, fraction: float) -> None:
-        """Move a stage's line: `app.analyse.Progress`."""
+        """Update the bar of a stage (an `app.analyse.Progress`)."""
         if stage not in self._tasks:
             self._tasks[stage] = self.progress.add_task(STAGES.get(stage, stage), total=1.0)
         self.progress.update(self._tasks[stage], completed=fraction)
 
 
-def run(scan: Path, out: Path, request: Request, settings: Settings) -> Report:
-    """Analyse one scan with the bundles and the provider of the settings.
+def run_analysis(scan: Path, out: Path, request: Request, settings: Settings) -> Report:
+    """Analyse one scan with the bundles and the provider of the settings, and show the progress.
 
     Raises
     ------
     CounterpartError
-        One leaf a cause; see `app.errors`.
+        The scan cannot be analysed, or a model cannot be used; see `app.errors`.
     """
     folder = settings.models or shipped_models()
     manifests = {bundle: read_manifest(bundle) for bundle in find_bundles(folder)}
     if not manifests:
         raise UnknownModel(
-            f"There is no model bundle in {folder}.",
+            f"The folder {folder} contains no model bundle.",
             expected="a folder with a manifest.json for each model.",
-            advice="Unset COUNTERPART_MODELS to use the shipped ones, or install counterpart again.",
+            advice="Unset COUNTERPART_MODELS to use the shipped bundles, or install counterpart again.",
         )
 
     def load(manifest: Manifest) -> Bundle:
         permit(manifest, noncommercial=settings.allow_noncommercial)
-        chosen = next(bundle for bundle, known in manifests.items() if known == manifest)
-        return load_bundle(chosen, settings.provider, settings.threads, settings.gpu_batch)
+        bundle = next(bundle for bundle, other in manifests.items() if other == manifest)
+        return load_bundle(bundle, settings.provider, settings.threads, settings.gpu_batch)
 
     out.mkdir(parents=True, exist_ok=True)
-    bar = Bar()
-    with bar.progress:
-        return analyse(scan, out, load, tuple(manifests.values()), request, bar)
+    bars = ProgressBars()
+    with bars.progress:
+        return analyse(scan, out, load, tuple(manifests.values()), request, bars)
 
 
-def tell(report: Report, out: Path, console: Console) -> None:
-    """The findings for a person, in one table."""
+def print_report(report: Report, out: Path, console: Console) -> None:
+    """Print the findings as a table, with warnings and the folder of the results."""
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
     for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "slice"):
         table.add_column(heading, justify="right")
@@ -81,60 +83,53 @@ def tell(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
+    lines = []
     if report.brain:
         made_by = f"{report.brain.method} {report.brain.version}"
-        console.print(f"Brain: {report.brain.volume_ml:.0f} ml, taken out of its head by {made_by} (brain.nii.gz).")
-        for warning in report.brain.warnings:
-            console.print(warning, soft_wrap=True, highlight=False)
+        lines.append(f"Brain: {report.brain.volume_ml:.0f} ml, extracted by {made_by} (brain.nii.gz).")
+        lines += report.brain.warnings
     if report.model.choice and report.model.choice.doubt:
-        console.print(f"Not sure of the model: {report.model.choice.doubt}", soft_wrap=True, highlight=False)
+        lines.append(f"The model may not fit the scan: {report.model.choice.doubt}")
     if report.input.format == "dicom":
-        for name, reason in report.absent.items():
-            if name not in DICOM_FILES:
-                continue
-            console.print(f"No {name}: {reason['found']}", soft_wrap=True, highlight=False)
-    console.print(f"Results in {out}", soft_wrap=True, highlight=False)
+        lines += [f"No {name}: {reason['found']}" for name, reason in report.absent.items() if name in DICOM_FILES]
+    for line in (*lines, f"Results: {out}"):
+        console.print(line, soft_wrap=True, highlight=False)
     console.print(report.notice)
 
 
-def beside(scan: Path) -> Path | None:
-    """The truth that `counterpart sample` writes beside its scan, where there is one."""
-    truth = scan.parent / TRUTH
+def find_truth(scan: Path) -> Path | None:
+    """Return the known lesion mask beside a scan, if there is one."""
+    truth = scan.parent / TRUTH_FILE
     return truth if truth.is_file() else None
 
 
-def tell_dice(out: Path, truth: Path, console: Console) -> None:
-    """Compare the mask with a known lesion.
+def print_dice(out: Path, truth: Path, console: Console) -> None:
+    """Print the Dice of the mask and a known lesion mask.
 
     Raises
     ------
     NotAVolume
-        The truth is no image on the scan's own grid.
+        The known mask cannot be read, or it has another grid than the scan.
     """
-    mask, lesion = (_binary(path) for path in (out / "mask.nii.gz", truth))
-    if mask[0].shape != lesion[0].shape or np.abs(mask[1] - lesion[1]).max() > SAME_GRID_MM:
+    mask, lesion = (_load_mask(path) for path in (out / "mask.nii.gz", truth))
+    if mask[0].shape != lesion[0].shape or np.abs(mask[1] - lesion[1]).max() > AFFINE_TOLERANCE_MM:
         raise NotAVolume(
             "The truth has another grid than the scan.",
-            expected=f"a mask of shape {mask[0].shape} with the scan's affine.",
-            advice="Resample the truth onto the scan, or leave it out.",
+            expected=f"a mask of shape {mask[0].shape} with the affine of the scan.",
+            advice="Resample the truth to the grid of the scan, or leave it out.",
         )
     console.print(f"Dice with {truth.name}: {dice(mask[0], lesion[0]):.3f}", highlight=False)
 
 
-def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
-    """Overlap of two masks, 0 to 1; 1 where both are empty."""
-    size = int(found.sum()) + int(truth.sum())
-    return 2 * int((found & truth).sum()) / size if size else 1.0
-
-
-def _binary(path: Path) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+def _load_mask(path: Path) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.float64]]:
+    """Return a mask, (X, Y, Z), and its affine, (4, 4)."""
     try:
         image = nib.load(path)
     except ImageFileError:
         raise NotAVolume(
             "The truth cannot be read as an image.",
-            expected="a mask as NIfTI, on the scan's grid.",
-            advice="Correct it, or leave it out.",
+            expected="a NIfTI mask on the grid of the scan.",
+            advice="Correct the file, or leave it out.",
         ) from None
     assert isinstance(image, nib.Nifti1Image)
     assert image.affine is not None

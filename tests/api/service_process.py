@@ -1,4 +1,4 @@
-"""The service in a process of its own, on a free port of loopback; by default with `FakeEngine`."""
+"""The service as a child process on a free port of loopback, with `FakeEngine` by default."""
 
 import os
 import subprocess
@@ -13,21 +13,22 @@ import httpx2
 
 from app.jobs.apart import Apart
 from app.jobs.engine import Engine
-from app.main import serve, work
+from app.main import run_worker, serve
 from app.settings import read_settings
 from scripts.servers import free_port
-from tests.api.support import FakeEngine
+from tests.api.support import TIMEOUT_SECONDS, FakeEngine
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-FAKE = (sys.executable, "-m", "tests.api.served")
-API = (*FAKE, "--no-worker")
-WORKER = (*FAKE, "--no-api")
-# With the engine in a process of its own, as the real one is.
-APART = (*FAKE, "--apart")
+# Commands.
+SERVICE = (sys.executable, "-m", "tests.api.service_process")
+API_ONLY = (*SERVICE, "--no-worker")
+WORKER_ONLY = (*SERVICE, "--no-api")
+# The engine runs in a child process, like the real one.
+WITH_SUBPROCESS = (*SERVICE, "--subprocess")
 
 
 @dataclass(frozen=True)
-class Served:
+class RunningService:
     """A running service."""
 
     process: subprocess.Popen[bytes]
@@ -36,23 +37,22 @@ class Served:
 
 
 @contextmanager
-def served(
-    folder: Path, log: Path, command: Sequence[str] = FAKE, environ: Mapping[str, str] | None = None, **settings: str
-) -> Iterator[Served]:
-    """Start the service, wait until it is ready, and see to it that it ends.
+def run_service(
+    folder: Path, log: Path, command: Sequence[str] = SERVICE, environ: Mapping[str, str] | None = None, **settings: str
+) -> Iterator[RunningService]:
+    """Start the service, wait until it is ready, and kill it at the end.
 
     Parameters
     ----------
     folder : Path
-        Its store, unless `settings` names another; its scratch in any case.
+        Scratch folder, and the store unless `settings` names another one.
     log : Path
-        Takes its output.
+        File for the output of the process.
     command : sequence of str
-        What to start.
     environ : mapping, optional
-        For its environment.
+        Additional environment variables.
     **settings : str
-        COUNTERPART_... in lower case.
+        Settings by lower-case name without prefix.
     """
     port = free_port()
     local = {"STORE": str(folder), "SCRATCH": str(folder), "PORT": str(port)}
@@ -63,14 +63,14 @@ def served(
     try:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=90) as http:
             _wait_until_ready(http, process, log)
-            yield Served(process, port, http)
+            yield RunningService(process, port, http)
     finally:
         process.kill()
         process.wait()
 
 
 def _wait_until_ready(http: httpx2.Client, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if http.get("/readyz").status_code == 200:
@@ -78,14 +78,14 @@ def _wait_until_ready(http: httpx2.Client, process: subprocess.Popen[bytes], log
         except httpx2.TransportError:
             pass
         time.sleep(0.05)
-    raise AssertionError(f"never ready:\n{log.read_text()}")
+    raise AssertionError(f"not ready:\n{log.read_text()}")
 
 
 if __name__ == "__main__":
     engine: Engine = FakeEngine()
-    if "--apart" in sys.argv:
+    if "--subprocess" in sys.argv:
         engine = Apart(engine, "tests.api.support:FakeEngine", {})
     if "--no-api" in sys.argv:
-        work(read_settings(), engine)
+        run_worker(read_settings(), engine)
     else:
         serve(read_settings(), engine, worker="--no-worker" not in sys.argv)

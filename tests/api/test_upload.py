@@ -3,7 +3,7 @@ import io
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.support import FakeEngine, scan
+from tests.api.support import FakeEngine, fake_scan
 
 URL = "/v1/scans"
 WAIT = {"Prefer": "wait=120"}
@@ -42,7 +42,7 @@ def test_text_is_415_whatever_its_name(client: TestClient, length: int) -> None:
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_too_large_is_413(client: TestClient, declared: bool) -> None:  # noqa: FBT001
-    body = scan() + bytes(MIB)
+    body = fake_scan() + bytes(MIB)
     answer = client.post(URL, content=body if declared else iter([body[:1000], body[1000:]]))
     assert answer.status_code == 413
     assert answer.json()["code"] == "upload_too_large"
@@ -50,24 +50,24 @@ def test_too_large_is_413(client: TestClient, declared: bool) -> None:  # noqa: 
 
 
 def test_a_form_of_many_files_is_one_scan(client: TestClient, engine: FakeEngine) -> None:
-    files = [("file", ("a", scan(part=1))), ("file", ("b", scan(part=2))), ("x", ("DICOMDIR", b"no image"))]
+    files = [("file", ("a", fake_scan(part=1))), ("file", ("b", fake_scan(part=2))), ("x", ("DICOMDIR", b"no image"))]
     answer = client.post(URL, files=files, headers=WAIT)
     assert answer.status_code == 200
     folder, _ = engine.seen[-1]
     assert [path.name for path in sorted(folder.iterdir())] == ["000000", "000001", "000002"]
-    assert (folder / "000001").read_bytes() == scan(part=2)
+    assert (folder / "000001").read_bytes() == fake_scan(part=2)
     # The order of the slices does not make another scan.
     assert client.post(URL, files=files[::-1]).json()["id"] == answer.json()["id"]
 
 
 def test_a_form_of_one_file_is_that_file(client: TestClient, engine: FakeEngine) -> None:
-    answer = client.post(URL, files={"file": io.BytesIO(scan(alone=True))}, headers=WAIT)
+    answer = client.post(URL, files={"file": io.BytesIO(fake_scan(alone=True))}, headers=WAIT)
     assert answer.status_code == 200
-    assert engine.seen[-1][0].read_bytes() == scan(alone=True)
+    assert engine.seen[-1][0].read_bytes() == fake_scan(alone=True)
 
 
 def test_more_files_than_allowed_is_413(client: TestClient) -> None:
-    files = [("file", (str(i), scan(i=i))) for i in range(4)]
+    files = [("file", (str(i), fake_scan(i=i))) for i in range(4)]
     answer = client.post(URL, files=files)
     assert answer.status_code == 413
     assert leftovers(client) == []
@@ -79,7 +79,7 @@ def test_more_files_than_allowed_is_413(client: TestClient) -> None:
         ("multipart/form-data", b"--x--\r\n"),
         (FORM, b"no boundary at all"),
         (FORM, b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nt1\r\n--x--\r\n'),
-        (FORM, b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' + scan()),
+        (FORM, b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n' + fake_scan()),
     ],
     ids=["boundary missing", "no form", "a field", "cut off"],
 )
@@ -99,24 +99,24 @@ RELATED = 'multipart/related; type="application/dicom"; boundary=x'
 
 
 def test_a_dicomweb_message_is_its_parts(client: TestClient, engine: FakeEngine) -> None:
-    body = related(scan(related=1), scan(related=2) + b"\r\n--xy\r\n")
+    body = related(fake_scan(related=1), fake_scan(related=2) + b"\r\n--xy\r\n")
     answer = client.post(URL, content=body, headers={"Content-Type": RELATED, **WAIT})
     assert answer.status_code == 200
     folder, _ = engine.seen[-1]
     assert [path.read_bytes() for path in sorted(folder.iterdir())] == [
-        scan(related=1),
-        scan(related=2) + b"\r\n--xy\r\n",
+        fake_scan(related=1),
+        fake_scan(related=2) + b"\r\n--xy\r\n",
     ]
 
 
 @pytest.mark.parametrize(
     ("kind", "body", "status", "code"),
     [
-        ("multipart/related", related(scan()), 400, "bad_request"),
-        (RELATED, related(scan())[:-6], 400, "bad_request"),
+        ("multipart/related", related(fake_scan()), 400, "bad_request"),
+        (RELATED, related(fake_scan())[:-6], 400, "bad_request"),
         (RELATED, b"--x--\r\n", 400, "empty_upload"),
         (RELATED, related(b"hello" * 200), 415, "not_an_image_format"),
-        (RELATED, related(*[scan(i=i) for i in range(4)]), 413, "upload_too_large"),
+        (RELATED, related(*[fake_scan(i=i) for i in range(4)]), 413, "upload_too_large"),
     ],
     ids=["boundary missing", "cut off", "nothing", "no image", "too many"],
 )
