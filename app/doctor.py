@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Literal
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
 from app.errors import CounterpartError
@@ -21,7 +21,7 @@ from app.settings import PREFIX, SETTINGS_FILE_VARIABLE, Settings
 
 Status = Literal["ok", "warn", "fail"]
 COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
-INDENT = 5
+INDENT = " " * 5
 
 MIN_PYTHON = (3, 11)
 # A scan of 512 x 512 x 400 voxels and its three images take about one gigabyte before compression.
@@ -135,7 +135,7 @@ def check_bundles(settings: Settings) -> Iterator[Check]:
             yield Check(name, "fail", f"{error.code}: {error.found}", error.advice)
             continue
         seconds = time.perf_counter() - start
-        found = f"hashes and golden pair correct on {bundle.provider} in {bundle.precision}, {seconds:.1f} s"
+        found = f"hashes and golden pair match ({bundle.provider}, {bundle.precision}, {seconds:.1f} s)"
         yield Check(name, "ok", found)
 
 
@@ -187,29 +187,25 @@ def check_shared(settings: Settings) -> Iterator[Check]:
 def print_checks(checks: list[Check], console: Console) -> None:
     """Print each check, with its fix on a line of its own."""
     for check in checks:
-        line = Text.assemble(
-            (f"{check.status:4}", COLOURS[check.status]), " ", (check.name, "bold"), f": {check.found}"
-        )
-        _print_wrapped(line, console)
+        text = _wrap(f"{check.status:4} {check.name}: {check.found}", console)
+        text.stylize(COLOURS[check.status], 0, len(check.status))
+        console.print(text)
         if check.fix:
-            console.print(Padding(Text(f"fix: {check.fix}"), (0, 0, 0, INDENT)))
+            console.print(_wrap(f"{INDENT}fix: {check.fix}", console))
 
 
 def print_settings(settings: Settings, console: Console) -> None:
     """Print each setting with its value, origin and description. Secrets are masked."""
     console.print(f"\nSettings (environment, or the file that {SETTINGS_FILE_VARIABLE} names)", highlight=False)
     for name, field in type(settings).model_fields.items():
-        variable, value = f"{PREFIX}{name.upper()}", settings.format_value(name)
-        _print_wrapped(Text.assemble((variable, "bold"), f" = {value} ({settings.origin(name)})"), console)
-        console.print(Padding(Text(field.description or ""), (0, 0, 0, INDENT)))
+        value = f"{settings.format_value(name)} ({settings.origin(name)})"
+        console.print(_wrap(f"{PREFIX}{name.upper()} = {value}", console))
+        console.print(_wrap(f"{INDENT}{field.description}", console))
 
 
-def _print_wrapped(text: Text, console: Console) -> None:
-    """Print a text, and indent its second and later lines."""
-    first, *others = text.wrap(console, console.width - INDENT)
-    console.print(first)
-    for line in others:
-        console.print(Padding(line, (0, 0, 0, INDENT)))
+def _wrap(text: str, console: Console) -> Text:
+    """Break a text into lines of the console's width, and indent the second and later lines."""
+    return Text(textwrap.fill(text, console.width, subsequent_indent=INDENT, break_on_hyphens=False))
 
 
 def _version(distribution: str) -> str | None:

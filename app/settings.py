@@ -49,7 +49,7 @@ class Settings(BaseSettings):
         description="Local folder for unfinished work, if the store is a bucket.",
     )
     database: str | None = Field(
-        None, description="URL of the job database, postgresql://.... By default, SQLite in the store is used."
+        None, description="URL of the job database: postgresql://user:password@host/name. By default, SQLite is used."
     )
     provider: Literal["cpu", "cuda"] = Field(
         "cpu", description="Execution provider of the networks, cpu or cuda. There is no fallback to the other."
