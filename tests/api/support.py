@@ -51,6 +51,18 @@ def fake_scan(**orders: object) -> bytes:
     return header.tobytes() + json.dumps(orders).encode().ljust(300)
 
 
+def send(http: httpx2.Client, *, wait: bool = True, query: str = "", **orders: object) -> httpx2.Response:
+    """Post a fake scan, and wait for its end by default."""
+    return http.post(f"{URL}{query}", content=fake_scan(**orders), headers=WAIT if wait else {})
+
+
+def send_running(http: httpx2.Client, **orders: object) -> str:
+    """Post a fake scan that takes a minute, wait until it runs, and return the id of its job."""
+    job: str = send(http, wait=False, **{"seconds": 60, **orders}).json()["id"]
+    wait_for_state(http, job, "running")
+    return job
+
+
 def wait_for_state(http: httpx2.Client, job: str, state: str) -> dict[str, Any]:
     """Poll a job until it has a state, and return it."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
