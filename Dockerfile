@@ -43,7 +43,7 @@ USER counterpart
 WORKDIR /home/counterpart
 VOLUME /var/lib/counterpart
 EXPOSE 8000
-# The service is ready after a real inference with each model. On a slow machine, this takes up to two minutes.
+# The service is ready after a real inference with each model. A slow machine needs time for this.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 ENTRYPOINT ["counterpart"]

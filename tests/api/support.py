@@ -58,7 +58,7 @@ def send(http: httpx2.Client, *, wait: bool = True, query: str = "", **orders: o
 
 def send_running(http: httpx2.Client, **orders: object) -> str:
     """Post a fake scan that takes a minute, wait until it runs, and return the id of its job."""
-    job: str = send(http, wait=False, **{"seconds": 60, **orders}).json()["id"]
+    job: str = http.post(URL, content=fake_scan(**{"seconds": 60, **orders})).json()["id"]
     wait_for_state(http, job, "running")
     return job
 

@@ -13,6 +13,7 @@ from app.export.nifti import write_nifti
 from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from tests.api.service_process import run_service
+from tests.api.support import URL, wait_for_state
 from training.config import ROOT, Config
 from training.tumours import TumourScan, load_tumour_scan
 
@@ -28,7 +29,8 @@ COUNTERPART = (sys.executable, "-c", "from app.cli import main; main()", "serve"
 # A test patient with a large tumour that lies within the analysed slices.
 PATIENT = "TCGA_HT_7882_19970125"
 MIN_DICE = 0.75
-WAIT = {"Prefer": "wait=90"}
+# Shorter than the timeout of the client.
+WAIT = {"Prefer": "wait=60"}
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,17 @@ def _image(answer: httpx2.Response) -> nib.Nifti1Image:
 
 def test_model_is_refused_unless_allowed(scan: bytes, tmp_path: Path) -> None:
     with run_service(tmp_path / "store", tmp_path / "log", COUNTERPART) as service:
-        answer = service.http.post("/v1/scans?model=flair", content=scan, headers=WAIT)
+        answer = service.http.post(f"{URL}?model=flair", content=scan)
     assert (answer.status_code, answer.json()["code"]) == (403, "non_commercial_model")
     assert "COUNTERPART_ALLOW_NONCOMMERCIAL" in answer.json()["advice"]
 
 
 def test_allowed_model_finds_a_tumour(scan: bytes, patient: TumourScan, tmp_path: Path) -> None:
     with run_service(tmp_path / "store", tmp_path / "log", COUNTERPART, allow_noncommercial="true") as service:
-        unnamed = service.http.post("/v1/scans", content=scan, headers=WAIT).json()
-        job = service.http.post("/v1/scans?model=flair", content=scan, headers=WAIT).json()
-        assert job["state"] == "succeeded", job
-        url = f"/v1/scans/{job['id']}"
+        unnamed = service.http.post(URL, content=scan, headers=WAIT).json()
+        job = service.http.post(f"{URL}?model=flair", content=scan).json()["id"]
+        wait_for_state(service.http, job, "succeeded")
+        url = f"{URL}/{job}"
         report = service.http.get(f"{url}/report.json").json()
         mask, anomaly = (_image(service.http.get(f"{url}/{name}.nii.gz")) for name in ("mask", "anomaly"))
     # Without a name, the file is analysed or refused as T1, because it does not state its sequence.

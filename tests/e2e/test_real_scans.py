@@ -15,6 +15,7 @@ from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from app.volume import Volume
 from tests.api.service_process import run_service
+from tests.api.support import URL, wait_for_state
 from tests.support.dicom import write_series, zipped
 
 pytestmark = [
@@ -23,7 +24,6 @@ pytestmark = [
 ]
 
 SUBJECTS = ("sub-61", "sub-30")
-WAIT_SECONDS = 60
 COUNTERPART = (sys.executable, "-c", "from app.cli import main; main()")
 
 
@@ -61,11 +61,8 @@ def test_command_line_and_http_give_the_same_mask(
 ) -> None:
     scan = _scan_path(real_scans, subject)
     report = _detect(scan, tmp_path)
-    posted = service.post("/v1/scans", content=scan.read_bytes(), headers={"Prefer": f"wait={WAIT_SECONDS}"})
-    assert posted.status_code == 200, posted.text
-    job = posted.json()
-    assert job["state"] == "succeeded"
-    mask = service.get(f"/v1/scans/{job['id']}/mask.nii.gz").content
+    job = wait_for_state(service, service.post(URL, content=scan.read_bytes()).json()["id"], "succeeded")
+    mask = service.get(f"{URL}/{job['id']}/mask.nii.gz").content
     assert mask == (tmp_path / "mask.nii.gz").read_bytes()
     assert [f["centroid_mm"] for f in job["findings"]] == [f["centroid_mm"] for f in report["findings"]]  # type: ignore[attr-defined]
 
