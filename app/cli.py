@@ -120,12 +120,12 @@ def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other
     from app.slim import import_nibabel
 
     import_nibabel()
-    from app.analyse import Request
+    from app.analysis import AnalysisRequest
     from app.cli_detect import beside, run, tell, tell_dice
     from app.settings import read_settings
 
     with errors_told({"SCAN": scan, "--out": out, "--truth": truth}):
-        report = run(scan, out, Request(model, series, seed, geometry), read_settings())
+        report = run(scan, out, AnalysisRequest(model, series, seed, geometry), read_settings())
         if as_json:
             typer.echo(report.model_dump_json(indent=1))
         else:

@@ -1,4 +1,4 @@
-"""What `counterpart detect` does around `app.analyse`: a progress bar, a table, the Dice."""
+"""What `counterpart detect` does around `app.analysis`: a progress bar, a table, the Dice."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.analyse import DICOM_FILES, Request, analyse
+from app.export.outputs import DICOM_NAMES
+from app.analysis import AnalysisRequest, analyse
 from app.errors import NotAVolume, UnknownModel
 from app.export.report import Report
 from app.manifest import Manifest
@@ -34,13 +35,13 @@ class Bar:
         self._tasks: dict[str, TaskID] = {}
 
     def __call__(self, stage: str, fraction: float) -> None:
-        """Move a stage's line: `app.analyse.Progress`."""
+        """Move a stage's line: `app.analysis.Progress`."""
         if stage not in self._tasks:
             self._tasks[stage] = self.progress.add_task(STAGES.get(stage, stage), total=1.0)
         self.progress.update(self._tasks[stage], completed=fraction)
 
 
-def run(scan: Path, out: Path, request: Request, settings: Settings) -> Report:
+def run(scan: Path, out: Path, request: AnalysisRequest, settings: Settings) -> Report:
     """Analyse one scan with the bundles and the provider of the settings.
 
     Raises
@@ -90,7 +91,7 @@ def tell(report: Report, out: Path, console: Console) -> None:
         console.print(f"Not sure of the model: {report.model.choice.doubt}", soft_wrap=True, highlight=False)
     if report.input.format == "dicom":
         for name, reason in report.absent.items():
-            if name not in DICOM_FILES:
+            if name not in DICOM_NAMES:
                 continue
             console.print(f"No {name}: {reason['found']}", soft_wrap=True, highlight=False)
     console.print(f"Results in {out}", soft_wrap=True, highlight=False)

@@ -119,7 +119,7 @@ def load(variant: Variant, options: argparse.Namespace, reference: "Bundle", scr
 
 def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Seconds from file to mask, the phases of the median run, and the last answer; the first run is not counted."""
-    from app.analyse import Request, analyse
+    from app.analysis import AnalysisRequest, analyse
     from app.pipeline.models import Models
     from benchmarks.trace import NETWORKS, Tracer, totals
 
@@ -135,7 +135,7 @@ def run(bundle: "Bundle", scan: Path, repeats: int) -> tuple[dict[str, Any], dic
             models = Models(*(tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS))
             traced = replace(bundle, models=models)
             with tracer.attached():
-                analyse(scan, out, loaded, (bundle.manifest,), Request(), lambda *_: None)
+                analyse(scan, out, loaded, (bundle.manifest,), AnalysisRequest(), lambda *_: None)
             seconds = time.perf_counter() - start
             if repeat:
                 traces.append((seconds, totals(tracer.finish())))

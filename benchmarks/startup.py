@@ -23,14 +23,14 @@ def noted(opened, **options):
     return call
 
 session.as_callable = noted
-import app.analyse
-extract = app.analyse._take_out
+import app.analysis
+extract = app.analysis._take_out
 
 def told(*arguments):
     print("scan", flush=True)
     return extract(*arguments)
 
-app.analyse._take_out = told
+app.analysis._take_out = told
 sys.argv = ["counterpart", "detect", *sys.argv[1:]]
 from app.cli import main
 main()

@@ -28,7 +28,7 @@ SLIM = 8.0
 # Of float32, in int16.
 BYTES = 2.0
 MAPS = 3
-EVERYTHING = "import app.main, app.analyse, app.jobs"
+EVERYTHING = "import app.main, app.analysis, app.jobs"
 
 
 def skips(bench: Bench) -> Iterator[Switch]:

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 # Phase of each function, as its caller knows it. Renamed or moved: a test says so.
 PHASES = {
-    "app.analyse.read": "decode the file",
+    "app.analysis.read": "decode the file",
     "app.ingest.single._inflated": "inflate",
-    "app.analyse._take_out": "extract the brain",
+    "app.analysis._take_out": "extract the brain",
     "app.pipeline.detect.to_slices": "resample",
     "app.pipeline.anomaly.kl_map": "KL",
     "app.pipeline.gate.typical_kl": "gate",
     "app.pipeline.gate.reconstruction_error": "gate",
     "app.pipeline.anomaly.inpaint": "reverse",
-    "app.analyse.to_result": "resample back",
-    "app.analyse._write_images": "write",
-    "app.analyse.write_preview": "write",
-    "app.analyse._write_dicom": "write",
+    "app.analysis.to_result": "resample back",
+    "app.analysis._write_images": "write",
+    "app.analysis.write_preview": "write",
+    "app.analysis._write_dicom": "write",
 }
 OTHER = "everything else"
 # Not of the trace: a client's upload, measured over HTTP.
@@ -143,14 +143,14 @@ class Trace:
 
 def trace_scan(bundle: "Bundle", scan: Path) -> Trace:
     """Analyse a scan as `counterpart detect` does, its bundle loaded, and tell where the time went."""
-    from app.analyse import Request, analyse
+    from app.analysis import AnalysisRequest, analyse
     from app.pipeline.models import Models
 
     tracer = Tracer()
     networks = (tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS)
     traced = replace(bundle, models=Models(*networks))
     with TemporaryDirectory() as out, tracer.attached():
-        analyse(scan, Path(out), lambda _: traced, (bundle.manifest,), Request(), lambda *_: None)
+        analyse(scan, Path(out), lambda _: traced, (bundle.manifest,), AnalysisRequest(), lambda *_: None)
     return Trace(tracer.finish(), {phase: dict(counts) for phase, counts in tracer.asked.items()})
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from app.analyse import Request
-from app.inferred import load, save
+from app.analysis import AnalysisRequest
+from app.inference_result import load_inference_result, save_inference_result
 from app.ingest import read
 from app.jobs.engine import INFERRED, BundleEngine
 from app.jobs.store import Store
@@ -41,15 +41,15 @@ def measure(scan: Path, folder: Path, repeats: int) -> None:
     engine = BundleEngine(None, "cpu", 0)
     engine.warm_up()
     start = time.perf_counter()
-    engine.infer(scan, work, Request(), lambda *_: None)
+    engine.infer(scan, work, AnalysisRequest(), lambda *_: None)
     seconds = time.perf_counter() - start
     file = work / INFERRED
-    inferred = load(file)
+    inferred = load_inference_result(file)
     megabytes = file.stat().st_size / 1e6
     names: list[str] = []
 
     def write_and_sync() -> None:
-        save(inferred, work / "again")
+        save_inference_result(inferred, work / "again")
         names.append(store.hold(JOB, work / "again"))
 
     print(f"file                {megabytes:.1f} MB; the scan {scan.stat().st_size / 1e6:.1f} MB")

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from app import __version__
-from app.analyse import RESULT_FILES
+from app.export.outputs import REQUIRED_NAMES
 from app.cli import app
 from app.cli_detect import dice
 from app.export.nifti import write_nifti
@@ -53,7 +53,7 @@ def test_detect_writes_every_result_and_tells_the_dice(run: Run, scan: Path, tmp
     out = tmp_path / "new" / "folder"
     result = run("detect", scan, "-o", out)
     assert result.exit_code == 0, result.output
-    assert sorted(p.name for p in out.iterdir()) == sorted(RESULT_FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted(REQUIRED_NAMES)
     report = json.loads((out / "report.json").read_text())
     assert report["model"]["id"] == "tiny-0.0.1"
     nearest = min(np.linalg.norm(np.subtract(f["centroid_mm"], LESION_MM)) for f in report["findings"])
@@ -76,7 +76,7 @@ def test_a_dicom_folder_has_dicom_results(run: Run, tmp_path: Path) -> None:
     outcomes = {name: run("detect", tmp_path / name, "-o", tmp_path / f"{name}-out") for name in ("lesion", "healthy")}
     for name, result in outcomes.items():
         assert result.exit_code == 0, result.output
-        written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(RESULT_FILES)
+        written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(REQUIRED_NAMES)
         assert written == ({"segmentation.dcm", "report.dcm"} if name == "lesion" else {"report.dcm"})
     assert "No segmentation.dcm: No voxel differs" in outcomes["healthy"].stdout
     assert "No " not in outcomes["lesion"].stdout
@@ -147,7 +147,7 @@ def test_an_unexpected_fault_is_told_without_its_text(
     def fail(*_: object) -> None:
         raise ValueError(SECRET)
 
-    monkeypatch.setattr("app.analyse.infer", fail)
+    monkeypatch.setattr("app.analysis.infer", fail)
     result = run("detect", scan, "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.startswith("internal_error: Counterpart met an unexpected ValueError in test_cli.py:")

@@ -13,8 +13,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import AwareDatetime
 
-from app.analyse import OPTIONAL_FILES, RESULT_FILES
-from app.analyse import Request as Wanted
+from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
+from app.analysis import AnalysisRequest as Wanted
 from app.api import views
 from app.api.problems import MEDIA_TYPE, absent_problem, job_problem, problem_response
 from app.api.receive import declared, receive
@@ -228,7 +228,7 @@ def get_result(
     if fetched is None:
         raise InternalError(
             f"{name} of a finished job is missing.",
-            expected=", ".join((*RESULT_FILES, *OPTIONAL_FILES)) + ".",
+            expected=", ".join((*REQUIRED_NAMES, *OPTIONAL_NAMES)) + ".",
             advice="Check the store; DELETE the job and send the scan again.",
         )
     return ResultFile(fetched, name, headers)

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from app.api.problems import job_problem
 from app.api.schemas import Scan, Summary
 from app.api.service import Service
-from app.export.report import Finding, ModelChoice
+from app.export.report import Finding, ModelSelectionReport
 from app.jobs.job import Job
 
 # A link is called as its file is, without the ending; "report" is report.json.
@@ -23,7 +23,7 @@ class Timed(BaseModel):
 class Used(BaseModel):
     """What is told of a report's model; reports of 0.1.0 do not say how it was chosen."""
 
-    choice: ModelChoice | None = None
+    choice: ModelSelectionReport | None = None
 
 
 class Published(BaseModel):

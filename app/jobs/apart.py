@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.analyse import Progress, Request
+from app.analysis import Progress, AnalysisRequest
 from app.errors import NotReady, OutOfMemory, from_problem
 from app.export.report import Report
 from app.jobs.engine import Engine, ProcessDied, Unexpected
@@ -92,7 +92,7 @@ class Apart:
                     advice="Run `counterpart doctor`; the machine may be short of memory.",
                 ) from None
 
-    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
         """Have a scan inferred by the child; see `Engine.infer`.
 
         Raises
@@ -104,7 +104,7 @@ class Apart:
         """
         self._ask({"scan": str(scan), "out": str(out), "request": asdict(request)}, "read", progress)
 
-    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
         """Have the results written by the child, which knows them still or reads what was inferred.
 
         Raises

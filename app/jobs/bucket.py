@@ -4,7 +4,7 @@
 
     jobs/<job>/scan/000000 ...            the upload, whole before it is acknowledged
     jobs/<job>/work-<random>/<name>       results of one attempt
-    jobs/<job>/inferred/<name>            what the networks made of it (`app.inferred`), until there are results
+    jobs/<job>/inferred/<name>            what the networks made of it (`app.inference_result`), until there are results
     jobs/<job>/published                  names the attempt that counts; made once, never changed
 
 A local folder holds what is under way: uploads, and the scan that this process analyses. Endpoint and

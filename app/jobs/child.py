@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any
 
-from app.analyse import Request
+from app.analysis import AnalysisRequest
 from app.errors import Cancelled, CounterpartError
 from app.jobs.engine import Engine
 from app.jobs.runner import out_of_memory, where
@@ -64,7 +64,7 @@ class Inference:
                 self._engine.warm_up()
                 return {"ready": True}
             guard(on=asked["guard"])
-            scan, out, request = Path(asked["scan"]), Path(asked["out"]), Request(**asked["request"])
+            scan, out, request = Path(asked["scan"]), Path(asked["out"]), AnalysisRequest(**asked["request"])
             if "inferred" not in asked:
                 self._engine.infer(scan, out, request, self._progress)
                 return {"inferred": True}

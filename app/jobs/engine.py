@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, Protocol
 
-from app.analyse import UNPACKED, Progress, Request, export, infer
+from app.analysis import UNPACKED_PREFIX, Progress, AnalysisRequest, export, infer
 from app.errors import NotReady
 from app.export.report import Report
-from app.inferred import Inferred, load, save
+from app.inference_result import InferenceResult, load_inference_result, save_inference_result
 from app.ingest import read
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
@@ -65,10 +65,10 @@ class Engine(Protocol):
     def warm_up(self) -> None:
         """Load every model and see it work: a real inference; raises what is wrong."""
 
-    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
         """Read a scan, ask the networks, and write what they made of it to `INFERRED` in a folder."""
 
-    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
         """Write the results of what was inferred, wherever it was, into a folder.
 
         Where the same engine did it last, for the same folder, it has all it needs in memory.
@@ -88,7 +88,7 @@ class Last:
     out: Path
     scratch: TemporaryDirectory[str]
     scan: Scan
-    inferred: Inferred
+    inferred: InferenceResult
 
 
 class BundleEngine:
@@ -158,29 +158,29 @@ class BundleEngine:
             if self._noncommercial or not manifest.licence.non_commercial:
                 self._bundle(manifest)
 
-    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
         """Read a scan, ask the networks, and write what they made of it to `INFERRED` in a folder."""
         self._forget()
         # Beside it, for what an archive holds: whoever removes the folder removes both.
-        scratch = TemporaryDirectory(prefix=UNPACKED, dir=out)
+        scratch = TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out)
         try:
             scanned, inferred = infer(scan, Path(scratch.name), self._bundle, self.manifests, request, progress)
-            save(inferred, out / INFERRED)
+            save_inference_result(inferred, out / INFERRED)
         except BaseException:
             scratch.cleanup()
             raise
         self._last = Last(out, scratch, scanned, inferred)
 
-    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
         """Write the results of what was inferred, from memory where it is there."""
         last = self._last
         try:
             if last is not None and last.out == out:
                 return export(last.scan, last.inferred, out, progress)
             progress("export", 0.0)
-            with TemporaryDirectory(prefix=UNPACKED, dir=out) as scratch:
+            with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
                 again = read(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
-                return export(again, load(inferred), out, progress)
+                return export(again, load_inference_result(inferred), out, progress)
         finally:
             self._forget()
 

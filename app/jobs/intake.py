@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from dbos import DBOS, EnqueueOptions
 
 from app import errors
-from app.analyse import Request
+from app.analysis import AnalysisRequest
 from app.jobs.engine import Engine
 from app.jobs.incoming import Incoming
 from app.jobs.job import Job, Priority
@@ -61,7 +61,7 @@ class Intake(Listing):
                 advice="Send it again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
             )
 
-    def submit(self, incoming: Incoming, request: Request, key: str | None, priority: Priority = "routine") -> str:
+    def submit(self, incoming: Incoming, request: AnalysisRequest, key: str | None, priority: Priority = "routine") -> str:
         """Make a job of an upload, or find the one that there is.
 
         Parameters
@@ -114,7 +114,7 @@ class Intake(Listing):
 
     # ---- inside ----
 
-    def _content(self, digest: str, request: Request) -> str:
+    def _content(self, digest: str, request: AnalysisRequest) -> str:
         """Hash of all that decides the answer: bytes, parameters, and the models it may be made with."""
         models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
         # Who names a model vouches for a scan that says nothing: the report tells the two apart.

@@ -6,7 +6,7 @@ from typing import cast
 from dbos import PortableWorkflowError, WorkflowStatus
 
 from app import errors
-from app.analyse import RESULT_FILES
+from app.export.outputs import REQUIRED_NAMES
 from app.jobs.job import Job, Priority, State
 
 # DBOS's names for ours. PENDING is a workflow that a process has claimed.
@@ -38,7 +38,7 @@ def to_job(status: WorkflowStatus) -> Job:
         progress=1.0 if state == "succeeded" else kept.get("progress", 0.0),
         model=output.get("model") or kept.get("model"),
         # A job of 0.1.0 does not say: it has what there was then.
-        results=tuple(output.get("results") or RESULT_FILES) if state == "succeeded" else (),
+        results=tuple(output.get("results") or REQUIRED_NAMES) if state == "succeeded" else (),
         created=cast("datetime", _time(status.created_at)),
         started=_time(status.dequeued_at),
         ended=_time(status.completed_at),

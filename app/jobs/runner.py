@@ -12,7 +12,8 @@ from typing import Protocol
 
 import structlog
 
-from app.analyse import OPTIONAL_FILES, RESULT_FILES, Request
+from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
+from app.analysis import AnalysisRequest
 from app.errors import Cancelled, CounterpartError, InternalError, OutOfMemory, WorkerLost
 from app.jobs.engine import INFERRED, Engine, ProcessDied, Unexpected
 from app.jobs.metrics import Metrics
@@ -76,7 +77,7 @@ class Runner:
         self._idle.set()
 
     @contextmanager
-    def begin(self, job: str, request: Request) -> Iterator["Attempt"]:
+    def begin(self, job: str, request: AnalysisRequest) -> Iterator["Attempt"]:
         """What this worker does for one job; what it alone needed is gone in the end.
 
         Raises
@@ -123,7 +124,7 @@ class Attempt:
     """
 
     job: str
-    request: Request
+    request: AnalysisRequest
     engine: Engine
     store: Store
     ledger: Ledger
@@ -226,7 +227,7 @@ class Attempt:
         for stage, seconds in report.work.seconds.items():
             self.metrics.stage_seconds.labels(stage).observe(seconds)
         log.info("exported", job=self.job, model=report.model.id, seconds=round(time.perf_counter() - start, 2))
-        results = [name for name in (*RESULT_FILES, *OPTIONAL_FILES) if name not in report.absent]
+        results = [name for name in (*REQUIRED_NAMES, *OPTIONAL_NAMES) if name not in report.absent]
         return {"work": staged, "model": report.model.id, "results": results}
 
     def _failed(self, error: Exception, seconds: float) -> dict[str, str]:

@@ -5,7 +5,7 @@
     incoming/<random>/000000 ...    being received
     jobs/<job>/scan/000000 ...      the upload, whole and on disk before it is acknowledged
     jobs/<job>/work-<random>/       results being written
-    jobs/<job>/inferred-<random>    what the networks made of it (`app.inferred`), until there are results
+    jobs/<job>/inferred-<random>    what the networks made of it (`app.inference_result`), until there are results
     jobs/<job>/results/             published by one rename
     trash/<random>/                 being erased
     process-<n>.lock                held by a living process

@@ -19,7 +19,7 @@ import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
 
 from app import errors
-from app.analyse import Request
+from app.analysis import AnalysisRequest
 from app.jobs.database import connect, let_readers_pass, scrub
 from app.jobs.engine import Engine
 from app.jobs.intake import QUEUE, Intake
@@ -36,7 +36,7 @@ from app.jobs.upgrade import begin_again
 
 log = structlog.get_logger("counterpart.jobs")
 
-# Which steps there are, and what they record, the file of `app.inferred` among it. DBOS gives a job that was begun
+# Which steps there are, and what they record, the file of `app.inference_result` among it. DBOS gives a job that was begun
 # under another number to nobody: drain before a change of it. Code that keeps the steps keeps the number, so
 # that an upgrade resumes them. What was not begun has no number yet, and waits for the new code.
 STEPS_VERSION = "2"
@@ -98,7 +98,7 @@ class Jobs(Intake):
         # How often a job may be begun is decided in `_step`, which knows a death from a restart.
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def analyse_scan(job: str, request: dict[str, Any]) -> dict[str, Any]:
-            return self._work(job, Request(**request))
+            return self._work(job, AnalysisRequest(**request))
 
         if not worker:
             DBOS.listen_queues([])
@@ -243,7 +243,7 @@ class Jobs(Intake):
 
     # ---- inside ----
 
-    def _work(self, job: str, request: Request) -> dict[str, Any]:
+    def _work(self, job: str, request: AnalysisRequest) -> dict[str, Any]:
         """The steps of a job: what is recorded of one that was done is returned without doing it again."""
         with self._runner.begin(job, request) as attempt:
             inferred = DBOS.run_step({"name": "infer"}, self._step, job, attempt.infer)

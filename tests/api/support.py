@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from app import errors
-from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request
-from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
+from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
+from app.analysis import Progress, AnalysisRequest
+from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoreReport, Work
 from app.jobs.engine import INFERRED
 from app.manifest import Manifest, Range
 from tests.support.bundle import tiny_manifest
@@ -50,7 +51,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.manifests: Sequence[Manifest] = [tiny_manifest()]
-        self.seen: list[tuple[Path, Request]] = []
+        self.seen: list[tuple[Path, AnalysisRequest]] = []
         self.exported: list[tuple[str, Path]] = []
         self.broken: errors.CounterpartError | None = None
         self.slow = False
@@ -71,7 +72,7 @@ class FakeEngine:
     def close(self) -> None:
         pass
 
-    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
         self.seen.append((scan, request))
         orders = read(scan)
         progress("read", 1.0)
@@ -93,7 +94,7 @@ class FakeEngine:
             os._exit(9)
         (out / INFERRED).write_text(f"{out.parent.name} {len(self.seen)}")
 
-    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
         self.exported.append((inferred.read_text(), out))
         orders = read(scan)
         progress("export", 0.0)
@@ -105,7 +106,7 @@ class FakeEngine:
             time.sleep(0.05)
             progress("export", 0.5)
         report = _report(request)
-        for name in RESULT_FILES:
+        for name in REQUIRED_NAMES:
             (out / name).write_bytes(name.encode() * 10)
         (out / "report.json").write_text(report.model_dump_json())
         progress("export", 1.0)
@@ -131,7 +132,7 @@ def shout(text: str) -> None:
     os.write(2, text.encode())
 
 
-def _report(request: Request) -> Report:
+def _report(request: AnalysisRequest) -> Report:
     finding = Finding(
         label=1,
         volume_ml=2.5,
@@ -147,13 +148,13 @@ def _report(request: Request) -> Report:
         model=ModelUsed(id="tiny-0.0.1", sha256="0" * 64, provider="cpu", seed=request.seed or 0, licence="none"),
         input=Input(format="nifti", modality=None, shape=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0), notes=()),
         analysed=Extent(volume_ml=8.0, slices=2, slices_not_analysed=(), z_mm=(0.0, 1.0)),
-        scores=ScoresReported(
+        scores=ScoreReport(
             scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
         ),
         threshold=0.2,
         extent_threshold=0.1,
         lesion_volume_ml=2.5,
         findings=(finding,),
-        absent={BRAIN_FILE: ALONE.problem} | dict.fromkeys(DICOM_FILES, NOT_FROM_DICOM.problem),
+        absent={BRAIN_NAME: ALONE.problem} | dict.fromkeys(DICOM_NAMES, NOT_FROM_DICOM.problem),
         work=Work(seconds={"read": 0.1, "infer": 2.0}, slices_reversed=1, network_evaluations=10),
     )

@@ -11,7 +11,7 @@ import pytest
 from fastapi.testclient import TestClient
 from httpx2 import Response
 
-from app.analyse import RESULT_FILES
+from app.export.outputs import REQUIRED_NAMES
 from tests.api.support import FakeEngine, scan
 
 URL = "/v1/scans"
@@ -49,7 +49,7 @@ def test_a_scan_is_taken_and_finished(client: TestClient) -> None:
     assert done["findings"][0]["centroid_mm"] == [1.0, -2.0, 3.0]
     assert done["lesion_volume_ml"] == 2.5
     assert done["timings"] == {"read": 0.1, "infer": 2.0}
-    assert set(done["links"]) == {"self", "events", *(name.partition(".")[0] for name in RESULT_FILES)}
+    assert set(done["links"]) == {"self", "events", *(name.partition(".")[0] for name in REQUIRED_NAMES)}
     for link in done["links"].values():
         assert client.get(link).status_code == 200
 
@@ -132,7 +132,7 @@ def test_a_failed_job_tells_why_and_never_answers_again(client: TestClient, engi
     assert shown.status_code == 200
     assert shown.json()["state"] == "failed"
     assert shown.json()["problem"] == failed.json()
-    for name in RESULT_FILES:
+    for name in REQUIRED_NAMES:
         assert client.get(f"{job}/{name}").status_code == 422
     assert client.post(f"{job}/cancel").status_code == 409
 

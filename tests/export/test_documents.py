@@ -7,7 +7,7 @@ import pydicom
 import pytest
 
 from app import errors
-from app.analyse import DICOM_FILES
+from app.export.outputs import DICOM_NAMES
 from app.export.dicom import structured_report
 from app.export.dicom.source import COPIED, INSTANCE, LOSSY, PATIENT, SERIES, STUDY
 from tests.export.conftest import Written
@@ -44,7 +44,7 @@ def test_reasons_for_an_absent_result(results: str) -> None:
 def test_sop_classes_and_codes(results: str, written: Written) -> None:
     rows = dict(re.findall(r"^\| `([a-z]+\.dcm)` \|.*\| ([0-9.]+) \|", results, re.MULTILINE))
     made = [pydicom.dcmread(path) for path in (written.segmentation, written.structured_report)]
-    assert rows == dict(zip(DICOM_FILES, (dataset.SOPClassUID for dataset in made), strict=True))
+    assert rows == dict(zip(DICOM_NAMES, (dataset.SOPClassUID for dataset in made), strict=True))
     segment = made[0].SegmentSequence[0]
     for sequence in ("SegmentedPropertyCategory", "SegmentedPropertyType"):
         code = segment[f"{sequence}CodeSequence"].value[0]

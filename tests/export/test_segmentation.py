@@ -23,7 +23,7 @@ from tests.ingest.test_stack import shift, tilt
 from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, datasets, save
 from tests.support.enhanced import enhanced as with_echoes
 from tests.support.grids import tilted
-from tests.support.judges import tool
+from tests.support.external_tools import require_tool
 from tests.support.mosaic import mosaic
 from tests.support.phantom import brain, grid
 from tests.support.results import resampled
@@ -92,7 +92,7 @@ def test_a_lesion_lies_where_it_was_put_in_every_axis_layout(tmp_path: Path, lay
 @pytest.mark.parametrize("plane", get_args(Plane))
 def test_another_toolkit_puts_it_there_too(tmp_path: Path, plane: Plane, turn: str) -> None:
     """dcmqi: ITK and DCMTK, nothing of what wrote it."""
-    segimage2itkimage = tool("segimage2itkimage")
+    segimage2itkimage = require_tool("segimage2itkimage")
     written = write(tmp_path / "out", scan_of(tmp_path, Series(plane=plane), oblique(*TURNS[turn])))
     arguments = ("--inputDICOM", written.segmentation, "--outputDirectory", tmp_path, "-t", "nii", "-p", "seg")
     segimage2itkimage(*arguments)

@@ -8,10 +8,10 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from app.export.report import RESEARCH_USE_ONLY, ModelChoice
+from app.export.report import RESEARCH_USE_ONLY, ModelSelectionReport
 from tests.export.conftest import Written, scan_of, write
 from tests.support.dicom import Series
-from tests.support.judges import tool
+from tests.support.external_tools import require_tool
 
 COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
@@ -111,7 +111,7 @@ def test_it_says_what_was_analysed_by_what(name: str, request: pytest.FixtureReq
 
 
 def test_a_doubt_about_the_model_is_said(written: Written, tmp_path: Path) -> None:
-    choice = ModelChoice(by="modality", sure=False, doubt="The series does not say its sequence.")
+    choice = ModelSelectionReport(by="modality", sure=False, doubt="The series does not say its sequence.")
     model = written.report.model.model_copy(update={"choice": choice})
     made = pydicom.dcmread(write(tmp_path, written.scan, model=model).structured_report)
     assert [i.TextValue for i in items(made, "Comment")][-1] == "The series does not say its sequence."
@@ -145,7 +145,7 @@ def test_private_codes_are_declared(written: Written) -> None:
 
 def test_another_toolkit_reads_the_numbers(written: Written, tmp_path: Path) -> None:
     """dcmqi's reader of TID 1500, on DCMTK."""
-    tid1500reader = tool("tid1500reader")
+    tid1500reader = require_tool("tid1500reader")
     tid1500reader("--inputDICOM", written.structured_report, "--outputMetadata", tmp_path / "sr.json")
     _, *groups = json.loads((tmp_path / "sr.json").read_text())["Measurements"]
     segmentation = pydicom.dcmread(written.segmentation)

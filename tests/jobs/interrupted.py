@@ -8,7 +8,7 @@ import signal
 import sys
 from types import SimpleNamespace
 
-from app import analyse
+from app import analysis
 from app.jobs.apart import Apart
 from app.jobs.engine import BundleEngine
 from app.main import serve, work
@@ -16,7 +16,7 @@ from app.manifest import Manifest
 from app.runtime.bundle import Bundle
 from app.settings import Settings, read_settings
 
-analyse.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment, attr-defined]
+analysis.time = SimpleNamespace(perf_counter=lambda: 0.0)  # type: ignore[assignment, attr-defined]
 
 HERE = "tests.jobs.interrupted"
 

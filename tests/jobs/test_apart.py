@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from app.analyse import RESULT_FILES, Request
+from app.export.outputs import REQUIRED_NAMES
+from app.analysis import AnalysisRequest
 from app.errors import NotReady, OutOfDistribution, OutOfMemory
 from app.jobs.apart import Apart
 from app.jobs.child import NICENESS, free_memory
@@ -54,8 +55,8 @@ def analyse(engine: Apart, folder: Path, *, stop_after: float = 1e9, **orders: o
         if time.monotonic() - begin > stop_after:
             raise Interrupted
 
-    engine.infer(folder / "scan", folder, Request(seed=5), progress)
-    report = engine.export(folder / "scan", folder / INFERRED, folder, Request(seed=5), progress)
+    engine.infer(folder / "scan", folder, AnalysisRequest(seed=5), progress)
+    report = engine.export(folder / "scan", folder / INFERRED, folder, AnalysisRequest(seed=5), progress)
     assert (report.model.id, report.model.seed, report.lesion_volume_ml) == ("tiny-0.0.1", 5, 2.5)
     return told
 
@@ -75,7 +76,7 @@ def test_a_scan_is_analysed_by_another_process(apart: Apart, tmp_path: Path) -> 
         *[("infer", step / 4) for step in range(4)],
         ("export", 1.0),
     ]
-    assert (tmp_path / RESULT_FILES[0]).read_bytes() == RESULT_FILES[0].encode() * 10
+    assert (tmp_path / REQUIRED_NAMES[0]).read_bytes() == REQUIRED_NAMES[0].encode() * 10
     assert child(apart) == first != os.getpid()
     assert os.getpriority(os.PRIO_PROCESS, first) == min(os.nice(0) + NICENESS, 19)
 

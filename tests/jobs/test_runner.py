@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.analyse import RESULT_FILES, Request
+from app.export.outputs import REQUIRED_NAMES
+from app.analysis import AnalysisRequest
 from app.jobs.metrics import Metrics
 from app.jobs.runner import Interrupted, Outcome, Runner, where
 from app.jobs.store import Store
@@ -47,7 +48,7 @@ def runner(folder: Path, ledger: Paper, **orders: object) -> Runner:
 
 def analyse(worker: Runner) -> Outcome:
     """Both steps of a job, or the one that failed."""
-    with worker.begin(JOB, Request()) as attempt:
+    with worker.begin(JOB, AnalysisRequest()) as attempt:
         outcome = attempt.infer()
         return outcome if "problem" in outcome else attempt.export(str(outcome["inferred"]))
 
@@ -57,7 +58,7 @@ def test_progress_runs_over_the_whole_job(tmp_path: Path) -> None:
     outcome = analyse(runner(tmp_path, ledger))
     assert ledger.notes == [("read", 0.05), ("infer", 0.05), ("export", 0.95)]
     assert outcome["model"] == "tiny-0.0.1"
-    assert outcome["results"] == [*RESULT_FILES]
+    assert outcome["results"] == [*REQUIRED_NAMES]
     assert (tmp_path / "jobs" / JOB / str(outcome["work"]) / "mask.nii.gz").is_file()
 
 

@@ -9,7 +9,8 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from app.analyse import DICOM_FILES, RESULT_FILES, Request
+from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
+from app.analysis import AnalysisRequest
 from app.jobs.apart import Apart
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect, recorded_steps, workflow_status
@@ -28,7 +29,7 @@ from tests.support.dicom import write_series, zipped
 from tests.support.phantom import brain, grid, with_lesion
 
 SHAPE = (58, 70, 52)
-RESULTS = (*RESULT_FILES, *DICOM_FILES)
+RESULTS = (*REQUIRED_NAMES, *DICOM_NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -202,13 +203,13 @@ def test_the_usual_export_reads_nothing_again(
         raise FileNotFoundError
 
     monkeypatch.setattr("app.jobs.engine.read", counted)
-    engine.infer(archive, tmp_path, Request(), quiet)
+    engine.infer(archive, tmp_path, AnalysisRequest(), quiet)
     file = (tmp_path / INFERRED).rename(tmp_path / "held")
-    engine.export(archive, file, tmp_path, Request(), quiet)
+    engine.export(archive, file, tmp_path, AnalysisRequest(), quiet)
     assert reads == []
     assert within(tmp_path) == sorted(["held", *RESULTS])
     with pytest.raises(FileNotFoundError):  # nothing of it stays in memory
-        engine.export(archive, file, tmp_path, Request(), quiet)
+        engine.export(archive, file, tmp_path, AnalysisRequest(), quiet)
     assert reads == ["again"]
 
 

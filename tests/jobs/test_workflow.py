@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from dbos import DBOS
 
-from app.analyse import Request
+from app.analysis import AnalysisRequest
 from app.errors import NotFound, QueueFull
 from app.jobs.engine import Engine
 from app.jobs.job import Cursor, State, Which
@@ -40,7 +40,7 @@ def submit(jobs: Jobs, folder: Path, **orders: object) -> str:
         incoming.begin()
         incoming.write(scan(**orders))
         incoming.end()
-        return jobs.submit(incoming, Request(), None)
+        return jobs.submit(incoming, AnalysisRequest(), None)
 
 
 def until(jobs: Jobs, job: str, state: State) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from app.analyse import RESULT_FILES, Request
+from app.export.outputs import REQUIRED_NAMES
+from app.analysis import AnalysisRequest
 from app.api.problems import STATUS_OF_CODE
 from app.errors import NonCommercialModel, UnknownModel, WrongSequence
 from app.export.nifti import write_nifti
@@ -78,17 +79,17 @@ def test_the_engine_refuses_it_before_it_is_loaded(models: Path, tmp_path: Path,
     engine = BundleEngine(models, "cpu", 1)
     engine.warm_up()  # nothing to load, and nothing broken
     with pytest.raises(NonCommercialModel):
-        engine.infer(head, tmp_path, Request(model="tiny"), lambda *_: None)
+        engine.infer(head, tmp_path, AnalysisRequest(model="tiny"), lambda *_: None)
 
 
 def test_where_it_is_allowed_it_serves_and_says_what_it_is_for(models: Path, tmp_path: Path, head: Path) -> None:
     engine = BundleEngine(models, "cpu", 1, noncommercial=True)
     engine.warm_up()
-    engine.infer(head, tmp_path, Request(model="tiny"), lambda *_: None)
-    report = engine.export(head, tmp_path / INFERRED, tmp_path, Request(model="tiny"), lambda *_: None)
+    engine.infer(head, tmp_path, AnalysisRequest(model="tiny"), lambda *_: None)
+    report = engine.export(head, tmp_path / INFERRED, tmp_path, AnalysisRequest(model="tiny"), lambda *_: None)
     assert report.research_use_only is True
     assert report.notice.startswith("Research use only")
-    assert {path.name for path in tmp_path.iterdir()} >= set(RESULT_FILES)
+    assert {path.name for path in tmp_path.iterdir()} >= set(REQUIRED_NAMES)
 
 
 # ---- over HTTP ---------------------------------------------------------------------------------

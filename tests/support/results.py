@@ -10,7 +10,7 @@ from nibabel import affines
 from scipy import ndimage
 
 from app import __version__
-from app.export.report import RESEARCH_USE_ONLY, Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
+from app.export.report import RESEARCH_USE_ONLY, Extent, Finding, Input, ModelUsed, Report, ScoreReport, Work
 from app.manifest import Range
 from app.pipeline.detect import Detection
 from app.pipeline.findings import Lesion, Result
@@ -73,7 +73,7 @@ def report_of(scan: Scan, result: Result) -> Report:
             notes=("Left out: 3 localizers.",),
         ),
         analysed=Extent(volume_ml=1234.5, slices=40, slices_not_analysed=(0, 39), z_mm=(-51.5, 62.0)),
-        scores=ScoresReported(
+        scores=ScoreReport(
             scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
         ),
         threshold=0.4,

@@ -12,7 +12,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from app.analyse import BRAIN_FILE, DICOM_FILES, RESULT_FILES, Progress, Request, analyse
+from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
+from app.analysis import Progress, AnalysisRequest, analyse
 from app.brain import Networks
 from app.errors import BrainNotExtracted, Cancelled, NotAnImageFormat, UnknownModel, WrongFieldOfView, WrongModality
 from app.export.report import Report
@@ -26,7 +27,7 @@ from tests.support.heads import ORACLE, nothing
 from tests.support.phantom import LESION_MM, RADIUS_MM, ball, brain, grid, head, with_lesion
 from tests.support.segmentation import segment_points
 
-PLAIN = Request()
+PLAIN = AnalysisRequest()
 TURN = np.eye(4)
 TURN[:3, :3] = Rotation.from_euler("xyz", (6, -9, 14), degrees=True).as_matrix()
 # Oblique, along left and posterior, and rounded as NIfTI keeps it.
@@ -86,7 +87,7 @@ def load(out: Path, name: str) -> tuple[nib.Nifti1Image, np.ndarray]:
 
 
 def test_exactly_the_named_files_are_written(done: tuple[Path, Report]) -> None:
-    assert sorted(p.name for p in done[0].iterdir()) == sorted(RESULT_FILES)
+    assert sorted(p.name for p in done[0].iterdir()) == sorted(REQUIRED_NAMES)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("mask", np.uint8), ("anomaly", np.float32), ("counterpart", np.float32)])
@@ -190,7 +191,7 @@ def test_the_same_scan_gives_the_same_bytes(
     out = tmp_path / "out"
     out.mkdir()
     report = run(renamed, out, bundle)
-    for name in RESULT_FILES:
+    for name in REQUIRED_NAMES:
         if name != "report.json":
             assert (out / name).read_bytes() == (done[0] / name).read_bytes(), name
     before, after = (r.model_dump(exclude={"work": {"seconds"}}) for r in (done[1], report))
@@ -200,7 +201,7 @@ def test_the_same_scan_gives_the_same_bytes(
 def test_another_seed_is_other_noise_and_is_told(
     scan: Path, bundle: Bundle, done: tuple[Path, Report], tmp_path: Path
 ) -> None:
-    report = run(scan, tmp_path, bundle, Request(seed=12))
+    report = run(scan, tmp_path, bundle, AnalysisRequest(seed=12))
     assert report.model.seed == 12
     assert (tmp_path / "anomaly.nii.gz").read_bytes() != (done[0] / "anomaly.nii.gz").read_bytes()
     assert report.lesion_volume_ml == pytest.approx(done[1].lesion_volume_ml, rel=0.35)
@@ -220,7 +221,7 @@ def test_a_dicom_series_gives_the_mask_of_its_nifti(
         for i, m in ((first, mask), (second, other))
     )
     assert 2 * len(here & there) / (len(here) + len(there)) > 0.98
-    for name in RESULT_FILES:  # those of `DICOM_FILES` belong to the patient, and say so
+    for name in REQUIRED_NAMES:  # those of `DICOM_FILES` belong to the patient, and say so
         file = out / name
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         assert SECRET.encode() not in content, file.name
@@ -234,8 +235,8 @@ def test_a_dicom_series_has_dicom_results_at_the_place_of_the_mask(
     out = tmp_path / "out"
     out.mkdir()
     report = run(zipped(tmp_path / "series.zip", files), out, bundle)
-    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, *DICOM_FILES))
-    assert set(report.absent) == {BRAIN_FILE}
+    assert sorted(p.name for p in out.iterdir()) == sorted((*REQUIRED_NAMES, *DICOM_NAMES))
+    assert set(report.absent) == {BRAIN_NAME}
     image, mask = load(out, "mask")
     found = segment_points(out / "segmentation.dcm")
     assert sorted(found) == [f.label for f in report.findings]
@@ -253,15 +254,15 @@ def test_a_healthy_dicom_series_has_a_report_and_no_segmentation(bundle: Bundle,
     out = tmp_path / "out"
     out.mkdir()
     report = run(tmp_path / "series", out, bundle)
-    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, "report.dcm"))
+    assert sorted(p.name for p in out.iterdir()) == sorted((*REQUIRED_NAMES, "report.dcm"))
     codes = {name: problem["code"] for name, problem in report.absent.items()}
-    assert codes == {BRAIN_FILE: "no_brain_mask", "segmentation.dcm": "no_lesion"}
+    assert codes == {BRAIN_NAME: "no_brain_mask", "segmentation.dcm": "no_lesion"}
     assert Report.model_validate_json((out / "report.json").read_text()).absent == report.absent
 
 
 def test_a_nifti_scan_says_why_it_has_no_dicom_results(done: tuple[Path, Report]) -> None:
     codes = {name: problem["code"] for name, problem in done[1].absent.items()}
-    assert codes == {BRAIN_FILE: "no_brain_mask"} | dict.fromkeys(DICOM_FILES, "not_from_dicom")
+    assert codes == {BRAIN_NAME: "no_brain_mask"} | dict.fromkeys(DICOM_NAMES, "not_from_dicom")
 
 
 # ---- a head with its skull -----------------------------------------------------------------------
@@ -293,14 +294,14 @@ def from_head(
 
 def test_a_head_has_the_brains_mask_beside_its_results(from_head: tuple[Path, Report]) -> None:
     out, report = from_head
-    assert sorted(p.name for p in out.iterdir()) == sorted((*RESULT_FILES, BRAIN_FILE))
+    assert sorted(p.name for p in out.iterdir()) == sorted((*REQUIRED_NAMES, BRAIN_NAME))
     image, taken = load(out, "brain")
     assert taken.dtype == np.uint8
     np.testing.assert_array_equal(image.affine, grid(ROOMY))
     assert report.brain is not None
     assert report.brain.volume_ml == pytest.approx(taken.sum() * 0.027, abs=0.1)
     assert (report.brain.method, report.brain.version, report.brain.sha256) == ("oracle", "1", "1" * 64)
-    assert BRAIN_FILE not in report.absent
+    assert BRAIN_NAME not in report.absent
     assert report.work.seconds["extract"] > 0
 
 
@@ -338,11 +339,11 @@ def test_a_brain_alone_has_the_same_bytes_with_an_extractor_as_without(
     scan: Path, bundle: Bundle, done: tuple[Path, Report], tmp_path: Path
 ) -> None:
     report = run(scan, tmp_path, with_extractor(bundle))
-    for name in RESULT_FILES:
+    for name in REQUIRED_NAMES:
         if name != "report.json":
             assert (tmp_path / name).read_bytes() == (done[0] / name).read_bytes(), name
     assert report.brain is None
-    assert "alone" in report.absent[BRAIN_FILE]["found"]
+    assert "alone" in report.absent[BRAIN_NAME]["found"]
     assert report.findings == done[1].findings
 
 
@@ -367,7 +368,7 @@ def test_a_healthy_scan_has_an_empty_mask(bundle: Bundle, tmp_path: Path) -> Non
     assert report.lesion_volume_ml == 0
     assert report.work.slices_reversed < 3  # rounded to integers, an edge may pass the threshold of the KL map
     assert not load(out, "mask")[1].any()
-    assert sorted(p.name for p in out.iterdir()) == sorted(RESULT_FILES)
+    assert sorted(p.name for p in out.iterdir()) == sorted(REQUIRED_NAMES)
 
 
 def test_progress_goes_through_the_stages_and_only_forward(scan: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -408,7 +409,7 @@ def test_what_cannot_be_analysed_leaves_nothing(bundle: Bundle, tmp_path: Path) 
 
 def test_a_model_that_is_not_there_is_refused(scan: Path, bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(UnknownModel, match="'flair'"):
-        run(scan, tmp_path, bundle, Request(model="flair"))
+        run(scan, tmp_path, bundle, AnalysisRequest(model="flair"))
 
 
 def test_a_ct_is_no_t1(volume: Volume, bundle: Bundle, tmp_path: Path) -> None:
@@ -416,4 +417,4 @@ def test_a_ct_is_no_t1(volume: Volume, bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(WrongModality):
-        run(tmp_path / "ct", out, bundle, Request(model="tiny"))
+        run(tmp_path / "ct", out, bundle, AnalysisRequest(model="tiny"))

@@ -1,10 +1,11 @@
-"""A preview that a radiologist understands at a glance, drawn with Pillow.
+"""Preview picture of the findings, drawn with Pillow.
 
-Radiological convention, as on the letters drawn beside each picture: the patient's right is on
-the viewer's left, anterior is up.
+It follows the radiological convention, as the letters in each panel show: the patient's right is on the viewer's left,
+anterior is up.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from app.pipeline.findings import label_findings
 from app.pipeline.prepare import BoolArray
 from app.volume import FloatArray
 
+RgbImage = npt.NDArray[np.uint8]  # (H, W, 3)
+T = TypeVar("T", bound=np.generic)
+
 ROWS = 5
 ZOOM = 3
 MARGIN = 26
@@ -25,24 +29,27 @@ FOOTER = 26
 COLUMNS = ("scan", "healthy counterpart", "anomaly map", "mask")
 GREY = 170
 MASK_COLOUR = (255, 64, 64)
-# The map is drawn from black to white-hot at this multiple of the threshold.
+# The anomaly map is white at this multiple of the threshold.
 MAP_RANGE = 3.0
 
 
 def write_preview(path: Path, detection: Detection, manifest: Manifest, notice: str) -> None:
-    """Draw the slices that differ most: scan, counterpart, anomaly map, mask.
+    """Draw scan, counterpart, anomaly map and mask of the slices with the largest findings.
 
     Parameters
     ----------
     path : Path
-        Target .png.
+        PNG file to write.
+    detection : Detection
+    manifest : Manifest
+        Contains the thresholds.
     notice : str
-        Printed below: "Research use only ...".
+        Text at the bottom of the picture.
     """
     labels, _ = label_findings(detection.anomaly, manifest.residual, manifest.preparation.voxel_ml)
-    found = labels > 0
+    mask = labels > 0
     threshold = manifest.residual.threshold
-    rows = [_row(detection, found, index, threshold) for index in _key_slices(detection, found)]
+    rows = [_draw_panels(detection, mask, index, threshold) for index in _select_slices(detection, mask)]
     height, width = (side * ZOOM for side in manifest.preparation.shape)
     canvas = Image.new(
         "RGB",
@@ -64,59 +71,53 @@ def write_preview(path: Path, detection: Detection, manifest: Manifest, notice: 
         ImageDraw.Draw(label).text((height // 2, MARGIN // 2), f"z = {z_mm:.0f} mm", (GREY,) * 3, font, anchor="mm")
         canvas.paste(label.rotate(90, expand=True), (0, top))
     draw.text((canvas.width // 2, canvas.height - FOOTER // 2), notice, (GREY,) * 3, font, anchor="mm")
-    temporary = path.with_name(path.name + ".part")
-    canvas.save(temporary, format="PNG", optimize=False)
-    temporary.replace(path)
+    canvas.save(path, format="PNG", optimize=False)
 
 
-def _key_slices(detection: Detection, found: BoolArray) -> list[int]:
-    """The slices with most findings; where there are none, slices spread over the scan."""
-    known = np.flatnonzero(detection.analysed)
-    above = found.sum(axis=(1, 2))
-    # Neighbours show the same lesion: one slice of every few.
-    apart = max(1, len(known) // (3 * ROWS))
-    chosen: list[int] = []
-    for index in np.argsort(-above, kind="stable"):
-        if above[index] and len(chosen) < ROWS and all(abs(index - c) >= apart for c in chosen):
-            chosen.append(int(index))
-    spread = known[np.linspace(0, len(known) - 1, ROWS + 2).round().astype(int)][1:-1]
+def _select_slices(detection: Detection, mask: BoolArray) -> list[int]:
+    """Return up to `ROWS` slice indices, highest first: the largest findings, then slices spread over the scan."""
+    analysed = np.flatnonzero(detection.analysed)
+    sizes = mask.sum(axis=(1, 2))  # (N,)
+    # Adjacent slices show the same lesion, so the selected slices keep a distance.
+    distance = max(1, len(analysed) // (3 * ROWS))
+    selected: list[int] = []
+    for index in np.argsort(-sizes, kind="stable"):
+        if sizes[index] and len(selected) < ROWS and all(abs(index - other) >= distance for other in selected):
+            selected.append(int(index))
+    spread = analysed[np.linspace(0, len(analysed) - 1, ROWS + 2).round().astype(int)][1:-1]
     for index in spread:
-        if len(chosen) < ROWS and int(index) not in chosen:
-            chosen.append(int(index))
-    return sorted(chosen, reverse=True)
+        if len(selected) < ROWS and int(index) not in selected:
+            selected.append(int(index))
+    return sorted(selected, reverse=True)
 
 
-def _row(
-    detection: Detection, found: BoolArray, index: int, threshold: float
-) -> tuple[float, list[npt.NDArray[np.uint8]]]:
-    """Height in millimetres and the four pictures of one slice."""
+def _draw_panels(detection: Detection, mask: BoolArray, index: int, threshold: float) -> tuple[float, list[RgbImage]]:
+    """Return the height in millimetres and the four panels of one slice."""
     affine = detection.slices.placement.affine
-    x = _upright(detection.slices.x[index, 0])
-    counterpart = _upright(detection.counterpart[index])
-    anomaly = _upright(detection.anomaly[index])
-    mask = found[index, ::-1, ::-1]
-    scan = _grey(x)
+    scan = _grey(_to_display(detection.slices.x[index, 0]))
     overlay = scan.copy()
-    overlay[mask] = (0.4 * overlay[mask] + 0.6 * np.array(MASK_COLOUR)).astype(np.uint8)
+    inside = _to_display(mask[index])
+    overlay[inside] = (0.4 * overlay[inside] + 0.6 * np.array(MASK_COLOUR)).astype(np.uint8)
     return float(affine[2, 0] * index + affine[2, 3]), [
         scan,
-        _grey(np.nan_to_num(counterpart)),
-        _hot(np.nan_to_num(anomaly) / (MAP_RANGE * threshold)),
+        _grey(np.nan_to_num(_to_display(detection.counterpart[index]))),
+        _heat_map(np.nan_to_num(_to_display(detection.anomaly[index])) / (MAP_RANGE * threshold)),
         overlay,
     ]
 
 
-def _upright(image: FloatArray) -> FloatArray:
-    """Rows run posterior to anterior and columns left to right: turn both for the viewer."""
+def _to_display(image: npt.NDArray[T]) -> npt.NDArray[T]:
+    """Turn rows (posterior to anterior) and columns (left to right) into the radiological convention."""
     return image[::-1, ::-1]
 
 
-def _grey(image: FloatArray) -> npt.NDArray[np.uint8]:
+def _grey(image: FloatArray) -> RgbImage:
+    """Map 0 to black and 1 to white."""
     levels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     return np.asarray(np.repeat(levels[..., None], 3, axis=-1), dtype=np.uint8)
 
 
-def _hot(image: FloatArray) -> npt.NDArray[np.uint8]:
-    """Black, red, yellow, white."""
+def _heat_map(image: FloatArray) -> RgbImage:
+    """Map 0 to 1 to black, red, yellow and white."""
     level = np.clip(image, 0, 1)[..., None] * 3 - np.arange(3)
     return np.asarray(np.round(np.clip(level, 0, 1) * 255), dtype=np.uint8)

@@ -15,7 +15,7 @@ from app.volume import Scan
 from tests.export.conftest import SHAPE, Written, oblique, scan_of, write
 from tests.export.test_segmentation import enhanced
 from tests.support.dicom import RAS_TO_LPS, Series, datasets
-from tests.support.judges import tool
+from tests.support.external_tools import require_tool
 from tests.support.phantom import brain
 from tests.support.results import Point
 from tests.support.segmentation import segment_points
@@ -87,7 +87,7 @@ def objects(written: Written) -> list[Path]:
 
 
 def test_dciodvfy_finds_no_fault(judged: Written) -> None:
-    dciodvfy = tool("dciodvfy")
+    dciodvfy = require_tool("dciodvfy")
     for path in objects(judged):
         said = [line for line in dciodvfy("-new", path).splitlines() if line.startswith(("Error", "Warning"))]
         assert [line for line in said if not any(meant in line for meant in MEANT)] == [], path.name
@@ -95,14 +95,14 @@ def test_dciodvfy_finds_no_fault(judged: Written) -> None:
 
 def test_dcentvfy_finds_patient_and_study_alike(judged: Written) -> None:
     """Attributes of patient, study and frame of reference agree over source, segmentation and report."""
-    dcentvfy = tool("dcentvfy")
+    dcentvfy = require_tool("dcentvfy")
     said = dcentvfy(*judged.scan.source.instances, *objects(judged), check=False)
     # It takes the accession number of an SR for one of its series.
     assert [line for line in said.splitlines() if "<AccessionNumber>" not in line] == []
 
 
 def test_dcmtk_reads_every_object(judged: Written, tmp_path: Path) -> None:
-    dcm2xml, dsrdump = tool("dcm2xml"), tool("dsrdump")
+    dcm2xml, dsrdump = require_tool("dcm2xml"), require_tool("dsrdump")
     for path in objects(judged):
         dcm2xml("+Ca", "latin-1", path, tmp_path / "out.xml")
         assert (tmp_path / "out.xml").stat().st_size > 1000
@@ -153,7 +153,7 @@ def test_real_series(archives: Path, tmp_path: Path, name: str) -> None:
     found = segment_points(written.segmentation)
     for label, finding in enumerate(written.report.findings, start=1):
         np.testing.assert_allclose(found[label].mean(axis=0), RAS_TO_LPS[:3, :3] @ finding.centroid_mm, atol=1e-3)
-    segimage2itkimage, dciodvfy = tool("segimage2itkimage"), tool("dciodvfy")
+    segimage2itkimage, dciodvfy = require_tool("segimage2itkimage"), require_tool("dciodvfy")
     segimage2itkimage("--inputDICOM", written.segmentation, "--outputDirectory", tmp_path, "-t", "nii", "-p", "seg")
     for label, finding in enumerate(written.report.findings, start=1):
         image = nib.load(tmp_path / f"seg-{label}.nii.gz")
