@@ -1,4 +1,4 @@
-"""Tools of others that judge what was written; where one is not installed, its test is skipped."""
+"""External programs that read or validate DICOM objects. A test is skipped if its program is not installed."""
 
 import shutil
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 Tool = Callable[..., str]
-# Where to find each: Debian's dicom3tools and dcmtk, dcmqi of the developer's extra.
+# Debian packages, except dcmqi, which the `dev` extra installs.
 PACKAGES = {
     "dciodvfy": "dicom3tools",
     "dcentvfy": "dicom3tools",
@@ -21,18 +21,21 @@ PACKAGES = {
 }
 
 
-def tool(name: str) -> Tool:
-    """Call a program and take all that it says; it must end with 0 unless `check=False`."""
+def require_tool(name: str) -> Tool:
+    """Return a function that runs a program and returns its output, or skip the test.
+
+    The program must exit with 0 unless `check=False`.
+    """
     path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if path is None:
         pytest.skip(f"{name} is not installed ({PACKAGES.get(name, name)})")
 
-    def call(*arguments: object, check: bool = True) -> str:
+    def run(*arguments: object, check: bool = True) -> str:
         done = subprocess.run(
             [path, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
         )
-        said = done.stdout.decode("utf-8", "replace")
-        assert not check or done.returncode == 0, said
-        return said
+        output = done.stdout.decode("utf-8", "replace")
+        assert not check or done.returncode == 0, output
+        return output
 
-    return call
+    return run
