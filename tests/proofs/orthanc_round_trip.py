@@ -1,17 +1,16 @@
 #!/usr/bin/env python3
-"""Send DICOM files to a real Orthanc, by STOW-RS and by C-STORE, and take them back by WADO-RS and C-GET.
+"""Send DICOM files to Orthanc by STOW-RS and by C-STORE, and retrieve them by WADO-RS and by C-GET.
 
     apt-get install orthanc orthanc-dicomweb dcmtk
     counterpart detect SERIES -o OUT
-    python scripts/orthanc_round_trip.py SERIES OUT
+    python tests/proofs/orthanc_round_trip.py SERIES OUT
 
-Prints one JSON line: how many instances each way in took, how each way out gave them back, what
-Orthanc makes of them (one study, its series). Leaves with 0 if every instance came back identical:
-each element but the file's meta information, which belongs to whoever wrote the file.
+The script prints one JSON line: the number of instances, the result of each retrieval, and the patients, studies and
+series that Orthanc indexed. It exits with 0 if every instance is returned identical, with 1 if not, and with 3 if a
+program is not installed. All elements are compared except the file meta information, which each writer sets itself.
 
-Debian's Orthanc listens on every address. It is started in a network namespace that has nothing
-but loopback, and this script with it; it ends with the script, by its own process id, and its store
-is a temporary folder.
+Debian's Orthanc listens on every address, so script and Orthanc run in a network namespace with only the loopback
+device. Orthanc stores its data in a temporary folder and is stopped when the script ends.
 """
 
 import argparse
@@ -38,8 +37,8 @@ from typing import Any
 import pydicom
 from pydicom.dataset import FileDataset
 
-INSIDE = "COUNTERPART_ORTHANC_NAMESPACE"
-NEEDED = ("Orthanc", "storescu", "getscu", "unshare")
+NAMESPACE_VARIABLE = "COUNTERPART_ORTHANC_NAMESPACE"
+REQUIRED_PROGRAMS = ("Orthanc", "storescu", "getscu", "unshare")
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 HTTP_PORT, DICOM_PORT = 8042, 4242
@@ -52,46 +51,46 @@ Instances = dict[str, FileDataset]
 
 
 def main() -> int:
-    """Start Orthanc twice, once for each way in."""
+    """Run the round trip with a new Orthanc for each way of sending."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="+", type=Path, help="DICOM files, or folders with some in them")
+    parser.add_argument("paths", nargs="+", type=Path, help="DICOM files, or folders that contain some")
     paths = parser.parse_args().paths
-    missing = [name for name in NEEDED if not shutil.which(name, path=_path())]
+    missing = [name for name in REQUIRED_PROGRAMS if not shutil.which(name, path=_path())]
     if missing or not PLUGIN.is_file():
         print(f"not installed: {', '.join(missing) or PLUGIN} (Debian: orthanc, orthanc-dicomweb, dcmtk)")
         return 3
-    if not os.environ.get(INSIDE):
+    if not os.environ.get(NAMESPACE_VARIABLE):
         _enter_namespace()
     _raise_loopback()
     files = _dicom_files(paths)
     sent = {str(dataset.SOPInstanceUID): dataset for dataset in map(pydicom.dcmread, files)}
     outcome: dict[str, Any] = {"instances": len(sent)}
-    for name, send in (("STOW-RS", _stow), ("C-STORE", _store)):
+    senders = {"STOW-RS": _send_stow, "C-STORE": _send_c_store}
+    for name, send in senders.items():
         with tempfile.TemporaryDirectory() as folder, _orthanc(Path(folder)):
             send(files)
             outcome[name] = {
-                "WADO-RS": _compare(sent, _wado(sent)),
-                "C-GET": _compare(sent, _get(sent, Path(folder))),
-                **_seen(),
+                "WADO-RS": _compare(sent, _retrieve_wado(sent)),
+                "C-GET": _compare(sent, _retrieve_c_get(sent, Path(folder))),
+                **_indexed(),
             }
     print(json.dumps(outcome))
-    ways = [outcome[way] for way in ("STOW-RS", "C-STORE")]
-    return 0 if all(way[back] == "identical" for way in ways for back in ("WADO-RS", "C-GET")) else 1
+    return 0 if all(outcome[name][way] == "identical" for name in senders for way in ("WADO-RS", "C-GET")) else 1
 
 
 # ---- Orthanc -----------------------------------------------------------------------------------
 
 
 def _enter_namespace() -> None:
-    """Start again where there is no network but loopback."""
-    own = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    os.environ[INSIDE] = "yes"
-    again = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-    os.execvp("unshare", ["unshare", *own, "--net", *again])  # noqa: S606 - no shell is what is wanted
+    """Restart the script in a network namespace with only the loopback device."""
+    options = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    os.environ[NAMESPACE_VARIABLE] = "yes"
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+    os.execvp("unshare", ["unshare", *options, "--net", *command])  # noqa: S606 - without a shell on purpose
 
 
 def _raise_loopback() -> None:
-    """`ip link set lo up`."""
+    """Do the same as `ip link set lo up`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
 
@@ -134,70 +133,73 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            _ask("/dicom-web/studies")
+            _request("/dicom-web/studies")
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.1)
         else:
             return
-    raise SystemExit(f"Orthanc does not answer:\n{log.read_text(errors='replace')}")
+    raise SystemExit(f"Orthanc did not start:\n{log.read_text(errors='replace')}")
 
 
-def _ask(path: str, body: bytes | None = None, **headers: str) -> tuple[bytes, str]:
-    """An answer and its Content-Type."""
+def _request(path: str, body: bytes | None = None, **headers: str) -> tuple[bytes, str]:
+    """Return the body of a response and its Content-Type."""
     request = urllib.request.Request(URL + path, body, {k.replace("_", "-"): v for k, v in headers.items()})
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return answer.read(), answer.headers.get("Content-Type", "")
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return response.read(), response.headers.get("Content-Type", "")
 
 
-def _seen() -> dict[str, Any]:
-    """What Orthanc indexed: how many patients and studies, and of each series modality and size."""
-    counts = {kind: len(json.loads(_ask(f"/{kind}")[0])) for kind in ("patients", "studies")}
-    series = [json.loads(_ask(f"/series/{i}")[0]) for i in json.loads(_ask("/series")[0])]
+def _indexed() -> dict[str, Any]:
+    """Return the number of patients and studies that Orthanc indexed, and modality and size of each series."""
+    counts = {kind: len(json.loads(_request(f"/{kind}")[0])) for kind in ("patients", "studies")}
+    series = [json.loads(_request(f"/series/{i}")[0]) for i in json.loads(_request("/series")[0])]
     return {**counts, "series": sorted([one["MainDicomTags"]["Modality"], len(one["Instances"])] for one in series)}
 
 
-# ---- ways in -----------------------------------------------------------------------------------
+# ---- send --------------------------------------------------------------------------------------
 
 
-def _stow(files: Sequence[Path]) -> None:
-    """STOW-RS (PS3.18 10.5): one multipart/related request."""
+def _send_stow(files: Sequence[Path]) -> None:
+    """Send all files in one multipart/related request (STOW-RS, PS3.18 10.5)."""
     head = f"\r\n--{BOUNDARY}\r\nContent-Type: application/dicom\r\n\r\n".encode()
     body = b"".join(head + file.read_bytes() for file in files) + f"\r\n--{BOUNDARY}--".encode()
     kind = f'multipart/related; type="application/dicom"; boundary={BOUNDARY}'
-    answer = json.loads(_ask("/dicom-web/studies", body, Content_Type=kind, Accept="application/dicom+json")[0])
+    answer = json.loads(_request("/dicom-web/studies", body, Content_Type=kind, Accept="application/dicom+json")[0])
     stored, failed = (answer.get(tag, {}).get("Value", []) for tag in ("00081199", "00081198"))
     if len(stored) != len(files) or failed:
-        raise SystemExit(f"STOW-RS: {len(stored)} of {len(files)} were stored, {len(failed)} failed.")
+        raise SystemExit(f"STOW-RS stored {len(stored)} of {len(files)} files; {len(failed)} failed.")
 
 
-def _store(files: Sequence[Path]) -> None:
-    """C-STORE. `--required` proposes the files' own SOP classes, else SEG and SR are left out."""
+def _send_c_store(files: Sequence[Path]) -> None:
+    """Send all files by C-STORE.
+
+    `--required` proposes the SOP classes of the files. Without it, storescu does not send SEG and SR.
+    """
     peer = ("-aec", TITLE, "127.0.0.1", str(DICOM_PORT))
     subprocess.run(["storescu", "--required", *peer, *map(str, files)], check=True)
 
 
-# ---- ways out ----------------------------------------------------------------------------------
+# ---- retrieve ----------------------------------------------------------------------------------
 
 
-def _wado(sent: Instances) -> Instances:
-    """WADO-RS (PS3.18 10.4): each study whole, in the transfer syntax that it was stored in."""
-    back: Instances = {}
+def _retrieve_wado(sent: Instances) -> Instances:
+    """Retrieve each study in the transfer syntax in which it was stored (WADO-RS, PS3.18 10.4)."""
+    retrieved: Instances = {}
     for study in {str(dataset.StudyInstanceUID) for dataset in sent.values()}:
         accept = 'multipart/related; type="application/dicom"; transfer-syntax=*'
-        body, kind = _ask(f"/dicom-web/studies/{study}", Accept=accept)
+        body, kind = _request(f"/dicom-web/studies/{study}", Accept=accept)
         message = message_from_bytes(f"Content-Type: {kind}\r\n\r\n".encode() + body, policy=policy.HTTP)
         assert isinstance(message, EmailMessage)
         for part in message.iter_parts():
             content = part.get_payload(decode=True)
             assert isinstance(content, bytes)
             dataset = pydicom.dcmread(BytesIO(content))
-            back[str(dataset.SOPInstanceUID)] = dataset
-    return back
+            retrieved[str(dataset.SOPInstanceUID)] = dataset
+    return retrieved
 
 
-def _get(sent: Instances, folder: Path) -> Instances:
-    """C-GET of each study."""
-    target = folder / "got"
+def _retrieve_c_get(sent: Instances, folder: Path) -> Instances:
+    """Retrieve each study by C-GET."""
+    target = folder / "retrieved"
     target.mkdir()
     for study in {str(dataset.StudyInstanceUID) for dataset in sent.values()}:
         keys = ("-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={study}")
@@ -206,18 +208,18 @@ def _get(sent: Instances, folder: Path) -> Instances:
     return {str(dataset.SOPInstanceUID): dataset for dataset in map(pydicom.dcmread, target.iterdir())}
 
 
-def _compare(sent: Instances, back: Instances) -> str:
-    """`identical`, or in how many instances something differs."""
-    absent = sent.keys() - back.keys()
-    different = [uid for uid in sent.keys() & back.keys() if sent[uid] != back[uid]]
-    if not absent and not different and len(sent) == len(back):
+def _compare(sent: Instances, retrieved: Instances) -> str:
+    """Return `identical`, or the numbers of absent and different instances."""
+    absent = sent.keys() - retrieved.keys()
+    different = [uid for uid in sent.keys() & retrieved.keys() if sent[uid] != retrieved[uid]]
+    if not absent and not different and len(sent) == len(retrieved):
         return "identical"
-    return f"{len(absent)} absent, {len(different)} different, {len(back)} in all"
+    return f"{len(absent)} absent, {len(different)} different, {len(retrieved)} in total"
 
 
 def _dicom_files(paths: Sequence[Path]) -> list[Path]:
-    every = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
-    return [file for file in every if file.is_file() and file.read_bytes()[128:132] == b"DICM"]
+    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.rglob("*")))]
+    return [file for file in files if file.is_file() and file.read_bytes()[128:132] == b"DICM"]
 
 
 if __name__ == "__main__":
