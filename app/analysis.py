@@ -124,7 +124,7 @@ def infer(
         precision=bundle.precision,
         seed=manifest.seed if request.seed is None else request.seed,
         licence=manifest.licence.licence,
-        choice=ModelSelectionReport(by=selection.by, sure=not selection.doubt, doubt=selection.doubt or None),
+        selection=ModelSelectionReport(by=selection.by, certain=not selection.doubt, warning=selection.doubt or None),
     )
     return scan, InferenceResult(manifest, model, detection, brain, seconds)
 

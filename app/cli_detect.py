@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from app.export.outputs import DICOM_NAMES
 from app.analysis import AnalysisRequest, analyse
 from app.errors import NotAVolume, UnknownModel
+from app.export.outputs import DICOM_NAMES
 from app.export.report import Report
 from app.manifest import Manifest
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
@@ -87,8 +87,8 @@ def tell(report: Report, out: Path, console: Console) -> None:
         console.print(f"Brain: {report.brain.volume_ml:.0f} ml, taken out of its head by {made_by} (brain.nii.gz).")
         for warning in report.brain.warnings:
             console.print(warning, soft_wrap=True, highlight=False)
-    if report.model.choice and report.model.choice.doubt:
-        console.print(f"Not sure of the model: {report.model.choice.doubt}", soft_wrap=True, highlight=False)
+    if report.model.selection and report.model.selection.warning:
+        console.print(f"Not sure of the model: {report.model.selection.warning}", soft_wrap=True, highlight=False)
     if report.input.format == "dicom":
         for name, reason in report.absent.items():
             if name not in DICOM_NAMES:

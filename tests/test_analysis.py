@@ -112,7 +112,7 @@ def test_report_agrees_with_the_files(results: Results) -> None:
     assert report.analysed.volume_ml == pytest.approx(np.isfinite(anomaly).sum() * 0.027, abs=0.1)
     assert report.input.shape == SHAPE
     assert report.input.spacing_mm == pytest.approx((3, 3, 3), abs=1e-4)
-    assert report.scores.fraction_out == 0
+    assert report.scores.outlier_fraction == 0
     analysed = report.analysed.slices - len(report.analysed.slices_not_analysed)
     assert report.work.network_evaluations == 3 * analysed + 5 * report.work.slices_reversed + 8
     assert 0 < report.work.slices_reversed < analysed
@@ -126,7 +126,7 @@ def test_report_contains_provenance(bundle: Bundle, results: Results) -> None:
     document = json.loads((results[0] / "report.json").read_text())
     assert document["research_use_only"] is True
     assert "Not a medical device" in document["notice"]
-    choice = document["model"].pop("choice")
+    selection = document["model"].pop("selection")
     assert document["model"] == {
         "id": "tiny-0.0.1",
         "sha256": bundle.sha256,
@@ -135,8 +135,8 @@ def test_report_contains_provenance(bundle: Bundle, results: Results) -> None:
         "seed": bundle.manifest.seed,
         "licence": "Apache-2.0",
     }
-    assert (choice["by"], choice["sure"]) == ("default", False)
-    assert choice["doubt"]
+    assert (selection["by"], selection["certain"]) == ("default", False)
+    assert selection["warning"]
 
 
 def test_preview_shows_the_finding_in_colour(results: Results) -> None:

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from app import __version__
-from app.export.outputs import REQUIRED_NAMES
 from app.cli import app
 from app.cli_detect import dice
 from app.export.nifti import write_nifti
+from app.export.outputs import REQUIRED_NAMES
 from tests.support.dicom import SECRET, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
 

@@ -13,7 +13,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, JSONResponse
 from pydantic import AwareDatetime
 
-from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
 from app.analysis import AnalysisRequest as Wanted
 from app.api import views
 from app.api.problems import MEDIA_TYPE, absent_problem, job_problem, problem_response
@@ -22,6 +21,7 @@ from app.api.results import MEDIA_TYPES, ResultFile
 from app.api.schemas import Scan, ScanList
 from app.api.service import Of, Service, authorise
 from app.errors import BadRequest, InternalError, NoSuchResult, NotFinished, UnknownModel
+from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
 from app.jobs.job import ENDED, Cursor, Job, Priority, State, Which
 from app.runtime.choice import permit
 from app.volume import Geometry

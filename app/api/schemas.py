@@ -75,7 +75,7 @@ class Scan(Summary):
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
     lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
-    choice: ModelSelectionReport | None = Field(
+    selection: ModelSelectionReport | None = Field(
         description="How the model was chosen, and whether surely; null unless succeeded."
     )
     timings: dict[str, float] | None = Field(description="Seconds of each stage; null unless succeeded.")

@@ -2,38 +2,14 @@
 
 from collections.abc import Sequence
 
-from pydantic import BaseModel
-
 from app.api.problems import job_problem
 from app.api.schemas import Scan, Summary
 from app.api.service import Service
-from app.export.report import Finding, ModelSelectionReport
+from app.export.report import ReportSummary, read_report_summary
 from app.jobs.job import Job
 
 # A link is called as its file is, without the ending; "report" is report.json.
 OTHER_LINKS = {"report.dcm": "structured_report"}
-
-
-class Timed(BaseModel):
-    """How long each stage took."""
-
-    seconds: dict[str, float]
-
-
-class Used(BaseModel):
-    """What is told of a report's model; reports of 0.1.0 do not say how it was chosen."""
-
-    choice: ModelSelectionReport | None = None
-
-
-class Published(BaseModel):
-    """What is told of a report, which any version since 0.1.0 may have written: the rest is not looked at."""
-
-    findings: tuple[Finding, ...]
-    lesion_volume_ml: float
-    model: Used
-    work: Timed
-    absent: dict[str, dict[str, str]] = {}
 
 
 def path_of(job: str) -> str:
@@ -56,8 +32,8 @@ def scan(service: Service, job: Job) -> Scan:
         research_use_only=True,
         findings=report.findings if report else None,
         lesion_volume_ml=report.lesion_volume_ml if report else None,
-        choice=report.model.choice if report else None,
-        timings=report.work.seconds if report else None,
+        selection=report.selection if report else None,
+        timings=report.seconds if report else None,
     )
 
 
@@ -67,9 +43,9 @@ def why_absent(service: Service, job: Job, name: str) -> dict[str, str] | None:
     return report.absent.get(name) if report else None
 
 
-def _report(service: Service, job: Job) -> Published | None:
+def _report(service: Service, job: Job) -> ReportSummary | None:
     content = service.store.read(job.id, "report.json")
-    return Published.model_validate_json(content) if content else None
+    return read_report_summary(content) if content else None
 
 
 def _summary(job: Job, places: dict[str, int]) -> Summary:

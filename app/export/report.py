@@ -1,11 +1,12 @@
 """Report of one analysis: the document report.json. It contains no patient data."""
 
+import json
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from app import __version__
 from app.manifest import Manifest, Part, Precision, Range
@@ -25,8 +26,8 @@ class ModelSelectionReport(Part):
         description="The caller named the model; the scan's sequence matched; its modality matched; "
         "or no other model is installed."
     )
-    sure: bool = Field(description="False if the model may be unsuitable for this scan.")
-    doubt: str | None = Field(description="Why the model may be unsuitable for this scan. Null if `sure`.")
+    certain: bool = Field(description="False if the model may be unsuitable for this scan.")
+    warning: str | None = Field(description="Why the model may be unsuitable for this scan. Null if `certain`.")
 
 
 class ModelUsed(Part):
@@ -40,7 +41,7 @@ class ModelUsed(Part):
     )
     seed: int
     licence: str
-    choice: ModelSelectionReport | None = Field(default=None, description="Null in a report of an older version.")
+    selection: ModelSelectionReport | None = Field(default=None, description="Null in a report of an older version.")
 
 
 class Input(Part):
@@ -82,7 +83,7 @@ class ScoreReport(Part):
     slices: tuple[float | None, ...] = Field(description="The same score for each slice; null if not analysed.")
     healthy_slice: Range = Field(description="Range of the slice score in healthy validation scans.")
     reconstruction: float = Field(description="Mean |x - D(z0)| as a fraction of the intensity range.")
-    fraction_out: float = Field(description="Fraction of foreground latents outside the healthy range of a latent.")
+    outlier_fraction: float = Field(description="Fraction of foreground latents outside the healthy range of a latent.")
 
 
 class Finding(Part):
@@ -128,6 +129,32 @@ class Report(Part):
         default={}, description="Result files that this scan does not have, by name, with the reason as a problem."
     )
     work: Work
+
+
+class ReportSummary(BaseModel):
+    """The part of a report that all versions since 0.1.0 can provide."""
+
+    findings: tuple[Finding, ...]
+    lesion_volume_ml: float
+    selection: ModelSelectionReport | None
+    seconds: dict[str, float]
+    absent: dict[str, dict[str, str]]
+
+
+def read_report_summary(content: bytes) -> ReportSummary:
+    """Read a published report.json, which an older version may have written."""
+    document = json.loads(content)
+    model = document["model"]
+    selection = model.get("selection")
+    if selection is None and (choice := model.get("choice")):  # its former name
+        selection = {"by": choice["by"], "certain": choice["sure"], "warning": choice["doubt"]}
+    return ReportSummary(
+        findings=document["findings"],
+        lesion_volume_ml=document["lesion_volume_ml"],
+        selection=selection,
+        seconds=document["work"]["seconds"],
+        absent=document.get("absent", {}),
+    )
 
 
 def build_report(
@@ -217,7 +244,7 @@ def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:
         slices=tuple(by_slice),
         healthy_slice=manifest.calibration.slice_score,
         reconstruction=round(detection.scores.reconstruction, 5),
-        fraction_out=round(detection.scores.fraction_out, 5),
+        outlier_fraction=round(detection.scores.fraction_out, 5),
     )
 
 

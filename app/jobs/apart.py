@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from app.analysis import Progress, AnalysisRequest
+from app.analysis import AnalysisRequest, Progress
 from app.errors import NotReady, OutOfMemory, from_problem
 from app.export.report import Report
 from app.jobs.engine import Engine, ProcessDied, Unexpected

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, Protocol
 
-from app.analysis import UNPACKED_PREFIX, Progress, AnalysisRequest, export, infer
+from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer
 from app.errors import NotReady
 from app.export.report import Report
 from app.inference_result import InferenceResult, load_inference_result, save_inference_result

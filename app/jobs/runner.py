@@ -12,9 +12,9 @@ from typing import Protocol
 
 import structlog
 
-from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
 from app.analysis import AnalysisRequest
 from app.errors import Cancelled, CounterpartError, InternalError, OutOfMemory, WorkerLost
+from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
 from app.jobs.engine import INFERRED, Engine, ProcessDied, Unexpected
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from app import errors
+from app.analysis import AnalysisRequest, Progress
 from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
-from app.analysis import Progress, AnalysisRequest
 from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoreReport, Work
 from app.jobs.engine import INFERRED
 from app.manifest import Manifest, Range
@@ -149,7 +149,7 @@ def _report(request: AnalysisRequest) -> Report:
         input=Input(format="nifti", modality=None, shape=(2, 2, 2), spacing_mm=(1.0, 1.0, 1.0), notes=()),
         analysed=Extent(volume_ml=8.0, slices=2, slices_not_analysed=(), z_mm=(0.0, 1.0)),
         scores=ScoreReport(
-            scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
+            scan=0.5, healthy_scan=wide, slices=(0.5, None), healthy_slice=wide, reconstruction=0.1, outlier_fraction=0.0
         ),
         threshold=0.2,
         extent_threshold=0.1,

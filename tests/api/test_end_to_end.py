@@ -69,11 +69,11 @@ def test_what_a_scan_does_not_have_is_told(client: TestClient, tmp_path: Path) -
     content = (tmp_path / "head.nii").read_bytes()
     nifti = client.post("/v1/scans", content=content, headers={"Prefer": "wait=120"}).json()
     assert not nifti["links"].keys() & {"segmentation", "structured_report"}
-    assert healthy["choice"] == {"by": "sequence", "sure": True, "doubt": None}
-    assert (nifti["choice"]["by"], nifti["choice"]["sure"]) == ("default", False)
-    assert nifti["choice"]["doubt"].startswith("The file says neither its modality nor its sequence")
+    assert healthy["selection"] == {"by": "sequence", "certain": True, "warning": None}
+    assert (nifti["selection"]["by"], nifti["selection"]["certain"]) == ("default", False)
+    assert nifti["selection"]["warning"].startswith("The file says neither its modality nor its sequence")
     named = client.post("/v1/scans?model=tiny", content=content, headers={"Prefer": "wait=120"}).json()
-    assert named["choice"] == {"by": "caller", "sure": True, "doubt": None}
+    assert named["selection"] == {"by": "caller", "certain": True, "warning": None}
     listed = {job["id"]: job["links"] for job in client.get("/v1/scans").json()["scans"]}
     assert all(listed[job["id"]] == job["links"] for job in (healthy, nifti))
     for job, name, code in (

@@ -111,10 +111,10 @@ def test_report_contains_extent_thresholds_and_algorithm(name: str, request: pyt
 
 
 def test_warning_of_the_model_selection_is_a_comment(results: DicomResults, tmp_path: Path) -> None:
-    choice = ModelSelectionReport(by="modality", sure=False, doubt="The series does not say its sequence.")
-    model = results.report.model.model_copy(update={"choice": choice})
+    selection = ModelSelectionReport(by="modality", certain=False, warning="The sequence is unknown.")
+    model = results.report.model.model_copy(update={"selection": selection})
     made = pydicom.dcmread(write_results(tmp_path, results.scan, model=model).structured_report)
-    assert [i.TextValue for i in items(made, "Comment")][-1] == "The series does not say its sequence."
+    assert [i.TextValue for i in items(made, "Comment")][-1] == "The sequence is unknown."
 
 
 def test_scan_without_lesion_has_a_report_and_no_segmentation(healthy: DicomResults, results: DicomResults) -> None:

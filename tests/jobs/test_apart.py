@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from app.export.outputs import REQUIRED_NAMES
 from app.analysis import AnalysisRequest
 from app.errors import NotReady, OutOfDistribution, OutOfMemory
+from app.export.outputs import REQUIRED_NAMES
 from app.jobs.apart import Apart
 from app.jobs.child import NICENESS, free_memory
 from app.jobs.engine import INFERRED, ProcessDied, Unexpected

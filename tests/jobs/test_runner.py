@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from app.export.outputs import REQUIRED_NAMES
 from app.analysis import AnalysisRequest
+from app.export.outputs import REQUIRED_NAMES
 from app.jobs.metrics import Metrics
 from app.jobs.runner import Interrupted, Outcome, Runner, where
 from app.jobs.store import Store

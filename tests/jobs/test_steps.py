@@ -9,8 +9,8 @@ import httpx2
 import pytest
 import sqlalchemy as sa
 
-from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
 from app.analysis import AnalysisRequest
+from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
 from app.jobs.apart import Apart
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect, recorded_steps, workflow_status

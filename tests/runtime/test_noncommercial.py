@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from app.export.outputs import REQUIRED_NAMES
 from app.analysis import AnalysisRequest
 from app.api.problems import STATUS_OF_CODE
 from app.errors import NonCommercialModel, UnknownModel, WrongSequence
 from app.export.nifti import write_nifti
+from app.export.outputs import REQUIRED_NAMES
 from app.jobs.engine import INFERRED, BundleEngine
 from app.main import create_app
 from app.manifest import Manifest

@@ -130,7 +130,7 @@ def _make_report(scan: Scan, result: Result) -> Report:
         ),
         analysed=Extent(volume_ml=1234.5, slices=40, slices_not_analysed=(0, 39), z_mm=(-51.5, 62.0)),
         scores=ScoreReport(
-            scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
+            scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, outlier_fraction=0.0
         ),
         threshold=0.4,
         extent_threshold=0.2,

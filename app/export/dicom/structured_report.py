@@ -186,6 +186,6 @@ def _qualitative_evaluations(report: Report) -> ContainerContentItem:
 
 def _comments(report: Report) -> Iterator[TextContentItem]:
     """Yield the notice, the notes of the reader and the warning of the model selection."""
-    warning = report.model.choice.doubt if report.model.choice else None
+    warning = report.model.selection.warning if report.model.selection else None
     for text in (report.notice, *report.input.notes, *([warning] if warning else [])):
         yield TextContentItem(codes.DCM.Comment, text, RelationshipTypeValues.CONTAINS)
