@@ -155,7 +155,7 @@ def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress
         result=result,
         brain=inference.brain.mask if isinstance(inference.brain, ExtractedBrain) else inference.brain,
         report=report,
-        started=started,
+        elapsed=lambda: time.perf_counter() - started,
     )
     report = write_outputs(context, out)
     progress("export", 1.0)
@@ -166,8 +166,8 @@ def _run_extractor(volume: Volume, bundle: Bundle) -> tuple[Volume, ExtractedBra
     """Return the volume to analyse, and the brain mask or the reason why there is none."""
     if bundle.extractor is None:
         return volume, NoBrainMask(
-            f"{bundle.manifest.id} analyses scans with their skull. No brain was extracted.",
-            expected="a model of skull-stripped brains.",
+            f"{bundle.manifest.id} analyses scans without brain extraction.",
+            expected="a model that needs brain extraction.",
             advice="The analysed region is where anomaly.nii.gz has a value.",
         )
     brain = extract(volume, bundle.extractor.networks)

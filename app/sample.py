@@ -27,9 +27,8 @@ SCALE = 0.92
 # fractions of the 98th, are within 0.06 of those of ds002748.
 GAMMA = 2.1
 BRIGHT = 98  # percentile
-# Standard deviation of the noise in each quadrature channel, as a fraction of the 98th percentile. The difference between
-# the scan and the scan smoothed by a 1 mm Gaussian then has a standard deviation of 5.7 % of the robust range, as in
-# ds002748 (5.3 to 6.0 %).
+# Standard deviation of the noise in each quadrature channel, as a fraction of the 98th percentile. The scan minus
+# the scan after a 1 mm Gaussian has a standard deviation of 5.7 % of the robust range, as in ds002748 (5.3 to 6.0 %).
 NOISE_SD = 0.02
 
 # An ellipsoid of about 6 ml in the centrum semiovale; at least 90 % of it is white matter.

@@ -4,7 +4,6 @@ A new result file is one new entry in `OUTPUTS`: the export, the command line, t
 documentation read this registry.
 """
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -52,8 +51,8 @@ class ExportContext:
         Brain mask on the scan's own grid, or the reason why no brain was extracted.
     report : Report
         Without `absent` and the duration of the export until report.json is written.
-    started : float
-        `time.perf_counter` at the start of the export.
+    elapsed : callable
+        Returns the seconds since the start of the export.
     absent : dict of str to CounterpartError
         Why outputs do not exist, by name. `write_outputs` fills it.
     """
@@ -63,7 +62,7 @@ class ExportContext:
     result: Result
     brain: BoolArray | NoBrainMask
     report: Report
-    started: float
+    elapsed: Callable[[], float]
     absent: dict[str, CounterpartError] = field(default_factory=dict)
 
     @cached_property
@@ -156,7 +155,7 @@ def _write_dicom(dataset: "Dataset | CounterpartError", path: Path) -> Counterpa
 
 def _write_report(context: ExportContext, path: Path) -> None:
     report = context.report
-    seconds = {**report.work.seconds, "export": round(time.perf_counter() - context.started, 3)}
+    seconds = {**report.work.seconds, "export": round(context.elapsed(), 3)}
     context.report = report.model_copy(
         update={
             "absent": {name: error.problem for name, error in context.absent.items()},

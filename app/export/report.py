@@ -20,7 +20,7 @@ Point = tuple[float, float, float]
 
 
 class ModelSelectionReport(Part):
-    """How the model was selected (`app.runtime.choice`)."""
+    """Reason for the selection of the model (`app.runtime.choice`)."""
 
     by: Literal["caller", "sequence", "modality", "default"] = Field(
         description="The caller named the model; the scan's sequence matched; its modality matched; "
@@ -64,7 +64,7 @@ class Extent(Part):
 
 
 class BrainReport(Part):
-    """How the brain was extracted. The brain mask is brain.nii.gz."""
+    """Method and measurements of the brain extraction. The brain mask is brain.nii.gz."""
 
     method: str
     version: str
