@@ -1,9 +1,7 @@
-"""Tables of an evaluation, and their place in the README; no number is typed by hand."""
+"""Markdown page of an evaluation: one table per part, from the measured rows."""
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +9,11 @@ import numpy as np
 from app.manifest import Manifest
 
 EARLIER = "Measured with an earlier version of this bundle."
-MARKERS = ("<!-- evaluation:begin -->", "<!-- evaluation:end -->")
 BOOTSTRAP = 2000
 
 
 def interval(values: Sequence[float], statistic: Callable[[Any], Any] = np.median) -> str:
-    """A statistic over subjects or cases, and its bootstrap 95 % interval."""
+    """Format a statistic over subjects or cases with its bootstrap 95 % interval."""
     rng = np.random.default_rng(0)
     data = np.asarray(values)
     low, high = np.percentile([statistic(rng.choice(data, len(data))) for _ in range(BOOTSTRAP)], (2.5, 97.5))
@@ -24,7 +21,7 @@ def interval(values: Sequence[float], statistic: Callable[[Any], Any] = np.media
 
 
 def healthy_table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a healthy test scan, and the median."""
+    """Return one row for each healthy test scan, and the median."""
     lines = [
         "| healthy test scan | outcome | false positives, ml | slices | reversed | network evaluations | seconds |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -47,56 +44,53 @@ def healthy_table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def lesion_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Median Dice by shape and contrast over five scans, and over all shapes."""
+    """Return the median Dice by shape and contrast over five scans, and over all shapes."""
     contrasts = sorted({r["contrast"] for r in rows}, key=lambda c: (-abs(c), -c))
     lines = [
         "| lesion shape | truth, ml | " + " | ".join(f"c = {c:+.2f}" for c in contrasts) + " |",
         "| --- | --- | " + " | ".join("---" for _ in contrasts) + " |",
     ]
     for shape in sorted({r["shape"] for r in rows}):
-        mine = [r for r in rows if r["shape"] == shape]
-        cells = [f"{np.median([r['dice'] for r in mine if r['contrast'] == c]):.2f}" for c in contrasts]
-        lines.append(f"| {shape} | {np.median([r['truth_ml'] for r in mine]):.1f} | " + " | ".join(cells) + " |")
+        of_shape = [r for r in rows if r["shape"] == shape]
+        cells = [f"{np.median([r['dice'] for r in of_shape if r['contrast'] == c]):.2f}" for c in contrasts]
+        lines.append(f"| {shape} | {np.median([r['truth_ml'] for r in of_shape]):.1f} | " + " | ".join(cells) + " |")
     for label, key in (("all, shipped threshold", "dice"), ("all, best threshold for each scan", "best_dice")):
         cells = [interval([r[key] for r in rows if r["contrast"] == c]) for c in contrasts]
         lines.append(f"| **{label}** | | " + " | ".join(cells) + " |")
-    grade3 = [r["dice"] for r in rows if abs(r["contrast"]) == max(map(abs, contrasts))]
-    lines += ["", f"Median Dice over both signs of c = 0.35 at the shipped threshold: **{interval(grade3)}**."]
+    strongest = [r["dice"] for r in rows if abs(r["contrast"]) == max(map(abs, contrasts))]
+    lines += ["", f"Median Dice over both signs of c = 0.35 at the shipped threshold: **{interval(strongest)}**."]
     return lines
 
 
 def heads_table(rows: list[dict[str, Any]]) -> list[str]:
-    """How many heads of other scanners were analysed, and how much was found in them."""
+    """Return the number of analysed heads of other scanners, and the volume of findings in them."""
     lines = [
         "| T1 with skull | analysed | found, ml: median (least to greatest) | others |",
         "| --- | --- | --- | --- |",
     ]
     for kind in dict.fromkeys(row["kind"] for row in rows):
-        mine = [row for row in rows if row["kind"] == kind]
-        found = [row["found_ml"] for row in mine if row["outcome"] == "analysed"]
+        of_kind = [row for row in rows if row["kind"] == kind]
+        found = [row["found_ml"] for row in of_kind if row["outcome"] == "analysed"]
         volumes = f"{np.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else ""
-        others = Counter(row["outcome"] for row in mine if row["outcome"] != "analysed")
-        answers = ", ".join(f"{code} {count}" for code, count in sorted(others.items()))
-        lines.append(f"| {kind} | {len(found)} of {len(mine)} | {volumes} | {answers} |")
+        refusals = Counter(row["outcome"] for row in of_kind if row["outcome"] != "analysed")
+        codes = ", ".join(f"{code} {count}" for code, count in sorted(refusals.items()))
+        lines.append(f"| {kind} | {len(found)} of {len(of_kind)} | {volumes} | {codes} |")
     return lines
 
 
 def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
-    """How many scans of each kind were refused, and why."""
+    """Return the number of refused scans of each kind, and the error codes."""
     lines = ["| scans | refused | answers |", "| --- | --- | --- |"]
-    merged: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in rows:
-        merged[row["kind"]] = row["outcomes"]
-    for kind, outcomes in merged.items():
+    for kind, outcomes in {row["kind"]: row["outcomes"] for row in rows}.items():
         total = sum(outcomes.values())
         refused = total - outcomes.get("analysed", 0)
-        answers = ", ".join(f"{code} {count}" for code, count in sorted(outcomes.items()))
-        lines.append(f"| {kind} | {refused} of {total} | {answers} |")
+        codes = ", ".join(f"{code} {count}" for code, count in sorted(outcomes.items()))
+        lines.append(f"| {kind} | {refused} of {total} | {codes} |")
     return lines
 
 
 def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Both methods over all test patients, then each patient."""
+    """Return both methods over all test patients, then each patient."""
     names = {
         "shipped_pooled": "Dice at the shipped threshold",
         "best_pooled": "best-achievable Dice, one threshold for all",
@@ -123,38 +117,44 @@ def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def render(document: dict[str, Any], manifest: Manifest, path: Path, readme: Path | None, sha256: str) -> None:
-    """Write the evaluation's page, and its tables into the README, where one is given.
+PARTS = (
+    ("healthy", "Healthy test subjects", healthy_table),
+    (
+        "lesions",
+        "Lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
+        lesion_table,
+    ),
+    ("heads", "Heads of other scanners after brain extraction", heads_table),
+    ("foreign", "Scans of another kind", foreign_table),
+    ("single", "Single images of healthy test subjects", foreign_table),
+    (
+        "tumours",
+        "Outlined tumours of test patients in all slices; tumour that is not analysed counts as missed",
+        tumour_table,
+    ),
+)
 
-    A part that was not measured with this very bundle, of this hash, says so.
+
+def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str) -> str:
+    """Return the page of an evaluation.
+
+    Parameters
+    ----------
+    document : dict
+        Measured parts by name, each with its rows and the hash of the bundle it was measured with.
+    manifest : Manifest
+    sha256 : str
+        Hash of the present bundle. Parts with another hash are marked.
     """
-    parts = (
-        ("healthy", "Healthy test subjects", healthy_table),
-        (
-            "lesions",
-            "Lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
-            lesion_table,
-        ),
-        ("heads", "Heads from other scanners, the brain taken out", heads_table),
-        ("foreign", "Scans of another kind", foreign_table),
-        ("single", "Single pictures of healthy test subjects", foreign_table),
-        (
-            "tumours",
-            "Outlined tumours of test patients, all their slices; what was not analysed counts as not found",
-            tumour_table,
-        ),
-    )
-    lines: list[str] = []
-    for key, title, table in parts:
+    lines = [
+        f"# Evaluation of {manifest.id}",
+        "",
+        "Written by `python -m training.evaluate`; brackets are bootstrap 95 % intervals.",
+        "",
+    ]
+    for key, title, table in PARTS:
         if key in document:
             lines += [f"### {title}", ""]
             lines += [] if document[key]["bundle_sha256"] == sha256 else [EARLIER, ""]
             lines += [*table(document[key]["rows"]), ""]
-    body = "\n".join(lines)
-    head = f"# Evaluation of {manifest.id}\n\nWritten by `python -m training.evaluate`; brackets are bootstrap 95 % "
-    path.write_text(f"{head}intervals.\n\n{body}")
-    if readme is not None and readme.exists():
-        begin, end = MARKERS
-        pattern = re.compile(re.escape(begin) + ".*" + re.escape(end), re.DOTALL)
-        text = readme.read_text()
-        readme.write_text(pattern.sub(lambda _: f"{begin}\n{body}\n{end}", text))
+    return "\n".join(lines)

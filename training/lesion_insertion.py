@@ -1,4 +1,4 @@
-"""Synthetic lesions of real shapes in healthy scans."""
+"""Synthetic lesions in healthy scans: shapes of real lesions in volumes, ellipses in stacks of images."""
 
 from dataclasses import dataclass
 
@@ -14,34 +14,34 @@ from app.pipeline.prepare import foreground_of
 from app.volume import FloatArray, Volume
 from training.config import data_root
 
-# Bounds of the skull-stripped brains in the space of the gold masks (mean of patients 07 and 19),
-# RAS+ millimetres. A scan's own bounds are mapped on them axis by axis.
+# Bounds of the brain in the space of the lesion masks, RAS+ mm: mean of the skull-stripped patients 07 and 19. The
+# bounds of a scan are mapped to them axis by axis.
 SHAPE_BRAIN_MM = ((-64.0, -97.5, -54.0), (64.5, 57.0, 67.5))
-# A shape is moved by up to this much before it is inserted: another place for each seed.
+# Largest random displacement of a shape along each axis.
 JITTER_MM = 4.0
-# Of a head in CT, what is brain: soft tissue within the skull, away from bone and air by this much.
+# Brain in a head CT: soft tissue, opened by this many pixels so that it does not touch bone or air.
 SOFT_TISSUE_HU = (5.0, 65.0)
-BRAIN_MARGIN = 2
-# What is smaller in a picture is no brain: the muscles of the neck, or its last bit under the vertex.
-LEAST_BRAIN_CM2 = 50.0
-# One sprite in so many pictures of a stack: they lie above one another in no order.
-SPRITE_EVERY = 3
-# Skin, skull and the fluid under it, of an MR.
+OPENING_PIXELS = 2
+# A smaller area in a slice is not brain but neck muscle, or the last part below the vertex.
+MIN_BRAIN_CM2 = 50.0
+# One image in this many gets an ellipse: the images of a MedNIST stack are in no anatomical order.
+ELLIPSE_EVERY = 3
+# Depth of skin, skull and fluid in an MR of a head.
 SCALP_MM = 20.0
-# Half axes of a sprite, as shares of its radius.
-SPRITE_AXES = (0.7, 1.4)
+# Range of the half axes of an ellipse, relative to its radius.
+ELLIPSE_AXES = (0.7, 1.4)
 
 
 @dataclass(frozen=True, eq=False)
-class Lesioned:
-    """A healthy scan with a lesion, and the truth about it.
+class LesionedScan:
+    """Healthy scan with a synthetic lesion.
 
     Attributes
     ----------
     volume : Volume
-        The scan, changed.
+        Changed scan.
     truth : (X, Y, Z) ndarray of bool
-        Where the change exceeds half of its full size.
+        Voxels that are changed by more than half of the full change.
     """
 
     volume: Volume
@@ -49,107 +49,106 @@ class Lesioned:
 
     @property
     def truth_ml(self) -> float:
-        """Volume of the truth."""
+        """Volume of the lesion."""
         return float(self.truth.sum()) * self.volume.voxel_ml
 
 
-def gold_shape(patient: str) -> Volume:
-    """Consensus lesion mask of an MS patient, in MNI space (Lesjak et al. 2018)."""
+def load_lesion_shape(patient: str) -> Volume:
+    """Load the consensus lesion mask of an MS patient in MNI space (Lesjak et al. 2018)."""
     path = data_root() / "ms_open_ms_data" / "gold_mni" / f"{patient}_gold.nii.gz"
     image = nib.load(path)
     assert isinstance(image, nib.Nifti1Image)
     return Volume((np.asarray(image.dataobj) > 0).astype(np.float32), np.asarray(image.affine))
 
 
-def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> Lesioned:
-    """Change the intensity of a healthy scan under a lesion's shape.
+def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> LesionedScan:
+    """Change the intensity of a healthy scan inside the shape of a lesion.
 
     Parameters
     ----------
     volume : Volume
-        A healthy, skull-stripped scan.
+        Healthy, skull-stripped scan.
     shape : Volume
-        A binary mask in MNI space.
+        Binary mask in MNI space.
     contrast : float
-        c: how far the intensity is moved, as a share of the brain's robust range (2nd to 98th
-        percentile); negative darkens.
+        Change of intensity relative to the robust range of the brain (2nd to 98th percentile). Negative darkens.
     seed : int
-        Of the small displacement.
+        Seed of the random displacement.
     """
     rng = np.random.default_rng([seed, 7])
     brain = foreground_of(volume)
     placed = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
     changed, truth = lesion.insert_lesion(volume.array, brain, placed, volume.spacing, contrast)
-    return Lesioned(Volume(changed, volume.affine), truth)
+    return LesionedScan(Volume(changed, volume.affine), truth)
 
 
-def insert_sprites(
-    volume: Volume, radius_mm: float, contrast: float, seed: int, *, ct: bool = True, every: int = SPRITE_EVERY
-) -> Lesioned:
-    """Ellipses in some pictures of a head, wherever there is brain enough.
+def insert_ellipses(
+    volume: Volume, radius_mm: float, contrast: float, seed: int, *, ct: bool = True, every: int = ELLIPSE_EVERY
+) -> LesionedScan:
+    """Insert an ellipse into some slices of a head, at a random position inside the brain.
 
     Parameters
     ----------
     volume : Volume
-        A stack of pictures, the last axis upwards.
+        Stack of axial slices along the last axis.
     radius_mm : float
-        Of a circle of about the same area.
+        Radius of a circle of about the same area.
     contrast : float
-        As of `insert_lesion`.
+        See `insert_lesion`.
     seed : int
-        Of places, axes and directions.
+        Seed of positions, half axes and angles.
     ct : bool
-        Whether the values are Hounsfield units.
+        True if the values are in Hounsfield units.
     every : int
-        One sprite in so many pictures.
+        Insert one ellipse in this many slices.
     """
     rng = np.random.default_rng([seed, 11])
-    brain = brain_in_ct(volume) if ct else inner_head(volume)
+    brain = segment_ct_brain(volume) if ct else segment_inner_head(volume)
     shape = np.zeros(volume.shape, np.float32)
     index = np.indices(volume.shape[:2])
     for z in range(int(rng.integers(every)), volume.shape[2], every):
         pixels = radius_mm / volume.spacing[:2]
         depth = ndimage.distance_transform_edt(brain[:, :, z])
-        places = np.argwhere(depth > pixels.mean() / 2)
-        if not len(places):
+        positions = np.argwhere(depth > pixels.mean() / 2)
+        if not len(positions):
             continue
-        offset = index - places[rng.integers(len(places))][:, None, None]
-        angle, stretch = rng.uniform(0, np.pi), rng.uniform(*SPRITE_AXES)
-        turned = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offset, 1)
+        offset = index - positions[rng.integers(len(positions))][:, None, None]
+        angle, stretch = rng.uniform(0, np.pi), rng.uniform(*ELLIPSE_AXES)
+        rotated = np.tensordot([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], offset, 1)
         axes = pixels * np.array([stretch, 1 / stretch])
-        shape[:, :, z] = ((turned / axes[:, None, None]) ** 2).sum(axis=0) <= 1
+        shape[:, :, z] = ((rotated / axes[:, None, None]) ** 2).sum(axis=0) <= 1
     changed, truth = lesion.insert_lesion(volume.array, brain, shape, volume.spacing, contrast)
-    return Lesioned(Volume(changed, volume.affine), truth)
+    return LesionedScan(Volume(changed, volume.affine), truth)
 
 
-def brain_in_ct(volume: Volume) -> npt.NDArray[np.bool_]:
-    """Soft tissue inside the skull, picture by picture, (X, Y, Z)."""
+def segment_ct_brain(volume: Volume) -> npt.NDArray[np.bool_]:
+    """Return the soft tissue inside the skull, slice by slice, (X, Y, Z)."""
     low, high = SOFT_TISSUE_HU
     soft = (volume.array > low) & (volume.array < high)
     brain = np.zeros(volume.shape, dtype=np.bool_)
-    least = LEAST_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
+    min_pixels = MIN_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
     for z in range(volume.shape[2]):
-        inner = ndimage.binary_opening(soft[:, :, z], iterations=BRAIN_MARGIN)
+        inner = ndimage.binary_opening(soft[:, :, z], iterations=OPENING_PIXELS)
         parts, count = ndimage.label(inner)
         if count:
             largest = 1 + int(np.argmax(ndimage.sum_labels(inner, parts, range(1, count + 1))))
             part = ndimage.binary_fill_holes(parts == largest) & (volume.array[:, :, z] < high)
-            brain[:, :, z] = part & (part.sum() >= least)
+            brain[:, :, z] = part & (part.sum() >= min_pixels)
     return brain
 
 
-def inner_head(volume: Volume) -> npt.NDArray[np.bool_]:
-    """What lies deep enough in an MR of a head to be brain, picture by picture, (X, Y, Z)."""
+def segment_inner_head(volume: Volume) -> npt.NDArray[np.bool_]:
+    """Return the part of a head MR that is deep enough to be brain, slice by slice, (X, Y, Z)."""
     filled = fill_by_slice(foreground_of(volume).transpose(2, 0, 1))
     deep = [ndimage.distance_transform_edt(image, volume.spacing[:2]) > SCALP_MM for image in filled]
-    least = LEAST_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
-    return np.stack([image & (image.sum() >= least) for image in deep], axis=2)
+    min_pixels = MIN_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
+    return np.stack([image & (image.sum() >= min_pixels) for image in deep], axis=2)
 
 
 def _shape_on_scan(
     volume: Volume, brain: npt.NDArray[np.bool_], shape: Volume, shift_mm: npt.NDArray[np.float64]
 ) -> FloatArray:
-    """The shape on the scan's grid, (X, Y, Z) in [0, 1]."""
+    """Resample the shape to the grid of the scan, (X, Y, Z) in [0, 1]."""
     points = affines.apply_affine(volume.affine, np.argwhere(brain & ~ndimage.binary_erosion(brain)))
     low, high = points.min(axis=0), points.max(axis=0)
     shape_low, shape_high = (np.array(side) for side in SHAPE_BRAIN_MM)
