@@ -73,7 +73,7 @@ def lgg_slices() -> Iterator[ExternalScan]:
 def other_scanner_heads() -> Iterator[ExternalScan]:
     """Yield T1 heads with skull of other scanners: healthy volunteers of IXI, a template, and two DICOM series."""
     root = data_root()
-    for path in sorted((root / "ixi_2mm" / "t1").glob("*.nii.gz")):
+    for path in sorted((root / "ixi_2mm").glob("t1/*.nii.gz")):
         yield ExternalScan("IXI", path.name[:6], load_volume(path))
     yield ExternalScan("template", "MNI152", load_volume(root / "nifti_misc" / "MNI152_T1_2mm.nii.gz"))
     for kind, name in (("UIH", "uih_umr770_t1_sag_32of160"), ("studyforrest", "studyforrest_t1_defaced_96of384")):

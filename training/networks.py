@@ -203,8 +203,8 @@ def _load_strictly(network: nn.Module, weights: Weights, folder: Path) -> None:
     wrong = [name for name, w in state.items() if name not in weights or weights[name].shape != w.shape]
     if wrong:
         raise SystemExit(
-            f"{len(wrong)} of {len(state)} parameters of {folder.name} are missing or have another shape, e.g. {wrong[0]}. "
-            "Expected the networks of this configuration. Check its sections [vqvae] and [denoiser]."
+            f"{len(wrong)} of {len(state)} parameters are not in {folder.name}, or in another shape, e.g. {wrong[0]}. "
+            "Check the sections [vqvae] and [denoiser] of the configuration."
         )
     network.load_state_dict({name: weights[name] for name in state})
 
@@ -218,13 +218,14 @@ def _denoiser_weights(graph: onnx.GraphProto, network: nn.Module) -> Weights:
     """
     weights, parameters = _initializers(graph), set(network.state_dict())
     renamed = set(weights) - parameters
+    consumers = _consumers(graph)
     for node in graph.node:
         for name in renamed.intersection(node.input):
             weight = weights[name]
             if node.op_type == "MatMul" and weight.ndim == 2:
-                weights[f"{_next_layer(graph, node, parameters)}.weight"] = weight.T
+                weights[f"{_next_layer(consumers, node, parameters)}.weight"] = weight.T
             elif node.op_type in {"Mul", "Add"} and weight.ndim == 3:
-                layer = _next_layer(graph, node, parameters)
+                layer = _next_layer(consumers, node, parameters)
                 kind = "weight" if node.op_type == "Mul" else "bias"
                 for end, norm in NORM_BEFORE.items():
                     if layer.endswith(end):
@@ -232,14 +233,23 @@ def _denoiser_weights(graph: onnx.GraphProto, network: nn.Module) -> Weights:
     return weights
 
 
-def _next_layer(graph: onnx.GraphProto, start: onnx.NodeProto, parameters: set[str]) -> str:
+def _consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """Return the nodes that read each tensor, by its name."""
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    return consumers
+
+
+def _next_layer(consumers: dict[str, list[onnx.NodeProto]], start: onnx.NodeProto, parameters: set[str]) -> str:
     """Return the name of the first layer with a named parameter, at a node or downstream of it; empty if none."""
     queue = [start]
     for node in queue:
         for name in node.input:
             if name in parameters:
                 return str(name).rpartition(".")[0]
-        queue += [following for following in graph.node if set(node.output).intersection(following.input)]
+        queue += [following for output in node.output for following in consumers.get(output, [])]
     return ""
 
 
@@ -253,6 +263,6 @@ def _check_golden_pair(networks: TorchNetworks, folder: Path) -> None:
         flipped = float(np.mean(np.abs(models.decode(golden["z0"]) - golden["decoded"]) > GOLDEN_TOLERANCE))
     if difference > GOLDEN_TOLERANCE or flipped > GOLDEN_FLIPPED:
         raise SystemExit(
-            f"torch and the golden pair of {folder.name} differ by {difference:.2g}, and in {flipped:.1%} of the pixels. "
+            f"torch and the golden pair of {folder.name} differ by {difference:.2g}, and in {flipped:.1%} of pixels. "
             f"Expected at most {GOLDEN_TOLERANCE:g} and {GOLDEN_FLIPPED:.1%}. Export the bundle again."
         )

@@ -1,13 +1,12 @@
-"""Tables say what the rows of an evaluation say."""
+"""Tests of the page of an evaluation."""
 
-from pathlib import Path
 from typing import Any
 
 from tests.support.bundle import tiny_manifest
-from training.tables import EARLIER, heads_table, render
+from training.evaluation_page import EARLIER, evaluation_page, heads_table
 
 
-def test_heads_are_counted_by_where_they_come_from() -> None:
+def test_heads_are_counted_by_kind() -> None:
     rows: list[dict[str, Any]] = [
         {"kind": "IXI", "name": "a", "outcome": "analysed", "found_ml": 1.0},
         {"kind": "IXI", "name": "b", "outcome": "out_of_distribution", "found": "..."},
@@ -20,12 +19,11 @@ def test_heads_are_counted_by_where_they_come_from() -> None:
     ]
 
 
-def test_a_part_of_an_earlier_bundle_says_so(tmp_path: Path) -> None:
+def test_parts_of_an_earlier_bundle_are_marked() -> None:
     rows = [{"kind": "T2", "outcomes": {"out_of_distribution": 2}}]
     head = {"kind": "UIH", "name": "d", "outcome": "analysed", "found_ml": 1.0}
     document = {"foreign": {"bundle_sha256": "a", "rows": rows}, "heads": {"bundle_sha256": "b", "rows": [head]}}
-    render(document, tiny_manifest(), tmp_path / "page.md", None, "a")
-    heads, foreign = (tmp_path / "page.md").read_text().split("### Scans of another kind")
+    heads, foreign = evaluation_page(document, tiny_manifest(), "a").split("### Scans of another kind")
     assert EARLIER in heads
     assert EARLIER not in foreign
     assert "| T2 | 2 of 2 | out_of_distribution 2 |" in foreign
