@@ -14,9 +14,11 @@ from app.pipeline.prepare import foreground_of
 from app.volume import FloatArray, Volume
 from training.config import data_root
 
-# Bounds of the brain in the space of the lesion masks, RAS+ mm: mean of the skull-stripped patients 07 and 19. The
-# bounds of a scan are mapped to them axis by axis.
+# Bounds of the brain in the space of the lesion masks, RAS+ mm: mean of the skull-stripped test patients. The bounds
+# of a scan are mapped to them axis by axis.
 SHAPE_BRAIN_MM = ((-64.0, -97.5, -54.0), (64.5, 57.0, 67.5))
+# MS patients that are test cases of their own; their masks are not used as shapes.
+MS_TEST_PATIENTS = ("patient07", "patient19")
 # Largest random displacement of a shape along each axis.
 JITTER_MM = 4.0
 # Brain in a head CT: soft tissue, opened by this many pixels so that it does not touch bone or air.
