@@ -148,7 +148,7 @@ def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
 
 def _ood(config: Config, manifest: Manifest) -> str:
     """Return the card's rows on the KL scores of the out-of-distribution check."""
-    start, refused = "| out-of-distribution check,", config.detection.ood_refused_share
+    start, refused, minimum = "| out-of-distribution check,", config.detection.ood_refused_share, GATE_SLICES
     lines = [
         f"{start} median KL of a slice at t = {t} | {r.low} to {r.high} "
         f"| prediction interval; all scores together refuse {refused:.0%} of healthy scans |"
@@ -158,7 +158,7 @@ def _ood(config: Config, manifest: Manifest) -> str:
     if share is not None:
         lines.append(
             f"{start} outlier slice fraction | at most {share:.0%} of the slices | mean KL outside {healthy.low} to "
-            f"{healthy.high} nats; replaces the median KL for a scan of fewer than {GATE_SLICES} slices |"
+            f"{healthy.high} nats; replaces the median KL for a scan of fewer than {minimum} slices |"
         )
     return "\n".join(lines)
 

@@ -23,7 +23,7 @@ from training.features import (
     ScanFeatures,
     ViewFeatures,
     anomaly_map,
-    decode_counterpart,
+    decode_view,
     extract_features,
     load_exported_networks,
 )
@@ -180,9 +180,9 @@ def calibrate_residual(
         views = [scan.views[view] for view in d.views]
         masks = [latent_mask(view, threshold, min_component, d.grow) for view in views]
         counterparts = [
-            decode_counterpart(view, mask, models, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
+            decode_view(view, mask, models, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
         ]
-        maps.append(anomaly_map(scan, masks, counterparts, threshold, config))
+        maps.append(anomaly_map(scan, masks, counterparts, config))
     if config.data.image_archive is not None:
         maps = [separate_slices(each) for each in maps]
     return residual_settings(maps, config)

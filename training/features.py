@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.manifest import View, latent_sigma
-from app.pipeline import anomaly
+from app.pipeline.anomaly import Diffusion, erode, kl_map, residual, smooth_kl, weigh
 from app.pipeline.detect import imagine, mean_view, settle
 from app.pipeline.models import Models
 from app.pipeline.noise import KeyedNoise
@@ -83,15 +83,15 @@ def extract_features(scan: HealthyScan, models: Models, config: Config) -> ScanF
     views = {}
     for index, view in enumerate(d.views):
         noise = KeyedNoise(config.seed, config.latent_shape, index)
-        diffusion = anomaly.Diffusion(make_schedule(config.schedule), models.denoise, noise)
+        diffusion = Diffusion(make_schedule(config.schedule), models.denoise, noise)
         encoded = see(turn(x, view), turn(foreground, view), usable, models, diffusion)
-        kl = anomaly.kl_map(encoded.z0, usable, diffusion, d.kl_timesteps, d.kl_mean)
-        smoothed = anomaly.smooth_kl(kl, encoded.latents, sigma)
+        kl = kl_map(encoded.z0, usable, diffusion, d.kl_timesteps, d.kl_mean)
+        smoothed = smooth_kl(kl, encoded.latents, sigma)
         views[view] = ViewFeatures(encoded, smoothed, models.decode(encoded.z0)[:, 0])
     return ScanFeatures(foreground, views)
 
 
-def decode_counterpart(view: ViewFeatures, mask: BoolArray, models: Models, timesteps: tuple[int, ...]) -> FloatArray:
+def decode_view(view: ViewFeatures, mask: BoolArray, models: Models, timesteps: tuple[int, ...]) -> FloatArray:
     """Return the decoded counterpart of one view, (K, H, W); D(z0) for a slice with an empty mask."""
     masked = np.flatnonzero(mask.any(axis=(1, 2)))
     counterpart = view.reconstruction.copy()
@@ -101,7 +101,7 @@ def decode_counterpart(view: ViewFeatures, mask: BoolArray, models: Models, time
 
 
 def anomaly_map(
-    scan: ScanFeatures, masks: list[BoolArray], counterparts: list[FloatArray], kl_threshold: float, config: Config
+    scan: ScanFeatures, masks: list[BoolArray], counterparts: list[FloatArray], config: Config
 ) -> FloatArray:
     """Return the anomaly map as `detect` computes it, (K, H, W), with NaN outside the valid mask.
 
@@ -110,18 +110,16 @@ def anomaly_map(
     scan : ScanFeatures
     masks, counterparts : list of ndarray
         Latent mask and decoded counterpart of each view, in the order of the configuration.
-    kl_threshold : float
     config : Config
     """
     d = config.detection
 
-    def residual(view: ViewFeatures, mask: BoolArray, counterpart: FloatArray) -> FloatArray:
-        plain = anomaly.residual(view.encoded.x[:, 0], counterpart, mask)
-        kl = view.kl / np.float32(kl_threshold)
-        return anomaly.weigh(plain, counterpart, kl, view.encoded.latents, d.contrast_floor, by_kl=False)
+    def weighted(view: ViewFeatures, mask: BoolArray, counterpart: FloatArray) -> FloatArray:
+        plain = residual(view.encoded.x[:, 0], counterpart, mask)
+        return weigh(plain, counterpart, view.kl, view.encoded.latents, d.contrast_floor, by_kl=False)
 
     views = [scan.views[view] for view in d.views]
-    mean = mean_view([residual(*each) for each in zip(views, masks, counterparts, strict=True)], d.views)
-    valid = anomaly.erode(scan.foreground, d.erosion)
+    mean = mean_view([weighted(*each) for each in zip(views, masks, counterparts, strict=True)], d.views)
+    valid = erode(scan.foreground, d.erosion)
     processed = settle(mean, scan.unchanged.encoded.x, valid, d, config.preprocessing.spacing_mm)
     return np.where(valid, processed, np.float32(np.nan))
