@@ -37,37 +37,33 @@ def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -
     calibrated = json.loads(calibration_path(config).read_text(encoding="utf-8"))
     split = load_split(config.data.splits)
     b = config.bundle
-    return Manifest.model_validate(
-        {
-            "name": config.name,
-            "version": config.version,
-            "title": b.title,
-            "intended_use": b.intended_use,
-            "modality": b.modality,
-            "sequence": b.sequence,
-            "preparation": config.preprocessing,
-            "latent": Latent(channels=config.vqvae.embedding_dim, downsampling=config.downsampling),
-            "schedule": config.schedule,
-            "seed": config.seed,
-            "views": config.detection.views,
-            **calibrated,
-            "files": Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in bundle_files(config).items()}),
-            "licence": Licence(
-                data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial
-            ),
-            "provenance": Provenance(
-                code_version=__version__,
-                config_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-                data_sha256=provenance["vqvae"]["data"],
-                split=config.data.splits,
-                train_subjects=len(split.train),
-                validation_subjects=len(split.validation),
-                seed=config.seed,
-                vqvae_steps=int(provenance["vqvae"]["step"]),
-                denoiser_steps=int(provenance["denoiser"]["step"]),
-                warm_start=config.denoiser.warm_start,
-            ),
-        }
+    return Manifest(
+        name=config.name,
+        version=config.version,
+        title=b.title,
+        intended_use=b.intended_use,
+        modality=b.modality,
+        sequence=b.sequence,
+        preparation=config.preprocessing,
+        latent=Latent(channels=config.vqvae.embedding_dim, downsampling=config.downsampling),
+        schedule=config.schedule,
+        seed=config.seed,
+        views=config.detection.views,
+        files=Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in bundle_files(config).items()}),
+        licence=Licence(data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial),
+        provenance=Provenance(
+            code_version=__version__,
+            config_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+            data_sha256=provenance["vqvae"]["data"],
+            split=config.data.splits,
+            train_subjects=len(split.train),
+            validation_subjects=len(split.validation),
+            seed=config.seed,
+            vqvae_steps=int(provenance["vqvae"]["step"]),
+            denoiser_steps=int(provenance["denoiser"]["step"]),
+            warm_start=config.denoiser.warm_start,
+        ),
+        **calibrated,
     )
 
 
