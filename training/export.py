@@ -137,7 +137,7 @@ def write_int8(config: Config) -> None:
         target.unlink(missing_ok=True)
         return
     encode = as_callable(open_session(folder / "encoder.onnx", "cpu"))
-    feeds = calibration_data(config, encode, "train").feeds("denoiser")
+    feeds = calibration_data(config, encode, "train").feeds()
     quantise(folder / "denoiser.onnx", target, feeds, FLOAT32_LAYERS)
     share_weights(target, folder / "denoiser.onnx")
 

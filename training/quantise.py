@@ -41,27 +41,15 @@ FLOAT32_LAYERS = Float32Layers(4, 7)
 
 @dataclass(frozen=True, eq=False)
 class CalibrationData:
-    """Inputs of the networks: slices, their latents, and the latents at each noise level.
+    """Inputs of the denoiser and the added noise, for each batch and noise level."""
 
-    Attributes
-    ----------
-    x, z0 : list of ndarray
-        Slices and latents of each batch.
-    z_t, t, epsilon : list of ndarray
-        Inputs of the denoiser and the added noise, for each batch and noise level.
-    """
-
-    x: list[FloatArray] = field(default_factory=list)
-    z0: list[FloatArray] = field(default_factory=list)
     z_t: list[FloatArray] = field(default_factory=list)
     t: list[npt.NDArray[np.int64]] = field(default_factory=list)
     epsilon: list[FloatArray] = field(default_factory=list)
 
-    def feeds(self, network: str) -> list[Feed]:
-        """Return the inputs of a network by name, one entry per batch."""
-        if network == "denoiser":
-            return [{"z_t": z_t, "t": t} for z_t, t in zip(self.z_t, self.t, strict=True)]
-        return [{"x": x} for x in self.x] if network == "encoder" else [{"z0": z0} for z0 in self.z0]
+    def feeds(self) -> list[Feed]:
+        """Return the inputs of the denoiser by name, one entry per batch and noise level."""
+        return [{"z_t": z_t, "t": t} for z_t, t in zip(self.z_t, self.t, strict=True)]
 
 
 def noise_levels(config: Config) -> list[int]:
@@ -77,13 +65,12 @@ def calibration_data(config: Config, encode: Encode, part: str, slices: int = SL
     stack, data = cached_slices(config, part), CalibrationData()
     chosen = np.unique(np.linspace(0, len(stack) - 1, slices).round().astype(int))
     for indices in np.split(chosen, range(BATCH, len(chosen), BATCH)):
-        data.x.append(stack[indices].astype(np.float32)[:, None] / UINT16_MAX)
-        data.z0.append(encode(data.x[-1]))
-        _, channels, rows, columns = data.z0[-1].shape
+        z0 = encode(stack[indices].astype(np.float32)[:, None] / UINT16_MAX)
+        _, channels, rows, columns = z0.shape
         noise = KeyedNoise(config.seed, (channels, rows, columns))
         for t in noise_levels(config):
             data.epsilon.append(noise(Purpose.KL, indices, t))
-            data.z_t.append(schedule.diffuse(data.z0[-1], data.epsilon[-1], t))
+            data.z_t.append(schedule.diffuse(z0, data.epsilon[-1], t))
             data.t.append(np.full(len(indices), t, dtype=np.int64))
     return data
 
@@ -99,7 +86,7 @@ def noise_error(denoise: Denoise, float32: Denoise, data: CalibrationData) -> di
     return {t: float(np.mean(added[t]) / np.mean(own[t])) for t in added}
 
 
-def quantise(source: Path, target: Path, feeds: Iterable[Feed], layers: Float32Layers, method: str = "MinMax") -> None:
+def quantise(source: Path, target: Path, feeds: Iterable[Feed], layers: Float32Layers) -> None:
     """Write a graph whose convolutions compute in int8.
 
     Weights use 7 bits: without VNNI, onnxruntime adds two products of 8 bits in 16 bits, which overflow.
@@ -113,8 +100,6 @@ def quantise(source: Path, target: Path, feeds: Iterable[Feed], layers: Float32L
     feeds : iterable of dict
         Inputs that determine the ranges of the activations.
     layers : Float32Layers
-    method : {"MinMax", "Percentile", "Entropy"}
-        Calibration method of onnxruntime.
 
     Raises
     ------
@@ -146,7 +131,7 @@ def quantise(source: Path, target: Path, feeds: Iterable[Feed], layers: Float32L
             weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=["Conv"],
             nodes_to_exclude=float32_layer_names(onnx.load(shaped), layers),
-            calibrate_method=quantization.CalibrationMethod[method],
+            calibrate_method=quantization.CalibrationMethod.MinMax,
         )
 
 
