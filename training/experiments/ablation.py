@@ -40,8 +40,7 @@ AS_SHIPPED = "as shipped"
 POOLED = ("grade 2", "grade 3")
 PERCENTILES = (80.0, 90.0, 95.0, 97.5)
 MEDIANS = {"no median": 1, "median of 3 pixels": 3, "median of 5 pixels": 5}
-GROWN = {"mask not grown": 0, "mask grown by one latent": 1, "mask grown by two latents": 2}
-DRAWS = 4
+GROWN = {"latent mask not grown": 0, "latent mask grown by one": 1, "latent mask grown by two": 2}
 PAPER_LEVELS, PAPER_STEPS, PAPER_PERCENTILE = (400, 450, 500, 550, 600), (500, 400, 300, 200, 100, 50), 97.5
 # Rules that make the thresholds: millilitres in the median healthy scan, and share of the threshold for the extent.
 FALSE_POSITIVE_ML = (0.5, 1.0, 2.0)
@@ -80,14 +79,14 @@ def make_changes(own: Manifest, config: Config, models: Models) -> dict[str, Man
     masks = {
         **{f"KL percentile {p:g}": kl.change(percentile=p) for p in PERCENTILES if p != own.kl.percentile},
         **{name: kl.change(grow=grow) for name, grow in GROWN.items() if grow != own.kl.grow},
-        "everything may change": kl.change(threshold=-1.0),
+        "no latent mask: everything is inpainted": kl.change(threshold=-1.0),
         "KL map not smoothed": kl.change(smoothing_mm=0.0),
     }
     residuals = {
-        f"{'not ' if without_contrast else ''}over local contrast": changed(
+        f"{'not ' if without_contrast else ''}divided by local contrast": changed(
             residual, contrast_floor=0.0 if without_contrast else CONTRAST_FLOOR
         ),
-        f"{'not ' if without_intensity else ''}times the intensity": changed(
+        f"{'not ' if without_intensity else ''}multiplied by the intensity": changed(
             residual, weighted_by_intensity=not without_intensity
         ),
         **{
@@ -107,9 +106,9 @@ def make_changes(own: Manifest, config: Config, models: Models) -> dict[str, Man
         AS_SHIPPED: own,
         **{name: changed(own, kl=each) for name, each in masks.items()},
         **{name: changed(own, residual=each) for name, each in residuals.items()},
-        "the plain view alone": changed(own, views=own.views[:1]),
-        f"{DRAWS} draws of the plain view": changed(own, views=own.views[:1] * DRAWS),
-        "the paper's levels, steps and rules": paper,
+        "one view": changed(own, views=own.views[:1]),
+        "four noise draws of one view": changed(own, views=own.views[:1] * 4),
+        "the paper's noise levels, steps and residual": paper,
     }
 
 

@@ -37,7 +37,7 @@ class Point:
     def label(self) -> str:
         """Key of its scores."""
         levels, steps = (", ".join(map(str, each)) for each in (self.kl, self.reverse))
-        return f"{self.views} view(s), KL at {levels}, back over {steps}"
+        return f"{self.views} view(s), KL at t = {levels}, reverse from t = {steps}"
 
 
 ONE, TWO = (20,), (50, 20)

@@ -162,7 +162,7 @@ def summarise(name: str, values: FloatArray, head: BoolArray) -> dict[str, Float
     percentiles = {f"{name}, percentile {p}": v.astype(np.float32) for p, v in zip(PERCENTILES, high, strict=True)}
     means = {
         f"{name}, mean over the head": mean.astype(np.float32),
-        f"{name}, mean over the picture": values.mean(axis=(1, 2)),
+        f"{name}, mean over the image": values.mean(axis=(1, 2)),
     }
     return means | percentiles
 

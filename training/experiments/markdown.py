@@ -1,11 +1,8 @@
-"""Writer for generated Markdown pages: headings, wrapped paragraphs, tables, images, numbers with intervals."""
+"""Tables, numbers with intervals and templates for generated Markdown pages."""
 
-import textwrap
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
-
-WIDTH = 120
 
 
 class HasInterval(Protocol):
@@ -33,53 +30,27 @@ def bold(text: str) -> str:
     return f"**{text}**"
 
 
-class Page:
-    """A Markdown page that is built from top to bottom."""
-
-    def __init__(self, title: str) -> None:
-        self._blocks = [f"# {title}"]
-
-    def heading(self, text: str, level: int = 2) -> None:
-        """Add a heading."""
-        self._blocks.append(f"{'#' * level} {text}")
-
-    def paragraph(self, text: str) -> None:
-        """Add a paragraph. Line breaks of the text are not kept."""
-        self._blocks.append(_wrap(text))
-
-    def bullets(self, items: Iterable[str]) -> None:
-        """Add a list."""
-        self._blocks.append("\n".join(_wrap(item, "- ", "  ") for item in items))
-
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """Add a table. A row must have as many cells as the header."""
-        lines = [list(header), ["---"] * len(header), *map(list, rows)]
-        assert all(len(line) == len(header) for line in lines), f"rows of another width than {list(header)}"
-        self._blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-
-    def image(self, description: str, path: str) -> None:
-        """Add an image."""
-        self._blocks.append(f"![{description}]({path})")
-
-    def raw(self, text: str) -> None:
-        """Add Markdown as it is."""
-        self._blocks.append(text.strip())
-
-    def render(self) -> str:
-        """Return the page."""
-        return "\n\n".join(self._blocks) + "\n"
-
-    def write(self, path: Path) -> None:
-        """Write the page."""
-        path.write_text(self.render())
+def bullets(items: Iterable[str]) -> str:
+    """Format a list."""
+    return "\n".join(f"- {item}" for item in items)
 
 
-def _wrap(text: str, first: str = "", rest: str = "") -> str:
-    return textwrap.fill(
-        " ".join(text.split()),
-        WIDTH,
-        initial_indent=first,
-        subsequent_indent=rest,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table. Every row must have as many cells as the header."""
+    lines = [list(header), ["---"] * len(header), *map(list, rows)]
+    assert all(len(line) == len(header) for line in lines), f"a row has another width than {list(header)}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fill_template(template: str, values: Mapping[str, str]) -> str:
+    """Replace every {{name}} of a template.
+
+    Raises
+    ------
+    KeyError
+        A name has no value, or a value is not used.
+    """
+    names = set(re.findall(r"{{(\w+)}}", template))
+    if names != values.keys():
+        raise KeyError(f"template and values differ in {sorted(names ^ values.keys())}")
+    return re.sub(r"{{(\w+)}}", lambda match: values[match[1]], template)

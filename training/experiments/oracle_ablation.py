@@ -34,13 +34,13 @@ PART = "oracle_ablation"
 CASES = {"t1": 4, "headct": 10, "flair": 10}
 SHIPPED, NO_EDGES, NO_FALSE_ALARMS, NO_MISSES, TRUE_MASK, TRUE_COUNTERPART, NO_MASK, MASK_ONLY = STEPS = (
     "as shipped",
-    "as shipped, one pixel on either side of the lesion's edge left out",
-    "latent mask without its false alarms",
-    "latent mask with all of the lesion added",
-    "latent mask = the lesion",
-    "latent mask = the lesion, counterpart = the healthy slice, encoded and decoded",
-    "the same counterpart, without a mask",
-    "the lesion's latent mask alone, up-sampled: no image",
+    "as shipped, edge pixels of the lesion left out",
+    "latent mask without false alarms",
+    "latent mask with all of the lesion",
+    "latent mask = lesion",
+    "latent mask = lesion, counterpart = encoded and decoded healthy slice",
+    "the same counterpart, no mask",
+    "latent mask of the lesion, no image",
 )
 
 

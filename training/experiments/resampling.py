@@ -142,21 +142,17 @@ def transformer_method(name: str, config: Config, networks: TorchNetworks, healt
     resampler = CodeResampler(networks, network, config.seed, _process_pool().map)
     resampler.calibrate(healthy)
     is_ensemble = name == ENSEMBLE
-    settings = {"draws": transformer.DRAWS if is_ensemble else 1, "mirrored": is_ensemble}
+    draws = transformer.DRAWS if is_ensemble else 1
     # All variants come from the same draws.
-    residuals = lru_cache(maxsize=VALIDATION_CASES)(partial(resampler.residuals, **settings))
+    residuals = lru_cache(maxsize=VALIDATION_CASES)(partial(resampler.residuals, draws=draws, mirrored=is_ensemble))
 
     def only(variant: str) -> AnomalyMap:
         return lambda case: residuals(case)[variant]
 
+    variants = [f"{kind}, {where}" for kind in (DIFFERENCE, OVER_CONTRAST) for where in (EVERYWHERE, RESAMPLED_ONLY)]
     return Method(
         name,
-        {
-            variant: only(variant)
-            for variant in (
-                f"{kind}, {where}" for kind in (DIFFERENCE, OVER_CONTRAST) for where in (EVERYWHERE, RESAMPLED_ONLY)
-            )
-        },
+        {variant: only(variant) for variant in variants},
         parameters=count_parameters(network, networks.encoder, networks.decoder),
-        time_per_slice=partial(resampler.time_per_slice, **settings),
+        time_per_slice=partial(resampler.time_per_slice, draws=draws, mirrored=is_ensemble),
     )
