@@ -134,17 +134,17 @@ class Peers:
     def transformer_method(self, row: Row) -> Method:
         """Codes that are unlikely, drawn anew; then decoded: one member of its ensemble."""
         network, known = self.transformer(row), "known" in row.name
-        heal = transformer.heal_known if known else transformer.heal
+        heal = transformer.resample if known else transformer.resample_stepwise
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
             with torch.inference_mode(), self.looping():
                 grid = self.networks.decoder.nearest(torch.from_numpy(self.models.encode(x)))  # (N, h, w)
                 found = grid.flatten(1)
-                anew = transformer.unlikely(network, found)
-                healed = heal(network, found, anew, transformer.uniforms(found, self._config.seed))
+                anew = transformer.least_likely(network, found)
+                healed = heal(network, found, anew, transformer.uniform_draws(found, self._config.seed))
                 # Of the likelihood, then of the healing.
                 self._counts["denoise"] += found.numel()
-                self._counts["denoise"] += transformer.positions_fed(anew) if known else found.numel()
+                self._counts["denoise"] += transformer.count_fed_positions(anew) if known else found.numel()
                 self._counts["decode"] += len(x)
                 imagined = self.networks.decoder.decode_codes(healed.view_as(grid)).numpy()
             return np.asarray(np.abs(x - imagined)[:, 0] * foreground, dtype=np.float32)

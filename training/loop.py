@@ -95,7 +95,7 @@ SLICES = {"seed", "data", "preparation", "augmentation"}
 SECTIONS = {
     "vqvae": SLICES | {"vqvae"},
     "denoiser": SLICES | {"vqvae", "coarse_noise", "schedule", "denoiser"},
-    # Of `training.experiments.opponents`, the one that learns the VQ-VAE's codes; the others learn from slices alone.
+    # Of `training.experiments.baselines`, the one that learns the VQ-VAE's codes; the others learn from slices alone.
     "opponent-transformer": SLICES | {"vqvae"},
 }
 
