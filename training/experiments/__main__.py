@@ -90,7 +90,7 @@ def run_image_level(wanted: Sequence[str]) -> None:
 
 
 def _image_scores(experiment: Experiment, name: str) -> image_level.ImageScores:
-    config, models = experiment.config, experiment.models
+    config, models = experiment.config, experiment.networks
     if name == COUNTERPART:
         return image_level.counterpart_scores(models, experiment.manifest)
     if name == "vqvae":
@@ -107,7 +107,7 @@ def draw_examples() -> None:
     examples = []
     for name in figures.SHOWN:
         experiment = Experiment(name)
-        examples += figures.make_examples(experiment.config, experiment.models, experiment.manifest)
+        examples += figures.make_examples(experiment.config, experiment.networks, experiment.manifest)
     figures.draw_examples(examples)
 
 

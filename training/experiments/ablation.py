@@ -112,13 +112,13 @@ def make_changes(own: Manifest, config: Config, models: Models) -> dict[str, Man
     }
 
 
-class MemoisedModels:
+class MemoisedNetworks:
     """Networks that run once for the same arrays: most changes need the same evaluations."""
 
     def __init__(self, models: Models) -> None:
         self._results: dict[tuple[str, ...], FloatArray] = {}
-        self._models = models
-        self.models = Models(
+        self._wrapped = models
+        self.networks = Models(
             encode=lambda x: self._run("encode", x),
             denoise=lambda z_t, t: self._run("denoise", z_t, t),
             decode=lambda z0: self._run("decode", z0),
@@ -127,7 +127,7 @@ class MemoisedModels:
     def _run(self, network: str, *arrays: npt.NDArray[Any]) -> FloatArray:
         key = (network, *(f"{a.shape} {sha256(a.tobytes()).hexdigest()}" for a in arrays))
         if key not in self._results:
-            self._results[key] = getattr(self._models, network)(*arrays)
+            self._results[key] = getattr(self._wrapped, network)(*arrays)
         return self._results[key].copy()
 
     def clear(self) -> None:
@@ -139,12 +139,12 @@ def measure(
     cases: list[Case], manifests: dict[str, Manifest], models: Models
 ) -> tuple[dict[str, dict[str, ChangeScores]], list[FloatArray]]:
     """Return the scores of every change by kind of case, and the maps of the shipped settings."""
-    memoised = MemoisedModels(models)
+    memoised = MemoisedNetworks(models)
     maps: dict[str, list[FloatArray]] = {name: [] for name in manifests}
     for case in tqdm(cases, desc="ablation", unit="scan"):
         memoised.clear()
         for name, manifest in manifests.items():
-            maps[name].append(counterpart_map(memoised.models, manifest)(case))
+            maps[name].append(counterpart_map(memoised.networks, manifest)(case))
     kinds = {kind: [i for i, c in enumerate(cases) if c.kind == kind] for kind in dict.fromkeys(c.kind for c in cases)}
     kinds[" and ".join(POOLED)] = [i for i, case in enumerate(cases) if case.kind in POOLED]
     scores = {}
@@ -169,7 +169,7 @@ def load_healthy(config: Config, manifest: Manifest) -> Iterable[Case]:
         scan = load_scan(config, subject)
         nothing = np.zeros(scan.volume.shape, np.bool_)
         case = make_case(subject, "healthy", scan.volume, nothing, manifest, scan.healthy_slices)
-        if len(case.known):
+        if len(case.slice_indices):
             yield case
 
 
@@ -213,7 +213,7 @@ def run() -> None:
     """Measure the bundles whose stored ablation is not valid. Each has its own document."""
     for name, count in CASES.items():
         part, experiment = f"{PART}-{name}", Experiment(name)
-        config, manifest, models = experiment.config, experiment.manifest, experiment.float32_models
+        config, manifest, models = experiment.config, experiment.manifest, experiment.float32_networks
         now, stored = experiment.provenance("validation"), results_cache.load(part, AblationScores)
         if stored is not None and results_cache.is_valid(stored.provenance, now):
             continue

@@ -56,13 +56,13 @@ POINTS = (
 )
 
 
-class CountingModels:
+class CountingNetworks:
     """Networks that count the slices that the denoiser evaluates."""
 
     def __init__(self, models: Models) -> None:
         self.evaluations = 0
         self._denoise = models.denoise
-        self.models = replace(models, denoise=self._count)
+        self.networks = replace(models, denoise=self._count)
 
     def _count(self, z_t: FloatArray, t: IntArray) -> FloatArray:
         self.evaluations += len(z_t)
@@ -95,12 +95,12 @@ def choose_cases(every: Iterable[Case], count: int) -> list[Case]:
 
 def measure(models: Models, manifest: Manifest, cases: list[Case], point: Point, code: str) -> PointScores:
     """Return the scores and the cost of one setting, both grades together."""
-    counting = CountingModels(models)
-    compute = counterpart_map(counting.models, manifest)
+    counting = CountingNetworks(models)
+    compute = counterpart_map(counting.networks, manifest)
     start = time.perf_counter()
     maps = [compute(case) for case in cases]
     seconds = time.perf_counter() - start
-    slices = sum(len(case.known) for case in cases)
+    slices = sum(len(case.slice_indices) for case in cases)
     counts = count_scores(maps, cases)
     return PointScores(
         views=point.views,
@@ -122,7 +122,7 @@ def run() -> None:
     bundles = dict(stored.bundles) if stored else {}
     for name, count in CASES.items():
         experiment = Experiment(name)
-        config, manifest, models = experiment.config, experiment.manifest, experiment.float32_models
+        config, manifest, models = experiment.config, experiment.manifest, experiment.float32_networks
         now, own = experiment.provenance("validation"), shipped_point(manifest)
         is_valid = name in bundles and results_cache.is_valid(bundles[name].provenance, now)
         points = dict(bundles[name].points) if is_valid else {}

@@ -26,7 +26,6 @@ from training.experiments.cases import Case
 from training.experiments.methods import BUDGETS, TRANSFORMER, Budget, budget_of
 from training.experiments.segmentation import BATCH, AnomalyMap, Method
 from training.experiments.transformer import build_transformer, shift_right
-from training.latents import latent_size
 from training.loop import Limits, Run, device, multiplies_bfloat16
 from training.restore import TorchNetworks, load_networks
 from training.splits import load_split
@@ -50,7 +49,7 @@ def build(name: str, config: Config) -> nn.Module:
         spatial: nn.Module = AutoEncoder(2, 1, 1, (*CHANNELS, SPATIAL), (2,) * len(CHANNELS) + (1,), norm="BATCH")
         return spatial
     if name == TRANSFORMER:
-        rows, columns = latent_size(config)
+        rows, columns = (side // config.downsampling for side in config.preparation.shape)
         transformer: nn.Module = build_transformer(config.vqvae.codes, rows * columns)
         return transformer
     shape = (1, *config.preparation.shape)

@@ -38,7 +38,7 @@ class Case:
         Row or column of the tables.
     volume : Volume
     slices : Slices
-    known : (K,) ndarray of int
+    slice_indices : (K,) ndarray of int
         Indices of the evaluated slices.
     truth : (K, H, W) ndarray of bool
     evaluated : (K, H, W) ndarray of bool
@@ -49,19 +49,19 @@ class Case:
     kind: str
     volume: Volume
     slices: Slices
-    known: npt.NDArray[np.int64]
+    slice_indices: npt.NDArray[np.int64]
     truth: BoolArray
     evaluated: BoolArray
 
     @property
     def x(self) -> FloatArray:
         """The evaluated slices, (K, 1, H, W)."""
-        return self.slices.x[self.known]
+        return self.slices.x[self.slice_indices]
 
     @property
     def foreground(self) -> BoolArray:
         """Foreground of the evaluated slices, (K, H, W)."""
-        return self.slices.foreground[self.known]
+        return self.slices.foreground[self.slice_indices]
 
 
 def make_case(
@@ -129,7 +129,7 @@ def synthetic(config: Config, manifest: Manifest, part: Part) -> Iterator[Case]:
             made = insert(subject, contrast * (-1) ** (i + grade), i)
             healthy = load_scan(config, subject).healthy_slices
             case = make_case(subject, kind, made.volume, made.truth, manifest, healthy)
-            if len(case.known):  # a patient may have a tumour in every slice that is analysed
+            if len(case.slice_indices):  # a patient may have a tumour in every slice that is analysed
                 yield case
 
 

@@ -47,10 +47,10 @@ class Experiment:
         self.config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
         self.bundle: Bundle = load_bundle(self.config.bundle_folder)
         self.manifest = self.bundle.manifest
-        self.models = self.bundle.models.in_batches(BATCH, lambda _: None)
+        self.networks = self.bundle.models.in_batches(BATCH, lambda _: None)
 
     @cached_property
-    def float32_models(self) -> Models:
+    def float32_networks(self) -> Models:
         """The networks in float32: the ranges of int8 hold for the bundle's own noise levels only."""
         return load_bundle(self.config.bundle_folder, quantised=False).models.in_batches(BATCH, lambda _: None)
 
@@ -63,7 +63,7 @@ class Experiment:
         networks = load_networks(self.config.bundle_folder, self.config)
         if name == COUNTERPART:
             parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
-            maps = {"": counterpart_map(self.models, self.manifest)}
+            maps = {"": counterpart_map(self.networks, self.manifest)}
             return Method(COUNTERPART, maps, (NO_FILTER,), parameters)
         if name == "vqvae":
             return baselines.vqvae_difference(networks)

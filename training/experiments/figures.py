@@ -56,8 +56,8 @@ def make_examples(config: Config, models: Models, manifest: Manifest) -> list[Ex
 def _make_example(case: Case, models: Models, manifest: Manifest) -> Example:
     found = detect(case.volume, models, without_ood_check(manifest))
     index = int(case.truth.sum(axis=(1, 2)).argmax())
-    labels, _ = label_findings(found.anomaly[case.known], manifest.residual, manifest.preparation.voxel_ml)
-    at = case.known[index]
+    labels, _ = label_findings(found.anomaly[case.slice_indices], manifest.residual, manifest.preparation.voxel_ml)
+    at = case.slice_indices[index]
     return Example(
         f"{manifest.id}\n{case.subject}\n{case.kind}",
         found.slices.x[at, 0],

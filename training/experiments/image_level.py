@@ -130,12 +130,12 @@ def counterpart_scores(models: Models, manifest: Manifest) -> ImageScores:
     def scores(x: FloatArray, foreground: BoolArray) -> dict[str, FloatArray]:
         kls, residuals = [], []
         found: dict[str, FloatArray] = {}
-        shape = (x.shape[2], x.shape[3])
+        shape, indices = (x.shape[2], x.shape[3]), np.arange(len(x))
         for index, view in enumerate(manifest.views):
             noise = KeyedNoise(manifest.seed, manifest.latent_shape, index)
-            diffusion = anomaly.Diffusion(schedule, models.denoise, noise)
-            seen = see(turn(x, view), turn(foreground, view), np.arange(len(x)), models, diffusion)
-            kl = anomaly.kl_map(seen.z0, seen.known, diffusion, manifest.kl.timesteps, manifest.kl.mean)
+            process = anomaly.Diffusion(schedule, models.denoise, noise)
+            seen = see(turn(x, view), turn(foreground, view), indices, models, process)
+            kl = anomaly.kl_map(seen.z0, indices, process, manifest.kl.timesteps, manifest.kl.mean)
             # Pictures are no neighbours: smooth within each.
             smooth = anomaly.smooth_kl(kl, seen.latents, (0.0, *manifest.kl_sigma[1:]))
             residuals.append(compare(seen, smooth, models, manifest).residual)
@@ -143,11 +143,11 @@ def counterpart_scores(models: Models, manifest: Manifest) -> ImageScores:
             if not index:
                 found[REPORTED] = slice_scores(smooth, seen.latents)
                 for t in LEVELS:
-                    level = anomaly.kl_map(seen.z0, seen.known, diffusion, (t,))
+                    level = anomaly.kl_map(seen.z0, indices, process, (t,))
                     found |= summarise(f"KL at t = {t}", anomaly.upsample(level, shape), foreground)
         found |= summarise("KL", mean_view(kls, manifest.views), foreground)
-        residual = anomaly.median(mean_view(residuals, manifest.views), manifest.residual.median_pixels)
-        return found | summarise("residual", residual, anomaly.erode(foreground, manifest.residual.erosion))
+        filtered = anomaly.median(mean_view(residuals, manifest.views), manifest.residual.median_pixels)
+        return found | summarise("residual", filtered, anomaly.erode(foreground, manifest.residual.erosion))
 
     return scores
 

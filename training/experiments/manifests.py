@@ -129,6 +129,5 @@ def detection_hash(manifest: Manifest) -> str:
 
 def ood_hash(manifest: Manifest) -> str:
     """Return the SHA-256 of what decides whether a scan is accepted, beside what decides its KL map."""
-    gate, slice_score = manifest.gate, manifest.calibration.slice_score
-    ranges = [*gate.typical, gate.reconstruction, gate.latent, slice_score]
-    return _sha256(gate.timesteps, [(r.low, r.high) for r in ranges], gate.max_fraction_out, gate.max_slices_out)
+    decides = list(manifest.gate.model_dump(mode="json").values())
+    return _sha256(decides, manifest.calibration.slice_score.model_dump(mode="json"))

@@ -82,7 +82,7 @@ def measure(experiment: Experiment, subjects: tuple[str, ...], inserters: dict[s
         contrast = sign * GRADES["grade 3"]
         made = inserters[shape](load_scan(experiment.config, subject).volume, contrast, i)
         try:
-            detect(made.volume, experiment.models, manifest)
+            detect(made.volume, experiment.networks, manifest)
             outcome = "analysed"
         except CounterpartError as error:
             outcome = error.code

@@ -59,7 +59,7 @@ def edge_pixels(truth: BoolArray) -> BoolArray:
 
 def load_healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
     """Load the evaluated slices without the lesion, (K, 1, H, W), at the brightness that they have with it."""
-    plain = to_slices(load_scan(config, case.subject).volume, manifest.preparation).x[case.known]
+    plain = to_slices(load_scan(config, case.subject).volume, manifest.preparation).x[case.slice_indices]
     beside = (case.foreground & ~case.truth)[:, None]
     # A lesion changes the percentile that a scan is scaled by.
     return np.asarray(plain * (np.median(case.x[beside]) / np.median(plain[beside])), dtype=np.float32)
@@ -81,8 +81,8 @@ def compute_maps(case: Case, healthy: FloatArray, models: Models, manifest: Mani
     schedule = make_schedule(manifest.schedule)
     residuals: dict[str, list[FloatArray]] = {step: [] for step in STEPS if step != NO_EDGES}
     for index, view in enumerate(manifest.views):
-        diffusion = anomaly.Diffusion(schedule, models.denoise, KeyedNoise(manifest.seed, manifest.latent_shape, index))
-        seen = see(turn(case.x, view), turn(case.foreground, view), case.known, models, diffusion)
+        process = anomaly.Diffusion(schedule, models.denoise, KeyedNoise(manifest.seed, manifest.latent_shape, index))
+        seen = see(turn(case.x, view), turn(case.foreground, view), case.slice_indices, models, process)
         for step, values in _view_residuals(seen, case, healthy, view, models, manifest).items():
             residuals[step].append(values)
     inner = anomaly.erode(case.foreground, manifest.residual.erosion)
@@ -110,7 +110,7 @@ def _view_residuals(
     def with_true_counterpart(mask: BoolArray) -> FloatArray:
         difference = anomaly.residual(seen.x[:, 0], counterpart, mask)
         floor = manifest.residual.contrast_floor
-        return anomaly.weigh(difference, counterpart, kl, seen.latents, floor, by_kl=False)
+        return difference / (np.float32(floor) + anomaly.local_contrast(counterpart)) if floor else difference
 
     return {
         SHIPPED: with_kl(kl),
@@ -152,7 +152,7 @@ def run() -> None:
         start = time.perf_counter()
         config, manifest = experiment.config, experiment.manifest
         cases = balanced(synthetic(config, manifest, "validation"), count)
-        grades = measure(config, experiment.models, manifest, cases)
+        grades = measure(config, experiment.networks, manifest, cases)
         provenance = RunProvenance(**now.model_dump(), total_seconds=time.perf_counter() - start)
         bundles[name] = OracleScores(provenance=provenance, grades=grades)
         results_cache.save(PART, ByBundle[OracleScores](bundles=bundles))

@@ -112,8 +112,8 @@ class CodeResampler:
         some = spread(cases, TIMED_SLICES)
         start = time.perf_counter()
         for i, case in enumerate(some):
-            at = round((i + 0.5) / len(some) * (len(case.known) - 1))
-            alone.residuals(replace(case, known=case.known[at : at + 1]), draws, mirrored=mirrored)
+            at = round((i + 0.5) / len(some) * (len(case.slice_indices) - 1))
+            alone.residuals(replace(case, slice_indices=case.slice_indices[at : at + 1]), draws, mirrored=mirrored)
         return (time.perf_counter() - start) / len(some)
 
 

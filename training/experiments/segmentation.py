@@ -73,7 +73,7 @@ def counterpart_map(models: Models, manifest: Manifest) -> AnomalyMap:
     accepting = without_ood_check(manifest)
 
     def compute(case: Case) -> FloatArray:
-        return detect(case.volume, models, accepting).anomaly[case.known]
+        return detect(case.volume, models, accepting).anomaly[case.slice_indices]
 
     return compute
 
@@ -123,7 +123,7 @@ def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case],
             truth_pixels=tuple(float(case.truth.sum()) for _, case in mine),
             shipped=tuple(shipped_dice(values, case, manifest) for values, case in mine) if is_own else (),
         )
-    each = method.time_per_slice(test) if method.time_per_slice else seconds / sum(len(c.known) for c in test)
+    each = method.time_per_slice(test) if method.time_per_slice else seconds / sum(len(c.slice_indices) for c in test)
     return Outcome(counts, scans, choice, each, method.parameters)
 
 

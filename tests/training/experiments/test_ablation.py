@@ -11,7 +11,7 @@ from app.manifest import Manifest
 from app.pipeline.models import IntArray, Models
 from app.volume import FloatArray
 from training.experiments import ablation
-from training.experiments.ablation import AS_SHIPPED, MemoisedModels
+from training.experiments.ablation import AS_SHIPPED, MemoisedNetworks
 from training.experiments.cases import GRADES, Case, ellipse_inserter, make_case
 from training.experiments.experiment import Experiment
 from training.experiments.segmentation import counterpart_map, mask_map
@@ -27,17 +27,17 @@ def test_networks_run_once_for_the_same_arrays() -> None:
         calls.append(int(t[0]))
         return 2 * z_t
 
-    memoised = MemoisedModels(Models(lambda x: x, denoise, lambda z: z))
+    memoised = MemoisedNetworks(Models(lambda x: x, denoise, lambda z: z))
     z = np.ones((2, 3, 4, 4), np.float32)
-    first = memoised.models.denoise(z, np.full(2, 5, np.int64))
+    first = memoised.networks.denoise(z, np.full(2, 5, np.int64))
     first += 1  # a result may be written into
-    again = memoised.models.denoise(z.copy(), np.full(2, 5, np.int64))
+    again = memoised.networks.denoise(z.copy(), np.full(2, 5, np.int64))
     np.testing.assert_array_equal(again, 2 * z)
     assert calls == [5]
-    memoised.models.denoise(z, np.full(2, 20, np.int64))
-    memoised.models.denoise(z[:1], np.full(1, 5, np.int64))
+    memoised.networks.denoise(z, np.full(2, 20, np.int64))
+    memoised.networks.denoise(z[:1], np.full(1, 5, np.int64))
     memoised.clear()
-    memoised.models.denoise(z, np.full(2, 5, np.int64))
+    memoised.networks.denoise(z, np.full(2, 5, np.int64))
     assert calls == [5, 20, 5, 5]
 
 
@@ -61,17 +61,17 @@ def manifests(experiment: Experiment, real_scans: Path, monkeypatch: pytest.Monk
     # Thresholds of one healthy scan, for time.
     one = split.model_copy(update={"validation": split.validation[:1]})
     monkeypatch.setattr(ablation, "load_split", lambda _: one)
-    return ablation.make_changes(experiment.manifest, experiment.config, experiment.models)
+    return ablation.make_changes(experiment.manifest, experiment.config, experiment.networks)
 
 
 @pytest.mark.data
 def test_every_change_gives_another_map(experiment: Experiment, case: Case, manifests: dict[str, Manifest]) -> None:
     assert manifests[AS_SHIPPED] == experiment.manifest
-    _, maps = ablation.measure([case], {AS_SHIPPED: manifests[AS_SHIPPED]}, experiment.models)
-    memoised = MemoisedModels(experiment.models)
+    _, maps = ablation.measure([case], {AS_SHIPPED: manifests[AS_SHIPPED]}, experiment.networks)
+    memoised = MemoisedNetworks(experiment.networks)
     own = mask_map(maps[0], case)
     for name, manifest in manifests.items():
-        values = mask_map(counterpart_map(memoised.models, manifest)(case), case)
+        values = mask_map(counterpart_map(memoised.networks, manifest)(case), case)
         assert np.isfinite(values[case.evaluated]).all(), name
         assert np.array_equal(values[case.evaluated], own[case.evaluated]) == (name == AS_SHIPPED), name
 

@@ -54,10 +54,10 @@ def test_shipped_setting_is_measured(manifest: Manifest) -> None:
 
 
 def test_evaluations_are_counted_by_slices() -> None:
-    counting = curve.CountingModels(Models(lambda x: x, lambda z, _: 2 * z, lambda z: z))
+    counting = curve.CountingNetworks(Models(lambda x: x, lambda z, _: 2 * z, lambda z: z))
     z = np.ones((5, 3, 2, 2), np.float32)
-    assert counting.models.denoise(z, np.zeros(5, np.int64))[0, 0, 0, 0] == 2
-    counting.models.denoise(z[:2], np.zeros(2, np.int64))
+    assert counting.networks.denoise(z, np.zeros(5, np.int64))[0, 0, 0, 0] == 2
+    counting.networks.denoise(z[:2], np.zeros(2, np.int64))
     assert counting.evaluations == 7
 
 

@@ -42,8 +42,8 @@ def test_first_step_is_the_served_map_and_later_ones_are_better(real_scans: Path
     made = ellipse_inserter(e.config)(subject, GRADES["grade 3"], 0)
     case = make_case(subject, "grade 3", made.volume, made.truth, manifest)
     healthy = oracle_ablation.load_healthy_slices(e.config, case, manifest)
-    found = oracle_ablation.compute_maps(case, healthy, e.models, manifest)
-    served = counterpart_map(e.models, manifest)(case)
+    found = oracle_ablation.compute_maps(case, healthy, e.networks, manifest)
+    served = counterpart_map(e.networks, manifest)(case)
     np.testing.assert_allclose(mask_map(found[oracle_ablation.SHIPPED], case), mask_map(served, case), atol=1e-5)
     kept = np.isfinite(found[oracle_ablation.NO_EDGES])
     np.testing.assert_array_equal(kept, ~oracle_ablation.edge_pixels(case.truth))
@@ -59,5 +59,5 @@ def test_first_step_is_the_served_map_and_later_ones_are_better(real_scans: Path
     # Without a mask, the lesion is found because the healthy slices are those of the same patient.
     unmasked = found[oracle_ablation.NO_MASK]
     assert unmasked[inside].mean() > 3 * unmasked[beside].mean()
-    others = oracle_ablation.compute_maps(case, healthy[::-1].copy(), e.models, manifest)[oracle_ablation.NO_MASK]
+    others = oracle_ablation.compute_maps(case, healthy[::-1].copy(), e.networks, manifest)[oracle_ablation.NO_MASK]
     assert others[inside].mean() < 2 * others[beside].mean()

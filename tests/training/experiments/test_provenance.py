@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch")
 
 from app.manifest import File, Manifest
-from tests.support.bundle import tiny_manifest, with_part
+from tests.support.bundle import tiny_manifest
 from training.experiments.experiment import code_version
 from training.experiments.manifests import cases_hash, changed, codes_hash, detection_hash, ood_hash
 
@@ -52,15 +52,15 @@ def test_version_outside_of_a_repository_is_unknown(tmp_path: Path) -> None:
 
 CHANGES: dict[str, Callable[[Manifest], Manifest]] = {
     "version": lambda m: changed(m, version="9.9.9", title="other"),
-    "advice": lambda m: with_part(m, "preparation", advice="Send another."),
-    "ood": lambda m: with_part(m, "gate", max_fraction_out=0.5),
-    "kl": lambda m: with_part(m, "kl", threshold=0.5),
-    "residual": lambda m: with_part(m, "residual", median_pixels=3),
+    "advice": lambda m: changed(m, preparation=changed(m.preparation, advice="Send another.")),
+    "ood": lambda m: changed(m, gate=changed(m.gate, max_fraction_out=0.5)),
+    "kl": lambda m: changed(m, kl=changed(m.kl, threshold=0.5)),
+    "residual": lambda m: changed(m, residual=changed(m.residual, median_pixels=3)),
     "seed": lambda m: changed(m, seed=8),
-    "denoiser": lambda m: with_part(m, "files", denoiser=FILE),
-    "VQ-VAE": lambda m: with_part(m, "files", encoder=FILE),
-    "slices": lambda m: with_part(m, "preparation", intensity_level=0.5),
-    "edge": lambda m: with_part(m, "residual", erosion=3),
+    "denoiser": lambda m: changed(m, files=changed(m.files, denoiser=FILE)),
+    "VQ-VAE": lambda m: changed(m, files=changed(m.files, encoder=FILE)),
+    "slices": lambda m: changed(m, preparation=changed(m.preparation, intensity_level=0.5)),
+    "edge": lambda m: changed(m, residual=changed(m.residual, erosion=3)),
 }
 # What changes: cases, codes, detection, out-of-distribution check.
 EXPECTED = {
