@@ -94,7 +94,7 @@ Insert = Callable[[str, float, int], Lesioned]
 
 
 def ellipse_inserter(config: Config) -> Insert:
-    """Return what inserts ellipses of 4 to 8 pixels in radius into stacks of pictures."""
+    """Return a function that inserts ellipses of 4 to 8 pixels in radius into stacks of pictures."""
     assert config.data.pictures is not None, "ellipses are for pictures"
     # A patient with a tumour has few healthy pictures: each gets an ellipse.
     every = 1 if config.data.pictures.kind == "lgg" else SPRITE_EVERY
@@ -108,7 +108,7 @@ def ellipse_inserter(config: Config) -> Insert:
 
 
 def shape_inserter(config: Config, part: Part) -> Insert:
-    """Return what inserts lesion shapes of MS patients. Validation and test have different shapes."""
+    """Return a function that inserts lesion shapes of MS patients. Validation and test have different shapes."""
     split = load_split(config.data.splits)
     names = split.shapes_validation if part == "validation" else split.shapes_test
 

@@ -58,7 +58,7 @@ def large_shapes(names: tuple[str, ...]) -> dict[str, Volume]:
 
 
 def make_inserters(config: Config, split: Split) -> dict[str, Insert]:
-    """Return what inserts a large lesion into the scans of a bundle, by name."""
+    """Return functions that insert a large lesion into the scans of a bundle, by name."""
     if config.data.pictures is not None:
         radius = RADIUS_PIXELS[1] * config.preparation.spacing_mm[1]
         ct = config.preparation.window is not None
