@@ -1,4 +1,4 @@
-"""A head CT as a scanner of today sends it: 512 x 512 pixels in 200 slices, one DICOM file each, in one zip."""
+"""A head CT series of current size: 512 x 512 pixels, 200 slices, one DICOM file per slice, in one zip archive."""
 
 from itertools import product
 from pathlib import Path
@@ -10,7 +10,6 @@ from nibabel.processing import resample_from_to
 
 from app.ingest import read
 from app.volume import Volume
-from benchmarks.missing import Missing
 from tests.support.dicom import Series, write_series, zipped
 from training.archives import unpack
 
@@ -18,41 +17,45 @@ HEAD = Path("dicom", "ge_ct_head_human_28.tar.xz")
 SHAPE = (512, 512, 200)
 AIR_HU = -1024.0
 SEED = 0
-# Of a scanner: without it, interpolated slices compress better than real ones.
+# Interpolated slices without noise would compress better than real ones.
 NOISE_HU = 4.0
 CT = Series(modality="CT", plane=None, rescale=(1.0, AIR_HU), description="HEAD AXIAL")
 
 
+class MissingDataError(Exception):
+    """Data or a bundle that a part of the benchmark needs is missing. The other parts are measured."""
+
+
 def make_volume(head: Volume, shape: tuple[int, int, int] = SHAPE) -> Volume:
-    """A head on another grid over the same space, axes to the left, the back and the top, in whole units."""
+    """Resample a head to a grid of another shape over the same space, with axes LPS+ and integer HU."""
     image = nib.Nifti1Image(head.array, head.affine)
     corners = nib.affines.apply_affine(head.affine, list(product(*((0, n - 1) for n in head.shape))))
     low, high = corners.min(axis=0), corners.max(axis=0)
-    steps = (high - low) / (np.array(shape) - 1)
-    affine = np.diag([-steps[0], -steps[1], steps[2], 1.0])
+    spacing = (high - low) / (np.array(shape) - 1)
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[:3, 3] = (high[0], high[1], low[2])
-    there = resample_from_to(image, (shape, affine), order=1, cval=AIR_HU)
+    resampled = resample_from_to(image, (shape, affine), order=1, cval=AIR_HU)
     noise = np.random.default_rng(SEED).normal(0, NOISE_HU, shape)
-    return Volume(np.clip(np.round(np.asarray(there.dataobj) + noise), AIR_HU, 3071), affine)
+    return Volume(np.clip(np.round(np.asarray(resampled.dataobj) + noise), AIR_HU, 3071), affine)
 
 
 def make_series(data: Path, folder: Path) -> Path:
-    """The zip to upload, made of a real head whose tilt is resampled away.
+    """Write the zip archive to upload, made from a real head whose tilt is resampled away, and return its path.
 
     Parameters
     ----------
     data : Path
-        Root of the data.
+        Folder of the real scans.
     folder : Path
-        Where it is written.
+        Folder of the archive.
 
     Raises
     ------
-    Missing
-        The head is not among the data.
+    MissingDataError
+        The head is not in the data folder.
     """
     if not (data / HEAD).is_file():
-        raise Missing(f"the CT series is made of {HEAD}, which is not among the data: set COUNTERPART_DATA")
+        raise MissingDataError(f"{HEAD} is missing: set COUNTERPART_DATA to the folder of the data")
     with TemporaryDirectory() as made:
         unpack(data / HEAD, Path(made) / "head")
         head = read(Path(made) / "head", scratch=Path(made), geometry="resample").volume
