@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from app.errors import CounterpartError
 from app.manifest import Manifest
-from app.pipeline import anomaly
+from app.pipeline.anomaly import latent_foreground
 from app.pipeline.prepare import BoolArray, analysed_slices, to_slices
 from app.volume import FloatArray, Volume
 from training.config import Config
@@ -92,6 +92,6 @@ def healthy_threshold(config: Config, manifest: Manifest, latent_kl: Callable[[F
         # Without the first and the last slice.
         evenly = np.unique(np.linspace(0, len(analysed) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]
         chosen = analysed[evenly]
-        latents = anomaly.latent_foreground(slices.foreground[chosen], manifest.latent.downsampling)
+        latents = latent_foreground(slices.foreground[chosen], manifest.latent.downsampling)
         values.append(latent_kl(slices.x[chosen])[latents])
     return float(np.percentile(np.concatenate(values), PERCENTILE))

@@ -11,7 +11,7 @@ import torch
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.nets.transformer import DecoderOnlyTransformer
 
-from app.pipeline import anomaly
+from app.pipeline.anomaly import latent_foreground, residual
 from app.pipeline.prepare import BoolArray
 from app.pipeline.schedule import Schedule
 from app.runtime.bundle import read_manifest
@@ -58,8 +58,7 @@ class TorchBaselines:
         self.manifest = read_manifest(folder)
         self._config, self._counts = config, counts
         torch.manual_seed(config.seed)  # initialises the untrained networks
-        s = self.manifest.schedule
-        self._schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
+        self._schedule = Schedule.from_settings(self.manifest.schedule)
         self.threshold = 0.0
         self.loop_seconds = 0.0
 
@@ -102,14 +101,14 @@ class TorchBaselines:
 
     def _paper_method(self, plan: paper.Plan) -> Method:
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
-            latents = anomaly.latent_foreground(foreground, self.manifest.latent.downsampling)
+            latents = latent_foreground(foreground, self.manifest.latent.downsampling)
             with torch.inference_mode():
                 process = self._process(self._torch.denoiser)
                 z0 = torch.from_numpy(self.networks.encode(x))
                 with self._timed_loop():
                     mask = (paper.kl_map(z0, process, plan.kl).numpy() > self.threshold) & latents
                     inpainted = paper.inpaint(z0, torch.from_numpy(mask), process, plan).numpy()
-            return anomaly.residual(x[:, 0], self.networks.decode(inpainted)[:, 0], mask)
+            return residual(x[:, 0], self.networks.decode(inpainted)[:, 0], mask)
 
         return run
 

@@ -138,7 +138,7 @@ def sum_phases(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
     return {phase: sums[phase] for phase in PHASES if phase in sums}
 
 
-def trace_scan(bundle: Bundle, scan: Path, out: Path) -> list[Span]:
+def trace_scan(bundle: Bundle, scan: Path, out: Path, networks: Models | None = None) -> list[Span]:
     """Analyse a scan as `counterpart detect` does, with a loaded bundle, and return its spans.
 
     Parameters
@@ -147,11 +147,14 @@ def trace_scan(bundle: Bundle, scan: Path, out: Path) -> list[Span]:
     scan : Path
     out : Path
         Existing folder for the results.
+    networks : Models, optional
+        Networks that replace those of the bundle.
     """
     from app.analyse import Request, analyse  # rows import this module, and their memory is measured
 
     tracer = Tracer()
-    traced = replace(bundle, models=Models(*(tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS)))
+    networks = networks or bundle.models
+    traced = replace(bundle, models=Models(*(tracer.wrap(getattr(networks, name), name) for name in NETWORKS)))
     with tracer.attached():
         analyse(scan, out, lambda _: traced, (bundle.manifest,), Request(), lambda *_: None)
     return tracer.finish()

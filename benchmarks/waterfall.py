@@ -39,8 +39,8 @@ def measure_waterfall(folder: Path, config: Path, scan: Path, repeats: int, *, q
         if not quick:
             from training.restore import load_networks
 
-            eager = replace(bundle, models=load_networks(folder, Config.load(config)).models(), batch=1)
-            measured["before"] = _describe(trace_scan(eager, scan, Path(out)))
+            eager = load_networks(folder, Config.load(config)).models()
+            measured["before"] = _describe(trace_scan(replace(bundle, batch=1), scan, Path(out), eager))
     return measured
 
 

@@ -150,14 +150,14 @@ class RowBenchmark:
         chosen : (K,) ndarray of int
             Their indices among the analysed slices of the volume.
         """
-        from app.pipeline import anomaly
+        from app.pipeline.anomaly import erode
 
         if self.row.sample is None:
             detection = self.detect(volume)
             return np.asarray(detection.anomaly[np.flatnonzero(detection.analysed)[chosen]], dtype=np.float32)
         assert self.baselines is not None
         # The service erodes the foreground, so the other methods are scored without its edge too.
-        inner = anomaly.erode(foreground, self.manifest.residual.erosion)
+        inner = erode(foreground, self.manifest.residual.erosion)
         return np.asarray(self.baselines.method(self.row)(x, foreground) * inner, dtype=np.float32)
 
 

@@ -191,7 +191,7 @@ def test_phases_add_up() -> None:
 def test_page_has_numbers_and_failures() -> None:
     page = render(DOCUMENT, "figures/waterfall.png")
     assert "![Waterfall of one scan](figures/waterfall.png)" in page
-    assert "2026-01-01 10:00 UTC (3 repeats, 10.0 min)" in page
+    assert "rows: 2026-01-01 10:00 UTC, 3 repeats, 10.0 minutes." in page
     assert "ValueError: no." in page
     assert "| T1 volume | t1-0.0.0 | 8 | 9.00 | 7.00 [6.00, 8.00] | 0.50 [0.50, 0.50] | 900 |" in page
 

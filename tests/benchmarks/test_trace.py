@@ -1,25 +1,36 @@
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 
 from app.pipeline.models import Models
+from app.runtime.bundle import load_bundle
 from benchmarks.trace import (
+    DECOMPRESS,
     KL,
     OOD,
     OTHER,
     PHASES,
+    READ,
+    RESAMPLE,
+    RESAMPLE_BACK,
     REVERSE,
     TRACED,
+    WRITE,
     Span,
     Tracer,
     count_evaluations,
     median_trace,
     sum_phases,
+    trace_scan,
 )
+from tests.support.phantom import brain, grid
 
 
 @pytest.mark.parametrize("path", TRACED)
@@ -75,8 +86,20 @@ def test_evaluations_are_counted_by_slice() -> None:
         return arrays[0] + 1
 
     counts = Counter[str]()
-    counted = count_evaluations(Models(network, network, network), counts)
+    networks: list[Any] = [network] * 3
+    counted = count_evaluations(Models(*networks), counts)
     np.testing.assert_array_equal(counted.encode(np.zeros(3, np.float32)), np.ones(3))
     counted.denoise(np.zeros(2, np.float32), np.zeros(2, np.int64))
     counted.denoise(np.zeros(4, np.float32), np.zeros(4, np.int64))
     assert counts == {"encode": 3, "denoise": 6}
+
+
+def test_scan_is_traced(tiny_models: Path, tmp_path: Path) -> None:
+    head = brain((52, 64, 48), grid((52, 64, 48)))
+    nib.save(nib.Nifti1Image(head.array, head.affine), tmp_path / "scan.nii.gz")
+    bundle = load_bundle(next(path.parent for path in tiny_models.glob("tiny-*/manifest.json")), threads=1)
+    (tmp_path / "out").mkdir()
+    spans = trace_scan(bundle, tmp_path / "scan.nii.gz", tmp_path / "out")
+    assert {READ, DECOMPRESS, RESAMPLE, "encode", KL, OOD, RESAMPLE_BACK, WRITE} <= sum_phases(spans).keys()
+    assert all(a.end == b.start for a, b in pairwise(spans))
+    assert (tmp_path / "out" / "mask.nii.gz").is_file()
