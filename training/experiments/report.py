@@ -51,10 +51,10 @@ Milliseconds were taken beside other work on the same machine: [benchmarks](BENC
 "Learnt from" has what each opponent saw: {usual} slices; the denoisers saw 168,000 and more
 ([decision 5](decisions/0005-noise-levels-in-training.md)). The transformer is a small one, and
 its errors still fell at the end. That of T1 saw {in_t1}, in as many steps, on a CPU
-([what more of them bring](decisions/0019-bars-out-of-reach.md)). Its milliseconds are the mean of twelve slices of as
+([what more of them bring](decisions/0019-missed-targets.md)). Its milliseconds are the mean of twelve slices of as
 many test scans, on a CPU where known codes are fed at once, which gives the same codes sooner than step by step does
 ([benchmarks](BENCHMARKS.md) has both, and the published size); the others' are the mean of all.
-[What was tried about the bars that are missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
+[What was tried about the bars that are missed](decisions/0019-missed-targets.md) is a decision of its own.
 
 A row may be older than the version of its bundle that a table names: it counts while all that decides it is the same.
 "Code" is the commit, and "-dirty" where code differed from it. In rows of `ecdf172` and before, any file that was not
