@@ -1,9 +1,9 @@
 # syntax=docker/dockerfile:1
-# docker build -t counterpart .                       runs on the CPU
-# docker build -t counterpart:gpu --build-arg PROVIDER=gpu .   needs an NVIDIA driver for CUDA 13 on the host
+# docker build -t counterpart .                                for the CPU
+# docker build -t counterpart:gpu --build-arg PROVIDER=gpu .   for CUDA 13; the host needs an NVIDIA driver
 ARG PROVIDER=cpu
 
-# Same Debian release in every stage, so that the environment moves from one to the other as it is.
+# Every stage has the same Debian release, so that the environment can be copied between them.
 FROM python:3.11-slim-bookworm AS build
 ARG PROVIDER
 WORKDIR /src
@@ -17,8 +17,8 @@ RUN /opt/counterpart/bin/pip install --no-cache-dir --constraint constraints.txt
 FROM python:3.11-slim-bookworm AS base-cpu
 ENV COUNTERPART_PROVIDER=cpu
 
-# onnxruntime-gpu 1.31 wants CUDA 13 and cuDNN 9. They come as wheels beside it: onnxruntime finds them by
-# `preload_dlls`, the driver comes from the host, and the image stays on the same Python and Debian.
+# onnxruntime-gpu 1.31 needs CUDA 13 and cuDNN 9. Both are installed as wheels, and onnxruntime loads them with
+# `preload_dlls`. The driver comes from the host.
 FROM python:3.11-slim-bookworm AS base-gpu
 ENV COUNTERPART_PROVIDER=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
@@ -31,8 +31,8 @@ LABEL org.opencontainers.image.title="counterpart" \
 RUN useradd --uid 10001 --create-home --home-dir /home/counterpart counterpart \
     && install -d -o counterpart -g counterpart /var/lib/counterpart
 COPY --from=build /opt/counterpart /opt/counterpart
-# The container's own loopback is of no use to its host, so it listens on every address of the container;
-# the service refuses that without COUNTERPART_TOKEN.
+# The host cannot reach the container's loopback, so the service listens on every address of the container.
+# It refuses to start without COUNTERPART_TOKEN.
 ENV PATH=/opt/counterpart/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -43,7 +43,7 @@ USER counterpart
 WORKDIR /home/counterpart
 VOLUME /var/lib/counterpart
 EXPOSE 8000
-# Ready only after a real inference, so a start on a slow machine takes its time.
+# The service is ready after a real inference with each model. A slow machine needs time for this.
 HEALTHCHECK --interval=15s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 ENTRYPOINT ["counterpart"]

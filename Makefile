@@ -1,4 +1,4 @@
-# `make run` and `make test` do all the set-up on a machine with Python 3.11 and make.
+# `make run` and `make test` install all that they need. Requirements: Python 3.11 and make.
 .DEFAULT_GOAL := help
 .PHONY: help run test lint format types imports unit proofs train doctor install install-dev clean
 
@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= $(or $(COUNTERPART_PORT),8000)
 CONFIG ?= training/configs/t1.toml
 
-# Two environments: the service's has no torch, the developer's has everything.
+# Two environments: one for the service, without torch, and one for development.
 SERVE := .venv
 DEV := .venv-dev
 BIN := $(DEV)/bin
@@ -18,10 +18,10 @@ TOKEN_HEADER := $(if $(COUNTERPART_TOKEN),-H "Authorization: Bearer $$COUNTERPAR
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-run: $(SERVE)/.installed var/sample/scan.nii.gz ## Install the service, start it, say what to open.
+run: $(SERVE)/.installed var/sample/scan.nii.gz ## Install the service and start it on a sample scan.
 	@echo
-	@echo "  Open     $(URL)/docs"
-	@echo "  Try      curl -sS $(TOKEN_HEADER)-H 'Prefer: wait=60' -F file=@$(CURDIR)/var/sample/scan.nii.gz $(URL)/v1/scans"
+	@echo "  API      $(URL)/docs"
+	@echo "  Analyse  curl -sS $(TOKEN_HEADER)-H 'Prefer: wait=60' -F file=@$(CURDIR)/var/sample/scan.nii.gz $(URL)/v1/scans"
 	@echo "  Or       $(SERVE)/bin/counterpart detect var/sample/scan.nii.gz -o var/sample/result"
 	@echo "  Stop     Ctrl-C"
 	@echo
@@ -30,45 +30,45 @@ run: $(SERVE)/.installed var/sample/scan.nii.gz ## Install the service, start it
 doctor: $(SERVE)/.installed ## Check the installation.
 	@$(SERVE)/bin/counterpart doctor
 
-test: lint types imports unit ## Lint, types, import rules and tests: what CI runs.
+test: lint types imports unit ## Run lint, types, imports and unit, as CI does.
 
-lint: $(DEV)/.installed ## Style, as ruff sees it.
+lint: $(DEV)/.installed ## Check the style with ruff.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(DEV)/.installed ## mypy, strict.
+types: $(DEV)/.installed ## Check the types with mypy.
 	$(BIN)/mypy
 
-imports: $(DEV)/.installed ## The import rules of docs/architecture.md.
+imports: $(DEV)/.installed ## Check the import rules of docs/architecture.md.
 	$(BIN)/lint-imports
 
-unit: $(DEV)/.installed ## Tests alone; ARGS goes to pytest.
+unit: $(DEV)/.installed ## Run the tests; ARGS is passed to pytest.
 	$(BIN)/python -m pytest $(ARGS)
 
-proofs: $(DEV)/.installed ## Kill -9, a cluster, the contract, in their short form: some minutes.
+proofs: $(DEV)/.installed ## Run the slow tests: killed processes, a cluster, the API contract (some minutes).
 	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs
 
-format: $(DEV)/.installed ## Rewrite the code as `make lint` wants it.
+format: $(DEV)/.installed ## Format the code.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-train: $(DEV)/.installed ## Train a bundle from its data: CONFIG=training/configs/t1.toml
+train: $(DEV)/.installed ## Train a bundle; CONFIG=training/configs/t1.toml by default.
 	$(BIN)/python -m training.run $(CONFIG)
 
-install: $(SERVE)/.installed ## The service's environment.
-install-dev: $(DEV)/.installed ## The developer's environment.
+install: $(SERVE)/.installed ## Install the service.
+install-dev: $(DEV)/.installed ## Install the development environment.
 
-# Not editable: what a user gets, with the bundles inside the package.
+# Not editable, so that it is the package that a user gets, with the bundles inside.
 $(SERVE)/.installed: pyproject.toml constraints.txt $(SHIPPED)
-	@echo "Installing the service into $(SERVE): a minute or two, the first time."
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@echo "Installing the service into $(SERVE). The first time, this takes one or two minutes."
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is required: make PYTHON=/path/to/python3.11")'
 	@test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE)
 	@$(SERVE)/bin/python -m pip $(PIP) ".[cpu,sample]"
 	@touch $@
 
 $(DEV)/.installed: pyproject.toml constraints.txt
-	@echo "Installing the developer's environment into $(DEV): some minutes, the first time."
-	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@echo "Installing the development environment into $(DEV). The first time, this takes some minutes."
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is required: make PYTHON=/path/to/python3.11")'
 	@test -x $(DEV)/bin/python || $(PYTHON) -m venv $(DEV)
 	@$(DEV)/bin/python -m pip $(PIP) --editable ".[cpu,sample,training,dev]"
 	@touch $@
@@ -76,5 +76,5 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 var/sample/scan.nii.gz: | $(SERVE)/.installed
 	@$(SERVE)/bin/counterpart sample -o var/sample > /dev/null
 
-clean: ## Remove both environments, caches and the sample; never a trained run or a store.
+clean: ## Remove both environments, the caches and the sample, but no trained run and no store.
 	rm -rf $(SERVE) $(DEV) var dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

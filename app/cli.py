@@ -1,5 +1,6 @@
-"""The command line. Each command imports what it needs when it runs, so that --help is quick."""
+"""Command line. Each command imports what it needs when it runs, so that --help is fast."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,26 +17,27 @@ STATUS_OTHER, STATUS_INPUT = 1, 2
 
 app = typer.Typer(
     name="counterpart",
-    help="A brain scan in, a mask of what differs from its imagined healthy counterpart out. Research use only.",
+    help="Detect what differs between a brain scan and its generated healthy counterpart. Research use only.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,  # it prints local variables, and those can hold patient data
+    pretty_exceptions_enable=False,  # it prints local variables, which may contain patient data
 )
 
 
 @contextmanager
-def errors_told(given: Mapping[str, Path | None] | None = None) -> Iterator[None]:
-    """Tell an error as `code: sentence` on standard error, and leave with its exit status.
+def report_errors(paths: Mapping[str, Path | None] | None = None) -> Iterator[None]:
+    """Print an error as `code: sentences` on standard error, and exit with its status.
 
     Parameters
     ----------
-    given : mapping of str to Path, optional
-        Paths of the caller by the names of their parameters, which stand for them: they can name a patient.
+    paths : mapping of str to Path, optional
+        The caller's paths by parameter name. Messages contain the name instead of the path, because a path may
+        contain a patient's name.
 
     Raises
     ------
     typer.Exit
-        With 2 where the scan cannot be analysed, with 1 for anything else.
+        With status 2 if the scan cannot be analysed, with status 1 for any other error.
     """
     try:
         yield
@@ -43,46 +45,61 @@ def errors_told(given: Mapping[str, Path | None] | None = None) -> Iterator[None
         typer.echo(f"{error.code}: {error}", err=True)
         raise typer.Exit(STATUS_INPUT if isinstance(error, INPUT_ERRORS) else STATUS_OTHER) from error
     except OSError as error:
-        typer.echo(f"{error.strerror or type(error).__name__}: {_place(error, given or {})}", err=True)
+        typer.echo(f"{error.strerror or type(error).__name__}: {_describe_path(error, paths or {})}", err=True)
         raise typer.Exit(STATUS_OTHER) from error
     except Exception as error:
-        from app.jobs.runner import where
+        from app.errors import error_location
 
-        # No traceback: the text of an exception may hold a patient's data, or a database's password.
+        # No traceback: the text of an exception may contain patient data or a database password.
         fault = InternalError(
-            "Counterpart met an unexpected {exception} in {where}.".format(**where(error)),
-            expected="a result or a reason.",
-            advice="Report this line: it holds nothing of the scan.",
+            "Counterpart met an unexpected {exception} in {where}.".format(**error_location(error)),
+            expected="a result or a known error.",
+            advice="Report this line. It contains no patient data.",
         )
         typer.echo(f"{fault.code}: {fault}", err=True)
         raise typer.Exit(STATUS_OTHER) from error
 
 
-def _place(error: OSError, given: Mapping[str, Path | None]) -> str:
+def import_nibabel() -> None:
+    """Import nibabel without pydicom, requests and GDCM.
+
+    nibabel imports pydicom, if it is installed, for DICOM headers inside NIfTI files. Counterpart does not read
+    these. Without them, `detect` on a NIfTI file needs a sixth less CPU time before the first network evaluation.
+    """
+    if "nibabel" in sys.modules or "pydicom" in sys.modules:
+        return
+    sys.modules["pydicom"] = None  # type: ignore[assignment]  # documented: the import then fails
+    try:
+        import nibabel  # noqa: F401
+    finally:
+        del sys.modules["pydicom"]
+
+
+def _describe_path(error: OSError, paths: Mapping[str, Path | None]) -> str:
     if error.filename is None:
-        return "no file named"
-    for name, path in given.items():
+        return "the error names no file"
+    for name, path in paths.items():
         if path is not None and Path(str(error.filename)).is_relative_to(path):
             return f"{name}, or a file in it"
     return str(error.filename)
 
 
-def _there(path: Path | None) -> Path | None:
-    """The path of something that exists; typer's own check repeats the path."""
+def _check_exists(path: Path | None) -> Path | None:
+    """Check that a path exists. The error does not repeat the path, as typer's own check does."""
     if path is not None and not path.exists():
-        raise typer.BadParameter("there is no such file or folder.")
+        raise typer.BadParameter("no such file or folder.")
     return path
 
 
-def _a_folder(path: Path) -> Path:
-    """The path of a folder that is there or can be made."""
+def _check_folder(path: Path) -> Path:
+    """Check that a path is a folder or does not exist."""
     if path.exists() and not path.is_dir():
-        raise typer.BadParameter("this is no folder.")
+        raise typer.BadParameter("not a folder.")
     return path
 
 
-def _tell_version(*, wanted: bool) -> None:
-    if wanted:
+def _print_version(*, requested: bool) -> None:
+    if requested:
         typer.echo(f"counterpart {__version__}")
         raise typer.Exit
 
@@ -91,127 +108,141 @@ def _tell_version(*, wanted: bool) -> None:
 def options(
     *,
     version: Annotated[
-        bool, typer.Option("--version", callback=lambda v: _tell_version(wanted=v), is_eager=True, help="Show it.")
+        bool,
+        typer.Option(
+            "--version", callback=lambda v: _print_version(requested=v), is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Define the options that belong to no command."""
 
 
 @app.command()
-def detect(  # noqa: PLR0913 - one parameter an option, and typer knows no other way
-    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_there)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", callback=_a_folder)],
+def detect(  # noqa: PLR0913 - typer needs one parameter for each option
+    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_check_exists)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", callback=_check_folder)],
     *,
-    model: Annotated[str | None, typer.Option(help="Bundle, by name or id; else by modality and sequence.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name or id of a model. Default: selected by modality and sequence.")
+    ] = None,
     series: Annotated[
-        str | None, typer.Option(help="SeriesInstanceUID, where there are several; UID/2 for its second stack.")
+        str | None, typer.Option(help="SeriesInstanceUID of the series to analyse; UID/2 for its second stack.")
     ] = None,
     geometry: Annotated[
-        Literal["refuse", "resample"], typer.Option(help="Missing, tilted or unevenly spaced slices.")
+        Literal["refuse", "resample"],
+        typer.Option(help="Refuse or resample missing, tilted or unevenly spaced slices."),
     ] = "refuse",
-    seed: Annotated[int | None, typer.Option(help="Of the noise; else the bundle's.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise. Default: the seed of the model.", min=0)] = None,
     truth: Annotated[
         Path | None,
-        typer.Option(help="Known lesion mask; else truth.nii.gz beside the scan.", callback=_there),
+        typer.Option(
+            help="Known lesion mask, to print the Dice. Default: truth.nii.gz beside the scan.", callback=_check_exists
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Write mask, anomaly map, counterpart, report and preview of one scan."""
-    from app.slim import import_nibabel
-
+    """Analyse one scan: write mask, anomaly map, counterpart, report and preview."""
     import_nibabel()
-    from app.analyse import Request
-    from app.cli_detect import beside, run, tell, tell_dice
+    from app.analysis import AnalysisRequest
+    from app.console import find_truth, print_dice, print_report, run_analysis
     from app.settings import read_settings
 
-    with errors_told({"SCAN": scan, "--out": out, "--truth": truth}):
-        report = run(scan, out, Request(model, series, seed, geometry), read_settings())
+    with report_errors({"SCAN": scan, "--out": out, "--truth": truth}):
+        report = run_analysis(scan, out, AnalysisRequest(model, series, seed, geometry), read_settings())
         if as_json:
             typer.echo(report.model_dump_json(indent=1))
         else:
-            tell(report, out, Console())
-        known = truth or beside(scan)
-        if known:
-            tell_dice(out, known, Console(stderr=as_json))
+            print_report(report, out, Console())
+        known_mask = truth or find_truth(scan)
+        if known_mask:
+            print_dice(out, known_mask, Console(stderr=as_json))
 
 
 @app.command()
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; else COUNTERPART_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; else COUNTERPART_PORT.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: COUNTERPART_HOST.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: COUNTERPART_PORT.")] = None,
     *,
-    no_worker: Annotated[bool, typer.Option("--no-worker", help="Leave the analysis to `counterpart worker`.")] = False,
+    no_worker: Annotated[
+        bool, typer.Option("--no-worker", help="Do not analyse scans; `counterpart worker` does.")
+    ] = False,
 ) -> None:
     """Start the HTTP service and its worker."""
     from app import main as service
     from app.settings import read_settings
 
-    with errors_told():
+    with report_errors():
         service.serve(read_settings(host=host, port=port), worker=not no_worker)
 
 
 @app.command()
 def worker(
-    host: Annotated[str | None, typer.Option(help="Where to tell health and metrics; else COUNTERPART_HOST.")] = None,
-    port: Annotated[int, typer.Option(help="Port for them; 0 takes a free one.", min=0, max=65535)] = 0,
+    host: Annotated[str | None, typer.Option(help="Address for health and metrics. Default: COUNTERPART_HOST.")] = None,
+    port: Annotated[
+        int, typer.Option(help="Port for health and metrics. 0 selects a free port.", min=0, max=65535)
+    ] = 0,
 ) -> None:
-    """Analyse the scans that `counterpart serve --no-worker` takes, one at a time. It owns its GPU."""
+    """Analyse the scans that `counterpart serve --no-worker` receives, one at a time.
+
+    Start one worker for each GPU.
+    """
     from app import main as service
     from app.settings import read_settings
 
-    with errors_told():
-        service.work(read_settings(host=host, port=port))
+    with report_errors():
+        service.run_worker(read_settings(host=host, port=port))
 
 
 @app.command()
 def sample(
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write to.", file_okay=False)],
-    seed: Annotated[int, typer.Option(help="Of the noise and of the lesion's place.", min=0)] = 0,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sample.", file_okay=False)],
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of the position of the lesion.", min=0)] = 0,
 ) -> None:
-    """Make a scan to try things with: a template brain with a lesion of known shape."""
-    with errors_told():
+    """Create a sample scan: a template brain with a lesion of known shape."""
+    with report_errors():
         from app.sample import make_sample
 
         made = make_sample(out, seed)
     typer.echo(f"{made.scan}: a template brain with a lesion of {made.lesion_ml:.1f} ml ({made.truth.name}).")
-    typer.echo(f"Now: counterpart detect {made.scan} -o {out / 'result'}")
+    typer.echo(f"Next: counterpart detect {made.scan} -o {out / 'result'}")
 
 
 @app.command()
 def models() -> None:
-    """List the model bundles that scans can be sent to."""
+    """List the installed models."""
     from app.runtime.bundle import find_bundles, read_manifest, shipped_models
     from app.settings import read_settings
 
-    with errors_told():
+    with report_errors():
         folder = read_settings().models or shipped_models()
         manifests = [read_manifest(bundle) for bundle in find_bundles(folder)]
     if not manifests:
-        typer.echo(f"No model in {folder}.", err=True)
+        typer.echo(f"The folder {folder} contains no model bundle.", err=True)
         raise typer.Exit(STATUS_OTHER)
     for manifest in manifests:
         typer.echo(f"{manifest.id}: {manifest.title}")
-        typer.echo(f"  {manifest.modality}, {manifest.sequence}; {manifest.preparation.subject}")
+        typer.echo(f"  {manifest.modality}, {manifest.sequence}; {manifest.preprocessing.subject}")
         typer.echo(f"  {manifest.intended_use}")
         typer.echo(f"  {manifest.licence.licence}; trained on {manifest.licence.data}")
 
 
 @app.command()
 def doctor() -> None:
-    """Check this installation, and say how to mend what is wrong."""
-    from app.doctor import examine, tell
+    """Check this installation, and print a fix for each problem."""
+    from app.doctor import print_checks, print_settings, run_checks
     from app.settings import read_settings
 
-    with errors_told():
+    with report_errors():
         settings = read_settings()
-        checks = examine(settings)
-    tell(checks, settings, Console())
+        checks = run_checks(settings)
+    print_checks(checks, Console())
+    print_settings(settings, Console())
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(STATUS_OTHER)
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command line."""
     app()
 
 

@@ -1,7 +1,8 @@
-"""What `counterpart doctor` looks at: each check says what was found, and how to mend it."""
+"""Checks of `counterpart doctor`: each one reports its result and a fix."""
 
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,26 +12,27 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from app.errors import CounterpartError
 from app.runtime.bundle import find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.session import open_session
-from app.settings import PREFIX, SETTINGS_FILE, Settings
+from app.settings import PREFIX, SETTINGS_FILE_VARIABLE, Settings
 
 Status = Literal["ok", "warn", "fail"]
 COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
+INDENT = " " * 5
 
-OLDEST_PYTHON = (3, 11)
-# A 512 x 512 x 400 scan and its three results take about a gigabyte before compression.
+MIN_PYTHON = (3, 11)
+# A scan of 512 x 512 x 400 voxels and its three images take about one gigabyte before compression.
 ONE_SCAN_GB = 1.0
 COMFORTABLE_GB = 10.0
 GIGABYTE = 10**9
 
-# Both write the same folder `onnxruntime`, and the last one installed wins.
+# Both packages write the folder `onnxruntime`, so the last one installed overwrites the other.
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
-# Transfer syntaxes in clinical use (DICOM PS3.5 annex A.4), and the parts that decode them here.
+# Transfer syntaxes in clinical use (DICOM PS3.5 annex A.4) by compression method.
 SYNTAXES = {
     "JPEG": ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51"),
     "JPEG lossless": ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"),
@@ -39,60 +41,58 @@ SYNTAXES = {
     "HTJ2K": ("1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203"),
     "RLE": ("1.2.840.10008.1.2.5",),
 }
-MEND_DECODER = "pip install python-gdcm pyjpegls pylibjpeg pylibjpeg-openjpeg pillow, then run doctor again."
+DECODER_FIX = "pip install python-gdcm pyjpegls pylibjpeg pylibjpeg-openjpeg pillow, then run doctor again."
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes
     ----------
     name : str
-        What.
     status : {"ok", "warn", "fail"}
-        A warning leaves the service usable.
+        With a warning, the service still works.
     found : str
-        What was there.
-    mend : str
-        What to do about it; empty where all is well.
+    fix : str
+        What to do; empty if the status is "ok".
     """
 
     name: str
     status: Status
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
-def examine(settings: Settings) -> list[Check]:
-    """Run every check, the real inference included; each is independent of the others' outcome."""
+def run_checks(settings: Settings) -> list[Check]:
+    """Run every check, including a real inference with each model. No check depends on another."""
     installed = (check_python(), check_runtime(settings), *check_provider(settings), *check_decoders())
     return [*installed, *check_bundles(settings), check_store(settings), *check_shared(settings)]
 
 
 def check_python() -> Check:
-    """The interpreter's version."""
+    """Check the version of the interpreter."""
     found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] < OLDEST_PYTHON:
-        return Check("python", "fail", found, "Install Python 3.11 or newer, and counterpart again with it.")
+    if sys.version_info[:2] < MIN_PYTHON:
+        return Check("python", "fail", found, "Install Python 3.11 or newer, then install counterpart again with it.")
     return Check("python", "ok", found)
 
 
 def check_runtime(settings: Settings) -> Check:
-    """Which onnxruntime is installed, and that it is one."""
+    """Check that exactly one onnxruntime package is installed."""
     installed = {name: version for name in RUNTIMES if (version := _version(name))}
     found = ", ".join(f"{name} {version}" for name, version in installed.items()) or "not installed"
     extra = "gpu" if settings.provider == "cuda" else "cpu"
     if len(installed) > 1:
-        remedy = f"pip uninstall {' '.join(RUNTIMES)}, then pip install 'counterpart[{extra}]': they share a folder."
-        return Check("runtime", "fail", found, remedy)
+        fix = f"pip uninstall {' '.join(RUNTIMES)}, then pip install 'counterpart[{extra}]'. They share a folder."
+        return Check("runtime", "fail", found, fix)
     if not installed:
         return Check("runtime", "fail", found, f"pip install 'counterpart[{extra}]'.")
     return Check("runtime", "ok", found)
 
 
 def check_provider(settings: Settings) -> Iterator[Check]:
-    """Where a real session runs: onnxruntime also lists providers that it then falls back from."""
+    """Check the provider of a real session: onnxruntime also lists providers that it cannot use."""
     for path in find_bundles(settings.models or shipped_models())[:1]:
         try:
             session = open_session(path / read_manifest(path).files.encoder.name, settings.provider, settings.threads)
@@ -103,29 +103,29 @@ def check_provider(settings: Settings) -> Iterator[Check]:
 
 
 def check_decoders() -> Iterator[Check]:
-    """That every compressed transfer syntax in use has a decoder."""
+    """Check that each compressed transfer syntax in clinical use has a decoder."""
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
-    from app.ingest import pixels
+    from app.ingest.dicom import pixels
 
-    assert pixels  # it chooses among pydicom's decoders
+    assert pixels  # importing it selects among pydicom's decoders
     for name, syntaxes in SYNTAXES.items():
         decoders = [get_decoder(UID(syntax)) for syntax in syntaxes]
         plugins = sorted({plugin for decoder in decoders for plugin in decoder.available_plugins})
         if all(decoder.is_available for decoder in decoders):
             yield Check(f"decoder {name}", "ok", ", ".join(plugins))
         else:
-            yield Check(f"decoder {name}", "warn", "such DICOM files cannot be read", MEND_DECODER)
+            yield Check(f"decoder {name}", "warn", "DICOM files with this compression cannot be read", DECODER_FIX)
 
 
 def check_bundles(settings: Settings) -> Iterator[Check]:
-    """Hashes, the provider of the real session, and the golden pair of every bundle."""
+    """Check the hashes, the provider and the golden pair of each bundle."""
     folder = settings.models or shipped_models()
     bundles = find_bundles(folder)
     if not bundles:
-        mend = f"Unset {PREFIX}MODELS to use the shipped bundles, or install counterpart again."
-        yield Check("models", "fail", f"none in {folder}", mend)
+        fix = f"Unset {PREFIX}MODELS to use the shipped bundles, or install counterpart again."
+        yield Check("models", "fail", f"none in {folder}", fix)
     for path in bundles:
         name = f"model {path.name}"
         start = time.perf_counter()
@@ -135,29 +135,29 @@ def check_bundles(settings: Settings) -> Iterator[Check]:
             yield Check(name, "fail", f"{error.code}: {error.found}", error.advice)
             continue
         seconds = time.perf_counter() - start
-        yield Check(
-            name, "ok", f"hashes, {bundle.provider} session in {bundle.precision} and golden pair in {seconds:.1f} s"
-        )
+        found = f"hashes and golden pair match ({bundle.provider}, {bundle.precision}, {seconds:.1f} s)"
+        yield Check(name, "ok", found)
 
 
 def check_store(settings: Settings) -> Check:
-    """That the store can be written to, and has room."""
+    """Check that the local folder is writable and has free space."""
     store = settings.folder
+    # A check must not create the folder, so the nearest existing parent is tested.
     existing = next(p for p in (store, *store.parents) if p.exists())
     try:
-        with TemporaryFile(dir=existing):  # the folder itself is made by the service, not by a check
+        with TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        mend = f"Make it writable for this user, or set {PREFIX}STORE to another folder."
-        return Check("store", "fail", f"{store}: {error.strerror}", mend)
+        fix = f"Make the folder writable for this user, or set {PREFIX}STORE to another folder."
+        return Check("store", "fail", f"{store}: {error.strerror}", fix)
     free = shutil.disk_usage(existing).free / GIGABYTE
     status: Status = "ok" if free >= COMFORTABLE_GB else "warn" if free >= ONE_SCAN_GB else "fail"
-    mend = "" if status == "ok" else f"Free some space, or set {PREFIX}STORE to a folder on another disk."
-    return Check("store", status, f"{store}: writable, {free:.1f} GB free", mend)
+    fix = "" if status == "ok" else f"Free some disk space, or set {PREFIX}STORE to a folder on another disk."
+    return Check("store", status, f"{store}: writable, {free:.1f} GB free", fix)
 
 
 def check_shared(settings: Settings) -> Iterator[Check]:
-    """The bucket and the database, where they are not in the local folder."""
+    """Check the bucket and the database, if the settings name them."""
     if settings.bucket:
         from app.jobs.bucket import BucketStore
 
@@ -170,34 +170,42 @@ def check_shared(settings: Settings) -> Iterator[Check]:
                 yield Check("bucket", "ok", settings.bucket)
     if settings.database:
         from app.jobs.database import connect
-        from app.jobs.roster import Roster
+        from app.jobs.recovery import WorkerRegistry
 
         database = connect(settings.database_url)
         try:
-            Roster(database).create()
-        except Exception as error:  # noqa: BLE001  # whatever the driver raises, with the password in its text
-            mend = f"Check {PREFIX}DATABASE, and that the server lets this user in and create tables."
-            yield Check("database", "fail", f"it does not answer ({type(error).__name__})", mend)
+            WorkerRegistry(database).create_tables()
+        except Exception as error:  # noqa: BLE001  # any class of the driver; its text may contain the password
+            fix = f"Check {PREFIX}DATABASE, and that its user may log in and create tables."
+            yield Check("database", "fail", f"no answer ({type(error).__name__})", fix)
         else:
-            yield Check("database", "ok", settings.shown("database"))
+            yield Check("database", "ok", settings.format_value("database"))
         finally:
             database.dispose()
 
 
-def tell(checks: list[Check], settings: Settings, console: Console) -> None:
-    """Checks and settings for a person, secrets hidden."""
+def print_checks(checks: list[Check], console: Console) -> None:
+    """Print each check, with its fix on a line of its own."""
     for check in checks:
-        console.print(f"[{COLOURS[check.status]}]{check.status:4}[/] [bold]{check.name}[/]: ", end="")
-        console.print(check.found, markup=False, highlight=False, soft_wrap=True)
-        if check.mend:
-            console.print(f"     mend: {check.mend}", markup=False, highlight=False, soft_wrap=True)
-    table = Table(title=f"Settings (environment, or the file that {SETTINGS_FILE} names)", title_justify="left")
-    table.add_column("variable", no_wrap=True)
-    for heading in ("value", "from", "what"):
-        table.add_column(heading, overflow="fold")
+        text = _wrap(f"{check.status:4} {check.name}: {check.found}", console)
+        text.stylize(COLOURS[check.status], 0, len(check.status))
+        console.print(text)
+        if check.fix:
+            console.print(_wrap(f"{INDENT}fix: {check.fix}", console))
+
+
+def print_settings(settings: Settings, console: Console) -> None:
+    """Print each setting with its value, origin and description. Secrets are masked."""
+    console.print(f"\nSettings (environment, or the file that {SETTINGS_FILE_VARIABLE} names)", highlight=False)
     for name, field in type(settings).model_fields.items():
-        table.add_row(f"{PREFIX}{name.upper()}", settings.shown(name), settings.origin(name), field.description)
-    console.print(table)
+        value = f"{settings.format_value(name)} ({settings.origin(name)})"
+        console.print(_wrap(f"{PREFIX}{name.upper()} = {value}", console))
+        console.print(_wrap(f"{INDENT}{field.description}", console))
+
+
+def _wrap(text: str, console: Console) -> Text:
+    """Break a text into lines of the console's width, and indent the second and later lines."""
+    return Text(textwrap.fill(text, console.width, subsequent_indent=INDENT, break_on_hyphens=False))
 
 
 def _version(distribution: str) -> str | None:

@@ -1,34 +1,36 @@
-"""Every way an analysis can fail, one class a cause.
+"""Errors with a known cause, one class per cause.
 
-An error says what was found, what was expected and what to do about it, and never repeats a
-patient's value. It knows nothing of HTTP: `app.api.problems` gives each class its status.
+Each error describes what was found, what was expected and what the caller can do. It never contains a patient's value.
+The HTTP status of each class is in `app.api.problems`.
 """
 
+import traceback
+from pathlib import Path
 from typing import ClassVar
 
 
 class CounterpartError(Exception):
-    """Root of every error that Counterpart raises on purpose.
+    """Base class of all errors that Counterpart raises on purpose.
 
     Parameters
     ----------
     found : str
-        What was met, in one sentence without patient data.
+        What was found: a sentence without patient data.
     expected : str
-        What would have been accepted.
+        What is accepted: a phrase that completes "Expected:".
     advice : str
-        What the caller can do now.
+        What the caller can do: a sentence.
 
     Attributes
     ----------
     code : str
-        Stable identifier of the cause: part of the public contract, never reworded.
+        Stable identifier of the cause. Codes are public and do not change.
     title : str
-        The cause in a few words.
+        Short name of the cause.
     """
 
     code: ClassVar[str] = "counterpart_error"
-    title: ClassVar[str] = "Counterpart could not go on"
+    title: ClassVar[str] = "Counterpart failed"
 
     def __init__(self, found: str, *, expected: str, advice: str) -> None:
         super().__init__(found, expected, advice)
@@ -41,7 +43,7 @@ class CounterpartError(Exception):
 
     @property
     def problem(self) -> dict[str, str]:
-        """The error as plain data: code, title, found, expected, advice."""
+        """The error as a dictionary: code, title, found, expected, advice."""
         return {
             "code": self.code,
             "title": self.title,
@@ -51,11 +53,11 @@ class CounterpartError(Exception):
         }
 
 
-# ---- the upload itself -------------------------------------------------------------------------
+# ---- upload ------------------------------------------------------------------------------------
 
 
 class UploadError(CounterpartError):
-    """What was sent cannot be a scan, whatever is in it."""
+    """The upload cannot be a scan."""
 
     code = "bad_upload"
     title = "Unusable upload"
@@ -63,12 +65,12 @@ class UploadError(CounterpartError):
 
 class EmptyUpload(UploadError):
     code = "empty_upload"
-    title = "Nothing was sent"
+    title = "Empty upload"
 
 
 class UploadTooLarge(UploadError):
     code = "upload_too_large"
-    title = "Too large"
+    title = "Upload too large"
 
 
 class NotAnImageFormat(UploadError):
@@ -80,7 +82,7 @@ class NotAnImageFormat(UploadError):
 
 
 class UnreadableScan(CounterpartError):
-    """The format is known; what is inside cannot be read as one scan."""
+    """The file format is known, but the content cannot be read as one scan."""
 
     code = "unreadable_scan"
     title = "Unreadable scan"
@@ -93,7 +95,7 @@ class TruncatedFile(UnreadableScan):
 
 class UnsafeArchive(UnreadableScan):
     code = "unsafe_archive"
-    title = "Archive refused"
+    title = "Unsafe archive"
 
 
 class NoImageInArchive(UnreadableScan):
@@ -113,12 +115,12 @@ class UnsupportedPixels(UnreadableScan):
 
 class TooManyVoxels(UnreadableScan):
     code = "too_many_voxels"
-    title = "Larger than can be analysed"
+    title = "Too many voxels"
 
 
 class UnknownSeries(UnreadableScan):
     code = "unknown_series"
-    title = "No such series"
+    title = "Unknown series"
 
 
 class InvalidHeader(UnreadableScan):
@@ -128,7 +130,7 @@ class InvalidHeader(UnreadableScan):
 
 class NotAVolume(UnreadableScan):
     code = "not_a_volume"
-    title = "Not one three-dimensional grey volume"
+    title = "Not a single three-dimensional greyscale volume"
 
 
 class InvalidVoxels(UnreadableScan):
@@ -151,61 +153,61 @@ class IrregularSlices(UnreadableScan):
     title = "Missing, tilted or unevenly spaced slices"
 
 
-# ---- analysing ---------------------------------------------------------------------------------
+# ---- analysis ----------------------------------------------------------------------------------
 
 
 class CannotAnalyse(CounterpartError):
-    """A proper scan that this model cannot speak about."""
+    """The scan is valid, but the model cannot analyse it."""
 
     code = "cannot_analyse"
-    title = "Cannot be analysed"
+    title = "Scan cannot be analysed"
 
 
 class WrongFieldOfView(CannotAnalyse):
     code = "wrong_field_of_view"
-    title = "Not the size of what the model knows"
+    title = "Wrong field of view"
 
 
 class OutOfDistribution(CannotAnalyse):
     code = "out_of_distribution"
-    title = "Not the kind of image the model knows"
+    title = "Image unlike the training data"
 
 
 class BrainNotExtracted(CannotAnalyse):
     code = "brain_not_extracted"
-    title = "The brain could not be taken out of its head"
+    title = "Brain extraction failed"
 
 
 class WrongModality(CannotAnalyse):
     code = "wrong_modality"
-    title = "Not the modality of the model"
+    title = "Wrong modality for the model"
 
 
 class WrongSequence(CannotAnalyse):
     code = "wrong_sequence"
-    title = "Not the sequence of any model"
+    title = "No model for this sequence"
 
 
-# ---- models and machine ------------------------------------------------------------------------
+# ---- models and devices ------------------------------------------------------------------------
 
 
 class BundleError(CounterpartError):
-    """A model bundle that cannot be used."""
+    """A model bundle cannot be used."""
 
     code = "bundle_error"
     title = "Unusable model bundle"
 
 
 class NonCommercialModel(BundleError):
-    """Its licence forbids commercial use, and the operator has not said that there is none."""
+    """The model's licence forbids commercial use, and the operator has not allowed such models."""
 
     code = "non_commercial_model"
-    title = "A model for non-commercial research only"
+    title = "Model for non-commercial research only"
 
 
 class UnknownModel(BundleError):
     code = "unknown_model"
-    title = "No such model"
+    title = "Unknown model"
 
 
 class DamagedBundle(BundleError):
@@ -215,11 +217,11 @@ class DamagedBundle(BundleError):
 
 class ProviderUnavailable(CounterpartError):
     code = "provider_unavailable"
-    title = "The execution provider asked for is not available"
+    title = "Execution provider not available"
 
 
 class Cancelled(CounterpartError):
-    """The caller asked to stop; raised between network evaluations."""
+    """The caller cancelled the analysis. Raised between network evaluations."""
 
     code = "cancelled"
     title = "Cancelled"
@@ -234,10 +236,10 @@ class InvalidSettings(CounterpartError):
 
 
 class UnsafeExposure(CounterpartError):
-    """The service would be reachable from other machines with no lock on the door."""
+    """The service would be reachable from other machines without a token."""
 
     code = "unsafe_exposure"
-    title = "Refused to listen without a token"
+    title = "Network access without a token"
 
 
 class BadRequest(CounterpartError):
@@ -247,7 +249,7 @@ class BadRequest(CounterpartError):
 
 class BadRange(BadRequest):
     code = "bad_range"
-    title = "Malformed Range"
+    title = "Malformed Range header"
 
 
 class UnsatisfiableRange(CounterpartError):
@@ -257,110 +259,154 @@ class UnsatisfiableRange(CounterpartError):
 
 class Unauthorised(CounterpartError):
     code = "unauthorised"
-    title = "A token is needed"
+    title = "Token required"
 
 
 class NotFound(CounterpartError):
     code = "not_found"
-    title = "Nothing is here"
+    title = "Not found"
 
 
 class NotFinished(CounterpartError):
-    """A result was asked for of a job that has none yet, or never will."""
+    """The job has not succeeded, so it has no results."""
 
     code = "not_finished"
-    title = "No result yet"
+    title = "No result available"
 
 
 class NoSuchResult(CounterpartError):
-    """A result that this scan does not have and never will, while it has others."""
+    """The scan was analysed, but this result does not exist for it."""
 
     code = "no_such_result"
-    title = "This scan has no such result"
+    title = "Result does not exist for this scan"
 
 
 class NoBrainMask(NoSuchResult):
     code = "no_brain_mask"
-    title = "No brain was taken out of this scan"
+    title = "No brain was extracted from this scan"
 
 
 class NotFromDicom(NoSuchResult):
     code = "not_from_dicom"
-    title = "Only a scan that came as DICOM has DICOM results"
+    title = "DICOM results need a DICOM scan"
 
 
 class NoLesion(NoSuchResult):
     code = "no_lesion"
-    title = "Nothing was found, so there is nothing to segment"
+    title = "No lesion to segment"
 
 
 class UnsuitableSource(NoSuchResult):
     code = "unsuitable_source"
-    title = "A series that DICOM results cannot refer to"
+    title = "DICOM results cannot refer to this series"
 
 
 class AlreadyFinished(CounterpartError):
     code = "already_finished"
-    title = "Already finished"
+    title = "Job already finished"
 
 
 class IdempotencyKeyReused(CounterpartError):
     code = "idempotency_key_reused"
-    title = "The key belongs to another scan"
+    title = "Idempotency key used for another scan"
 
 
 class QueueFull(CounterpartError):
     code = "queue_full"
-    title = "The queue is full"
+    title = "Queue full"
 
 
 class StoreFull(CounterpartError):
     code = "store_full"
-    title = "Too little disk is left"
+    title = "Not enough disk space"
 
 
 class NotReady(CounterpartError):
     code = "not_ready"
-    title = "Not ready"
+    title = "Service not ready"
 
 
 class StoreUnavailable(CounterpartError):
     code = "store_unavailable"
-    title = "The store of scans and results does not answer"
+    title = "Store not available"
 
 
 class WorkerLost(CounterpartError):
-    """The process that analysed the scan died, again and again."""
+    """The process that analysed the scan died repeatedly."""
 
     code = "worker_lost"
-    title = "The analysis ended its process"
+    title = "Worker process died"
 
 
 class OutOfMemory(CounterpartError):
-    """The machine has too little memory for a scan, in half a batch too."""
+    """The machine has too little memory for the scan, even with half the batch size."""
 
     code = "out_of_memory"
-    title = "Too little memory for this scan"
+    title = "Not enough memory"
 
 
 class InternalError(CounterpartError):
-    """A fault of the service itself. The exception's own text may hold patient data: it is never told."""
+    """A fault of the service itself. The text of the exception is not shown: it may contain patient data."""
 
     code = "internal_error"
     title = "Internal error"
 
 
 class MissingExtra(CounterpartError):
-    """An optional part of the installation is needed and absent."""
+    """An optional dependency is needed but not installed."""
 
     code = "missing_extra"
-    title = "An optional part is not installed"
+    title = "Optional dependency not installed"
 
 
 def from_problem(problem: dict[str, str]) -> CounterpartError:
-    """The error that a problem was made of, in another process."""
-    found = [CounterpartError]
-    for cls in found:
-        found += cls.__subclasses__()
-    cls = next((cls for cls in found if cls.code == problem["code"]), InternalError)
+    """Rebuild an error from its `problem`, for example one that another process sent.
+
+    An unknown code gives an InternalError.
+    """
+    classes = [CounterpartError]
+    for cls in classes:  # grows while it is iterated: all descendants
+        classes += cls.__subclasses__()
+    cls = next((cls for cls in classes if cls.code == problem["code"]), InternalError)
     return cls(problem["found"], expected=problem["expected"], advice=problem["advice"])
+
+
+# ---- unexpected exceptions ---------------------------------------------------------------------
+
+
+class UnexpectedError(Exception):
+    """An unexpected exception in another process, of which only the class and the location are known.
+
+    Parameters
+    ----------
+    location : dict of str
+        Result of `error_location` in the other process.
+    """
+
+    def __init__(self, location: dict[str, str]) -> None:
+        super().__init__(location["where"])
+        self.location = location
+
+
+def error_location(error: BaseException) -> dict[str, str]:
+    """Return the class and the source location of an exception, without its text, which can hold patient data.
+
+    Returns
+    -------
+    dict of str
+        `exception`, the name of the class, and `where`, the location as "file.py:line".
+    """
+    if isinstance(error, UnexpectedError):
+        return error.location
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "unknown"
+    return {"exception": type(error).__name__, "where": where}
+
+
+def scan_out_of_memory() -> OutOfMemory:
+    """Return the error for a scan that did not fit into memory outside the networks."""
+    return OutOfMemory(
+        "The machine has too little memory to read, analyse or write this scan.",
+        expected="enough memory for one scan (see Sizing in docs/operations.md).",
+        advice="Send the scan again when fewer programs run on this machine, or give the worker more memory.",
+    )

@@ -1,59 +1,64 @@
-"""The contract between training and serving: what training decided, and serving obeys."""
+"""Manifest of a bundle: the contract between training, which writes it, and serving, which reads it."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-# In which a denoiser computes, its convolutions above all; its inputs and outputs are float32.
+# Arithmetic of a denoiser, mainly of its convolutions. Its inputs and outputs are float32.
 Precision = Literal["float32", "float16", "int8"]
 
 
-class Part(BaseModel):
-    """A frozen part of a manifest; an unknown field, or a number that is none, is an error, not a surprise."""
+class FrozenModel(BaseModel):
+    """Base of every part of a manifest. It rejects unknown fields, NaN and infinity, and cannot be changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class Fit(Part):
-    """A model of pictures without millimetres: every head is stretched in its planes to the same size (decision 15)."""
+class HeadBox(FrozenModel):
+    """Box that the largest axial slice of every head is scaled to (decision 15).
 
-    rows: float = Field(
-        gt=0, description="The box around the largest axial slice of the head, posterior to anterior ..."
-    )
-    columns: float = Field(gt=0, description="... and left to right, in pixels.")
+    A model of pictures whose pixel size is unknown needs it.
+    """
+
+    rows: float = Field(gt=0, description="Height of the box, posterior to anterior, in pixels.")
+    columns: float = Field(gt=0, description="Width of the box, left to right, in pixels.")
     foreground_level: float = Field(
-        gt=0, lt=1, description="The head starts at this share of the brightest one percent, smoothed to a pixel."
+        gt=0, lt=1, description="The head starts at this fraction of the 99th percentile of the smoothed scan."
     )
     reach_mm: float | None = Field(
-        default=None, gt=0, description="Slices further below the top of the head are not analysed: training had none."
+        default=None,
+        gt=0,
+        description="Slices further below the top of the head are not analysed, because training had no such slices.",
     )
 
 
-class Preparation(Part):
-    """How a scan becomes slices (`app.pipeline.prepare`)."""
+class Preprocessing(FrozenModel):
+    """Settings that turn a scan into slices (`app.pipeline.preprocess`)."""
 
-    subject: str = Field(description="What the model knows, for messages: 'a skull-stripped brain'.")
-    advice: str = Field(description="What to do with a scan of another size.")
+    subject: str = Field(description="Object that the model was trained on, for messages: 'a skull-stripped brain'.")
+    advice: str = Field(description="Advice if a scan has another size.")
     spacing_mm: tuple[float, float, float] = Field(description="Slice, row and column spacing.")
     shape: tuple[int, int] = Field(description="Rows and columns of a slice.")
     extent_mm: tuple[tuple[float, float, float], tuple[float, float, float]] = Field(
-        description="Smallest and largest foreground, right-left, anterior-posterior, inferior-superior."
+        description="Smallest and largest foreground: right-left, anterior-posterior, inferior-superior."
     )
     intensity_percentile: float | None = Field(
-        default=None, description="Percentile of the foreground that is mapped ..."
+        default=None, description="Percentile of the foreground that is mapped to `intensity_level`."
     )
     intensity_level: float | None = Field(
-        default=None, description="... to this slice value; the background is mapped to 0."
+        default=None, description="Slice value of that percentile. The background is mapped to 0."
     )
     window: tuple[float, float] | None = Field(
-        default=None, description="In place of them, of a CT: Hounsfield units that are mapped to 0 and to 1."
+        default=None,
+        description="For CT, instead of a percentile: Hounsfield units that are mapped to 0 and to 1.",
     )
-    min_foreground_cm2: float = Field(description="A slice with less foreground is not analysed.")
+    min_foreground_cm2: float = Field(description="Smallest foreground area of a slice that is analysed.")
     brain_only: bool = Field(
-        default=False, description="The model knows brains without their heads: a scan with skull is extracted first."
+        default=False, description="The model was trained on skull-stripped brains. Brain extraction runs first."
     )
-    fit: Fit | None = Field(
-        default=None, description="Heads are stretched to one size; `spacing_mm` is then that of a typical head."
+    head_box: HeadBox | None = Field(
+        default=None,
+        description="Every head is scaled to this box. `spacing_mm` is then the spacing of a typical head.",
     )
 
     @property
@@ -63,176 +68,176 @@ class Preparation(Part):
         return dz * dy * dx / 1000
 
     @model_validator(mode="after")
-    def _one_intensity(self) -> "Preparation":
+    def _check_intensity(self) -> "Preprocessing":
         relative = (self.intensity_percentile is not None, self.intensity_level is not None)
         if relative != ((self.window is None,) * 2):
-            raise ValueError("intensities need a percentile and its level, or a window")
+            raise ValueError("give either a percentile and its level, or a window")
         if self.window is not None and self.window[0] >= self.window[1]:
-            raise ValueError("a window must not be empty or upside down")
+            raise ValueError("the lower end of the window must be below its upper end")
         return self
 
     @model_validator(mode="after")
-    def _fitting(self) -> "Preparation":
-        if self.fit is not None and (self.fit.rows > self.shape[0] or self.fit.columns > self.shape[1]):
-            raise ValueError("the box of a fitted head must lie inside the slice")
-        if self.fit is not None and self.brain_only:
-            raise ValueError("a fitted head is a whole one: it cannot be a brain alone")
+    def _check_head_box(self) -> "Preprocessing":
+        if self.head_box is not None and (self.head_box.rows > self.shape[0] or self.head_box.columns > self.shape[1]):
+            raise ValueError("the box of the head must lie inside the slice")
+        if self.head_box is not None and self.brain_only:
+            raise ValueError("a box of the head needs whole heads, but the model takes brains only")
         return self
 
 
-def latent_sigma(smoothing_mm: float, preparation: Preparation, downsampling: int) -> tuple[float, float, float]:
-    """Millimetres as slices, rows and columns of latents."""
-    dz, dy, dx = preparation.spacing_mm
+def latent_sigma(smoothing_mm: float, settings: Preprocessing, downsampling: int) -> tuple[float, float, float]:
+    """Convert a standard deviation from millimetres to slices, rows and columns of latents."""
+    dz, dy, dx = settings.spacing_mm
     return smoothing_mm / dz, smoothing_mm / (dy * downsampling), smoothing_mm / (dx * downsampling)
 
 
-class NoiseSchedule(Part):
-    """Linear beta: METHOD's symbols (`app.pipeline.schedule`)."""
+class NoiseSchedule(FrozenModel):
+    """Settings of a noise schedule whose beta is linear in t (`app.pipeline.diffusion.Schedule`)."""
 
-    steps: int = Field(description="T.")
-    beta_start: float
-    beta_end: float
+    steps: int = Field(description="Number of time steps T.")
+    beta_start: float = Field(description="Beta at t = 0.")
+    beta_end: float = Field(description="Beta at t = T - 1.")
 
 
-class Latent(Part):
-    """Shape of z0: (channels, rows / downsampling, columns / downsampling), unit variance."""
+class Latent(FrozenModel):
+    """Shape of z0: (channels, rows / downsampling, columns / downsampling). z0 has unit variance."""
 
     channels: int
     downsampling: int
 
 
-class Range(Part):
-    """What healthy validation scans span, margin included."""
+class Range(FrozenModel):
+    """Range over healthy validation scans, with a margin."""
 
     low: float
     high: float
 
-    def holds(self, value: float) -> bool:
-        """Whether a value lies inside, ends included."""
+    def contains(self, value: float) -> bool:
+        """Return True if a value lies in the range. Both ends belong to it, NaN does not."""
         return self.low <= value <= self.high
 
     @model_validator(mode="after")
-    def _upright(self) -> "Range":
+    def _check_order(self) -> "Range":
         if self.low > self.high:
-            raise ValueError("a range must not be upside down")
+            raise ValueError("the low end of a range must not exceed its high end")
         return self
 
 
-class View(Part):
-    """How a slice is shown to the networks (`app.pipeline.views`)."""
+class View(FrozenModel):
+    """Test-time augmentation (`app.pipeline.residual.augment`)."""
 
-    mirrored: bool = Field(default=False, description="Left and right exchanged.")
-    shift: tuple[int, int] = Field(default=(0, 0), description="Rows and columns that it is moved by, in pixels.")
+    mirrored: bool = Field(default=False, description="Left and right are exchanged.")
+    shift: tuple[int, int] = Field(default=(0, 0), description="Cyclic shift in rows and columns, in pixels.")
 
 
-class KlMap(Part):
-    """Where the model is surprised."""
+class KlMap(FrozenModel):
+    """Settings of the KL map and of the latent mask."""
 
-    timesteps: tuple[int, ...] = Field(description="S: noise levels t, each one evaluation of the network a slice.")
-    alpha_bar: tuple[float, float] = Field(description="The same range as signal: alpha_bar at its first and last t.")
-    mean: Literal["arithmetic", "geometric"] = Field(default="arithmetic", description="Over the noise levels.")
+    timesteps: tuple[int, ...] = Field(description="Noise levels t, each one evaluation of the denoiser a slice.")
+    alpha_bar: tuple[float, float] = Field(description="alpha_bar at the first and last of these noise levels.")
+    mean: Literal["arithmetic", "geometric"] = Field(default="arithmetic", description="Mean over the noise levels.")
     smoothing_mm: float = Field(default=0.0, description="Standard deviation of the Gaussian over the KL map.")
-    percentile: float = Field(description="Percentile of healthy foreground latents that became the threshold.")
-    threshold: float = Field(description="A latent above it, in nats, is masked.")
-    min_component: int = Field(description="Connected masked latents, fewer are dropped.")
-    grow: int = Field(description="Latents by which the mask is grown before the reverse process.")
+    percentile: float = Field(description="Percentile of healthy foreground latents that gave the threshold.")
+    threshold: float = Field(description="Latents above it, in nats, are masked.")
+    min_component: int = Field(description="Smallest connected component of the mask, in latents.")
+    grow: int = Field(description="Number of dilations of the mask.")
 
 
-class Reverse(Part):
-    """The partial reverse process with inpainting."""
+class Reverse(FrozenModel):
+    """Settings of the partial reverse process."""
 
-    timesteps: tuple[int, ...] = Field(description="Descending t of the DDIM sub-sequence; it ends at z0.")
+    timesteps: tuple[int, ...] = Field(description="Descending t of the DDIM sub-sequence. The last step goes to z0.")
 
 
-class Residual(Part):
-    """From the counterpart to the anomaly map and the mask."""
+class Residual(FrozenModel):
+    """Settings from the residual to the anomaly map and the mask."""
 
-    reference: Literal["image", "reconstruction"] = Field(
-        description="What the decoded counterpart is compared with: x, or D(z0), in which the autoencoder's own "
-        "error cancels."
-    )
     contrast_floor: float = Field(
-        default=0.0, description="The residual is divided by this plus the counterpart's local contrast; 0: it is not."
+        default=0.0,
+        description="The residual is divided by this plus the local contrast of the counterpart. 0: no division.",
     )
-    weighted_by_kl: bool = Field(default=False, description="Multiplied by the up-sampled KL over its threshold.")
     weighted_by_intensity: bool = Field(
-        default=False, description="Multiplied by the slice itself, in a sequence where what is ill is bright."
+        default=False, description="The residual is multiplied by the slice, for sequences with bright lesions."
     )
-    erosion: int = Field(default=0, description="Pixels at the foreground's edge that are not judged.")
+    erosion: int = Field(default=0, description="Pixels at the edge of the foreground that are not analysed.")
     median_pixels: int = Field(
-        default=1, ge=1, description="Side of the median over the anomaly map within a slice; 1 for none."
+        default=1, ge=1, description="Side of the median filter over the residual within a slice. 1: no filter."
     )
-    smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map; 0 for none.")
-    threshold: float = Field(description="A finding rises above it somewhere ...")
-    extent_threshold: float = Field(description="... and reaches as far as the anomaly map stays above this.")
-    healthy_false_positive_ml: float = Field(description="Median volume of what is found in healthy validation scans.")
-    min_lesion_ml: float = Field(description="Smaller connected findings are dropped.")
+    smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the residual. 0: no smoothing.")
+    threshold: float = Field(description="A finding exceeds this value somewhere.")
+    extent_threshold: float = Field(description="A finding extends as far as the anomaly map exceeds this value.")
+    healthy_false_positive_ml: float = Field(description="Median volume of findings in healthy validation scans.")
+    min_lesion_ml: float = Field(description="Smallest finding.")
 
     @model_validator(mode="after")
-    def _odd(self) -> "Residual":
+    def _check_median(self) -> "Residual":
         if self.median_pixels % 2 == 0:
-            raise ValueError("the square of a median has a middle: an odd side")
+            raise ValueError("the side of the median filter must be odd")
         return self
 
 
-class Gate(Part):
-    """Which scans are the kind of image that the model knows."""
+class OodCheck(FrozenModel):
+    """Settings of the out-of-distribution check (`app.pipeline.ood`)."""
 
-    timesteps: tuple[int, ...] = Field(description="Noise levels at which the typical KL of a scan is taken.")
-    typical: tuple[Range, ...] = Field(
-        description="At each, the median KL of a slice: the greatest over slices reaches the low end, the least "
-        "does not pass the high end."
+    timesteps: tuple[int, ...] = Field(description="Noise levels at which the median KL of slices is checked.")
+    median_kl_range: tuple[Range, ...] = Field(
+        description="Healthy range of the median KL of a slice, one for each noise level. The largest median of a scan "
+        "must reach the low end, and the smallest must not exceed the high end."
     )
-    reconstruction: Range = Field(description="Mean |x - D(z0)| over the foreground of a scan.")
-    latent: Range = Field(description="KL of a single healthy latent.")
-    max_fraction_out: float = Field(description="Share of foreground latents outside `latent` that is still accepted.")
-    max_slices_out: float | None = Field(
+    reconstruction_range: Range = Field(description="Healthy range of the mean |x - D(z0)| over the foreground.")
+    latent_kl_range: Range = Field(description="Healthy range of the KL of a single latent.")
+    max_outlier_fraction: float = Field(description="Largest fraction of foreground latents outside `latent_kl_range`.")
+    max_outlier_slice_fraction: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Share of slices whose own score may lie outside `calibration.slice_score`; null: not asked. Where "
-        "it is asked, it alone speaks of how a scan of few slices looks: `typical` compares extremes over many.",
+        description="Largest fraction of slices whose score is outside `calibration.slice_score`. null: not checked. "
+        "If it is set, it replaces the check of the median KL for a scan of few slices.",
     )
 
 
-class Calibration(Part):
-    """Ranges that are reported beside a scan's own scores."""
+class Calibration(FrozenModel):
+    """Healthy ranges that the report gives beside the scores of a scan."""
 
-    subjects: tuple[str, ...] = Field(description="Healthy validation subjects that every threshold comes from.")
-    slice_score: Range
-    scan_score: Range
+    subjects: tuple[str, ...] = Field(description="Healthy validation subjects that all thresholds come from.")
+    slice_score: Range = Field(description="Mean KL of a slice, in nats.")
+    scan_score: Range = Field(description="Mean KL of a scan, in nats.")
 
 
-class File(Part):
-    """A file of the bundle and what its bytes must be."""
+class File(FrozenModel):
+    """File of a bundle with its checksum."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_.-]*$", description="Beside the manifest, and nowhere else.")
+    name: str = Field(pattern=r"^[a-z][a-z0-9_.-]*$", description="Name in the folder of the manifest.")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Files(Part):
+class Files(FrozenModel):
+    """Networks of a bundle and its golden pair."""
+
     encoder: File
     denoiser: File
     denoiser_int8: File | None = Field(
         default=None,
-        description="On a CPU, in place of the denoiser: the same, its convolutions in int8; thresholds were "
+        description="Denoiser whose convolutions compute in int8. It is used on CPUs, and the thresholds were "
         "calibrated with it.",
     )
     decoder: File
-    golden: File
+    golden: File = Field(description="Inputs of the networks and their outputs at export (.npz).")
 
 
-class Licence(Part):
-    data: str = Field(description="What it was trained on.")
+class Licence(FrozenModel):
+    """Licence of a bundle."""
+
+    data: str = Field(description="Training data.")
     licence: str = Field(description="SPDX expression of the weights.")
     attribution: str
     non_commercial: bool = Field(
-        default=False, description="It serves only when asked for by name, and where the operator allows it."
+        default=False, description="The model is used only if the caller names it and the operator allows it."
     )
 
 
-class Provenance(Part):
-    """Where the weights come from."""
+class Provenance(FrozenModel):
+    """Origin of the weights."""
 
     code_version: str
     config_sha256: str
@@ -243,17 +248,19 @@ class Provenance(Part):
     seed: int
     vqvae_steps: int
     denoiser_steps: int
-    warm_start: str = Field(default="", description="Version whose denoiser this one went on from, if any.")
+    warm_start: str = Field(default="", description="Version whose denoiser training started from, if any.")
 
 
-class ExtractorFiles(Part):
+class ExtractorFiles(FrozenModel):
+    """Networks of the brain extractor and their golden pair."""
+
     coarse: File
     fine: File
     golden: File
 
 
-class ExtractorManifest(Part):
-    """What finds the brain in a head (`app.brain`), and where it comes from."""
+class ExtractorManifest(FrozenModel):
+    """Manifest of the brain extractor (`app.pipeline.brain_extraction`)."""
 
     format_version: Literal[1] = 1
     method: str
@@ -264,13 +271,13 @@ class ExtractorManifest(Part):
     files: ExtractorFiles
 
 
-class Manifest(Part):
-    """All that serving needs to know of a bundle.
+class Manifest(FrozenModel):
+    """Manifest of a bundle.
 
     Raises
     ------
     ValueError
-        The parts contradict each other (pydantic's ValidationError).
+        Two parts contradict each other (`pydantic.ValidationError`).
     """
 
     format_version: Literal[1] = 1
@@ -279,60 +286,63 @@ class Manifest(Part):
     title: str
     intended_use: str
     modality: Literal["MR", "CT"]
-    sequence: str = Field(description="T1, FLAIR, ...; for people and for the choice of a bundle.")
-    preparation: Preparation
+    sequence: str = Field(description="T1, FLAIR, ... It is shown to users and selects the bundle for a scan.")
+    method: str = Field(
+        default="coarse-patch-diffusion", description="Name of the detection method (`app.pipeline.methods.METHODS`)."
+    )
+    preprocessing: Preprocessing
     latent: Latent
     schedule: NoiseSchedule
     seed: int = Field(description="Default seed of the keyed noise.")
     views: tuple[View, ...] = Field(
         default=(View(),),
-        description="Ways to look at a slice, the plain one first; residuals and counterparts are averaged.",
+        description="Test-time augmentations, the plain view first. Residuals and counterparts are averaged over them.",
     )
     kl: KlMap
     reverse: Reverse
     residual: Residual
-    gate: Gate
+    ood: OodCheck
     calibration: Calibration
     files: Files
     licence: Licence
     provenance: Provenance
     precision: Literal["float32", "float16"] = Field(
         default="float32",
-        description="In which `files.denoiser` computes; its inputs and outputs are float32.",
+        description="Arithmetic of `files.denoiser`. Its inputs and outputs are float32.",
     )
 
     @property
     def id(self) -> str:
-        """`name-version`: the folder's name, and the model's in every answer."""
+        """`name-version`: the name of the folder, and the identifier of the model in the API."""
         return f"{self.name}-{self.version}"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w) of z0."""
-        rows, columns = self.preparation.shape
+        """Shape (C, h, w) of the latent of one slice."""
+        rows, columns = self.preprocessing.shape
         f = self.latent.downsampling
         return self.latent.channels, rows // f, columns // f
 
     @property
     def kl_sigma(self) -> tuple[float, float, float]:
         """Smoothing of the KL map in slices, rows and columns of latents."""
-        return latent_sigma(self.kl.smoothing_mm, self.preparation, self.latent.downsampling)
+        return latent_sigma(self.kl.smoothing_mm, self.preprocessing, self.latent.downsampling)
 
     @model_validator(mode="after")
-    def _consistent(self) -> "Manifest":
-        levels = (*self.kl.timesteps, *self.reverse.timesteps, *self.gate.timesteps)
+    def _check_consistency(self) -> "Manifest":
+        levels = (*self.kl.timesteps, *self.reverse.timesteps, *self.ood.timesteps)
         if not self.kl.timesteps or not self.reverse.timesteps or not all(0 < t < self.schedule.steps for t in levels):
             raise ValueError("every time step must lie between 1 and T - 1")
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")
         if not self.views or self.views[0] != View():
             raise ValueError("the first view must be the plain one")
-        if len(self.gate.timesteps) != len(self.gate.typical):
-            raise ValueError("the gate needs one range for each of its time steps")
-        if self.preparation.window is not None and self.modality != "CT":
-            raise ValueError("a window is in Hounsfield units, which only a CT has")
+        if len(self.ood.timesteps) != len(self.ood.median_kl_range):
+            raise ValueError("the out-of-distribution check needs one range for each of its time steps")
+        if self.preprocessing.window is not None and self.modality != "CT":
+            raise ValueError("a window is in Hounsfield units, which only CT has")
         if self.precision == "float16" and self.files.denoiser_int8 is not None:
-            raise ValueError("a bundle in float16 has no denoiser in int8")
-        if any(side % self.latent.downsampling for side in self.preparation.shape):
-            raise ValueError("the slice shape must be a multiple of the down-sampling")
+            raise ValueError("a bundle in float16 must not have a denoiser in int8")
+        if any(side % self.latent.downsampling for side in self.preprocessing.shape):
+            raise ValueError("the shape of a slice must be a multiple of the down-sampling")
         return self

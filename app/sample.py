@@ -1,7 +1,6 @@
-"""A scan for newcomers: a template brain with a lesion of known shape, made at run time.
+"""Sample scan for a first try: a template brain with a synthetic lesion of known shape.
 
-No real scan ships with Counterpart. The template comes from nilearn's own package data, so that
-nothing is downloaded, and the truth about the lesion is known voxel by voxel.
+No real scan ships with Counterpart. The template is part of the nilearn package, so nothing is downloaded.
 """
 
 from dataclasses import dataclass
@@ -15,39 +14,39 @@ from nibabel import affines
 
 from app.errors import MissingExtra
 from app.export.nifti import write_nifti
-from app.pipeline.lesion import insert_lesion
+from app.pipeline.synthetic_lesion import insert_lesion
 from app.volume import Affine, FloatArray
 
 TEMPLATE = Path("datasets", "data", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
-MNI_SPACE = 4  # NIfTI's code of it
+MNI_SPACE = 4  # NIfTI code
 
-# The template is an average of 152 heads, brought to a space larger than a head: 1.89 litres of
-# brain, where the healthy scans of ds002748 span 1.1 to 1.55. This puts it at 1.47 litres.
+# The template is an average of 152 heads in a space that is larger than a head: its brain has 1.89 litres, the healthy
+# scans of ds002748 have 1.1 to 1.55. This factor reduces it to 1.47 litres.
 SCALE = 0.92
-# Tissue contrast in the template is flatter than in a scan. With this exponent its percentiles 2,
-# 10, 25, 50, 75 and 90, as shares of the 98th, are within 0.06 of those of ds002748.
+# The template has less tissue contrast than a scan. With this exponent its percentiles 2, 10, 25, 50, 75 and 90, as
+# fractions of the 98th, are within 0.06 of those of ds002748.
 GAMMA = 2.1
 BRIGHT = 98  # percentile
-# Standard deviation of the scanner's noise on each quadrature channel, share of the 98th
-# percentile: with it, the deviation of what a 1 mm Gaussian removes is 5.7 % of the robust range,
-# as in ds002748 (5.3 to 6.0 %).
+# Standard deviation of the noise in each quadrature channel, as a fraction of the 98th percentile. The scan minus
+# the scan after a 1 mm Gaussian has a standard deviation of 5.7 % of the robust range, as in ds002748 (5.3 to 6.0 %).
 NOISE_SD = 0.02
 
-# An ellipsoid of about 6 ml in the centrum semiovale, at least nine tenths white matter.
+# An ellipsoid of about 6 ml in the centrum semiovale; at least 90 % of it is white matter.
 CENTRE_MM = (23.0, 0.0, 33.0)
 SEMI_AXES_MM = (9.0, 16.0, 10.0)
 JITTER_MM = 1.5
-CONTRAST = 0.35  # brightens: the shipped `t1` hardly sees dark lesions; share of the robust range
+# Fraction of the brain's robust range. Positive, because the shipped `t1` rarely detects dark lesions.
+CONTRAST = 0.35
 
 MARGIN_VOXELS = 4
-GREY_LEVELS = 1000  # of the 98th percentile; int16 as scanners write
+GREY_LEVELS = 1000  # int16 value of the 98th percentile
 
-NOTE = """A synthetic scan for trying Counterpart. It is nobody's head.
+NOTE = """A synthetic scan for trying Counterpart. It is not the head of a real person.
 
 scan.nii.gz   MNI152 T1 template as shipped with nilearn, scaled by {scale}, intensities to the power
               of {gamma}, Rician noise with a standard deviation of {noise:.0%} of the 98th percentile (seed {seed}),
               and a lesion: an ellipsoid in the white matter, its edge smoothed over about 1 mm, its
-              intensity moved by {contrast:+.2f} of the brain's robust range (2nd to 98th percentile).
+              intensity changed by {contrast:+.2f} of the brain's robust range (2nd to 98th percentile).
 truth.nii.gz  1 where that change exceeds half of its size: {volume:.2f} ml.
 
 Template: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
@@ -59,12 +58,12 @@ notice appear in all copies.
 
 @dataclass(frozen=True)
 class Sample:
-    """What was written.
+    """Files of a sample scan.
 
     Attributes
     ----------
     scan, truth : Path
-        The scan and its lesion, on one grid.
+        The scan and the mask of its lesion, on the same grid.
     lesion_ml : float
         Volume of the lesion.
     """
@@ -75,19 +74,19 @@ class Sample:
 
 
 def make_sample(out: Path, seed: int = 0) -> Sample:
-    """Write a template brain with a lesion of known shape; the same seed gives the same bytes.
+    """Write a template brain with a lesion of known shape. The same seed gives the same bytes.
 
     Parameters
     ----------
     out : Path
-        Folder for scan.nii.gz, truth.nii.gz and README.txt; made where it does not exist.
+        Folder for scan.nii.gz, truth.nii.gz and README.txt. It is created if it does not exist.
     seed : int
-        Of the noise, and of the lesion's side and place.
+        Determines the noise, and the side and position of the lesion.
 
     Raises
     ------
     MissingExtra
-        nilearn, which carries the template, is not installed.
+        nilearn, which contains the template, is not installed.
     """
     rng = np.random.default_rng(seed)
     brain, affine = _template()
@@ -112,18 +111,18 @@ def make_sample(out: Path, seed: int = 0) -> Sample:
 
 
 def _template() -> tuple[FloatArray, Affine]:
-    """The skull-stripped template with a scan's size and contrast; its 98th percentile is 1."""
-    package = find_spec("nilearn")  # found, not imported: that takes scikit-learn and two seconds
+    """Return the skull-stripped template with the size and contrast of a scan. Its 98th percentile is 1."""
+    package = find_spec("nilearn")  # not imported, because that imports scikit-learn and takes two seconds
     if package is None or not package.submodule_search_locations:
         raise MissingExtra(
-            "nilearn, which carries the template brain, is not installed.",
-            expected="the extra `sample`.",
-            advice="pip install 'counterpart[sample]'.",
+            "nilearn, which contains the template brain, is not installed.",
+            expected="the optional dependency `sample`.",
+            advice="Run: pip install 'counterpart[sample]'.",
         )
     image = nib.load(Path(package.submodule_search_locations[0]) / TEMPLATE)
     assert isinstance(image, nib.Nifti1Image)
     whole = np.asarray(image.dataobj, dtype=np.float32)
-    corner, box = _crop(whole > 0)
+    corner, box = _bounding_box(whole > 0)
     array = whole[box]
     bright = np.percentile(array[array > 0], BRIGHT)
     assert image.affine is not None
@@ -132,8 +131,8 @@ def _template() -> tuple[FloatArray, Affine]:
     return np.asarray((array / bright) ** GAMMA, dtype=np.float32), affine
 
 
-def _crop(inside: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], tuple[slice, ...]]:
-    """First voxel and slices of the box around what is inside, with a margin of air."""
+def _bounding_box(inside: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], tuple[slice, ...]]:
+    """Return the first voxel and the slices of the box around a mask, with a margin."""
     where = np.argwhere(inside)
     low = np.maximum(where.min(axis=0) - MARGIN_VOXELS, 0)
     high = np.minimum(where.max(axis=0) + 1 + MARGIN_VOXELS, inside.shape)
@@ -141,17 +140,17 @@ def _crop(inside: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int64], tuple[s
 
 
 def _ellipsoid(shape: tuple[int, ...], affine: Affine, rng: np.random.Generator) -> FloatArray:
-    """1 inside of an ellipsoid on a grid, (X, Y, Z)."""
+    """Return 1 inside the lesion's ellipsoid and 0 outside, (X, Y, Z)."""
     side = np.array([rng.choice((-1.0, 1.0)), 1.0, 1.0])
     centre = side * CENTRE_MM + rng.uniform(-JITTER_MM, JITTER_MM, 3)
-    steps, origin = np.diag(affine)[:3], affine[:3, 3]  # the template's axes are those of the space
+    steps, origin = np.diag(affine)[:3], affine[:3, 3]  # the template's axes are parallel to RAS+
     along = [o + d * i for o, d, i in zip(origin, steps, np.ogrid[tuple(slice(n) for n in shape)], strict=True)]
     sharp = sum(((a - c) / r) ** 2 for a, c, r in zip(along, centre, SEMI_AXES_MM, strict=True)) <= 1
     return np.asarray(sharp, dtype=np.float32)
 
 
 def _rician(signal: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Magnitude of a complex signal with Gaussian noise on both channels, as a scanner forms it."""
+    """Return the magnitude of a complex signal with Gaussian noise in both channels (Rician noise)."""
     real = signal + NOISE_SD * rng.standard_normal(signal.shape, dtype=np.float32)
     imaginary = NOISE_SD * rng.standard_normal(signal.shape, dtype=np.float32)
     magnitude: FloatArray = np.hypot(real, imaginary)

@@ -1,6 +1,6 @@
-"""What an operator decides: environment variables with one prefix, and an optional file of the same.
+"""Settings of the service: environment variables with one prefix, or an optional file with the same names.
 
-The object is frozen and read once, in `app.cli`; everything else receives it.
+`app.cli` reads them once. Every other module receives the frozen object.
 """
 
 import os
@@ -15,153 +15,168 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from app.errors import InvalidSettings, UnsafeExposure
 
 PREFIX = "COUNTERPART_"
-# Names the file: lines of COUNTERPART_NAME=value. Never found by chance in a working folder.
-SETTINGS_FILE = f"{PREFIX}SETTINGS"
+# This variable names the settings file. A file in the working folder is never read without it.
+SETTINGS_FILE_VARIABLE = f"{PREFIX}SETTINGS"
 Origin = Literal["default", "environment", "file", "argument"]
 
 
-def default_store() -> str:
-    """The user's data folder (XDG).
+def default_data_folder() -> str:
+    """Return the user's data folder for Counterpart (XDG).
 
-    The same from any working folder, and never inside a checkout, where scans might be committed.
+    It does not depend on the working folder: in a checkout, scans could be committed by mistake.
     """
     home = os.environ.get("XDG_DATA_HOME") or str(Path.home() / ".local" / "share")
     return str(Path(home) / "counterpart")
 
 
 class Settings(BaseSettings):
-    """Every setting of the service: a keyword argument, else the environment, else the file, else the default."""
+    """All settings. The order of precedence is: keyword argument, environment, file, default."""
 
-    # An empty variable counts as not set, as compose files write it.
+    # Compose files pass variables that are not set as empty strings.
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True)
     _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)
 
-    host: str = Field("127.0.0.1", description="Address to listen on; anything but loopback needs a token.")
-    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    token: SecretStr | None = Field(None, description="Bearer token that every call under /v1 must carry.")
-    models: Path | None = Field(None, description="Folder of model bundles; by default the shipped ones.")
+    host: str = Field("127.0.0.1", description="Address to listen on. An address other than loopback needs a token.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 selects a free port.")
+    token: SecretStr | None = Field(None, description="Bearer token for every call under /v1 and for /metrics.")
+    models: Path | None = Field(None, description="Folder of model bundles. By default, the shipped bundles are used.")
     store: str = Field(
-        default_factory=default_store, description="Folder of uploads and results, or s3://bucket/prefix."
+        default_factory=default_data_folder,
+        description="Folder for uploads and results, or s3://bucket/prefix.",
     )
     scratch: Path = Field(
-        default_factory=lambda: Path(default_store()),
-        description="Folder for what is under way, where the store is a bucket.",
+        default_factory=lambda: Path(default_data_folder()),
+        description="Local folder for unfinished work, if the store is a bucket.",
     )
-    database: str | None = Field(None, description="URL of the jobs, as postgresql://...; by default SQLite.")
-    provider: Literal["cpu", "cuda"] = Field("cpu", description="Where networks run; there is no fall-back.")
-    threads: int = Field(0, ge=0, description="Threads of one network evaluation; 0 takes every core.")
+    database: str | None = Field(
+        None, description="URL of the job database: postgresql://user:password@host/name. By default, SQLite is used."
+    )
+    provider: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Execution provider of the networks, cpu or cuda. There is no fallback to the other."
+    )
+    threads: int = Field(0, ge=0, description="Threads of one network evaluation. 0 uses all cores.")
     gpu_batch: int = Field(
-        64, ge=0, description="Slices in one evaluation on CUDA, captured as a CUDA graph; 0 does without graphs."
+        64,
+        ge=0,
+        description="Slices in one network evaluation on CUDA, captured as a CUDA graph. 0 disables CUDA graphs.",
     )
     allow_noncommercial: bool = Field(
-        False, description="Whether bundles for non-commercial research may be used, when asked for by name."
+        False, description="Allow models for non-commercial research. The caller must request them by name."
     )
     max_upload_mb: int = Field(2048, ge=1, description="Largest upload, in MiB.")
-    max_files: int = Field(20_000, ge=1, description="Most files in one upload.")
-    queue_limit: int = Field(100, ge=1, description="Waiting scans above which new ones are answered 429.")
-    min_free_gb: float = Field(2.0, ge=0, description="Free disk, in GB, below which new scans are answered 507.")
-    keep_days: float = Field(0.0, ge=0, description="Age at which jobs that ended are erased; 0 keeps them.")
+    max_files: int = Field(20_000, ge=1, description="Largest number of files in one upload.")
+    queue_limit: int = Field(
+        100, ge=1, description="Largest number of waiting scans. Further scans are refused with status 429."
+    )
+    min_free_gb: float = Field(
+        2.0,
+        ge=0,
+        description="Free disk space, in GB. Below it, new scans are refused with status 507.",
+    )
+    keep_days: float = Field(
+        0.0, ge=0, description="Age, in days, at which finished jobs are erased with their scans. 0 keeps them."
+    )
     keep_gb: float = Field(
-        0.0, ge=0, description="Disk of scans and results above which the oldest are erased; 0 sets no limit."
+        0.0, ge=0, description="Disk space, in GB, above which the oldest finished jobs are erased. 0 sets no limit."
     )
     drain_seconds: int = Field(
         5,
         ge=0,
-        description="At shutdown, how long a running scan may take to finish; then it waits for the next start.",
+        description="Seconds for a running scan to finish at shutdown. After them, it resumes at the next start.",
     )
 
     def __init__(self, **arguments: Any) -> None:
-        """Read every source once; an argument of None counts as not given."""
+        """Read all sources once. An argument of None counts as not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
-        super().__init__(_env_file=os.environ.get(SETTINGS_FILE) or None, **given)
+        super().__init__(_env_file=os.environ.get(SETTINGS_FILE_VARIABLE) or None, **given)
         for name in self.model_fields_set:
             in_environment = bool(os.environ.get(f"{PREFIX}{name.upper()}"))
             self._origins[name] = "argument" if name in given else "environment" if in_environment else "file"
 
     @field_validator("store")
     @classmethod
-    def _is_a_folder_or_a_bucket(cls, store: str) -> str:
+    def _check_store(cls, store: str) -> str:
         if store.startswith("s3://") and store != "s3://":
             return store.rstrip("/")
         if "://" in store:
-            raise ValueError("only a folder or s3://bucket/prefix can hold the store")
+            raise ValueError("the store must be a folder or s3://bucket/prefix")
         return str(Path(store).expanduser().absolute())
 
     @field_validator("database")
     @classmethod
-    def _is_of_a_known_kind(cls, database: str | None) -> str | None:
+    def _check_database(cls, database: str | None) -> str | None:
         if database is not None and not re.match(r"(sqlite|postgresql|postgres)(\+\w+)?://", database):
-            raise ValueError("only sqlite:///path and postgresql://user:password@host/name are known")
+            raise ValueError("the database must be sqlite:///path or postgresql://user:password@host/name")
         return None if database is None else re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", database)
 
     @property
     def bucket(self) -> str | None:
-        """URL of the store, where it is a bucket."""
+        """URL of the store if it is a bucket, else None."""
         return self.store if self.store.startswith("s3://") else None
 
     @property
     def folder(self) -> Path:
-        """The local folder: the store itself, or what is under way on its way to a bucket."""
+        """Local folder: the store itself, or the scratch folder if the store is a bucket."""
         return self.scratch.expanduser().absolute() if self.bucket else Path(self.store)
 
     @property
     def database_url(self) -> str:
-        """Where jobs are kept."""
+        """URL of the job database."""
         return self.database or f"sqlite:///{self.folder / 'jobs.sqlite'}"
 
     def origin(self, name: str) -> Origin:
-        """Where the value of a setting came from."""
+        """Return the source of a setting's value."""
         return self._origins.get(name, "default")
 
-    def shown(self, name: str) -> str:
-        """A value for people: secrets and passwords in URLs hidden."""
+    def format_value(self, name: str) -> str:
+        """Return a setting's value as text. Secrets and passwords in URLs are masked."""
         return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:**********@", str(getattr(self, name)))
 
     def check_exposure(self) -> None:
-        """Refuse to be reachable from other machines with no lock on the door.
+        """Refuse to listen on an address that other machines can reach if no token is set.
 
         Raises
         ------
         UnsafeExposure
-            The host is not loopback and there is no token.
+            The host is not loopback and no token is set.
         """
         if self.token is None and not _is_loopback(self.host):
             raise UnsafeExposure(
                 f"The service was asked to listen on {self.host}, and no token is set.",
-                expected="127.0.0.1, or a token that callers must show.",
-                advice=f"Set {PREFIX}TOKEN to a long random value (openssl rand -hex 32), or keep to loopback.",
+                expected="127.0.0.1, or a token.",
+                advice=f"Set {PREFIX}TOKEN to a long random value (openssl rand -hex 32), or use 127.0.0.1.",
             )
 
 
 def read_settings(**arguments: Any) -> Settings:
-    """Settings, or an error that names the variable that is wrong.
+    """Read the settings.
 
     Parameters
     ----------
     **arguments
-        From the command line; None counts as not given.
+        Values from the command line. None counts as not given.
 
     Raises
     ------
     InvalidSettings
-        A value does not fit its setting, or the named file is not there.
+        A value is invalid, or the settings file does not exist. The error names the variable.
     """
-    named = os.environ.get(SETTINGS_FILE)
-    if named and not Path(named).is_file():
+    file = os.environ.get(SETTINGS_FILE_VARIABLE)
+    if file and not Path(file).is_file():
         raise InvalidSettings(
-            f"{SETTINGS_FILE} names a file that is not there.",
+            f"{SETTINGS_FILE_VARIABLE} names a file that does not exist.",
             expected=f"a file with lines such as {PREFIX}PORT=8000.",
             advice="Correct the path, or unset the variable.",
         )
     try:
         return Settings(**arguments)
     except ValidationError as error:
-        wrong = "; ".join(
+        invalid = "; ".join(
             f"{PREFIX}{str(e['loc'][0]).removeprefix(PREFIX.lower()).upper()}: {e['msg']}" for e in error.errors()
         )
         raise InvalidSettings(
-            f"{wrong}.",
-            expected="what `counterpart doctor` lists for each setting.",
+            f"{invalid}.",
+            expected="a value that fits the setting's description (see `counterpart doctor`).",
             advice="Correct the variable, or unset it.",
         ) from None
 

@@ -1,4 +1,4 @@
-"""A scan as the pipeline sees it: voxels and the affine that places them, never apart."""
+"""Volume: voxels together with the affine that places them in space."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,25 +11,27 @@ from nibabel import affines
 from app.errors import ConstantVoxels, InvalidGeometry, InvalidVoxels, NotAVolume
 
 FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 Affine = npt.NDArray[np.float64]
-# What to do with slices that are missing, tilted or unevenly spaced.
+# Handling of missing, tilted or unevenly spaced slices.
 Geometry = Literal["refuse", "resample"]
 
-# No scanner makes smaller voxels than some tens of micrometres, or axes within a degree of each other.
+# No scanner has voxels below some tens of micrometres, or axes within a degree of each other.
 SMALLEST_VOXEL_MM = 0.01
 SMALLEST_INDEPENDENCE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Volume:
-    """A three-dimensional grey image on its own grid.
+    """Three-dimensional scalar image on its own grid.
 
     Attributes
     ----------
     array : (X, Y, Z) ndarray of float32
-        Voxel values in the scan's own units; finite and not all equal.
+        Values in the units of the scan, finite and not all equal.
     affine : (4, 4) ndarray of float64
-        Voxel indices to RAS+ millimetres.
+        Voxel indices to RAS+ mm.
 
     Raises
     ------
@@ -47,7 +49,7 @@ class Volume:
     affine: Affine
 
     def __post_init__(self) -> None:
-        # A number beyond float32 becomes infinite, and is counted with the other invalid ones.
+        # A value beyond float32 becomes infinite, and is counted as an invalid voxel.
         with np.errstate(over="ignore"):
             object.__setattr__(self, "array", np.asarray(self.array, dtype=np.float32))
         object.__setattr__(self, "affine", np.asarray(self.affine, dtype=np.float64))
@@ -56,13 +58,13 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Voxels along each axis."""
+        """Number of voxels along each axis."""
         x, y, z = self.array.shape
         return x, y, z
 
     @property
     def spacing(self) -> npt.NDArray[np.float64]:
-        """Millimetres along each voxel axis, (3,)."""
+        """Voxel size along each axis in millimetres, (3,)."""
         return np.asarray(affines.voxel_sizes(self.affine), dtype=np.float64)
 
     @property
@@ -73,42 +75,41 @@ class Volume:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a scan beside its voxels; nothing in it may reach a log.
+    """Properties of a scan other than its voxels. None of them may be logged.
 
     Attributes
     ----------
     format : {"nifti", "mgh", "dicom"}
-        What was sent.
     modality : {"MR", "CT"} or None
-        None where the format does not say (NIfTI, MGH).
+        None if the format does not state it (NIfTI, MGH).
     sequences : tuple of str
-        What an MR scan says that its sequence is, "T1" or "FLAIR" say, the most trusted first: several where it
-        contradicts itself, none where it says nothing (NIfTI, MGH).
+        Sequences that the header of an MR scan states, such as "T1" or "FLAIR", the most trusted one first. There are
+        several if the header contradicts itself, and none if it states no sequence (NIfTI, MGH).
     contrast_agent : bool
-        It says that one was given.
-    hounsfield : bool
-        NIfTI, MGH: its values look like Hounsfield units (`app.ingest.hounsfield`).
+        The header states a contrast agent.
+    looks_hounsfield : bool
+        NIfTI, MGH: the values look like Hounsfield units.
     sform_code : int
-        NIfTI's code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
+        NIfTI: code of the space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     instances : tuple of Path
-        DICOM: files of the slices, in the order of the volume's last axis; one file for an enhanced image or a
-        mosaic; where `resampled`, of the slices as they were acquired.
+        DICOM: files of the slices in the order of the last axis of the volume. An enhanced image or a mosaic is one
+        file. If `resampled`, files of the acquired slices.
     frames : tuple of int
-        DICOM enhanced: which frame of the image each slice is, from 0, in the order of the volume's last axis
-        (where `resampled`, of the slices as they were acquired); empty for everything else.
+        Enhanced DICOM: index of the frame of each slice, from 0, in the order of the last axis of the volume. If
+        `resampled`, frames of the acquired slices. Empty for other formats.
     series_uid : str
-        DICOM: SeriesInstanceUID; empty for NIfTI.
+        DICOM: SeriesInstanceUID. Empty for other formats.
     resampled : bool
-        The volume's grid is not that of the instances: the caller had irregular slices resampled.
+        The grid of the volume differs from that of the instances, because irregular slices were resampled on request.
     notes : tuple of str
-        What reading decided or left out, in sentences without patient data; they go into the report.
+        Sentences about decisions and omissions of the reader, without patient data. The report contains them.
     """
 
     format: Literal["nifti", "mgh", "dicom"]
     modality: Literal["MR", "CT"] | None = None
     sequences: tuple[str, ...] = ()
     contrast_agent: bool = False
-    hounsfield: bool = False
+    looks_hounsfield: bool = False
     sform_code: int = 1
     instances: tuple[Path, ...] = ()
     frames: tuple[int, ...] = ()
@@ -119,7 +120,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """A volume and where it came from."""
+    """Volume and its source."""
 
     volume: Volume
     source: Source
@@ -129,8 +130,8 @@ def _check_array(array: FloatArray) -> None:
     if array.ndim != 3 or 0 in array.shape:
         raise NotAVolume(
             f"The image has the shape {array.shape}.",
-            expected="three non-empty axes, one grey value a voxel.",
-            advice="Send one volume: split time series, and convert colour images to grey.",
+            expected="three non-empty axes and one value per voxel.",
+            advice="Send one volume. Split time series, and convert colour images to greyscale.",
         )
     bad = int(array.size - np.isfinite(array).sum())
     if bad:
@@ -143,7 +144,7 @@ def _check_array(array: FloatArray) -> None:
         raise ConstantVoxels(
             "Every voxel has the same value.",
             expected="an image with contrast.",
-            advice="Check that the export holds the pixel data.",
+            advice="Check that the exported file contains the pixel data.",
         )
 
 
@@ -151,13 +152,13 @@ def _check_affine(affine: Affine) -> None:
     if affine.shape == (4, 4) and np.isfinite(affine).all() and (affine[3] == (0, 0, 0, 1)).all():
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
         if sizes.min() > SMALLEST_VOXEL_MM:
-            # 1 for axes at right angles, 0 for parallel ones, whatever the size of the voxels.
+            # 1 for orthogonal axes, 0 for parallel ones, independent of the voxel size.
             independence = abs(np.linalg.det(affine[:3, :3] / sizes))
             if independence > SMALLEST_INDEPENDENCE:
                 return
     raise InvalidGeometry(
-        "The matrix from voxels to millimetres is not finite or not invertible.",
+        "The matrix from voxel indices to millimetres is not finite or not invertible.",
         expected="three independent axes of more than "
         f"{SMALLEST_VOXEL_MM} mm a voxel (sform or qform of NIfTI, orientation of DICOM).",
-        advice="Export the scan again with its orientation.",
+        advice="Export the scan again, including its orientation.",
     )

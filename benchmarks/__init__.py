@@ -1,1 +1,1 @@
-"""Time, accuracy and memory of the service beside its peers: `python -m benchmarks`. No part of what is shipped."""
+"""Benchmark of the service beside other methods: `python -m benchmarks`. It is not part of the wheel."""

@@ -1,33 +1,33 @@
-"""`python -m benchmarks`: all parts in one run, then docs/BENCHMARKS.md with its figures and its JSON.
+"""Measure Counterpart beside other methods and write docs/BENCHMARKS.md with its JSON and figure.
 
-Processes of the rows import this module again: nothing heavy at its top.
+A run measures all parts (rows, waterfall, volume, ct), which takes about 15 minutes on two cores.
 """
 
+# Each row runs in a spawned process that imports this module again: heavy imports stay inside `main`.
 import argparse
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """Read the options and run."""
+    """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--config", type=Path, default=ROOT / "training" / "configs" / "t1.toml")
-    parser.add_argument("--bundle", type=Path, help="folder of the bundle; else the newest of the configuration's name")
-    parser.add_argument("--scan", type=Path, help="else sub-61 of the configuration's data")
+    parser.add_argument("--bundle", type=Path, help="bundle folder (default: newest bundle of the configuration)")
+    parser.add_argument("--scan", type=Path, help="T1 volume (default: sub-61 of the configuration's data)")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sample", type=int, help="slices of the sampled rows, in place of their own number")
-    parser.add_argument("--cases", type=int, default=4, help="synthetic lesions, 0 for no accuracy")
-    parser.add_argument("--rows", nargs="*", help="names of rows; all of them by default")
-    parser.add_argument("--parts", nargs="*", help="names of parts; the others stay as an earlier run found them")
-    parser.add_argument("--quick", action="store_true", help="the least of everything: to see that it works")
-    parser.add_argument("--thorough", action="store_true", help="with the accuracy of 500 steps: minutes a case")
-    parser.add_argument("--render", action="store_true", help="write the page from the JSON, and measure nothing")
+    parser.add_argument("--sample", type=int, help="number of slices to time in sampled rows (default: set by row)")
+    parser.add_argument("--cases", type=int, default=4, help="number of synthetic lesions, 0 skips the accuracy")
+    parser.add_argument("--rows", nargs="*", help="names of the rows to measure (default: all)")
+    parser.add_argument("--parts", nargs="*", help="parts to measure; the others keep their earlier results")
+    parser.add_argument("--quick", action="store_true", help="measure as little as possible, to test the benchmark")
+    parser.add_argument("--thorough", action="store_true", help="also measure the accuracy of slow rows")
+    parser.add_argument("--render", action="store_true", help="write the page from the JSON without measuring")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the page")
     from benchmarks.run import run
 
-    run(parser.parse_args(sys.argv[1:]))
+    run(parser.parse_args())
 
 
 if __name__ == "__main__":

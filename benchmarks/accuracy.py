@@ -1,107 +1,96 @@
-"""Best-achievable Dice and AUPRC on synthetic lesions of validation subjects, on a stated sample of slices."""
+"""Best-achievable Dice and AUPRC on synthetic lesions in validation subjects, on a few slices of each scan."""
 
 import itertools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from app.errors import CounterpartError
-from app.pipeline import anomaly
-from app.pipeline.prepare import analysed_slices, to_slices
-from app.volume import Volume
-from benchmarks.methods import PERCENTILE, Peers
-from benchmarks.rows import UNTRAINED
-from benchmarks.statistics import average_precision
+from app.manifest import Manifest
+from app.pipeline.diffusion import latent_foreground
+from app.pipeline.preprocess import analysed_slices, to_slices
+from app.volume import BoolArray, FloatArray, Volume
 from training.config import Config
-from training.data import load_volume, subject_path
-from training.evaluate import best_dice
-from training.lesions import gold_shape, insert_lesion
-from training.splits import load_split
-
-if TYPE_CHECKING:
-    from benchmarks.worker import Measured
+from training.data import load_split, load_volume, subject_path
+from training.experiments.metrics import average_precision, best_dice, exact_counts
+from training.lesion_insertion import insert_lesion, load_lesion_shape
 
 SHAPES = ("patient11", "patient15", "patient22", "patient28", "patient09")
 CONTRASTS = (0.35, -0.35)
-# Of each case: so many slices with the lesion, and as many without.
+# Number of slices with the lesion, and of slices without it, in each case.
 SLICES = 4
-# Of so many healthy validation subjects, for the paper's threshold.
+# The paper's threshold comes from so many slices of so many healthy validation subjects.
 HEALTHY_SLICES = 4
 HEALTHY_SUBJECTS = 3
+# Percentile of the KL of healthy latents above which the paper's method resamples a latent.
+PERCENTILE = 97.5
+
+IntArray = npt.NDArray[np.int64]
+# volume, x (K, 1, H, W), foreground (K, H, W), indices (K,) among the analysed slices -> anomaly map (K, H, W).
+AnomalyMap = Callable[[Volume, FloatArray, BoolArray, IntArray], FloatArray]
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    """A scan with a lesion, and its truth on its own grid."""
-
-    volume: Volume
-    truth: npt.NDArray[np.bool_]
-
-
-def make_cases(config: Config) -> list[Case]:
-    """Each shape and contrast in one validation subject."""
+def make_cases(config: Config, count: int) -> Iterator[tuple[Volume, BoolArray]]:
+    """Yield the first scans with a lesion and their truth masks: each shape and contrast in one validation subject."""
     subjects = load_split(config.data.splits).validation
-    cases = []
-    for i, (shape, contrast) in enumerate(itertools.product(SHAPES, CONTRASTS)):
+    for i, (shape, contrast) in enumerate(itertools.islice(itertools.product(SHAPES, CONTRASTS), count)):
         volume = load_volume(subject_path(config, subjects[i % len(subjects)]))
-        made = insert_lesion(volume, gold_shape(shape), contrast, i)
-        cases.append(Case(made.volume, made.truth))
-    return cases
+        case = insert_lesion(volume, load_lesion_shape(shape), contrast, i)
+        yield case.volume, case.truth
 
 
-def chosen_slices(truth: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Some slices with the lesion and as many without, each evenly spread, (N, H, W) -> (K,)."""
-    seen = truth.any(axis=(1, 2))
-    parts = [np.flatnonzero(part) for part in (seen, ~seen)]
-    picked = [p[np.unique(np.linspace(0, len(p) - 1, SLICES).round().astype(int))] for p in parts if len(p)]
-    return np.sort(np.concatenate(picked))
+def choose_slices(truth: BoolArray) -> IntArray:
+    """Choose evenly spaced slices with the lesion and as many without it, (N, H, W) -> (K,)."""
+    has_lesion = truth.any(axis=(1, 2))
+    groups = [np.flatnonzero(group) for group in (has_lesion, ~has_lesion)]
+    chosen = [g[np.unique(np.linspace(0, len(g) - 1, SLICES).round().astype(int))] for g in groups if len(g)]
+    return np.sort(np.concatenate(chosen))
 
 
-def judge(measured: "Measured") -> dict[str, Any]:
-    """Each case's numbers, or the reason why there are none."""
-    row, job = measured.row, measured.job
-    if not row.trained:
-        return {"reason": UNTRAINED}
-    config = Config.load(job.config)
-    if row.sample is not None:
-        measured.peers.threshold = healthy_threshold(measured.peers, config)
+def measure_accuracy(config: Config, manifest: Manifest, count: int, anomaly_map: AnomalyMap) -> dict[str, Any]:
+    """Return Dice and AUPRC of each case. A refused scan counts as an empty map.
+
+    Parameters
+    ----------
+    config : Config
+    manifest : Manifest
+    count : int
+        Number of cases.
+    anomaly_map : callable
+        The method.
+    """
     dices, precisions, refused = [], [], 0
-    for case in make_cases(config)[: job.cases]:
-        slices = to_slices(case.volume, measured.manifest.preparation)
-        known = analysed_slices(slices, measured.manifest.preparation)
-        truth = slices.placement.from_source(case.truth.astype(np.float32))[known] > 0.5
+    for volume, mask in make_cases(config, count):
+        slices = to_slices(volume, manifest.preprocessing)
+        analysed = analysed_slices(slices, manifest.preprocessing)
+        truth = slices.grid.sample_volume(mask.astype(np.float32))[analysed] > 0.5
         if not truth.any():
             continue
-        picked = chosen_slices(truth)
+        chosen = choose_slices(truth)
+        truth = truth[chosen]
         try:
-            found = _map(measured, case.volume, slices.x[known[picked]], slices.foreground[known[picked]], picked)
+            x, foreground = slices.x[analysed[chosen]], slices.foreground[analysed[chosen]]
+            scores = anomaly_map(volume, x, foreground, chosen)
         except CounterpartError:
             refused += 1
-            found = np.zeros(truth[picked].shape, np.float32)
-        dices.append(best_dice(found, truth[picked]))
-        precisions.append(average_precision(found, truth[picked]))
+            scores = np.zeros(truth.shape, np.float32)
+        counts = exact_counts(scores, truth)
+        dices.append(best_dice(*counts))
+        precisions.append(average_precision(*counts))
     return {"dice": dices, "auprc": precisions, "refused": refused, "slices": 2 * SLICES}
 
 
-def _map(measured: "Measured", volume: Volume, x: Any, foreground: Any, picked: Any) -> npt.NDArray[np.float32]:
-    """A row's anomaly map of some slices."""
-    if measured.row.sample is None:
-        detection = measured.detect(volume)
-        return np.asarray(detection.anomaly[np.flatnonzero(detection.analysed)[picked]], dtype=np.float32)
-    # Judged alike: the edge of the brain counts for nobody.
-    inner = anomaly.erode(foreground, measured.manifest.residual.erosion)
-    return np.asarray(measured.peers.method(measured.row)(x, foreground) * inner, dtype=np.float32)
-
-
-def healthy_threshold(peers: Peers, config: Config) -> float:
-    """The paper's: a percentile of the KL of healthy validation latents."""
+def healthy_threshold(config: Config, manifest: Manifest, latent_kl: Callable[[FloatArray], FloatArray]) -> float:
+    """Return the paper's threshold: a percentile of the KL map of healthy validation latents."""
     values = []
     for subject in load_split(config.data.splits).validation[:HEALTHY_SUBJECTS]:
-        slices = to_slices(load_volume(subject_path(config, subject)), peers.manifest.preparation)
-        known = analysed_slices(slices, peers.manifest.preparation)
-        some = known[np.unique(np.linspace(0, len(known) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]]
-        latents = anomaly.latent_foreground(slices.foreground[some], peers.manifest.latent.downsampling)
-        values.append(peers.latent_kl(slices.x[some])[latents])
+        slices = to_slices(load_volume(subject_path(config, subject)), manifest.preprocessing)
+        analysed = analysed_slices(slices, manifest.preprocessing)
+        # Without the first and the last slice.
+        evenly = np.unique(np.linspace(0, len(analysed) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]
+        chosen = analysed[evenly]
+        latents = latent_foreground(slices.foreground[chosen], manifest.latent.downsampling)
+        values.append(latent_kl(slices.x[chosen])[latents])
     return float(np.percentile(np.concatenate(values), PERCENTILE))

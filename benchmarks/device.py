@@ -1,4 +1,4 @@
-"""The bundle's networks in torch on a GPU: fixed batches, CUDA graphs, float16; on the CPU the same without graphs."""
+"""Networks of a bundle in torch on a GPU: fixed batches, CUDA graphs, float16. On the CPU without CUDA graphs."""
 
 from copy import deepcopy
 from itertools import chain
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.pipeline.models import Models
+from app.pipeline.networks import Networks
 from app.volume import FloatArray
-from training.restore import TorchNetworks
+from training.networks import TorchNetworks
 
 
-class Float16(nn.Module):
-    """A denoiser in float16 behind float32 inputs and outputs."""
+class Float16Denoiser(nn.Module):
+    """A denoiser in float16 with float32 inputs and outputs."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -25,17 +25,17 @@ class Float16(nn.Module):
         return epsilon.float()
 
 
-class Replayed:
-    """A network for batches of one size, whose inputs stay at one place; captured once as a CUDA graph, or not.
+class FixedBatchNetwork:
+    """A network for batches of one size with inputs at fixed addresses, optionally captured as a CUDA graph.
 
     Parameters
     ----------
     network : Module
-        On its device already.
+        Already on its device.
     size : int
         Slices in a batch.
     graphs : bool
-        Capture and replay.
+        Capture a CUDA graph and replay it.
     """
 
     def __init__(self, network: nn.Module, size: int, *, graphs: bool) -> None:
@@ -46,17 +46,17 @@ class Replayed:
         self._output: torch.Tensor | None = None
 
     def __call__(self, *arrays: Any) -> FloatArray:
-        """Evaluate (N, ...) -> (N, ...), whatever N."""
+        """Evaluate (N, ...) -> (N, ...) for any N."""
         with torch.inference_mode():
             starts = range(0, len(arrays[0]), self._size)
-            return np.concatenate([self._batch([a[i : i + self._size] for a in arrays]) for i in starts])
+            return np.concatenate([self._evaluate([a[i : i + self._size] for a in arrays]) for i in starts])
 
-    def _batch(self, arrays: list[Any]) -> FloatArray:
+    def _evaluate(self, arrays: list[Any]) -> FloatArray:
         if not self._inputs:
-            self._place(arrays)
+            self._allocate(arrays)
         count = len(arrays[0])
-        for place, array in zip(self._inputs, arrays, strict=True):
-            place[:count].copy_(torch.from_numpy(np.ascontiguousarray(array)))
+        for tensor, array in zip(self._inputs, arrays, strict=True):
+            tensor[:count].copy_(torch.from_numpy(np.ascontiguousarray(array)))
         if self._graph is None:
             output = self._network(*self._inputs)
         else:
@@ -65,41 +65,47 @@ class Replayed:
         result: FloatArray = output[:count].cpu().numpy()
         return result
 
-    def _place(self, arrays: list[Any]) -> None:
-        """Inputs on the device, and the graph: first runs choose algorithms and allocate, which none may capture."""
+    def _allocate(self, arrays: list[Any]) -> None:
+        """Allocate the inputs and capture the graph."""
         for array in arrays:
-            kind = torch.from_numpy(array[:0]).dtype
-            self._inputs.append(torch.zeros((self._size, *array.shape[1:]), dtype=kind, device=self._device))
+            dtype = torch.from_numpy(array[:0]).dtype
+            self._inputs.append(torch.zeros((self._size, *array.shape[1:]), dtype=dtype, device=self._device))
         if not self._graphs:
             return
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        # The first evaluations choose algorithms and allocate memory, which must not happen during the capture.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(3):
                 self._network(*self._inputs)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._output = self._network(*self._inputs)
 
 
-def on_device(
+def move_to_device(
     networks: TorchNetworks, device: str, size: int, *, graphs: bool, float16: bool, channels_last: bool
-) -> Models:
-    """Callables for the pipeline; the networks given stay where they are.
+) -> Networks:
+    """Copy networks to a device and wrap them for the pipeline.
 
     Parameters
     ----------
     networks : TorchNetworks
+        Not modified.
     device : {"cpu", "cuda"}
     size : int
         Slices in a batch.
-    graphs, float16, channels_last : bool
-        CUDA graphs; the denoiser's precision; the order of its weights in memory.
+    graphs : bool
+        Use CUDA graphs.
+    float16 : bool
+        Evaluate the denoiser in float16.
+    channels_last : bool
+        Memory layout of the denoiser's weights.
     """
-    denoiser = Float16(networks.denoiser) if float16 else deepcopy(networks.denoiser)
+    denoiser = Float16Denoiser(networks.denoiser) if float16 else deepcopy(networks.denoiser)
     if channels_last:
         denoiser = denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    parts = (deepcopy(networks.encoder), denoiser, deepcopy(networks.decoder))
-    made: list[Any] = [Replayed(part.to(device).eval(), size, graphs=graphs) for part in parts]
-    return Models(*made)
+    modules = (deepcopy(networks.encoder), denoiser, deepcopy(networks.decoder))
+    wrapped: list[Any] = [FixedBatchNetwork(module.to(device).eval(), size, graphs=graphs) for module in modules]
+    return Networks(*wrapped)

@@ -1,4 +1,4 @@
-"""A row's method as one function of slices; every evaluation of a network is counted."""
+"""Baselines in torch: the paper's algorithm, pixel-space diffusion and the transformer, as functions of slices."""
 
 import time
 from collections import Counter
@@ -10,63 +10,86 @@ import numpy as np
 import torch
 from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.nets.transformer import DecoderOnlyTransformer
-from torch.utils.flop_counter import FlopCounterMode
 
-from app.pipeline import anomaly
-from app.pipeline.prepare import BoolArray
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule, latent_foreground
+from app.pipeline.residual import masked_residual
 from app.runtime.bundle import read_manifest
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray
 from benchmarks import paper
-from benchmarks.counted import counting
-from benchmarks.rows import OWN, ROWS, TRANSFORMER, Row, kind_of
+from benchmarks.rows import Row
+from benchmarks.trace import count_evaluations
 from training.config import Config
 from training.experiments import transformer
-from training.restore import TorchNetworks, load_networks
+from training.networks import load_networks
 
 PLANS = {"ddim": paper.DDIM_50, "ancestral": paper.ANCESTRAL}
-# Of the paper's mask: a latent above this percentile of healthy validation latents is free to change.
-PERCENTILE = 97.5
-
-OWN_ROW = next(row for row in ROWS if row.name == OWN)
 
 # x (N, 1, H, W), foreground (N, H, W) -> anomaly map (N, H, W).
 Method = Callable[[FloatArray, BoolArray], FloatArray]
 
 
-class Peers:
-    """The torch methods on one bundle's networks.
+class TorchBaselines:
+    """Baselines that share the networks of one bundle.
 
     Parameters
     ----------
     folder : Path
         The bundle.
     config : Config
-        That it was trained by.
+        Configuration of its training.
     counts : Counter
-        Of evaluations.
+        Receives the number of slices that each network is evaluated on.
+
+    Attributes
+    ----------
+    networks : Models
+        Counted networks of the bundle in torch.
+    threshold : float
+        KL in nats above which the paper's method resamples a latent. With 0, all foreground latents are resampled,
+        which costs the same.
+    loop_seconds : float
+        Seconds in loops over noise levels or ensemble members.
     """
 
     def __init__(self, folder: Path, config: Config, counts: Counter[str]) -> None:
-        self.networks: TorchNetworks = load_networks(folder, config)
+        self._torch = load_networks(folder, config)
+        self.networks = count_evaluations(self._torch.models(), counts)
         self.manifest = read_manifest(folder)
-        self.models = counting(self.networks.models(), counts)
         self._config, self._counts = config, counts
-        torch.manual_seed(config.seed)  # of untrained weights
-        s = self.manifest.schedule
-        self._schedule = Schedule.linear(s.steps, s.beta_start, s.beta_end)
+        torch.manual_seed(config.seed)  # initialises the untrained networks
+        self._schedule = Schedule.from_settings(self.manifest.schedule)
         self.threshold = 0.0
         self.loop_seconds = 0.0
 
+    def method(self, row: Row, stride: int = 1) -> Method:
+        """Return the method of a row, which works batch by batch, with one in `stride` of its noise levels."""
+        if row.family in PLANS:
+            whole = self._paper_method(PLANS[row.family].thin(stride))
+        elif row.family == "pixel":
+            whole = self._pixel_method(int(row.name.rpartition("-")[2]), stride)
+        else:
+            whole = self._transformer_method(row)
+
+        def batched(x: FloatArray, foreground: BoolArray) -> FloatArray:
+            starts = range(0, len(x), row.batch)
+            return np.concatenate([whole(x[i : i + row.batch], foreground[i : i + row.batch]) for i in starts])
+
+        return batched
+
+    def latent_kl(self, x: FloatArray) -> FloatArray:
+        """Return the paper's KL map of some slices in nats, (N, h, w)."""
+        with torch.inference_mode():
+            z0 = torch.from_numpy(self.networks.encode(x))
+            return paper.kl_map(z0, self._process(self._torch.denoiser), paper.KL_TIMES).numpy()
+
     @contextmanager
-    def looping(self) -> Iterator[None]:
-        """What happens inside is the loop over noise levels."""
+    def _timed_loop(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.loop_seconds += time.perf_counter() - start
 
-    def process(self, denoiser: torch.nn.Module) -> paper.Process:
-        """A diffusion model with its own seed, whose evaluations are counted."""
+    def _process(self, denoiser: torch.nn.Module) -> paper.Process:
+        """Make a diffusion model with its own seed and a counted denoiser."""
 
         def denoise(z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             self._counts["denoise"] += len(z)
@@ -75,126 +98,62 @@ class Peers:
 
         return paper.Process(self._schedule, denoise, torch.Generator().manual_seed(self._config.seed))
 
-    def latent_kl(self, x: FloatArray) -> FloatArray:
-        """The paper's KL map of some slices, (N, h, w)."""
-        with torch.inference_mode():
-            z0 = torch.from_numpy(self.models.encode(x))
-            return paper.kl_map(z0, self.process(self.networks.denoiser), paper.KL_TIMES).numpy()
-
-    def paper_method(self, plan: paper.Plan) -> Method:
-        """The paper's algorithm; with a threshold of 0, every foreground latent is free, which costs the same."""
-
+    def _paper_method(self, plan: paper.Plan) -> Method:
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
-            latents = anomaly.latent_foreground(foreground, self.manifest.latent.downsampling)
+            latents = latent_foreground(foreground, self.manifest.latent.downsampling)
             with torch.inference_mode():
-                process = self.process(self.networks.denoiser)
-                z0 = torch.from_numpy(self.models.encode(x))
-                with self.looping():
+                process = self._process(self._torch.denoiser)
+                z0 = torch.from_numpy(self.networks.encode(x))
+                with self._timed_loop():
                     mask = (paper.kl_map(z0, process, plan.kl).numpy() > self.threshold) & latents
-                    imagined = paper.inpaint(z0, torch.from_numpy(mask), process, plan).numpy()
-            return anomaly.residual(x[:, 0], self.models.decode(imagined)[:, 0], mask)
+                    inpainted = paper.inpaint(z0, torch.from_numpy(mask), process, plan).numpy()
+            return masked_residual(x[:, 0], self.networks.decode(inpainted)[:, 0], mask)
 
         return run
 
-    def pixel_unet(self) -> torch.nn.Module:
-        """The denoiser's own shape, on one channel of pixels."""
+    def _pixel_method(self, steps: int, stride: int) -> Method:
+        """Make AnoDDPM (Wyatt et al. 2022): diffuse the image and reverse all steps, with the denoiser's U-Net."""
         c = self._config.denoiser
-        unet: torch.nn.Module = DiffusionModelUNet(
+        unet = DiffusionModelUNet(
             spatial_dims=2,
             in_channels=1,
             out_channels=1,
             num_res_blocks=c.residual_blocks,
             channels=c.channels,
-            attention_levels=c.attention,
+            attention_levels=c.attention_levels,
             num_head_channels=c.head_channels,
-        )
-        return unet.eval()
-
-    def pixel_method(self, steps: int, every: int) -> Method:
-        """AnoDDPM (Wyatt et al. 2022): diffuse the image so far, and come all the way back."""
-        unet = self.pixel_unet()
-        plan = paper.Plan((), tuple(range(steps, 0, -1)), "ancestral").thinned(every)
+        ).eval()
+        plan = paper.Plan((), tuple(range(steps, 0, -1)), "ancestral").thin(stride)
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
             with torch.inference_mode():
-                image = torch.from_numpy(x)
                 everywhere = torch.ones((len(x), *x.shape[2:]), dtype=torch.bool)
-                with self.looping():
-                    imagined = paper.inpaint(image, everywhere, self.process(unet), plan).numpy()
-            return np.asarray(np.abs(x - imagined)[:, 0] * foreground, dtype=np.float32)
+                with self._timed_loop():
+                    counterpart = paper.inpaint(torch.from_numpy(x), everywhere, self._process(unet), plan).numpy()
+            return np.asarray(np.abs(x - counterpart)[:, 0] * foreground, dtype=np.float32)
 
         return run
 
-    def transformer(self, row: Row) -> DecoderOnlyTransformer:
-        """Of the row's size, untrained."""
+    def _transformer_method(self, row: Row) -> Method:
+        """Make one member of the transformer's ensemble: resample unlikely codes and decode."""
+        decoder = self._torch.decoder
         _, rows, columns = self.manifest.latent_shape
         size = transformer.PUBLISHED if "published" in row.name else transformer.TRAINED
-        return transformer.build_transformer(len(self.networks.decoder.codes), rows * columns, size).eval()
-
-    def transformer_method(self, row: Row) -> Method:
-        """Codes that are unlikely, drawn anew; then decoded: one member of its ensemble."""
-        network, known = self.transformer(row), "known" in row.name
-        heal = transformer.heal_known if known else transformer.heal
+        network: DecoderOnlyTransformer = transformer.build_transformer(len(decoder.codes), rows * columns, size).eval()
+        known_at_once = "known" in row.name
+        resample = transformer.resample if known_at_once else transformer.resample_stepwise
 
         def run(x: FloatArray, foreground: BoolArray) -> FloatArray:
-            with torch.inference_mode(), self.looping():
-                grid = self.networks.decoder.nearest(torch.from_numpy(self.models.encode(x)))  # (N, h, w)
-                found = grid.flatten(1)
-                anew = transformer.unlikely(network, found)
-                healed = heal(network, found, anew, transformer.uniforms(found, self._config.seed))
-                # Of the likelihood, then of the healing.
-                self._counts["denoise"] += found.numel()
-                self._counts["denoise"] += transformer.positions_fed(anew) if known else found.numel()
+            with torch.inference_mode(), self._timed_loop():
+                grid = decoder.nearest(torch.from_numpy(self.networks.encode(x)))  # (N, h, w)
+                codes = grid.flatten(1)
+                chosen = transformer.least_likely(network, codes)
+                resampled = resample(network, codes, chosen, transformer.uniform_draws(codes, self._config.seed))
+                # An evaluation is one position: all for the likelihood, then those that are fed to resample.
+                fed = transformer.count_fed_positions(chosen) if known_at_once else codes.numel()
+                self._counts["denoise"] += codes.numel() + fed
                 self._counts["decode"] += len(x)
-                imagined = self.networks.decoder.decode_codes(healed.view_as(grid)).numpy()
-            return np.asarray(np.abs(x - imagined)[:, 0] * foreground, dtype=np.float32)
+                counterpart = decoder.decode_codes(resampled.view_as(grid)).numpy()
+            return np.asarray(np.abs(x - counterpart)[:, 0] * foreground, dtype=np.float32)
 
         return run
-
-    def method(self, row: Row, every: int = 1) -> Method:
-        """What a row runs, a batch at a time, with one in `every` of its noise levels."""
-        kind, variant = kind_of(row), row.name.rpartition("-")[2]
-        if kind in PLANS:
-            whole = self.paper_method(PLANS[kind].thinned(every))
-        elif kind == "pixel":
-            whole = self.pixel_method(int(variant), every)
-        else:
-            whole = self.transformer_method(row)
-
-        def batched(x: FloatArray, foreground: BoolArray) -> FloatArray:
-            starts = range(0, len(x), row.batch)
-            return np.concatenate([whole(x[i : i + row.batch], foreground[i : i + row.batch]) for i in starts])
-
-        return batched
-
-    def gigaflops(self, row: Row) -> dict[str, float]:
-        """Of one evaluation of each network on one slice: two for a multiply and an add."""
-        height, width = self.manifest.preparation.shape
-        x, z = torch.zeros(1, 1, height, width), torch.zeros(1, *self.manifest.latent_shape)
-        t = torch.zeros(1, dtype=torch.int64)
-        asked: dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...]]] = {
-            "encode": (self.networks.encoder, (x,)),
-            "denoise": (self.networks.denoiser, (z, t)),
-            "decode": (self.networks.decoder, (z,)),
-        }
-        if row.name.startswith("pixel"):
-            asked["denoise"] = (self.pixel_unet(), (x, t))
-        if kind_of(row) == TRANSFORMER:
-            network = self.transformer(row)
-            length = network.max_seq_len
-            asked["denoise"] = (network, (torch.zeros(1, length, dtype=torch.int64),))
-        counted = {name: _gigaflops(network, inputs) for name, (network, inputs) in asked.items()}
-        if kind_of(row) == TRANSFORMER:
-            counted["denoise"] /= length  # an evaluation is one position
-        return counted
-
-
-def network_gigaflops(folder: Path, config: Config) -> dict[str, float]:
-    """Of one evaluation of each of a bundle's networks on one slice."""
-    return Peers(folder, config, Counter()).gigaflops(OWN_ROW)
-
-
-def _gigaflops(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    return float(counter.get_total_flops()) / 1e9

@@ -1,7 +1,4 @@
-"""The paper's algorithm in plain torch (Pinaya et al. 2022, arXiv 2206.03461), the way its users would write it.
-
-Nothing is left out and nothing is added: no skipped slice, no exact short cut, eager torch.
-"""
+"""The paper's algorithm (Pinaya et al. 2022, arXiv 2206.03461) in eager torch, without any optimisation."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from app.pipeline.schedule import CLEAN, Schedule
+from app.pipeline.diffusion import CLEAN, Schedule
 
 # z_t (N, C, h, w) and t (N,) -> the predicted noise.
 Denoise = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -22,14 +19,14 @@ START = 500
 
 @dataclass(frozen=True)
 class Plan:
-    """How often the network is asked.
+    """Noise levels at which the denoiser is evaluated.
 
     Attributes
     ----------
     kl : tuple of int
         Times of the KL map.
     reverse : tuple of int
-        Descending times of the reverse process; the last step goes to z0.
+        Descending times of the reverse process. The last step ends at z0.
     sampler : {"ancestral", "ddim"}
     """
 
@@ -39,12 +36,12 @@ class Plan:
 
     @property
     def evaluations(self) -> int:
-        """Of the network, a slice."""
+        """Number of denoiser evaluations per slice."""
         return len(self.kl) + len(self.reverse)
 
-    def thinned(self, every: int) -> "Plan":
-        """One in so many of its times: each costs what any other does."""
-        return Plan(self.kl[::every], self.reverse[::every], self.sampler)
+    def thin(self, stride: int) -> "Plan":
+        """Keep one in `stride` of the noise levels."""
+        return Plan(self.kl[::stride], self.reverse[::stride], self.sampler)
 
 
 ANCESTRAL = Plan(KL_TIMES, tuple(range(START, 0, -1)), "ancestral")
@@ -60,7 +57,7 @@ class Process:
     schedule : Schedule
     denoise : Denoise
     generator : torch.Generator
-        Of every draw.
+        Source of all noise.
     """
 
     schedule: Schedule
@@ -68,34 +65,37 @@ class Process:
     generator: torch.Generator
 
     def predict(self, z: torch.Tensor, t: int) -> torch.Tensor:
-        """The network at one time for a whole batch."""
+        """Predict the noise of a batch at one time."""
         return self.denoise(z, torch.full((len(z),), t, dtype=torch.int64))
 
     def draw(self, like: torch.Tensor) -> torch.Tensor:
-        """Standard normal noise."""
+        """Draw standard normal noise of the shape of `like`."""
         return torch.randn(like.shape, generator=self.generator, dtype=like.dtype)
 
     def diffuse(self, z0: torch.Tensor, noise: torch.Tensor, t: int) -> torch.Tensor:
-        """z_t ~ q(z_t | z0) for a given noise."""
+        """Return z_t ~ q(z_t | z0) for a given noise."""
         a = float(self.schedule.alpha_bar_at(t))
         z_t: torch.Tensor = math.sqrt(a) * z0 + math.sqrt(1 - a) * noise
         return z_t
 
     def step(self, z: torch.Tensor, t: int, t_next: int, sampler: Sampler) -> torch.Tensor:
-        """One reverse step: DDIM (eta = 0), or a draw from the posterior of this very pair of times (DDPM)."""
-        a, after = float(self.schedule.alpha_bar_at(t)), float(self.schedule.alpha_bar_at(t_next))
+        """Take one reverse step: DDIM with eta = 0, or a draw from the DDPM posterior of this pair of times."""
+        a, a_next = float(self.schedule.alpha_bar_at(t)), float(self.schedule.alpha_bar_at(t_next))
         epsilon = self.predict(z, t)
         z0 = (z - (1 - a) ** 0.5 * epsilon) / a**0.5
         if sampler == "ddim":
             return self.diffuse(z0, epsilon, t_next)
-        alpha = a / after
-        mean: torch.Tensor = (after**0.5 * (1 - alpha) * z0 + alpha**0.5 * (1 - after) * z) / (1 - a)
-        variance = (1 - alpha) * (1 - after) / (1 - a)
+        alpha = a / a_next
+        mean: torch.Tensor = (a_next**0.5 * (1 - alpha) * z0 + alpha**0.5 * (1 - a_next) * z) / (1 - a)
+        variance = (1 - alpha) * (1 - a_next) / (1 - a)
         return mean + math.sqrt(variance) * self.draw(z) if variance else mean
 
 
 def kl_map(z0: torch.Tensor, process: Process, times: tuple[int, ...]) -> torch.Tensor:
-    """Mean over channels and times of the divergence of the true and the predicted reverse step, (N, h, w), nats."""
+    """Return the KL divergence of the true and the predicted reverse step in nats, mean over channels and times.
+
+    The result is (N, h, w).
+    """
     total = torch.zeros((len(z0), *z0.shape[2:]))
     for t in times:
         noise = process.draw(z0)
@@ -105,7 +105,7 @@ def kl_map(z0: torch.Tensor, process: Process, times: tuple[int, ...]) -> torch.
 
 
 def inpaint(z0: torch.Tensor, mask: torch.Tensor, process: Process, plan: Plan) -> torch.Tensor:
-    """Diffuse half-way, and reverse with only the masked latents free to change, (N, C, h, w)."""
+    """Diffuse to the first time of the plan and reverse, with only the masked latents free to change, (N, C, h, w)."""
     free = mask[:, None]
     z = process.diffuse(z0, process.draw(z0), plan.reverse[0])
     for t, t_next in zip(plan.reverse, (*plan.reverse[1:], CLEAN), strict=True):

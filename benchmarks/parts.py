@@ -1,57 +1,46 @@
-"""The parts of the run, each on its own: what it measures is a key of the JSON, whatever the others do."""
+"""Parts of the benchmark. Each measures one key of the JSON and can be repeated alone."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.ceiling import Ceiling
-from benchmarks.gains import measure_gains
-from benchmarks.missing import Missing
-from benchmarks.profile import measure_profile
-from benchmarks.rows import SERVED, Row
-from benchmarks.scaling import measure_scaling
-from benchmarks.series import make_series
-from benchmarks.served import fresh
-from benchmarks.startup import first_evaluations, help_seconds
+from benchmarks.ct_series import MissingDataError, make_series
+from benchmarks.rows import ONNX_ROWS, Row
+from benchmarks.service import time_start, time_uploads
 from benchmarks.waterfall import measure_waterfall
-from benchmarks.worker import Job, Worker
+from benchmarks.worker import Inputs, RowProcess
 
-# Turns of what is only drawn: a figure needs no more.
-FIGURE_REPEATS = 2
-
-Found = dict[str, Any]
-T = TypeVar("T")
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the run measures.
+    """Contents of a run.
 
     Attributes
     ----------
-    job : Job
-        Of the T1 volume.
-    ct : Job or None
-        Of the CT series, whose `scan` is made on the way; None where there is no bundle for it.
+    inputs : Inputs
+        Inputs of the T1 rows.
+    ct : Inputs or None
+        Inputs of the CT rows. `make_series` replaces the scan. None if there is no CT bundle.
     data : Path
-        Root of the real scans.
+        Folder of the real scans.
     rows : tuple of Row
     repeats : int
     quick : bool
-        The least of everything: to see that it works.
+        Measure as little as possible.
     thorough : bool
-        With the accuracy of rows that take minutes a case.
+        Measure the accuracy of slow rows.
     """
 
-    job: Job
-    ct: Job | None
+    inputs: Inputs
+    ct: Inputs | None
     data: Path
     rows: tuple[Row, ...]
     repeats: int = 3
@@ -59,113 +48,82 @@ class Plan:
     thorough: bool = False
 
 
-def apart(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call it in a process of its own: its memory, and torch's threads, go with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments, **options).result()
-
-
-def measure_rows(plan: Plan) -> Found:
-    """Every row, the ceiling and the start, once each turn."""
-    job = plan.job
-    workers: dict[str, Worker] = {}
+def measure_rows(plan: Plan) -> Results:
+    """Time all rows and the start of the command line in turns; then measure memory and accuracy."""
+    processes: dict[str, RowProcess] = {}
     try:
         for row in tqdm(plan.rows, desc="starting rows"):
-            workers[row.name] = Worker(row, job)
-        return _turns(plan, workers)
+            processes[row.name] = RowProcess(row, plan.inputs)
+        return _time_in_turns(plan, processes)
     finally:
-        for worker in workers.values():
-            worker.end()
+        for process in processes.values():
+            process.close()
 
 
-def _turns(plan: Plan, workers: dict[str, Worker]) -> Found:
-    for worker in tqdm(workers.values(), desc="warming up"):
-        worker.ask("prepare")
-    ceiling = Ceiling()
-    rows: Found = {name: {"repeats": [], "cold_seconds": w.cold_seconds} for name, w in workers.items()}
-    turns: Found = {"ceiling": [], "start": {"help": [], "golden": [], "scan": []}}
-    for _ in tqdm(range(plan.repeats), desc="turns"):
-        for name, worker in tqdm(workers.items(), desc="rows", leave=False):
-            rows[name]["repeats"].append(worker.ask("time"))
-        turns["ceiling"].append(ceiling.time())
-        turns["start"]["help"].append(help_seconds())
-        for key, seconds in first_evaluations(plan.job.scan, plan.job.bundle.parent).items():
-            turns["start"][key].append(seconds)
+def _time_in_turns(plan: Plan, processes: dict[str, RowProcess]) -> Results:
+    for process in tqdm(processes.values(), desc="warming up"):
+        process.call("warm_up")
+    rows: Results = {name: {"repeats": [], "cold_seconds": p.cold_seconds} for name, p in processes.items()}
+    start: dict[str, list[float]] = {"help": [], "scan": []}
+    for _ in tqdm(range(plan.repeats), desc="repeats"):
+        for name, process in tqdm(processes.items(), desc="rows", leave=False):
+            rows[name]["repeats"].append(process.call("time"))
+        for key, seconds in time_start(plan.inputs.scan, plan.inputs.bundle.parent).items():
+            start[key].append(seconds)
     for row in tqdm(plan.rows, desc="memory and accuracy"):
-        worker = workers[row.name]
-        rows[row.name] |= worker.ask("facts")
-        judged = plan.job.cases != 0 and row.judged_as not in workers and (plan.thorough or not row.costly)
-        rows[row.name]["accuracy"] = worker.ask("accuracy") if judged else None
-        worker.end()
+        process = processes[row.name]
+        rows[row.name] |= process.call("memory")
+        is_scored = plan.inputs.cases and row.is_trained and row.accuracy_of not in processes
+        is_scored = is_scored and (plan.thorough or not row.is_slow)
+        rows[row.name]["accuracy"] = process.call("accuracy") if is_scored else None
+        process.close()
     for row in plan.rows:
-        if row.judged_as in workers:
-            rows[row.name]["accuracy"] = rows[row.judged_as]["accuracy"]
-    return {"rows": rows, **turns}
+        if row.accuracy_of in processes:
+            rows[row.name]["accuracy"] = rows[row.accuracy_of]["accuracy"]
+    return {"rows": rows, "start": start}
 
 
-def measure_before_and_after(plan: Plan) -> Found:
-    """The waterfall."""
-    job = plan.job
-    return {"waterfall": apart(measure_waterfall, job.bundle, job.config, job.scan, plan.repeats, quick=plan.quick)}
+def measure_phases(plan: Plan) -> Results:
+    """Measure the waterfall in a process of its own, whose memory and torch threads end with it."""
+    inputs = plan.inputs
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        arguments = (inputs.bundle, inputs.config, inputs.scan, plan.repeats)
+        return {"waterfall": pool.submit(measure_waterfall, *arguments, quick=plan.quick).result()}
 
 
-def measure_operators(plan: Plan) -> Found:
-    """What bounds the networks."""
-    return {"profile": apart(measure_profile, plan.job.bundle)}
+def measure_volume(plan: Plan) -> Results:
+    """Send the T1 volume to the service."""
+    return {"volume": time_uploads(plan.inputs.scan, plan.inputs.bundle.parent, plan.repeats)}
 
 
-def measure_switches(plan: Plan) -> Found:
-    """The gains."""
-    job = plan.job
-    return {"gains": apart(measure_gains, job.bundle, job.config, job.scan, plan.repeats)}
-
-
-def measure_volume(plan: Plan) -> Found:
-    """The whole T1 volume over HTTP."""
-    return {"volume": fresh(plan.job.scan, plan.job.bundle.parent, plan.repeats)}
-
-
-def measure_ct(plan: Plan) -> Found:
-    """The CT series over HTTP; and once through each other row, on its prepared slices.
+def measure_ct(plan: Plan) -> Results:
+    """Send a CT series to the service, and time each other row once on its preprocessed slices.
 
     Raises
     ------
-    Missing
-        There is no bundle for it, or no head to make it of.
+    MissingDataError
+        There is no CT bundle, or no head to make the series from.
     """
     if plan.ct is None:
-        raise Missing("no bundle headct-* in the folder of bundles: train one")
-    with TemporaryDirectory() as made:
-        job = replace(plan.ct, scan=make_series(plan.data, Path(made)))
-        found = fresh(job.scan, job.bundle.parent, plan.repeats)
-        found["rows"] = {}
-        others = [row for row in plan.rows if row.name not in SERVED and not plan.quick]
+        raise MissingDataError("there is no bundle headct-*: train one")
+    with TemporaryDirectory() as folder:
+        inputs = replace(plan.ct, scan=make_series(plan.data, Path(folder)))
+        measured = time_uploads(inputs.scan, inputs.bundle.parent, plan.repeats)
+        measured["rows"] = {}
+        others = [row for row in plan.rows if row.name not in ONNX_ROWS and not plan.quick]
         for row in tqdm(others, desc="rows on the CT series"):
-            worker = Worker(row, job)
+            process = RowProcess(row, inputs)
             try:
-                worker.ask("prepare")
-                found["rows"][row.name] = {"repeats": [worker.ask("time")]}
+                process.call("warm_up")
+                measured["rows"][row.name] = {"repeats": [process.call("time")]}
             finally:
-                worker.end()
-        return {"ct": found}
+                process.close()
+        return {"ct": measured}
 
 
-def measure_growth(plan: Plan) -> Found:
-    """Time against slices, resolution and scans at once."""
-    repeats, models = min(FIGURE_REPEATS, plan.repeats), plan.job.bundle.parent
-    return {"scaling": {**measure_scaling(plan.job.scan, models, repeats, quick=plan.quick), "cores": _cores()}}
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-PARTS: dict[str, Callable[[Plan], Found]] = {
+PARTS: dict[str, Callable[[Plan], Results]] = {
     "rows": measure_rows,
-    "waterfall": measure_before_and_after,
-    "profile": measure_operators,
-    "gains": measure_switches,
+    "waterfall": measure_phases,
     "volume": measure_volume,
     "ct": measure_ct,
-    "scaling": measure_growth,
 }

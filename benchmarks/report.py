@@ -1,143 +1,136 @@
-"""docs/BENCHMARKS.md from the JSON beside it: no number is typed by hand."""
+"""Writer of docs/BENCHMARKS.md: fills page.md with tables of docs/BENCHMARKS.json."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.bars import bars_table, told
-from benchmarks.statistics import Summary
-from benchmarks.tables import (
-    ceilings,
-    gains_table,
-    main_table,
-    overlap,
-    phase_table,
-    profile_table,
-    scaling_tables,
-    served_table,
-)
-from benchmarks.verdict import int8_verdict
-from benchmarks.waterfall import BEFORE
+from benchmarks.rows import ONNX_ROWS, ROWS, SERVICE, TRANSFORMER, Row
+from benchmarks.summary import ratio, seconds_outside_networks, summarise, volume_seconds, warm_seconds
+from benchmarks.targets import compare_targets
+from benchmarks.trace import PHASES
+from training.experiments.markdown import bold, bullets, fill_template, table
 
-ABSENT = "Not measured in this run."
-CONDITIONS = """Brackets are least and largest; a ratio is taken repeat by repeat. The service and its method in torch
-are timed from the volume in memory to the detection, resampling included; the others on prepared slices, without it, to
-their advantage; they start with the encoder and end with the anomaly map on the slices. What was measured on a sample
-is multiplied by slices / sample; where one in so many noise levels was measured, the seconds of that loop are
-multiplied too, for each level costs the same. An ensemble is one member's seconds multiplied. The transformer has a
-cache of keys and values, and an evaluation of it is one position; each code is judged by a forward pass, then 2.5 % of
-a slice's are drawn anew: position by position, or with the known codes between two draws fed at once, which draws the
-same codes. Its published size is that of King's College's code (width 256, 12 layers, 8 heads; its attention is a
-linear approximation, here it is exact) and its ensemble the eight orderings that a public summary of Pinaya et al. 2021
-tells of. The pixel-space network is the denoiser on one channel of pixels. Accuracy: mean over synthetic lesions of
-validation subjects, on up to four slices of each case with the lesion and four without, the same for every row, with
-all noise levels, at the threshold that suits each case best; slice by slice and batched are one algorithm, judged once.
-Operations count two for a multiply and an add, of convolutions and matrix products; ceilings are one matrix product
-through onnxruntime, in the same turns. The CT series is made of a real head, resampled and with noise; the service
-takes it from upload to mask, the other rows on its slices as its bundle prepares them, once.""".replace("\n", " ")
-AFTER_PHASES = (
-    "From the file to the results, the bundle loaded: of the repeats, the one that took the median time; before, once. "
-    "Time belongs to the innermost phase; `everything else` is what no traced function does."
-)
+TEMPLATE = Path(__file__).with_name("page.md")
+NOT_MEASURED = "Not measured in this run."
+EMPTY = "-"
 
 
-def render(document: dict[str, Any], waterfall: str, scaling: str) -> str:
-    """The whole page, with paths of its two figures."""
-    lines = ["# Benchmarks", "", *bars_table(document), "", _conditions(document), ""]
-    lines += ["## The table", "", *_main(document)]
-    lines += ["", "## From upload to mask", "", *_served(document)]
-    lines += ["", "## Where the seconds of one scan go", "", *_waterfall(document, waterfall)]
-    lines += ["", "## What bounds the networks", "", *_profile(document)]
-    lines += ["", "## What each gain was worth", "", *_gains(document)]
-    lines += ["", "## Scaling", "", *_scaling(document, scaling)]
-    lines += ["", "## Start", "", _start(document)]
-    return "\n".join(lines) + "\n"
+def render(document: dict[str, Any], figure: str) -> str:
+    """Return the page. `figure` is the path of the waterfall."""
+    targets = compare_targets(document)
+    values = {
+        "provenance": _provenance(document),
+        "met": f"{sum(target.met is True for target in targets)} of {len(targets)}",
+        "targets": table(("target", "measured", ""), [(t.text, t.found or EMPTY, t.verdict) for t in targets]),
+        "rows": _rows(document),
+        "uploads": _uploads(document),
+        "phases": _phases(document, figure),
+    }
+    return fill_template(TEMPLATE.read_text(), values)
 
 
-def _conditions(document: dict[str, Any]) -> str:
-    """How all of it was measured, and what was not."""
-    parts = document["parts"]
-    done = [
-        f"{name} {part['measured']} ({part['seconds'] / 60:.1f} min, repeats: {part['repeats']})"
-        for name, part in parts.items()
-        if "measured" in part
-    ]
-    failed = [f"{name} failed in the last run: {part['failed']}" for name, part in parts.items() if "failed" in part]
-    where = (
-        f"Written by `python -m benchmarks` (version {document['version']}) on {document['machine']}, "
-        f"`{document['bundle']}` on `{document['scan']}`; parts: {'; '.join(done) or 'none'}."
-    )
-    return " ".join([where, *(f"{text.rstrip('.')}." for text in failed), *document.get("notes", ()), CONDITIONS])
+def _provenance(document: dict[str, Any]) -> str:
+    """List where and when the parts were measured, and which failed or are missing."""
+    lines = [f"Version {document['version']}, `{document['bundle']}` on `{document['scan']}`, {document['machine']}."]
+    for name, part in document["parts"].items():
+        if "measured" in part:
+            lines.append(f"{name}: {part['measured']}, {part['repeats']} repeats, {part['seconds'] / 60:.1f} minutes.")
+        if "failed" in part:
+            lines.append(f"{name}: the last run failed. {part['failed'].rstrip('.')}.")
+    return bullets([*lines, *document["notes"]])
 
 
-def _main(document: dict[str, Any]) -> list[str]:
+def _rows(document: dict[str, Any]) -> str:
     if "rows" not in document:
-        return [ABSENT]
-    ceiling = {k: Summary.of([c[k] for c in document["ceiling"]]) for k in ("float32", "int8")}
-    bound = (
-        f"Ceiling of this machine, in the same turns: float32 {told(ceiling['float32'], 0)} GFLOP/s, int8 "
-        f"{told(ceiling['int8'], 0)} GOP/s."
-    )
-    return [*main_table(document), "", bound, "", int8_verdict(document)]
+        return NOT_MEASURED
+    header = (
+        "method", "T1 volume, s", "times Counterpart", "slice, ms", "timed on", "CT series, s",
+        "denoiser evaluations per slice", "peak memory, MB", "cold start, s", "best Dice", "AUPRC",
+    )  # fmt: skip
+    return table(header, [row_cells(row, document) for row in ROWS if row.name in document["rows"]])
 
 
-def _served(document: dict[str, Any]) -> list[str]:
-    if "volume" not in document and "ct" not in document:
-        return [ABSENT]
-    after = (
-        "`counterpart serve`, asked over HTTP: from the first byte of the upload to the last of the mask. The first "
-        "scan after the start opens the networks. Memory: the largest that each process ever held, added."
-    )
-    return [*served_table(document), "", after]
+def row_cells(row: Row, document: dict[str, Any]) -> list[str]:
+    """Return the table line of a row."""
+    found, service = document["rows"][row.name], document["rows"].get(SERVICE)
+    seconds, last = volume_seconds(found), found["repeats"][-1]
+    evaluations = last["counts"].get("denoise", 0) * last["stride"] / last["sample"]
+    return [
+        row.title + ("" if row.is_trained else " (untrained)"),
+        summarise(seconds),
+        summarise(ratio(seconds, volume_seconds(service)), 1) if service else EMPTY,
+        summarise([1000 * s / last["slices"] for s in seconds], 1),
+        _timed_on(row, last),
+        _ct_cell(row, document.get("ct")),
+        f"{evaluations:.1f}",
+        f"{found['peak_bytes'] / 1e6:.0f}",
+        f"{found['cold_seconds']:.1f}",
+        *_accuracy_cells(row, found["accuracy"]),
+    ]
 
 
-def _waterfall(document: dict[str, Any], figure: str) -> list[str]:
+def _timed_on(row: Row, repeat: dict[str, Any]) -> str:
+    looped = "members" if row.family == TRANSFORMER else "noise levels"
+    thinned = f", 1 of {repeat['stride']} {looped}" if repeat["stride"] > 1 else ""
+    if repeat["sample"] == repeat["slices"]:
+        return f"all {repeat['slices']} slices{thinned}"
+    return f"{repeat['sample']} of {repeat['slices']} slices{thinned}"
+
+
+def _ct_cell(row: Row, ct: dict[str, Any] | None) -> str:
+    if ct is None:
+        return EMPTY
+    if row.name == SERVICE:
+        return f"{summarise(warm_seconds(ct), 1)}, upload to mask"
+    if row.name in ONNX_ROWS or row.name not in ct["rows"]:
+        return EMPTY
+    scope = "volume in memory" if row.sample is None else "slices, scaled"
+    return f"{volume_seconds(ct['rows'][row.name])[-1]:.1f}, {scope}"
+
+
+def _accuracy_cells(row: Row, found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return ["not measured" if row.is_trained else EMPTY] * 2
+    return [f"{np.mean(found[key]):.3f}" for key in ("dice", "auprc")]
+
+
+def _uploads(document: dict[str, Any]) -> str:
+    lines = []
+    for key, name in (("volume", "T1 volume"), ("ct", "CT series, 512 x 512 x 200")):
+        if (found := document.get(key)) is None:
+            continue
+        first, uploads = found["runs"][0], [run["upload"] for run in found["runs"]]
+        sizes = (f"{found['megabytes']:.0f}", f"{found['peak_bytes'] / 1e6:.0f}")
+        times = (f"{first['seconds']:.2f}", summarise(warm_seconds(found)), summarise(uploads))
+        lines.append((name, first["id"], sizes[0], *times, sizes[1]))
+    header = ("scan", "bundle", "upload, MB", "first scan, s", "later scans, s", "upload alone, s", "peak memory, MB")
+    return table(header, lines) if lines else NOT_MEASURED
+
+
+def _phases(document: dict[str, Any], figure: str) -> str:
     if (found := document.get("waterfall")) is None:
-        return [ABSENT]
-    runs = document.get("volume", {}).get("runs", [])
-    received = float(np.median([run["upload"] for run in runs])) if runs else None
-    past = [BEFORE] if "before" in found else []
-    return [f"![Waterfall of one scan]({figure})", "", *past, "", *phase_table(found, received), "", AFTER_PHASES]
+        return NOT_MEASURED
+    lines = table(("phase", "before, s", "after, s", "share", "in networks, s"), phase_lines(found))
+    outside = seconds_outside_networks(found["after"]["phases"])
+    return f"![Waterfall of one scan]({figure})\n\n{lines}\n\nOutside the networks, the service takes {outside:.2f} s."
 
 
-def _profile(document: dict[str, Any]) -> list[str]:
-    found, ceiling = document.get("profile"), document.get("waterfall", document).get("ceiling")
-    if found is None or ceiling is None:
-        return [ABSENT]
-    after = (
-        f"By onnxruntime's profiler, a batch of {found['batch']}. The memory of this machine copies "
-        f"{found['memory']:.0f} GB/s, read and written; bytes are those of inputs, weights and outputs, of which "
-        "caches hold some. An operator that reaches half of a ceiling is called bound by it; one that "
-        "reaches neither waits for its threads, or has too little work to fill them."
-    )
-    return [*profile_table(found, ceilings(ceiling)), "", after]
-
-
-def _gains(document: dict[str, Any]) -> list[str]:
-    if "gains" not in document:
-        return [ABSENT]
-    more = None
-    if "scaling" in document and "waterfall" in document:
-        more = overlap(document["scaling"], document["waterfall"])
-    after = (
-        "Times are those without it over those with it, of the same work in turns; the prediction is a formula or a "
-        "constant in `benchmarks.switches` or `switches_host`, written before it was measured."
-    )
-    return [*gains_table([*document["gains"], *([more] if more else [])]), "", after]
-
-
-def _scaling(document: dict[str, Any], figure: str) -> list[str]:
-    if (found := document.get("scaling")) is None:
-        return [ABSENT]
-    after = f"Over HTTP, from upload to mask; all workers share {found['cores']} cores. Memory: as above."
-    return [f"![Time against slices, resolution and scans at once]({figure})", "", *scaling_tables(found), "", after]
-
-
-def _start(document: dict[str, Any]) -> str:
-    if (start := document.get("start")) is None:
-        return ABSENT
-    return (
-        f"`counterpart --help`: {told(Summary.of(start['help']))} s. First network evaluation of `counterpart detect`, "
-        f"from the start of its process: on the golden pair {told(Summary.of(start['golden']))} s, on the scan "
-        f"{told(Summary.of(start['scan']))} s."
-    )
+def phase_lines(found: dict[str, Any]) -> list[list[str]]:
+    """Return the table lines of the waterfall."""
+    after, before = found["after"]["phases"], found.get("before", {}).get("phases", {})
+    whole = sum(phase["seconds"] for phase in after.values())
+    lines = []
+    for name in (name for name in PHASES if name in after or name in before):
+        line = [name, f"{before[name]['seconds']:.2f}" if name in before else EMPTY]
+        if name in after:
+            seconds, network = after[name]["seconds"], after[name]["network"]
+            line += [f"{seconds:.2f}", f"{100 * seconds / whole:.0f} %", f"{network:.2f}"]
+        else:
+            line += [EMPTY] * 3
+        lines.append(line)
+    whole_before = sum(phase["seconds"] for phase in before.values())
+    network = sum(phase["network"] for phase in after.values())
+    sums = [f"{whole_before:.2f}" if before else EMPTY, f"{whole:.2f}", "100 %", f"{network:.2f}"]
+    lines.append([bold(cell) for cell in ("all", *sums)])
+    return lines

@@ -1,8 +1,6 @@
-"""The rows of the table: what is measured, on how much of a volume, and whether its weights were trained."""
+"""Rows of the table: the compared methods, and how much of a volume each is timed on."""
 
 from dataclasses import dataclass
-
-UNTRAINED = "untrained weights: time only"
 
 
 @dataclass(frozen=True)
@@ -12,68 +10,72 @@ class Row:
     Attributes
     ----------
     name : str
-        Key in the JSON.
+        Key in the JSON and on the command line.
     title : str
     sample : int or None
-        Slices that are measured and scaled by the slice count; None where the whole volume is.
+        Number of slices that are timed. Their time is scaled to all slices. None times the whole volume.
     batch : int
-        Slices in one evaluation.
-    trained : bool
-        Else there is nothing to say of its accuracy.
-    judged_as : str or None
-        The row whose accuracy it has: the same algorithm in other batches.
-    every : int
-        Of its loop over noise levels, or over the members of its ensemble, one in so many is measured, and the loop's
-        seconds are multiplied: all cost alike.
-    costly : bool
-        Its accuracy takes minutes a case: measured only where it is asked for.
+        Slices in one network evaluation.
+    is_trained : bool
+        Methods with untrained weights are only timed.
+    accuracy_of : str or None
+        Row with the same algorithm in other batches. Its accuracy is shown.
+    stride : int
+        One noise level (or member of an ensemble) in `stride` is timed and the time of the loop multiplied, because
+        all cost the same.
+    is_slow : bool
+        The accuracy takes minutes per case and is measured only with --thorough.
     """
 
     name: str
     title: str
     sample: int | None
     batch: int
-    trained: bool
-    judged_as: str | None = None
-    every: int = 1
-    costly: bool = False
+    is_trained: bool
+    accuracy_of: str | None = None
+    stride: int = 1
+    is_slow: bool = False
+
+    @property
+    def family(self) -> str:
+        """First word of the name, which the variants of one method share."""
+        return self.name.partition("-")[0]
 
 
-SERVICE, FLOAT32, OWN, TRANSFORMER = "service", "service-float32", "torch-own", "transformer"
-# As many as `training.experiments.transformer` has, which imports torch.
-ENSEMBLE, MEMBERS = "transformer-ensemble", 4
-# Names say it: of the published size, the known codes fed at once, an ensemble.
-KNOWN, PUBLISHED = "transformer-known", "transformer-published"
-PUBLISHED_KNOWN = "transformer-published-known"
-# Eight orderings, by a public summary of the full text of arXiv 2102.11650, which was not at hand itself.
-PUBLISHED_ENSEMBLE, PUBLISHED_MEMBERS = "transformer-published-ensemble", 8
-PUBLISHED_KNOWN_ENSEMBLE = "transformer-published-known-ensemble"
+SERVICE, FLOAT32, TORCH, TRANSFORMER = "service", "service-float32", "torch-own", "transformer"
+ENSEMBLE, KNOWN = "transformer-ensemble", "transformer-known"
+PUBLISHED, PUBLISHED_ENSEMBLE = "transformer-published", "transformer-published-ensemble"
+PUBLISHED_KNOWN, PUBLISHED_KNOWN_ENSEMBLE = "transformer-published-known", "transformer-published-known-ensemble"
+# As in `training.experiments.transformer`, which imports torch.
+MEMBERS = 4
+# Eight orderings, according to a public summary of arXiv 2102.11650. The full text was not available.
+PUBLISHED_MEMBERS = 8
 DDIM, ANCESTRAL = "200 KL + 50 DDIM steps", "200 KL + 500 ancestral steps"
-# Measured as served, through onnxruntime.
-SERVED = (SERVICE, FLOAT32)
+# These rows run through onnxruntime, as in the service.
+ONNX_ROWS = (SERVICE, FLOAT32)
 
 ROWS = (
-    Row(SERVICE, "this service (onnxruntime)", None, 16, trained=True),
-    Row(FLOAT32, "this service in float32", None, 16, trained=True),
-    Row(OWN, "the service's method in torch", None, 16, trained=True),
-    Row("ddim-batch", f"the paper, {DDIM}, torch, batched", 16, 16, trained=True, every=10),
-    Row("ddim-slice", f"the paper, {DDIM}, torch, slice by slice", 4, 1, True, "ddim-batch", every=10),
-    Row("ancestral-batch", f"the paper, {ANCESTRAL}, torch, batched", 16, 16, trained=True, every=20, costly=True),
-    Row("ancestral-slice", f"the paper, {ANCESTRAL}, torch, slice by slice", 2, 1, True, "ancestral-batch", every=20),
-    Row("pixel-250", "diffusion in pixel space, 250 steps, torch, batched", 8, 8, trained=False, every=25),
-    Row("pixel-500", "diffusion in pixel space, 500 steps, torch, batched", 8, 8, trained=False, every=50),
-    Row(TRANSFORMER, "autoregressive transformer on the codes, cached, torch, batched", 16, 16, trained=False),
-    Row(ENSEMBLE, f"the same, its ensemble of {MEMBERS}", 16, 16, trained=False, every=MEMBERS),
-    Row(KNOWN, "the transformer, known codes fed at once", 8, 1, trained=False),
-    Row(PUBLISHED, "the transformer in the published size, cached, batched", 8, 8, trained=False),
-    Row(PUBLISHED_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 8, 8, False, every=PUBLISHED_MEMBERS),
-    Row(PUBLISHED_KNOWN, "the published size, known codes fed at once", 4, 1, trained=False),
+    Row(SERVICE, "Counterpart (onnxruntime)", None, 16, is_trained=True),
+    Row(FLOAT32, "Counterpart in float32", None, 16, is_trained=True),
+    Row(TORCH, "Counterpart's method in torch", None, 16, is_trained=True),
+    Row("ddim-batch", f"paper, {DDIM}, torch, in batches", 16, 16, is_trained=True, stride=10),
+    Row("ddim-slice", f"paper, {DDIM}, torch, slice by slice", 4, 1, True, "ddim-batch", stride=10),
+    Row("ancestral-batch", f"paper, {ANCESTRAL}, torch, in batches", 16, 16, True, stride=20, is_slow=True),
+    Row("ancestral-slice", f"paper, {ANCESTRAL}, torch, slice by slice", 2, 1, True, "ancestral-batch", stride=20),
+    Row("pixel-250", "pixel-space diffusion, 250 steps", 8, 8, is_trained=False, stride=25),
+    Row("pixel-500", "pixel-space diffusion, 500 steps", 8, 8, is_trained=False, stride=50),
+    Row(TRANSFORMER, "small transformer", 16, 16, is_trained=False),
+    Row(ENSEMBLE, f"small transformer, ensemble of {MEMBERS}", 16, 16, is_trained=False, stride=MEMBERS),
+    Row(KNOWN, "small transformer, known codes at once", 8, 1, is_trained=False),
+    Row(PUBLISHED, "published transformer", 8, 8, is_trained=False),
     Row(
-        PUBLISHED_KNOWN_ENSEMBLE, f"the same, an ensemble of {PUBLISHED_MEMBERS}", 4, 1, False, every=PUBLISHED_MEMBERS
+        PUBLISHED_ENSEMBLE, f"published transformer, ensemble of {PUBLISHED_MEMBERS}", 8, 8, False,
+        stride=PUBLISHED_MEMBERS,
     ),
-)
-
-
-def kind_of(row: Row) -> str:
-    """What its variants have in common."""
-    return row.name.partition("-")[0]
+    Row(PUBLISHED_KNOWN, "published transformer, known codes at once", 4, 1, is_trained=False),
+    Row(
+        PUBLISHED_KNOWN_ENSEMBLE, f"published transformer, ensemble of {PUBLISHED_MEMBERS}, known codes at once", 4, 1,
+        False, stride=PUBLISHED_MEMBERS,
+    ),
+)  # fmt: skip
+BY_NAME = {row.name: row for row in ROWS}

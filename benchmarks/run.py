@@ -1,4 +1,4 @@
-"""The run: its parts one after the other, the JSON after each of them, then figures and page."""
+"""A run: measure the parts one after the other, save the JSON after each, then write figure and page."""
 
 import argparse
 import json
@@ -16,25 +16,25 @@ from packaging.version import Version
 
 import app
 from app.runtime.bundle import read_manifest
-from benchmarks.figures import draw_scaling, draw_waterfall
-from benchmarks.missing import Missing
-from benchmarks.parts import PARTS, Found, Plan
+from benchmarks.ct_series import MissingDataError
+from benchmarks.parts import PARTS, Plan, Results
 from benchmarks.report import render
-from benchmarks.rows import FLOAT32, ROWS, Row
-from benchmarks.worker import Job
+from benchmarks.rows import BY_NAME, FLOAT32
+from benchmarks.waterfall import draw_waterfall
+from benchmarks.worker import Inputs
 from training.config import ROOT, Config, data_root
 
 SCAN = "sub-61"
 CT_CONFIG = ROOT / "training" / "configs" / "headct.toml"
-WATERFALL, SCALING = "figures/waterfall.png", "figures/scaling.png"
-# What parts of an earlier run must share with this one to stay.
-SAME = ("machine", "bundle", "scan")
+FIGURE = "figures/waterfall.png"
+# Earlier results are kept only if they have the same values of these keys.
+IDENTITY = ("machine", "bundle", "scan")
 
 log = logging.getLogger(__name__)
 
 
 def newest_bundle(name: str, models: Path = ROOT / "models") -> Path:
-    """The latest version of a bundle.
+    """Return the folder of the latest version of a bundle.
 
     Raises
     ------
@@ -43,78 +43,71 @@ def newest_bundle(name: str, models: Path = ROOT / "models") -> Path:
     """
     found = [p for p in models.glob(f"{name}-*") if (p / "manifest.json").is_file()]
     if not found:
-        raise SystemExit(f"No bundle {name}-* in {models.name}/: train one, or name one with --bundle.")
+        raise SystemExit(f"There is no bundle {name}-* in {models.name}/. Train one, or name one with --bundle.")
     return max(found, key=lambda p: Version(p.name.removeprefix(f"{name}-")))
 
 
-def chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
-    """Names in the order of those known; all of them where none is asked for.
+def select(names: Sequence[str] | None, known: Sequence[str], kind: str) -> list[str]:
+    """Return the requested names in the order of the known ones, or all known names if none is requested.
 
     Raises
     ------
     SystemExit
-        A name is none.
+        A name is unknown.
     """
-    unknown = set(names or ()) - set(known)
-    if unknown:
-        raise SystemExit(f"No {what} {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    if unknown := set(names or ()) - set(known):
+        raise SystemExit(f"Unknown {kind}: {', '.join(sorted(unknown))}. Known: {', '.join(known)}.")
     return [name for name in known if not names or name in names]
 
 
-def chosen_rows(names: Sequence[str] | None) -> list[Row]:
-    """Rows by name, in the table's order."""
-    kept = chosen(names, [row.name for row in ROWS], "row")
-    return [row for row in ROWS if row.name in kept]
-
-
-def machine() -> str:
-    """What it ran on, in words."""
-    names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else platform.machine()
+def describe_machine() -> str:
+    """Return the number of usable cores and the processor's name."""
+    lines = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+    name = lines[0].partition(":")[2].strip() if lines else platform.machine()
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
 def make_plan(options: argparse.Namespace, data: Path) -> tuple[Plan, list[str]]:
-    """What can be measured here, and what is left out for want of data.
+    """Return what can be measured here, and notes about what cannot.
 
     Raises
     ------
     SystemExit
-        There is no scan, or no bundle.
+        There is no scan or no bundle.
     """
     config = Config.load(options.config)
     healthy = data / config.data.folder
     scan = options.scan or healthy / config.data.pattern.format(subject=SCAN)
     if not scan.exists():
-        raise SystemExit(
-            f"No scan {scan.name}: name one with --scan, or set COUNTERPART_DATA to the folder of the data."
-        )
+        raise SystemExit(f"Scan {scan.name} does not exist. Use --scan, or set COUNTERPART_DATA to the data folder.")
     bundle = options.bundle or newest_bundle(config.name)
-    rows, cases, notes = chosen_rows(options.rows), 0 if options.quick else options.cases, []
+    rows = [BY_NAME[name] for name in select(options.rows, list(BY_NAME), "row")]
+    cases, notes = 0 if options.quick else options.cases, []
     if read_manifest(bundle).files.denoiser_int8 is None:
         rows = [row for row in rows if row.name != FLOAT32]
-        notes.append("The bundle has no denoiser in int8: the service computes in float32, and has one row.")
+        notes.append("The bundle has no int8 denoiser, so there is no separate row for float32.")
     if not healthy.is_dir():
         cases = 0
-        notes.append(
-            f"The data of the configuration ({config.data.folder}) is not here: accuracy, which is judged on it, is "
-            "not measured."
-        )
+        notes.append(f"Accuracy was not measured, because the data folder {config.data.folder} is missing.")
     sample, repeats = (1, 1) if options.quick else (options.sample, options.repeats)
     try:
-        ct = Job(newest_bundle("headct", bundle.parent), CT_CONFIG, scan, sample, 0)
+        ct = Inputs(newest_bundle("headct", bundle.parent), CT_CONFIG, scan, sample)
     except SystemExit:
         ct = None
-    job = Job(bundle, options.config, scan, sample, cases)
-    return Plan(job, ct, data, tuple(rows), repeats, options.quick, options.thorough), notes
+    inputs = Inputs(bundle, options.config, scan, sample, cases)
+    return Plan(inputs, ct, data, tuple(rows), repeats, options.quick, options.thorough), notes
 
 
 def measure(
-    plan: Plan, names: Sequence[str], document: Found, keep: Callable[[Found], None], parts: Mapping[str, Any] = PARTS
+    plan: Plan,
+    names: Sequence[str],
+    document: Results,
+    save: Callable[[Results], None],
+    parts: Mapping[str, Callable[[Plan], Results]] = PARTS,
 ) -> None:
-    """Every part asked for; what it found goes into the document, which is kept after each.
+    """Measure parts into the document and save it after each.
 
-    A part that fails leaves what an earlier run found, and says why.
+    If a part fails, its earlier result is kept and the error is stored.
     """
     states = document.setdefault("parts", {})
     for name in names:
@@ -122,57 +115,65 @@ def measure(
         start = time.perf_counter()
         try:
             document |= parts[name](plan)
-        except Exception as error:  # the other parts are worth their minutes
-            told = str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {error}"
-            states[name] = {**states.get(name, {}), "failed": told}
-            log.warning("%s failed: %s", name, told, exc_info=not isinstance(error, Missing))
+        except Exception as error:  # the other parts take minutes and must not be lost
+            message = str(error) if isinstance(error, MissingDataError) else f"{type(error).__name__}: {error}"
+            states[name] = {**states.get(name, {}), "failed": message}
+            log.warning("%s failed: %s", name, message, exc_info=not isinstance(error, MissingDataError))
         else:
             when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
             states[name] = {"measured": when, "seconds": time.perf_counter() - start, "repeats": plan.repeats}
-        keep(document)
+        save(document)
 
 
-def earlier(path: Path, same: Found) -> Found:
-    """The document of an earlier run, where it was of the same machine, bundle and scan; else nothing."""
+def load_earlier(path: Path, identity: Results) -> Results:
+    """Return the document of an earlier run on the same machine, bundle and scan, or an empty one."""
     if not path.is_file():
         return {}
-    found: Found = json.loads(path.read_text())
-    return found if all(found.get(key) == same[key] for key in SAME) else {}
+    found: Results = json.loads(path.read_text())
+    return found if all(found.get(key) == identity[key] for key in IDENTITY) else {}
+
+
+def write_page(document: Results, out: Path) -> None:
+    """Write figure and page."""
+    if "waterfall" in document:
+        draw_waterfall(document["waterfall"], out / FIGURE)
+    (out / "BENCHMARKS.md").write_text(render(document, FIGURE))
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure, and write page, figures and JSON."""
+    """Measure if requested, and write JSON, figure and page.
+
+    Raises
+    ------
+    SystemExit
+        Something is missing, or a part failed.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("benchmarks").setLevel(logging.INFO)
-    names = chosen(options.parts, list(PARTS), "part")
+    path = options.out / "BENCHMARKS.json"
+    if options.render:
+        if not path.is_file():
+            raise SystemExit(f"{path.name} does not exist. Measure first.")
+        write_page(json.loads(path.read_text()), options.out)
+        return
+    names = select(options.parts, list(PARTS), "part")
     plan, notes = make_plan(options, data_root())
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "BENCHMARKS.json"
-    same = {"machine": machine(), "bundle": plan.job.bundle.name, "scan": plan.job.scan.name}
-    document = {**earlier(path, same), **same, "version": app.__version__, "notes": notes}
+    identity = {"machine": describe_machine(), "bundle": plan.inputs.bundle.name, "scan": plan.inputs.scan.name}
+    document = {**load_earlier(path, identity), **identity, "version": app.__version__, "notes": notes}
 
-    def keep(document: Found) -> None:
-        whole = path.with_suffix(".part")
-        whole.write_text(json.dumps(document, indent=1, default=_plain) + "\n")
-        whole.replace(path)
+    def save(document: Results) -> None:
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(document, indent=1, default=_to_python) + "\n")
+        unfinished.replace(path)
 
-    if not options.render:
-        measure(plan, names, document, keep)
-    write_page(json.loads(json.dumps(document, default=_plain)), options.out)
-    if any("failed" in document["parts"].get(name, {}) for name in names):
-        raise SystemExit("Some parts failed: see the page; --parts measures them anew.")
+    measure(plan, names, document, save)
+    write_page(json.loads(path.read_text()), options.out)
+    if failed := [name for name in names if "failed" in document["parts"][name]]:
+        raise SystemExit(f"Failed: {', '.join(failed)}. Use --parts to measure them again.")
 
 
-def write_page(document: Found, out: Path) -> None:
-    """Figures and page, of what was measured."""
-    if "waterfall" in document:
-        draw_waterfall(document["waterfall"], out / WATERFALL)
-    if "scaling" in document:
-        draw_scaling(document["scaling"], out / SCALING)
-    (out / "BENCHMARKS.md").write_text(render(document, WATERFALL, SCALING))
-
-
-def _plain(value: object) -> object:
-    """numpy's numbers as Python's."""
+def _to_python(value: object) -> Any:
+    """Convert a NumPy scalar for JSON."""
     assert isinstance(value, np.generic), type(value)
     return value.item()

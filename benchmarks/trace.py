@@ -1,4 +1,4 @@
-"""Where the seconds of one scan go: the pipeline's functions, wrapped from outside."""
+"""Instruments: count the evaluations of networks, and trace the time of one scan by phase."""
 
 import time
 from collections import Counter, defaultdict
@@ -7,43 +7,63 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pkgutil import resolve_name
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import patch
 
-if TYPE_CHECKING:
-    from app.runtime.bundle import Bundle
+from app.pipeline.networks import Networks
+from app.runtime.bundle import Bundle
+from app.volume import FloatArray
 
-# Phase of each function, as its caller knows it. Renamed or moved: a test says so.
-PHASES = {
-    "app.analyse.read": "decode the file",
-    "app.ingest.single._inflated": "inflate",
-    "app.analyse._take_out": "extract the brain",
-    "app.pipeline.detect.to_slices": "resample",
-    "app.pipeline.anomaly.kl_map": "KL",
-    "app.pipeline.gate.typical_kl": "gate",
-    "app.pipeline.gate.reconstruction_error": "gate",
-    "app.pipeline.anomaly.inpaint": "reverse",
-    "app.analyse.to_result": "resample back",
-    "app.analyse._write_images": "write",
-    "app.analyse.write_preview": "write",
-    "app.analyse._write_dicom": "write",
-}
-OTHER = "everything else"
-# Not of the trace: a client's upload, measured over HTTP.
-RECEIVE = "receive"
+# Attributes of the pipeline's networks.
 NETWORKS = ("encode", "denoise", "decode")
-# The gate takes KL maps of its own.
-LENT = ("denoise", "KL")
-ORDER = (
-    RECEIVE, "inflate", "decode the file", "extract the brain", "resample", "encode", "KL", "gate", "reverse", "decode",
-    "resample back", "write", OTHER,
-)  # fmt: skip
+READ, DECOMPRESS, EXTRACT, RESAMPLE = "read the file", "decompress", "extract the brain", "resample"
+KL, OOD, REVERSE = "KL map", "out-of-distribution check", "reverse process"
+RESAMPLE_BACK, WRITE, OTHER = "resample back", "write the results", "other"
+# Order of the figure and the table.
+PHASES = (DECOMPRESS, READ, EXTRACT, RESAMPLE, "encode", KL, OOD, REVERSE, "decode", RESAMPLE_BACK, WRITE, OTHER)
+# Traced functions, as their callers look them up.
+TRACED = {
+    "app.analysis.read_scan": READ,
+    "app.ingest.volume_file._inflate": DECOMPRESS,
+    "app.analysis._run_extractor": EXTRACT,
+    "app.pipeline.detect.to_slices": RESAMPLE,
+    "app.pipeline.diffusion.kl_map": KL,
+    "app.pipeline.ood.median_kl_ranges": OOD,
+    "app.pipeline.ood.reconstruction_error": OOD,
+    "app.pipeline.diffusion.inpaint": REVERSE,
+    "app.analysis.to_scan_result": RESAMPLE_BACK,
+    "app.analysis.write_outputs": WRITE,
+}
+# The denoiser, and the KL maps of the out-of-distribution check, count for the phase that calls them.
+COUNTED_BY_CALLER = ("denoise", KL)
+
+
+def count_evaluations(networks: Networks, counts: Counter[str]) -> Networks:
+    """Wrap networks so that `counts` has the number of slices that each network was evaluated on."""
+
+    def counted(name: str) -> Callable[..., FloatArray]:
+        def call(*arrays: Any) -> FloatArray:
+            counts[name] += len(arrays[0])
+            result: FloatArray = getattr(networks, name)(*arrays)
+            return result
+
+        return call
+
+    return Networks(*map(counted, NETWORKS))
 
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time in one phase, seconds from the start of the scan; `network` while onnxruntime worked."""
+    """A stretch of time in one phase.
+
+    Attributes
+    ----------
+    phase : str
+    start, end : float
+        Seconds from the start of the scan.
+    network : bool
+        A network was evaluated.
+    """
 
     phase: str
     start: float
@@ -52,108 +72,94 @@ class Span:
 
 
 class Tracer:
-    """Time belongs to the innermost phase, so that the spans cover the scan once.
+    """Recorder of spans. Nested phases count for the innermost, so the spans do not overlap.
 
     Parameters
     ----------
     clock : callable
-        Seconds.
-
-    Attributes
-    ----------
-    spans : list of Span
-    asked : dict
-        Slices that each network was asked for, by phase.
+        Returns seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._origin = clock, clock()
         self._since = 0.0
         self._open: list[tuple[str, bool]] = [(OTHER, False)]
-        self.spans: list[Span] = []
-        self.asked: dict[str, Counter[str]] = defaultdict(Counter)
+        self._spans: list[Span] = []
 
-    def _cut(self) -> None:
+    def _close_span(self) -> None:
         now = self._clock() - self._origin
         if now > self._since:
-            self.spans.append(Span(self._open[-1][0], self._since, now, self._open[-1][1]))
+            self._spans.append(Span(self._open[-1][0], self._since, now, self._open[-1][1]))
         self._since = now
 
     @contextmanager
     def phase(self, name: str, *, network: bool = False) -> Iterator[None]:
-        """What happens inside is of this phase."""
-        self._cut()
+        """Count the time inside the block for a phase."""
+        self._close_span()
         self._open.append((name, network))
         try:
             yield
         finally:
-            self._cut()
+            self._close_span()
             self._open.pop()
 
     def wrap(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The same function, as a phase; the denoiser and the KL map belong to whoever asks them."""
+        """Return the function, traced as a phase or a network."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            network = name in NETWORKS
-            inside = self._open[-1][0]
-            phase = inside if name in LENT and inside != OTHER else name
-            if network:
-                self.asked[phase][name] += len(args[0])
-            with self.phase(phase, network=network):
+            caller = self._open[-1][0]
+            phase = caller if name in COUNTED_BY_CALLER and caller != OTHER else name
+            with self.phase(phase, network=name in NETWORKS):
                 return function(*args, **kwargs)
 
         return call
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Every function of `PHASES` is traced."""
+        """Trace all functions of `TRACED` inside the block."""
         with ExitStack() as stack:
-            for path, phase in PHASES.items():
+            for path, phase in TRACED.items():
                 module, _, attribute = path.rpartition(".")
                 stack.enter_context(patch(path, self.wrap(getattr(resolve_name(module), attribute), phase)))
             yield
 
     def finish(self) -> list[Span]:
-        """All spans, the last one closed."""
-        self._cut()
-        return self.spans
+        """Close the last span and return all spans."""
+        self._close_span()
+        return self._spans
 
 
-def totals(spans: list[Span]) -> dict[str, dict[str, float]]:
-    """Seconds of each phase: all of them, and those in which a network was evaluated."""
+def sum_phases(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
+    """Return the seconds of each phase, and those of them in which a network was evaluated."""
     sums: dict[str, dict[str, float]] = defaultdict(lambda: {"seconds": 0.0, "network": 0.0})
     for span in spans:
         sums[span.phase]["seconds"] += span.end - span.start
         sums[span.phase]["network"] += (span.end - span.start) * span.network
-    return {phase: sums[phase] for phase in ORDER if phase in sums}
+    return {phase: sums[phase] for phase in PHASES if phase in sums}
 
 
-@dataclass(frozen=True)
-class Trace:
-    """One scan: its stretches of time, and the slices that each network was asked for, by phase."""
+def trace_scan(bundle: Bundle, scan: Path, out: Path, networks: Networks | None = None) -> list[Span]:
+    """Analyse a scan as `counterpart detect` does, with a loaded bundle, and return its spans.
 
-    spans: list[Span]
-    asked: dict[str, dict[str, int]]
-
-    @property
-    def seconds(self) -> float:
-        """From file to results."""
-        return self.spans[-1].end
-
-
-def trace_scan(bundle: "Bundle", scan: Path) -> Trace:
-    """Analyse a scan as `counterpart detect` does, its bundle loaded, and tell where the time went."""
-    from app.analyse import Request, analyse
-    from app.pipeline.models import Models
+    Parameters
+    ----------
+    bundle : Bundle
+    scan : Path
+    out : Path
+        Existing folder for the results.
+    networks : Models, optional
+        Networks that replace those of the bundle.
+    """
+    from app.analysis import AnalysisRequest, analyse  # rows import this module, and their memory is measured
 
     tracer = Tracer()
-    networks = (tracer.wrap(getattr(bundle.models, name), name) for name in NETWORKS)
-    traced = replace(bundle, models=Models(*networks))
-    with TemporaryDirectory() as out, tracer.attached():
-        analyse(scan, Path(out), lambda _: traced, (bundle.manifest,), Request(), lambda *_: None)
-    return Trace(tracer.finish(), {phase: dict(counts) for phase, counts in tracer.asked.items()})
+    networks = networks or bundle.networks
+    traced = replace(bundle, networks=Networks(*(tracer.wrap(getattr(networks, name), name) for name in NETWORKS)))
+    with tracer.attached():
+        analyse(scan, out, lambda _: traced, (bundle.manifest,), AnalysisRequest(), lambda *_: None)
+    return tracer.finish()
 
 
-def median_trace(traces: Sequence[Trace]) -> Trace:
-    """The repeat that took the median time: its parts belong together."""
-    return sorted(traces, key=lambda trace: trace.seconds)[(len(traces) - 1) // 2]
+def median_trace(traces: Sequence[list[Span]]) -> list[Span]:
+    """Return the trace with the median total time."""
+    return sorted(traces, key=lambda spans: spans[-1].end)[(len(traces) - 1) // 2]

@@ -1,60 +1,79 @@
-"""The waterfall before and after, and the share of the ceiling in each phase."""
+"""Waterfall of one scan: its phases with the networks in eager torch ("before") and in the service ("after")."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from app.runtime.bundle import Bundle, load_bundle
-from benchmarks.ceiling import Ceiling
-from benchmarks.trace import Trace, median_trace, totals, trace_scan
+from app.runtime.bundle import load_bundle
+from benchmarks.trace import PHASES, Span, median_trace, sum_phases, trace_scan
 from training.config import Config
 
-BEFORE = (
-    "Before: the same scan, bundle and noise levels, with the networks as they come from training: eager torch, one "
-    "slice at a time. After: the service. The paper's 250 evaluations a slice are a row of the table."
-)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-
-def before(bundle: Bundle, config: Config) -> Bundle:
-    """The bundle as `BEFORE` says."""
-    from training.restore import load_networks
-
-    models = load_networks(bundle.folder, config).models()
-    return replace(bundle, models=models, batch=1)
-
-
-def _told(trace: Trace) -> dict[str, Any]:
-    return {"spans": [asdict(s) for s in trace.spans], "phases": totals(trace.spans), "asked": trace.asked}
+TITLES = {"before": "before: networks in eager torch, one slice at a time", "after": "after: the service"}
+COLOURS = {False: ("outside the networks", "tab:blue"), True: ("networks", "tab:orange")}
 
 
 def measure_waterfall(folder: Path, config: Path, scan: Path, repeats: int, *, quick: bool) -> dict[str, Any]:
-    """The service some times, its past once, and what a network evaluation costs.
+    """Trace the service `repeats` times and eager torch once.
 
     Parameters
     ----------
     folder : Path
         The bundle.
     config : Path
-        That it was trained by.
+        Configuration of its training.
     scan : Path
     repeats : int
     quick : bool
-        Without the past.
+        Omit eager torch.
     """
-    from benchmarks.methods import network_gigaflops
+    bundle = load_bundle(folder)
+    with TemporaryDirectory() as out:
+        trace_scan(bundle, scan, Path(out))  # the first evaluations allocate memory
+        traces = [trace_scan(bundle, scan, Path(out)) for _ in range(repeats)]
+        measured = {"after": _describe(median_trace(traces)), "seconds": [spans[-1].end for spans in traces]}
+        if not quick:
+            from training.networks import load_networks
 
-    bundle, settings, ceiling = load_bundle(folder), Config.load(config), Ceiling()
-    trace_scan(bundle, scan)  # first calls allocate
-    traces, reached = [], []
-    for _ in range(repeats):
-        traces.append(trace_scan(bundle, scan))
-        reached.append(ceiling.time())
-    found = {
-        "after": _told(median_trace(traces)),
-        "seconds": [trace.seconds for trace in traces],
-        "ceiling": reached,
-        "gigaflops": network_gigaflops(folder, settings),
-    }
-    if not quick:
-        found["before"] = _told(trace_scan(before(bundle, settings), scan))
-    return found
+            eager = load_networks(folder, Config.load(config)).models()
+            measured["before"] = _describe(trace_scan(replace(bundle, batch=1), scan, Path(out), eager))
+    return measured
+
+
+def _describe(spans: Sequence[Span]) -> dict[str, Any]:
+    return {"spans": [asdict(span) for span in spans], "phases": sum_phases(spans)}
+
+
+def draw_waterfall(measured: dict[str, Any], path: Path) -> None:
+    """Draw one bar per span, one line per phase, with "before" above "after"."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    traces = {name: [Span(**s) for s in measured[name]["spans"]] for name in TITLES if name in measured}
+    phases = [phase for phase in PHASES if any(s.phase == phase for spans in traces.values() for s in spans)]
+    size = (10, len(traces) * (0.35 * len(phases) + 1.0))
+    figure, axes = plt.subplots(len(traces), figsize=size, layout="constrained", squeeze=False)
+    for lane, (name, spans) in zip(axes[:, 0], traces.items(), strict=True):
+        _draw_spans(lane, spans, phases)
+        lane.set_title(f"{TITLES[name]}, {spans[-1].end:.1f} s")
+    axes[-1, 0].set_xlabel("seconds from the start of the scan")
+    axes[0, 0].legend(loc="upper right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_spans(axes: "Axes", spans: Sequence[Span], phases: Sequence[str]) -> None:
+    for network, (label, colour) in COLOURS.items():
+        shown = [s for s in spans if s.network == network]
+        lines = [phases.index(s.phase) for s in shown]
+        axes.barh(lines, [s.end - s.start for s in shown], left=[s.start for s in shown], color=colour, label=label)
+    sums = [sum(s.end - s.start for s in spans if s.phase == phase) for phase in phases]
+    axes.set_yticks(range(len(phases)), [f"{p}: {t:.2f} s" for p, t in zip(phases, sums, strict=True)])
+    axes.invert_yaxis()

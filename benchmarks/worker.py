@@ -1,176 +1,209 @@
-"""A process of its own for each row, so that memory and start are its own; it waits while others are measured."""
+"""One process per row, so that each row has its own memory and start-up. It waits while other rows are timed."""
 
-import multiprocessing
 import resource
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import FLOAT32, SERVED, Row
+from benchmarks.rows import FLOAT32, ONNX_ROWS, Row
+from benchmarks.trace import count_evaluations
 
 KIB = 1024
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every row is measured on.
+class Inputs:
+    """Inputs of all rows.
 
     Attributes
     ----------
     bundle, config, scan : Path
     sample : int or None
-        Overrides the rows' own sample.
-    cases : int or None
-        Synthetic lesions, the first so many; None takes all.
+        Number of slices that replaces the rows' own.
+    cases : int
+        Number of synthetic lesions.
     """
 
     bundle: Path
     config: Path
     scan: Path
     sample: int | None = None
-    cases: int | None = None
+    cases: int = 0
 
 
-class Measured:
+class RowBenchmark:
     """One row, ready to be timed.
 
     Parameters
     ----------
     row : Row
-    job : Job
+    inputs : Inputs
     """
 
-    def __init__(self, row: Row, job: Job) -> None:
-        from app.ingest import read
-        from app.pipeline.prepare import analysed_slices, to_slices
+    work: Callable[[], object]
+    allocate: Callable[[], object]
+    detect: Callable[[Any], Any]
+    slices: int
+    sample: int
+
+    def __init__(self, row: Row, inputs: Inputs) -> None:
+        from app.ingest.reader import read_scan
         from app.runtime.bundle import load_bundle
 
-        self.row, self.job, self.counts = row, job, Counter[str]()
+        self.row, self.inputs, self.counts = row, inputs, Counter[str]()
         with TemporaryDirectory() as scratch:
-            self.volume = read(job.scan, scratch=Path(scratch)).volume
-        if row.name in SERVED:
-            bundle = load_bundle(job.bundle, quantised=row.name != FLOAT32)
-            self.manifest, models = bundle.manifest, bundle.models
-        else:
-            from benchmarks.methods import Peers
-            from training.config import Config
-
-            self.peers = Peers(job.bundle, Config.load(job.config), self.counts)
-            self.manifest, models = self.peers.manifest, self.peers.models
-        if row.sample is None:
-            self.whole(models)
+            self.volume = read_scan(inputs.scan, scratch=Path(scratch)).volume
+        if row.name in ONNX_ROWS:
+            bundle = load_bundle(inputs.bundle, quantised=row.name != FLOAT32)
+            self.manifest, self.baselines = bundle.manifest, None
+            self._prepare_volume(count_evaluations(bundle.networks, self.counts))
             return
-        slices = to_slices(self.volume, self.manifest.preparation)
-        known = analysed_slices(slices, self.manifest.preparation)
-        self.slices = len(known)
-        chosen = spread(known, min(job.sample or row.sample, len(known)))
-        x, foreground = slices.x[chosen], slices.foreground[chosen]
-        self.sample = len(chosen)
-        method = self.peers.method(row, row.every)
-        self.work: Callable[[], object] = lambda: method(x, foreground)
-        self.warm: Callable[[], object] = lambda: self.peers.models.encode(x)
+        from benchmarks.methods import TorchBaselines
+        from training.config import Config
 
-    def whole(self, models: Any) -> None:
-        """Measure `detect` with these models on the whole volume, resampling included."""
+        self.baselines = TorchBaselines(inputs.bundle, Config.load(inputs.config), self.counts)
+        self.manifest = self.baselines.manifest
+        if row.sample is None:
+            self._prepare_volume(self.baselines.networks)
+        else:
+            self._prepare_sample(inputs.sample or row.sample)
+
+    def _prepare_volume(self, networks: Any) -> None:
+        """Time `detect` on the whole volume, from the volume in memory, with resampling."""
         from app.pipeline.detect import detect
 
-        counted = models
-        if self.row.name in SERVED:
-            from benchmarks.counted import counting
-
-            counted = counting(models, self.counts)
-        batched = counted.in_batches(self.row.batch, lambda _: None)
-        self.detect: Callable[[Any], Any] = lambda volume: detect(volume, batched, self.manifest)
-        self.slices = self.sample = 0  # known after the first run
+        batched = networks.in_batches(self.row.batch, lambda _: None)
+        self.detect = lambda volume: detect(volume, batched, self.manifest)
 
         def work() -> None:
             self.slices = self.sample = int(self.detect(self.volume).analysed.sum())
 
-        self.work = self.warm = work
+        self.work = self.allocate = work
 
-    def prepare(self) -> dict[str, Any]:
-        """First calls allocate: a whole volume once; where hundreds of evaluations are measured, the encoder alone."""
-        self.warm()
+    def _prepare_sample(self, count: int) -> None:
+        """Time a method on evenly spaced slices, after preprocessing."""
+        from app.pipeline.preprocess import analysed_slices, to_slices
+
+        assert self.baselines is not None
+        slices = to_slices(self.volume, self.manifest.preprocessing)
+        analysed = analysed_slices(slices, self.manifest.preprocessing)
+        chosen = choose_evenly(analysed, min(count, len(analysed)))
+        x, foreground = slices.x[chosen], slices.foreground[chosen]
+        self.slices, self.sample = len(analysed), len(chosen)
+        method, encode = self.baselines.method(self.row, self.row.stride), self.baselines.networks.encode
+        self.work = lambda: method(x, foreground)
+        # The methods evaluate networks hundreds of times. The encoder alone is enough to allocate memory.
+        self.allocate = lambda: encode(x)
+
+    def warm_up(self) -> dict[str, Any]:
+        """Run once without timing, because the first evaluations allocate memory."""
+        self.allocate()
         return {}
 
     def time(self) -> dict[str, Any]:
-        """One repeat."""
+        """Time one repeat."""
         self.counts.clear()
-        peers = None if self.row.name in SERVED else self.peers
-        before = peers.loop_seconds if peers else 0.0
+        if self.baselines is not None:
+            self.baselines.loop_seconds = 0.0
         start = time.perf_counter()
         self.work()
-        seconds = time.perf_counter() - start
-        looped = peers.loop_seconds - before if peers else 0.0
-        sizes = {"slices": self.slices, "sample": self.sample, "every": self.row.every}
-        return {"seconds": seconds, "loop_seconds": looped, **sizes, "counts": dict(self.counts)}
+        return {
+            "seconds": time.perf_counter() - start,
+            "loop_seconds": self.baselines.loop_seconds if self.baselines is not None else 0.0,
+            "slices": self.slices,
+            "sample": self.sample,
+            "stride": self.row.stride,
+            "counts": dict(self.counts),
+        }
 
-    def facts(self) -> dict[str, Any]:
-        """Peak memory so far, and what an evaluation costs."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
-        gigaflops = {} if self.row.name in SERVED else self.peers.gigaflops(self.row)
-        return {"peak_bytes": peak, "gigaflops": gigaflops}
+    def memory(self) -> dict[str, Any]:
+        """Return the peak memory so far."""
+        return {"peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB}
 
     def accuracy(self) -> dict[str, Any]:
-        """Best-achievable Dice and AUPRC of each case, where the weights are trained."""
-        from benchmarks.accuracy import judge
+        """Measure best-achievable Dice and AUPRC."""
+        from benchmarks.accuracy import healthy_threshold, measure_accuracy
+        from training.config import Config
 
-        return judge(self)
+        config = Config.load(self.inputs.config)
+        if self.row.sample is not None:
+            assert self.baselines is not None
+            self.baselines.threshold = healthy_threshold(config, self.manifest, self.baselines.latent_kl)
+        return measure_accuracy(config, self.manifest, self.inputs.cases, self.anomaly_map)
+
+    def anomaly_map(self, volume: Any, x: Any, foreground: Any, chosen: Any) -> Any:
+        """Return the anomaly map of some slices, (K, H, W).
+
+        Parameters
+        ----------
+        volume : Volume
+        x, foreground : ndarray
+            The chosen slices.
+        chosen : (K,) ndarray of int
+            Their indices among the analysed slices of the volume.
+        """
+        from app.pipeline.residual import erode_foreground
+
+        if self.row.sample is None:
+            detection = self.detect(volume)
+            return np.asarray(detection.anomaly[np.flatnonzero(detection.analysed)[chosen]], dtype=np.float32)
+        assert self.baselines is not None
+        # The service erodes the foreground, so the other methods are scored without its edge too.
+        inner = erode_foreground(foreground, self.manifest.residual.erosion)
+        return np.asarray(self.baselines.method(self.row)(x, foreground) * inner, dtype=np.float32)
 
 
-def spread(known: Any, count: int) -> Any:
-    """So many of the slices, evenly."""
-    return known[np.unique(np.linspace(0, len(known) - 1, count).round().astype(int))]
+def choose_evenly(indices: Any, count: int) -> Any:
+    """Choose `count` evenly spaced indices."""
+    return indices[np.unique(np.linspace(0, len(indices) - 1, count).round().astype(int))]
 
 
-def serve(row: Row, job: Job, wire: Connection) -> None:
-    """Answer until the parent is gone or says stop."""
-    measured = Measured(row, job)
-    wire.send({"ready": True})
-    while (asked := wire.recv()) != "stop":
-        wire.send(getattr(measured, asked)())
-
-
-class Worker:
-    """A row's process, from outside.
+class RowProcess:
+    """Process of a row.
 
     Parameters
     ----------
     row : Row
-    job : Job
+    inputs : Inputs
+
+    Attributes
+    ----------
+    cold_seconds : float
+        Seconds from the start of the process until the row is ready.
     """
 
-    def __init__(self, row: Row, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._wire, theirs = context.Pipe()
+    def __init__(self, row: Row, inputs: Inputs) -> None:
         start = time.perf_counter()
-        self._process = context.Process(target=serve, args=(row, job, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self.ask(None)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _prepare, (row, inputs))
+        self._pool.submit(int).result()
         self.cold_seconds = time.perf_counter() - start
 
-    def ask(self, what: str | None) -> dict[str, Any]:
-        """Send a request and wait for its answer.
+    def call(self, method: str) -> dict[str, Any]:
+        """Call a method of `RowBenchmark` in the process and return its result."""
+        return self._pool.submit(_call, method).result()
 
-        Raises
-        ------
-        EOFError
-            The process died; its own traceback says why.
-        """
-        if what is not None:
-            self._wire.send(what)
-        answer: dict[str, Any] = self._wire.recv()
-        return answer
+    def close(self) -> None:
+        """Stop the process."""
+        self._pool.shutdown()
 
-    def end(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.terminate()
-        self._process.join()
+
+# Set in the process of a row only.
+_benchmark: RowBenchmark
+
+
+def _prepare(row: Row, inputs: Inputs) -> None:
+    global _benchmark  # noqa: PLW0603 - the initializer of a pool has no other way to pass an object on
+    _benchmark = RowBenchmark(row, inputs)
+
+
+def _call(method: str) -> dict[str, Any]:
+    result: dict[str, Any] = getattr(_benchmark, method)()
+    return result

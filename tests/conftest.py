@@ -1,4 +1,4 @@
-"""What every test stands on: a clean environment, a tiny real bundle, and the real scans where they are."""
+"""Fixtures of all tests: a clean environment, a tiny bundle, and the real scans if there are any."""
 
 import os
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from app import brain
+from app.pipeline import brain_extraction
 from tests.support.bundle import write_tiny_bundle
 
 DATA_VARIABLE = "COUNTERPART_DATA"
@@ -14,8 +14,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """A developer's own settings and store stay out of the tests."""
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Hide the settings and the store of the developer from the tests."""
     for name in os.environ:
         if name.startswith("COUNTERPART_") and name != DATA_VARIABLE:
             monkeypatch.delenv(name)
@@ -24,7 +24,7 @@ def _no_settings_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path_factor
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of bundles with one in it: exact Gaussian models, as ONNX graphs."""
+    """Return a folder with one bundle: exact Gaussian networks as ONNX graphs."""
     folder = tmp_path_factory.mktemp("models")
     write_tiny_bundle(folder)
     return folder
@@ -32,17 +32,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_cubes() -> Iterator[None]:
-    """Small volumes in the extractor: the phantom needs no 256 planes to be told apart from its bone."""
+    """Run brain extraction on small cubes. They are fine enough for the phantom."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(brain, "COARSE_SIDE", 48)
-        patch.setattr(brain, "FINE_SIDE", 72)
+        patch.setattr(brain_extraction, "COARSE_SIDE", 48)
+        patch.setattr(brain_extraction, "FINE_SIDE", 72)
         yield
 
 
 @pytest.fixture(scope="session")
 def real_scans() -> Path:
-    """Folder of the real scans; without it, what needs them is skipped."""
+    """Return the folder of the real scans. Without it, the test is skipped."""
     folder = Path(os.environ.get(DATA_VARIABLE, CHECKOUT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(f"no real scans: {DATA_VARIABLE} names no folder, and there is none beside the checkout")
+        pytest.skip(f"no real scans: {DATA_VARIABLE} does not name a folder")
     return folder

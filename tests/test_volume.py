@@ -1,4 +1,4 @@
-"""What a volume is, and what it refuses to be."""
+"""Volume: its properties, and what it refuses."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ SECRET = 31415.9265
     st.tuples(*[st.floats(0.2, 8)] * 3),
     st.tuples(*[st.booleans()] * 3),
 )
-def test_spacing_and_volume_of_any_orientation(
+def test_spacing_is_independent_of_orientation(
     degrees: tuple[float, ...], spacing: tuple[float, ...], mirrored: tuple[bool, ...]
 ) -> None:
     affine = np.eye(4)
@@ -29,15 +29,15 @@ def test_spacing_and_volume_of_any_orientation(
     assert volume.voxel_ml == pytest.approx(np.prod(spacing) / 1000)
 
 
-def test_a_sheared_voxel_is_smaller_than_its_edges() -> None:
+def test_volume_of_a_sheared_voxel() -> None:
     affine = np.diag([2.0, 2.0, 3.0, 1.0])
-    affine[0, 2] = 4.0  # a tilted gantry: the third axis is 5 mm long, and rises by 3 mm
+    affine[0, 2] = 4.0  # tilted gantry: the third axis is 5 mm long and rises by 3 mm
     volume = Volume(ARRAY, affine)
     assert volume.spacing == pytest.approx([2, 2, 5])
     assert volume.voxel_ml == pytest.approx(0.012)
 
 
-def test_numbers_are_kept_in_float32_and_the_affine_in_float64() -> None:
+def test_array_is_float32_and_affine_float64() -> None:
     affine = np.diag([0.1, 0.1, 0.1, 1])
     volume = Volume(ARRAY.astype(np.int16), affine)
     assert volume.array.dtype.name == "float32"
@@ -49,27 +49,27 @@ def test_numbers_are_kept_in_float32_and_the_affine_in_float64() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 4), (2, 3, 4, 2), (2, 3, 4, 1), (0, 3, 4)])
-def test_other_than_three_axes_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(NotAVolume, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
+def test_other_numbers_of_axes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(NotAVolume):
         Volume(np.zeros(shape, dtype=np.float32), np.eye(4))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_voxels_that_are_no_number_are_counted(bad: float) -> None:
+def test_invalid_voxels_are_counted(bad: float) -> None:
     array = ARRAY.astype(np.float32)
     array[0, 0, :2] = bad
     with pytest.raises(InvalidVoxels, match="2 of 24 voxels"):
         Volume(array, np.eye(4))
 
 
-def test_a_number_too_large_for_float32_is_an_invalid_voxel() -> None:
+def test_value_too_large_for_float32_is_invalid() -> None:
     array = ARRAY.astype(np.float64)
     array[0, 0, 0] = 1e39
     with pytest.raises(InvalidVoxels, match="1 of 24 voxels"):
         Volume(array, np.eye(4))  # type: ignore[arg-type]
 
 
-def test_a_constant_image_is_refused() -> None:
+def test_constant_image_is_refused() -> None:
     with pytest.raises(ConstantVoxels):
         Volume(np.full((2, 3, 4), 5.0, dtype=np.float32), np.eye(4))
 
@@ -94,22 +94,22 @@ PERSPECTIVE = np.array([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0.5, 
     ],
     ids=["flat", "parallel", "almost parallel", "nan", "infinite", "tiny voxel", "3 x 3", "last row"],
 )
-def test_a_matrix_that_places_no_voxels_is_refused(affine: np.ndarray) -> None:
+def test_unusable_affine_is_refused(affine: np.ndarray) -> None:
     with pytest.raises(InvalidGeometry):
         Volume(ARRAY, affine)
 
 
-def test_a_microscope_is_fine() -> None:
+def test_very_small_voxels_are_accepted() -> None:
     assert Volume(ARRAY, np.diag([0.02, 0.02, 0.02, 1.0])).spacing == pytest.approx(0.02)
 
 
-def test_no_refusal_repeats_a_value_of_the_scan() -> None:
+def test_messages_contain_no_value_of_the_scan() -> None:
     array = np.full((2, 3, 4), SECRET, dtype=np.float32)
-    spoilt = array.copy()
-    spoilt[0, 0, 0] = np.nan
+    invalid = array.copy()
+    invalid[0, 0, 0] = np.nan
     for given_array, affine in (
         (array, np.eye(4)),
-        (spoilt, np.eye(4)),
+        (invalid, np.eye(4)),
         (ARRAY, FLAT * SECRET),
         (array[0], np.eye(4)),
     ):

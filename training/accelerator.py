@@ -1,14 +1,14 @@
 """Training on a machine that is lent by the minute and has neither the scans nor a network.
 
-    python -m training.accelerator pack training/configs/t1.toml FOLDER       # here: slices, and what it goes on from
-    python -m training.accelerator learn FOLDER/t1.xz OUT 90 240              # there: seconds of VQ-VAE and denoiser
+    python -m training.accelerator pack training/configs/t1.toml FOLDER       # here: slices and start weights
+    python -m training.accelerator train FOLDER/t1.xz OUT 90 240              # there: seconds of VQ-VAE and denoiser
     python -m training.accelerator unpack OUT/t1.part*                        # here: as if it had been trained here
 
-What comes back is in parts of 15 MiB, written after each stage. The version goes into the configuration beforehand, the
-steps that were learnt afterwards, by hand: `unpack` says which, and refuses a configuration that differs in anything
-else.
+The result comes in parts of 15 MiB, written after each stage. Raise the version in the configuration before `pack`.
+Afterwards, write the numbers of steps into the configuration: `unpack` prints them and refuses any other difference.
 """
 
+import argparse
 import io
 import lzma
 import sys
@@ -23,24 +23,23 @@ from torch import nn
 from training import train_denoiser, train_vqvae
 from training.config import Config
 from training.data import HealthySlices, UInt16Array
-from training.loop import Limits, Run, start_from
+from training.loop import Run, TrainingOptions, load_start_weights
 from training.networks import build_denoiser, build_vqvae
 
 STAGES = ("vqvae", "denoiser")
 PART_BYTES = 15 << 20
 WORKERS = 4
-# Of 8 bits in 16: the pictures have no more, and the noise of the brains hides the rest.
+# Slices travel in 8 bits: images have no more, and in volumes the noise is larger than a step.
 STEP = 257
 
 Packed = dict[str, Any]
 
 
 def pack(config: Config, folder: Path) -> Path:
-    """Write the slices of a configuration, and the weights that its stages start from, for `learn`."""
+    """Write the slices of a configuration and the start weights of its stages for `train`."""
     packed: Packed = {
-        **packed_slices(config),
-        # Half precision is enough to start from.
-        "start": {stage: _start(config, stage) for stage in STAGES},
+        **pack_slices(config),
+        "start": {stage: _start_weights(config, stage) for stage in STAGES},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.name}.xz"
@@ -49,41 +48,41 @@ def pack(config: Config, folder: Path) -> Path:
     return path
 
 
-def learn(path: Path, out: Path, seconds: Iterable[float], workers: int = WORKERS) -> None:
-    """Learn each stage for so many seconds, and write what `unpack` reads.
+def train(path: Path, out: Path, seconds: Iterable[float], workers: int = WORKERS) -> None:
+    """Train each stage for a number of seconds and write the input of `unpack`.
 
-    After each stage: what is there when the lease ends is not lost.
+    Results are written after each stage, so that a lease that ends early loses only the current stage.
 
     Raises
     ------
     SystemExit
-        There are runs of this version here.
+        This machine already has a run of this version.
     """
-    packed = read_packed(lzma.decompress(path.read_bytes()))
+    packed = load_packed(lzma.decompress(path.read_bytes()))
     config = Config.model_validate_json(packed["config"])
-    healthy = healthy_of(packed)
+    healthy = unpack_slices(packed)
     _refuse_runs(config)
     for stage, weights in packed["start"].items():
         if weights:
-            as_earlier(config, stage, weights)
+            save_start_weights(config, stage, weights)
     back: Packed = {"config": packed["config"], "data": packed["data"], "steps": {}, "weights": {}, "curves": {}}
     for stage, allowed in zip(STAGES, seconds, strict=True):
-        train = {"vqvae": train_vqvae.train, "denoiser": train_denoiser.train}[stage]
-        limits = Limits(allowed, workers) if getattr(config, stage).steps else Limits()
-        back["steps"][stage] = train(config, healthy, limits)
-        modules = read_packed((config.run_folder / f"{stage}.pt").read_bytes())["modules"]
-        # The denoiser's last weights stay there: the averaged ones stand for them.
+        train_stage = {"vqvae": train_vqvae.train, "denoiser": train_denoiser.train}[stage]
+        options = TrainingOptions(allowed, workers) if getattr(config, stage).steps else TrainingOptions()
+        back["steps"][stage] = train_stage(config, healthy, options)
+        modules = load_packed((config.run_folder / f"{stage}.pt").read_bytes())["modules"]
+        # Only the averaged weights of the denoiser are kept.
         back["weights"][stage] = modules["averaged" if stage == "denoiser" else stage]
         back["curves"][stage] = (config.run_folder / f"{stage}.csv").read_text()
         _write_parts(back, out, config.name)
 
 
 def _refuse_runs(config: Config) -> None:
-    """Weights of another training must neither be overwritten nor gone on from unseen."""
+    """Raise SystemExit if there is a run of this version: it must be neither overwritten nor resumed."""
     for stage in STAGES:
         path = config.run_folder / f"{stage}.pt"
         if path.exists():
-            raise SystemExit(f"{path} is there already: move it away, or raise the configuration's version.")
+            raise SystemExit(f"{path} already exists. Move it away, or raise the version in the configuration.")
 
 
 def _write_parts(back: Packed, out: Path, name: str) -> None:
@@ -96,25 +95,26 @@ def _write_parts(back: Packed, out: Path, name: str) -> None:
 
 
 def unpack(parts: Iterable[Path], configs: Path) -> dict[str, int]:
-    """Put the weights where a training here would have put them; the steps that were learnt.
-
-    Stages that were not reached are left out.
+    """Write the checkpoints and curves of the completed stages, and return their numbers of steps.
 
     Raises
     ------
     SystemExit
-        The configuration is not the one that learnt, but for the steps; or there are runs of this version here.
+        The configuration differs from the packed one in more than the steps, or there is a run of this version.
     """
-    back = read_packed(b"".join(path.read_bytes() for path in sorted(parts)))
-    learnt = Config.model_validate_json(back["config"])
-    config = Config.load(configs / f"{learnt.name}.toml")
+    back = load_packed(b"".join(path.read_bytes() for path in sorted(parts)))
+    trained = Config.model_validate_json(back["config"])
+    config = Config.load(configs / f"{trained.name}.toml")
     steps: dict[str, int] = back["steps"]
-    stages = {stage: getattr(learnt, stage).model_copy(update={"steps": done}) for stage, done in steps.items()}
-    if config != learnt.model_copy(update=stages):
-        raise SystemExit(f"{learnt.name}.toml must be what learnt, with the steps {steps}.")
+    stages = {stage: getattr(trained, stage).model_copy(update={"steps": done}) for stage, done in steps.items()}
+    if config != trained.model_copy(update=stages):
+        raise SystemExit(
+            f"{trained.name}.toml differs from the packed configuration. Expected the same with the steps {steps}. "
+            "Restore it and set the steps."
+        )
     _refuse_runs(config)
     for stage, weights in back["weights"].items():
-        modules = _modules(config, stage, weights)
+        modules = _checkpoint_modules(config, stage, weights)
         optimiser = torch.optim.AdamW(next(iter(modules.values())).parameters())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda _: 1.0)
         Run(stage, config, back["data"], modules, optimiser, schedule).save(steps[stage])
@@ -122,8 +122,8 @@ def unpack(parts: Iterable[Path], configs: Path) -> dict[str, int]:
     return steps
 
 
-def _modules(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> dict[str, nn.Module]:
-    """What a checkpoint of a stage holds."""
+def _checkpoint_modules(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> dict[str, nn.Module]:
+    """Return the modules of a stage's checkpoint."""
     if stage == "vqvae":
         vqvae = build_vqvae(config)
         vqvae.load_state_dict(weights)
@@ -133,8 +133,8 @@ def _modules(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> di
     return {"denoiser": averaged.module, "averaged": averaged}
 
 
-def packed_slices(config: Config) -> Packed:
-    """A configuration and its slices, in 8 bits."""
+def pack_slices(config: Config) -> Packed:
+    """Return a configuration and its slices in 8 bits."""
     healthy = HealthySlices.of(config)
     return {
         "config": config.model_dump_json(),
@@ -148,26 +148,26 @@ def _as_bytes(stack: UInt16Array) -> torch.Tensor:
     return torch.from_numpy(np.round(np.asarray(stack) / STEP).astype(np.uint8))
 
 
-def healthy_of(packed: Packed) -> HealthySlices:
-    """The slices of what `pack` wrote."""
+def unpack_slices(packed: Packed) -> HealthySlices:
+    """Return the slices that `pack` wrote."""
     train, validation = (packed[part].numpy().astype(np.uint16) * np.uint16(STEP) for part in ("train", "validation"))
     return HealthySlices(train, validation, packed["data"])
 
 
-def _start(config: Config, stage: str) -> dict[str, torch.Tensor]:
-    """Weights that a stage goes on from; empty where it starts anew."""
-    wanted = getattr(config, stage)
-    learns = config.vqvae.steps or config.denoiser.steps
-    if not wanted.warm_start or not learns:
+def _start_weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
+    """Return the start weights of a stage, those of the denoiser in half precision; empty without a warm start."""
+    settings = getattr(config, stage)
+    is_trained = config.vqvae.steps or config.denoiser.steps
+    if not settings.warm_start or not is_trained:
         return {}
     module: nn.Module = build_vqvae(config) if stage == "vqvae" else build_denoiser(config)
-    start_from(config, wanted.warm_start, stage, module, steps=1)
+    load_start_weights(config, settings.warm_start, stage, module, steps=1)
     half = stage == "denoiser"
     return {name: w.half() if half else w for name, w in module.state_dict().items()}
 
 
-def as_earlier(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> None:
-    """Put weights where `start_from` looks for those of the earlier version."""
+def save_start_weights(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights to the run of the earlier version, where `load_start_weights` reads them."""
     earlier = config.model_copy(update={"version": getattr(config, stage).warm_start})
     path = earlier.run_folder / f"{stage}.pt"
     if not path.exists():
@@ -175,26 +175,34 @@ def as_earlier(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> 
         torch.save({"modules": {stage: weights}}, path)
 
 
-def read_packed(data: bytes) -> Packed:
-    """Tensors and plain values, on the CPU."""
+def load_packed(data: bytes) -> Packed:
+    """Read tensors and plain values to the CPU."""
     packed: Packed = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return packed
 
 
-def main(arguments: list[str]) -> None:
-    """One of the three commands."""
-    command, *rest = arguments
-    if command == "pack":
-        path = pack(Config.load(Path(rest[0])), Path(rest[1]))
+def main() -> None:
+    """Run one of the three commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("pack")
+    command.add_argument("config", type=Path)
+    command.add_argument("folder", type=Path)
+    command = commands.add_parser("train")
+    command.add_argument("packed", type=Path)
+    command.add_argument("out", type=Path)
+    command.add_argument("seconds", type=float, nargs=len(STAGES), help="of VQ-VAE and denoiser")
+    command = commands.add_parser("unpack")
+    command.add_argument("parts", type=Path, nargs="+")
+    options = parser.parse_args()
+    if options.command == "pack":
+        path = pack(Config.load(options.config), options.folder)
         sys.stdout.write(f"{path}: {path.stat().st_size / (1 << 20):.1f} MiB\n")
-    elif command == "learn":
-        learn(Path(rest[0]), Path(rest[1]), [float(s) for s in rest[2:]])
-    elif command == "unpack":
-        configs = Path(__file__).parent / "configs"
-        sys.stdout.write(f"{unpack([Path(path) for path in rest], configs)}\n")
+    elif options.command == "train":
+        train(options.packed, options.out, options.seconds)
     else:
-        raise SystemExit(__doc__)
+        sys.stdout.write(f"{unpack(options.parts, Path(__file__).parent / 'configs')}\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,4 +1,4 @@
-"""Stage 5: graphs, golden pair, manifest, card and figures -> a folder under models/."""
+"""Stage 5: write the bundle: graphs, golden pair, manifest and model card, and the figures of its training."""
 
 import hashlib
 import json
@@ -8,69 +8,73 @@ from pathlib import Path
 
 from app import __version__
 from app.manifest import File, Files, Latent, Licence, Manifest, Provenance
+from app.pipeline.ood import SAMPLED_SLICES
 from app.runtime.bundle import CARD, MANIFEST, load_bundle
+from training import export
 from training.calibrate import calibration_path
-from training.card import write_card
-from training.config import ROOT, Config
-from training.export import INT8, check_parity, graphs_folder, trained_networks
-from training.figures import draw_curves, draw_validation
-from training.splits import load_split
+from training.config import ROOT, Config, parse_config
+from training.data import load_split
+from training.export import INT8, Parity, check_parity, graphs_folder, trained_networks
+from training.plots import draw_curves, draw_validation, read_curve
 
 FILES = {"encoder": "encoder.onnx", "denoiser": "denoiser.onnx", "decoder": "decoder.onnx", "golden": "golden.npz"}
 MAX_BYTES = 25_000_000
+CARD_TEMPLATE = Path(__file__).with_name("MODEL_CARD.template.md")
 
 
 def bundle_files(config: Config) -> dict[str, str]:
-    """Names of the files of a bundle, by their part in its manifest."""
+    """Return the file names of a bundle by their field in the manifest."""
     return FILES | ({"denoiser_int8": INT8} if config.export.int8 else {})
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def make_manifest(config: Config, folder: Path, provenance: dict[str, dict[str, str]]) -> Manifest:
-    """Configuration, calibration and hashes in one contract."""
-    calibrated = json.loads(calibration_path(config).read_text())
+def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -> Manifest:
+    """Return the manifest from the configuration, the calibration and the files in a folder."""
+    calibrated = json.loads(calibration_path(config).read_text(encoding="utf-8"))
     split = load_split(config.data.splits)
     b = config.bundle
-    return Manifest.model_validate(
-        {
-            "name": config.name,
-            "version": config.version,
-            "title": b.title,
-            "intended_use": b.intended_use,
-            "modality": b.modality,
-            "sequence": b.sequence,
-            "preparation": config.preparation,
-            "latent": Latent(channels=config.vqvae.embedding_dim, downsampling=config.downsampling),
-            "schedule": config.schedule,
-            "seed": config.seed,
-            "views": config.detection.views,
-            **calibrated,
-            "files": Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in bundle_files(config).items()}),
-            "licence": Licence(
-                data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial
-            ),
-            "provenance": Provenance(
-                code_version=__version__,
-                config_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
-                data_sha256=provenance["vqvae"]["data"],
-                split=config.data.splits,
-                train_subjects=len(split.train),
-                validation_subjects=len(split.validation),
-                seed=config.seed,
-                vqvae_steps=int(provenance["vqvae"]["step"]),
-                denoiser_steps=int(provenance["denoiser"]["step"]),
-                warm_start=config.denoiser.warm_start,
-            ),
-        }
+    return Manifest(
+        name=config.name,
+        version=config.version,
+        title=b.title,
+        intended_use=b.intended_use,
+        modality=b.modality,
+        sequence=b.sequence,
+        preprocessing=config.preprocessing,
+        latent=Latent(channels=config.vqvae.embedding_dim, downsampling=config.downsampling),
+        schedule=config.schedule,
+        seed=config.seed,
+        views=config.detection.views,
+        files=Files(**{k: File(name=n, sha256=sha256(folder / n)) for k, n in bundle_files(config).items()}),
+        licence=Licence(data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial),
+        provenance=Provenance(
+            code_version=__version__,
+            config_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+            data_sha256=provenance["vqvae"]["data"],
+            split=config.data.splits,
+            train_subjects=len(split.train),
+            validation_subjects=len(split.validation),
+            seed=config.seed,
+            vqvae_steps=int(provenance["vqvae"]["step"]),
+            denoiser_steps=int(provenance["denoiser"]["step"]),
+            warm_start=config.denoiser.warm_start,
+        ),
+        **calibrated,
     )
 
 
 def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
-    """Write the bundle, load it as serving does, and draw its figures."""
+    """Write the bundle, load it as serving does, and draw its figures.
+
+    Raises
+    ------
+    SystemExit
+        The bundle is larger than `MAX_BYTES`.
+    """
     networks, provenance = trained_networks(config)
     parity = check_parity(config, networks, graphs_folder(config))
     folder = models / f"{config.name}-{config.version}"
@@ -80,21 +84,121 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
         shutil.copyfile(graphs_folder(config) / name, folder / name)
     manifest = make_manifest(config, folder, provenance)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
-    write_card(folder / CARD, config, manifest, parity)
+    (folder / CARD).write_text(model_card(config, manifest, parity))
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > MAX_BYTES:
-        raise SystemExit(f"{folder.name} has {size / 1e6:.1f} MB; at most {MAX_BYTES / 1e6:.0f} MB may be committed.")
+        raise SystemExit(
+            f"{folder.name} has {size / 1e6:.1f} MB. Expected at most {MAX_BYTES / 1e6:.0f} MB. Use smaller networks."
+        )
     bundle = load_bundle(folder)
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
-    # Where a stage learnt nothing new, the figure is that of the version that it starts from.
+    # If a stage was not trained in this version, the curves of the version it starts from remain.
     if config.vqvae.steps and config.denoiser.steps:
         draw_curves(config, figures / f"{config.name}-curves.png")
-    # Pictures of non-commercial data stay out of the repository.
-    shown = config.run_folder if config.bundle.non_commercial else figures
-    draw_validation(config, bundle, shown / f"{config.name}-validation.png")
+    # Images of non-commercial data stay out of the repository.
+    destination = config.run_folder if config.bundle.non_commercial else figures
+    draw_validation(config, bundle, destination / f"{config.name}-validation.png")
     return folder
 
 
+def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
+    """Fill the template of the model card from the configuration and the manifest."""
+    curve = read_curve(config.run_folder / "vqvae.csv")
+    channels, h, w = manifest.latent_shape
+    rows, columns = manifest.preprocessing.shape
+    spacing = " x ".join(f"{s:g}" for s in manifest.preprocessing.spacing_mm)
+    return CARD_TEMPLATE.read_text(encoding="utf-8").format(
+        m=manifest,
+        p=manifest.provenance,
+        prep=manifest.preprocessing,
+        split=config.data.splits,
+        test=len(load_split(config.data.splits).test),
+        rows=rows,
+        columns=columns,
+        head_box=_head_box(manifest),
+        card=config.bundle.card.format(m=manifest, spacing=spacing).strip(),
+        spacing=spacing,
+        channels=channels,
+        h=h,
+        w=w,
+        codes=config.vqvae.codes,
+        codes_used=int(curve["val_codes_used"][-1]),
+        training=_training(config, manifest),
+        l1=curve["val_l1_foreground"][-1],
+        parity=parity,
+        int8=_int8(parity),
+        subjects=", ".join(manifest.calibration.subjects),
+        empty=config.detection.empty_slice_fraction,
+        kl_steps=", ".join(map(str, manifest.kl.timesteps)),
+        reverse_steps=", ".join(map(str, manifest.reverse.timesteps)),
+        views=len(manifest.views),
+        kl_mean=f", {manifest.kl.mean} mean" if len(manifest.kl.timesteps) > 1 else "",
+        alpha_bar=" down to ".join(map(str, dict.fromkeys(manifest.kl.alpha_bar))),
+        weighting=_weighting(manifest),
+        ood=_ood(config, manifest),
+        low=manifest.preprocessing.extent_mm[0],
+        high=manifest.preprocessing.extent_mm[1],
+    )
+
+
+def _ood(config: Config, manifest: Manifest) -> str:
+    """Return the card's rows on the KL scores of the out-of-distribution check."""
+    start, refused, minimum = "| out-of-distribution check,", config.detection.ood_refused_share, SAMPLED_SLICES
+    lines = [
+        f"{start} median KL of a slice at t = {t} | {r.low} to {r.high} "
+        f"| prediction interval; all scores together refuse {refused:.0%} of healthy scans |"
+        for t, r in zip(manifest.ood.timesteps, manifest.ood.median_kl_range, strict=True)
+    ]
+    share, healthy = manifest.ood.max_outlier_slice_fraction, manifest.calibration.slice_score
+    if share is not None:
+        lines.append(
+            f"{start} outlier slice fraction | at most {share:.0%} of the slices | mean KL outside {healthy.low} to "
+            f"{healthy.high} nats; replaces the median KL for a scan of fewer than {minimum} slices |"
+        )
+    return "\n".join(lines)
+
+
+def _training(config: Config, manifest: Manifest) -> str:
+    """Return the card's text on the training steps of this version and its start weights."""
+    p, decision = manifest.provenance, "docs/decisions/0005-noise-levels-in-training.md"
+    earlier = f"{manifest.name}-{p.warm_start}"
+    if not p.vqvae_steps and not p.denoiser_steps:
+        return f"none in this version: the networks are those of {earlier} ({decision})"
+    start = f", from the weights of {earlier} ({decision})" if p.warm_start else ""
+    vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae.batch}, " if p.vqvae_steps else ""
+    return f"{vqvae}denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{start}, seed {p.seed}"
+
+
+def _int8(parity: Parity) -> str:
+    """Return the card's row on the denoiser in int8; empty without one."""
+    if parity.int8 is None:
+        return ""
+    return (
+        "\n| on a CPU | the convolutions of the denoiser compute in int8, which adds "
+        f"{parity.int8:.1%} to the squared error of the predicted noise |"
+    )
+
+
+def _weighting(manifest: Manifest) -> str:
+    """Return the card's text on the weights and the median filter of the residual."""
+    r = manifest.residual
+    parts = {
+        f", divided by {r.contrast_floor:g} plus the local contrast": bool(r.contrast_floor),
+        ", multiplied by the intensity": r.weighted_by_intensity,
+        f", median of {r.median_pixels} x {r.median_pixels} pixels": r.median_pixels > 1,
+    }
+    return "".join(text for text, used in parts.items() if used)
+
+
+def _head_box(manifest: Manifest) -> str:
+    """Return the card's text on the head box; empty without one."""
+    box = manifest.preprocessing.head_box
+    if box is None:
+        return ""
+    reach = "" if box.reach_mm is None else f"; reach {box.reach_mm:g} mm below the top of the head"
+    return f" for a typical head: every head is stretched in its planes to {box.rows:g} x {box.columns:g} pixels{reach}"
+
+
 if __name__ == "__main__":
-    sys.stdout.write(f"{write_bundle(Config.load(Path(sys.argv[1]))).name}\n")
+    sys.stdout.write(f"{write_bundle(parse_config(__doc__)).name}\n")

@@ -1,8 +1,6 @@
-"""Stage 4: every number that turns maps into masks, from healthy validation subjects alone."""
+"""Stage 4: calibrate every threshold and range of the manifest on the healthy validation subjects."""
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,96 +8,86 @@ import numpy.typing as npt
 from scipy import stats
 from tqdm import tqdm
 
-from app.manifest import Calibration, Gate, KlMap, Range, Residual, Reverse
-from app.pipeline import anomaly
+from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
+from app.pipeline import diffusion
+from app.pipeline.diffusion import Schedule, encode_view
 from app.pipeline.findings import label_findings
-from app.pipeline.gate import reconstruction_error, typical_kl
-from app.pipeline.models import Models
-from app.pipeline.prepare import BoolArray
-from app.pipeline.seen import see
-from app.volume import FloatArray
-from training.config import Config
-from training.data import load_scan
-from training.examine import Examined, Look, examine, graph_models, imagine_look, judged_map, make_schedule
-from training.scanner import another_scanner
-from training.splits import load_split
+from app.pipeline.networks import Networks
+from app.pipeline.ood import median_kl_ranges, reconstruction_error
+from app.volume import BoolArray, FloatArray
+from training.augment import simulate_scanner
+from training.config import Config, parse_config
+from training.data import load_scan, load_split
+from training.features import (
+    ScanFeatures,
+    ViewFeatures,
+    anomaly_map,
+    decode_view,
+    extract_features,
+    load_exported_networks,
+)
 
-# Candidates for the smallest connected component that stays in a latent mask.
-COMPONENTS = range(1, 40)
-# A healthy latent lies between these percentiles; the gate counts those outside.
+# Candidates for the smallest connected component of a latent mask.
+COMPONENT_SIZES = range(1, 40)
+# Percentiles of the KL of healthy latents; the out-of-distribution check counts the latents outside.
 LATENT_PERCENTILES = (0.1, 99.9)
-REPORTED_PERCENTILES = (0.5, 99.5)
-# Part of the seed that the gate's scanners are drawn from.
-GATE_STREAM = 6
-# Halvings of the range of a threshold: finer than the digits that are kept.
+# Percentiles of the healthy slices' mean KL, which is reported beside a scan's own.
+SLICE_PERCENTILES = (0.5, 99.5)
+# Random stream of the simulated scanners, beside the seed of the configuration.
+SCANNER_STREAM = 6
+# Halvings of a threshold's range: finer than the digits that are stored.
 BISECTIONS = 20
 
 
-def kl_threshold(scans: list[Examined], percentile: float) -> float:
-    """Percentile of the KL over the foreground latents of healthy scans."""
-    return float(np.percentile(np.concatenate([s.plain.kl[s.plain.seen.latents] for s in scans]), percentile))
+def kl_threshold(scans: list[ScanFeatures], percentile: float) -> float:
+    """Return a percentile of the KL over the foreground latents of healthy scans."""
+    return float(np.percentile(np.concatenate([s.foreground_kl for s in scans]), percentile))
 
 
-def smallest_component(scans: list[Examined], threshold: float, empty_share: float) -> int:
-    """k, such that at least `empty_share` of the healthy slices come out with an empty mask.
+def smallest_component(scans: list[ScanFeatures], threshold: float, empty_fraction: float) -> int:
+    """Return the smallest component size that leaves enough healthy slices with an empty latent mask.
 
     Raises
     ------
     SystemExit
-        No size that is tried is enough.
+        No candidate size is large enough.
     """
-    found = next(components(scans, threshold, empty_share), None)
-    if found is None:
-        raise SystemExit(f"no component size up to {COMPONENTS[-1]} leaves {empty_share:.0%} of healthy slices empty")
-    return found
+    for size in COMPONENT_SIZES:
+        empty = [~latent_mask(s.unchanged, threshold, size, 0).any(axis=(1, 2)) for s in scans]
+        if np.concatenate(empty).mean() >= empty_fraction:
+            return size
+    raise SystemExit(
+        f"Without components of fewer than {COMPONENT_SIZES[-1]} latents, too few healthy slices have an empty mask. "
+        f"Expected {empty_fraction:.0%}. Raise kl_percentile or lower empty_slice_fraction."
+    )
 
 
-def components(scans: list[Examined], threshold: float, empty_share: float) -> Iterator[int]:
-    """Every k that is tried and leaves so many healthy slices empty, the smallest first."""
-    for k in COMPONENTS:
-        empty = [~latent_mask(s.plain, threshold, k, 0).any(axis=(1, 2)) for s in scans]
-        if np.concatenate(empty).mean() >= empty_share:
-            yield k
+def latent_mask(view: ViewFeatures, threshold: float, min_component: int, grow: int) -> BoolArray:
+    """Return the latent mask of one view, (K, h, w)."""
+    return diffusion.latent_mask(view.kl, view.encoded.foreground_latents, threshold, min_component, grow)
 
 
-def latent_mask(look: Look, threshold: float, min_component: int, grow: int) -> BoolArray:
-    """The latent mask of one view."""
-    return anomaly.latent_mask(look.kl, look.seen.latents, threshold, min_component, grow)
-
-
-def latent_masks(scan: Examined, threshold: float, min_component: int, config: Config) -> list[BoolArray]:
-    """The latent masks of each view of the configuration."""
-    d = config.detection
-    return [latent_mask(scan.looks[view], threshold, min_component, d.grow) for view in d.views]
-
-
-def imagine_all(scan: Examined, masks: list[BoolArray], models: Models, config: Config) -> list[FloatArray]:
-    """The decoded counterparts of each view of the configuration."""
-    d = config.detection
-    looks = [scan.looks[view] for view in d.views]
-    return [imagine_look(look, m, models, d.reverse_timesteps) for look, m in zip(looks, masks, strict=True)]
-
-
-def significant(value: float) -> float:
-    """Six digits: more would only pretend."""
+def round_significant(value: float) -> float:
+    """Round to six significant digits; more would suggest a precision that a calibration does not have."""
     return float(f"{value:.6g}")
 
 
-def span(low: float, high: float) -> Range:
-    """A range for the manifest."""
-    return Range(low=significant(low), high=significant(high))
+def make_range(low: float, high: float) -> Range:
+    """Return a range of the manifest with rounded ends."""
+    return Range(low=round_significant(low), high=round_significant(high))
 
 
-def next_healthy(values: npt.NDArray[np.float64], refused: float) -> Range:
-    """The range that holds the next healthy scan, from the next scanner, but for a share of `refused`.
+def prediction_interval(values: npt.NDArray[np.float64], outside: float) -> Range:
+    """Return the range that holds the score of a new healthy scan on a new scanner, except for a share `outside`.
 
-    Prediction interval on logarithms, since scores are positive and skewed, from a one-way layout: what
-    differs between subjects and what differs between scanners add up (Searle, Casella & McCulloch 1992,
-    chapter 3), and Student's t takes the degrees of freedom of their sum (Satterthwaite 1946).
+    Prediction interval of a one-way layout on logarithms, because scores are positive and skewed. The variances between
+    subjects and between scanners add up (Searle, Casella & McCulloch 1992, chapter 3), and Student's t uses the degrees
+    of freedom of their sum (Satterthwaite 1946).
 
     Parameters
     ----------
     values : (subjects, scanners) ndarray
+    outside : float
     """
     logs = np.log(values)
     n, scanners = logs.shape
@@ -107,91 +95,115 @@ def next_healthy(values: npt.NDArray[np.float64], refused: float) -> Range:
     within = logs.var(axis=1, ddof=1).mean() if scanners > 1 else 0.0
     parts = np.array([between / scanners, within * (scanners - 1) / scanners])
     degrees = parts.sum() ** 2 / (parts**2 / [n - 1, max(n * (scanners - 1), 1)]).sum()
-    sd = np.sqrt(parts.sum() + between / (n * scanners))  # the mean is known from n subjects alone
-    reach = stats.t.ppf(1 - refused / 2, degrees) * sd
-    return span(np.exp(logs.mean() - reach), np.exp(logs.mean() + reach))
+    sd = np.sqrt(parts.sum() + between / (n * scanners))  # the second term: the mean is estimated from n subjects
+    margin = stats.t.ppf(1 - outside / 2, degrees) * sd
+    return make_range(np.exp(logs.mean() - margin), np.exp(logs.mean() + margin))
 
 
-def calibrate_gate(scans: list[Examined], models: Models, config: Config) -> Gate:
-    """What the next healthy scan spans: all its scores together refuse as many as the configuration says."""
+def calibrate_ood(scans: list[ScanFeatures], models: Networks, config: Config) -> OodCheck:
+    """Calibrate the out-of-distribution check: all scores together refuse the configured share of healthy scans."""
     d = config.detection
-    low, high = np.percentile(np.concatenate([s.plain.kl[s.plain.seen.latents] for s in scans]), LATENT_PERCENTILES)
-    # (subjects, scanners, levels + 1, 2): the least and the greatest of a scan.
-    scores = np.array([_seen_by_scanners(s, i, models, config) for i, s in enumerate(tqdm(scans, desc="gate"))])
-    refused = d.gate_refused / scores.shape[2]
+    low, high = np.percentile(np.concatenate([s.foreground_kl for s in scans]), LATENT_PERCENTILES)
+    # (subjects, scanners, time steps + 1, 2): the smallest and the largest value of each score in a scan.
+    scores = np.array([_scanner_scores(s, i, models, config) for i, s in enumerate(tqdm(scans, desc="scanners"))])
+    outside = d.ood_refused_share / scores.shape[2]
     ranges = [
-        span(next_healthy(level[..., 1], refused).low, next_healthy(level[..., 0], refused).high)
-        for level in np.moveaxis(scores, 2, 0)
+        make_range(prediction_interval(score[..., 1], outside).low, prediction_interval(score[..., 0], outside).high)
+        for score in np.moveaxis(scores, 2, 0)
     ]
-    return Gate(
-        timesteps=d.gate_timesteps,
-        typical=tuple(ranges[:-1]),
-        reconstruction=ranges[-1],
-        latent=span(low, high),
-        max_fraction_out=d.gate_fraction_out,
-        max_slices_out=d.gate_slices_out,
+    return OodCheck(
+        timesteps=d.ood_timesteps,
+        median_kl_range=tuple(ranges[:-1]),
+        reconstruction_range=ranges[-1],
+        latent_kl_range=make_range(low, high),
+        max_outlier_fraction=d.ood_max_outlier_fraction,
+        max_outlier_slice_fraction=d.ood_max_outlier_slice_fraction,
     )
 
 
-def _seen_by_scanners(scan: Examined, subject: int, models: Models, config: Config) -> list[list[tuple[float, float]]]:
-    """Scores of the gate for one healthy scan as it is, and as other scanners might show it."""
-    plain, rng = scan.plain.seen, np.random.default_rng([config.seed, GATE_STREAM, subject])
-    seen = [plain]
-    for _ in range(config.detection.gate_scanners):
-        x = another_scanner(plain.x[:, 0], config.augmentation.scanner, rng)[:, None]
-        seen.append(see(x, plain.foreground, plain.known, models, plain.diffusion))
-    errors = [reconstruction_error(s, models) for s in seen]
-    return [[*typical_kl(s, config.detection.gate_timesteps), (e, e)] for s, e in zip(seen, errors, strict=True)]
+def _scanner_scores(
+    scan: ScanFeatures, subject: int, models: Networks, config: Config
+) -> list[list[tuple[float, float]]]:
+    """Return the scores of one healthy scan as it is and on each simulated scanner."""
+    original, rng = scan.unchanged.encoded, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
+    encoded = [original]
+    for _ in range(config.detection.ood_simulated_scanners):
+        x = simulate_scanner(original.x[:, 0], config.augmentation.scanner, rng)[:, None]
+        encoded.append(encode_view(x, original.foreground, original.slice_indices, models, original.diffusion))
+    errors = [reconstruction_error(e, models) for e in encoded]
+    return [
+        [*median_kl_ranges(e, config.detection.ood_timesteps), (r, r)] for e, r in zip(encoded, errors, strict=True)
+    ]
 
 
 def residual_threshold(maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float) -> float:
-    """The lowest threshold at which the median healthy scan shows no more than so much, in millilitres.
+    """Return the lowest threshold at which the median healthy scan has no more than the allowed volume of findings.
 
     Parameters
     ----------
     maps : list of (K, H, W) ndarray
-        Anomaly maps of healthy scans; NaN where nothing was judged.
+        Anomaly maps of healthy scans; NaN outside the valid mask.
     settings : Residual
-        The smallest finding, and the share of the threshold that findings reach down to.
+        Smallest finding, and the ratio of the extent threshold to the threshold.
+    false_positive_ml : float
+    voxel_ml : float
     """
     share = settings.extent_threshold / settings.threshold
 
-    def found_ml(threshold: float) -> float:
-        at = settings.model_copy(update={"threshold": threshold, "extent_threshold": share * threshold})
-        return float(np.median([(label_findings(m, at, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
+    def median_ml(threshold: float) -> float:
+        trial = settings.model_copy(update={"threshold": threshold, "extent_threshold": share * threshold})
+        return float(np.median([(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
 
     low, high = 0.0, float(np.nanmax(np.concatenate([m.ravel() for m in maps])))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if found_ml(middle) > false_positive_ml else (low, middle)
+        low, high = (middle, high) if median_ml(middle) > false_positive_ml else (low, middle)
     return high
 
 
-def calibrate_residual(scans: list[Examined], models: Models, config: Config, kl_at: float, component: int) -> Residual:
-    """The residual thresholds at which healthy scans show as little as the configuration says."""
+def calibrate_residual(
+    scans: list[ScanFeatures], models: Networks, config: Config, threshold: float, min_component: int
+) -> Residual:
+    """Calibrate the residual thresholds on the anomaly maps of healthy scans.
+
+    Parameters
+    ----------
+    scans : list of ScanFeatures
+    models : Models
+    config : Config
+    threshold : float
+        KL threshold.
+    min_component : int
+    """
+    d = config.detection
     maps = []
     for scan in tqdm(scans, desc="residuals", unit="scan"):
-        masks = latent_masks(scan, kl_at, component, config)
-        maps.append(judged_map(scan, masks, imagine_all(scan, masks, models, config), kl_at, config))
-    if config.data.pictures is not None:
-        maps = [apart(each) for each in maps]
+        views = [scan.views[view] for view in d.views]
+        masks = [latent_mask(view, threshold, min_component, d.grow) for view in views]
+        counterparts = [
+            decode_view(view, mask, models, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
+        ]
+        maps.append(anomaly_map(scan, masks, counterparts, config))
+    if config.data.image_archive is not None:
+        maps = [separate_slices(each) for each in maps]
     return residual_settings(maps, config)
 
 
-def apart(stack: FloatArray) -> FloatArray:
-    """Slices that are no neighbours in a head, with nothing between them that could join findings, (2 K - 1, H, W)."""
-    spread = np.full((2 * len(stack) - 1, *stack.shape[1:]), np.nan, dtype=np.float32)
-    spread[::2] = stack
-    return spread
+def separate_slices(stack: FloatArray) -> FloatArray:
+    """Insert NaN slices between the slices of a stack, (2 K - 1, H, W), so that findings cannot join across them.
+
+    The images of an archive are not neighbours in a head.
+    """
+    separated = np.full((2 * len(stack) - 1, *stack.shape[1:]), np.nan, dtype=np.float32)
+    separated[::2] = stack
+    return separated
 
 
 def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
-    """The settings of the residual, with thresholds from the anomaly maps of healthy scans."""
+    """Return the residual settings of the manifest, with thresholds from the anomaly maps of healthy scans."""
     d = config.detection
     settings = Residual(
-        reference=d.reference,
         contrast_floor=d.contrast_floor,
-        weighted_by_kl=d.weighted_by_kl,
         weighted_by_intensity=d.weighted_by_intensity,
         erosion=d.erosion,
         median_pixels=d.median_pixels,
@@ -201,37 +213,36 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
         healthy_false_positive_ml=d.false_positive_ml,
         min_lesion_ml=d.min_lesion_ml,
     )
-    found = residual_threshold(maps, settings, d.false_positive_ml, config.preparation.voxel_ml)
-    # A healthy set without any residual says nothing of how small a difference matters.
-    threshold = max(significant(found), d.least_threshold)
-    thresholds = {"threshold": threshold, "extent_threshold": significant(d.extent_share * threshold)}
+    found = residual_threshold(maps, settings, d.false_positive_ml, config.preprocessing.voxel_ml)
+    # Healthy scans without any residual do not determine a threshold.
+    threshold = max(round_significant(found), d.min_threshold)
+    thresholds = {"threshold": threshold, "extent_threshold": round_significant(d.extent_share * threshold)}
     return settings.model_copy(update=thresholds)
 
 
-def examined_subjects(config: Config, models: Models, subjects: tuple[str, ...]) -> list[Examined]:
-    """Healthy scans up to their KL maps."""
-    return [examine(load_scan(config, s), models, config) for s in tqdm(subjects, desc="KL maps", unit="scan")]
-
-
 def calibration_path(config: Config) -> Path:
-    """Where the calibrated parts wait for the manifest."""
+    """Return the file of the calibrated parts of the manifest, in the run folder."""
     return config.run_folder / "calibration.json"
 
 
 def calibrate(config: Config) -> None:
     """Write the calibrated parts of the manifest."""
     d = config.detection
-    models = graph_models(config)
+    models = load_exported_networks(config)
     subjects = load_split(config.data.splits).validation
-    scans = examined_subjects(config, models, subjects)
+    scans = [
+        extract_features(load_scan(config, s), models, config) for s in tqdm(subjects, desc="KL maps", unit="scan")
+    ]
     threshold = kl_threshold(scans, d.kl_percentile)
-    k = smallest_component(scans, threshold, d.empty_share)
-    alpha_bar = make_schedule(config.schedule).alpha_bar
-    by_slice = np.concatenate(
-        [[kl[f].mean() for kl, f in zip(s.plain.kl, s.plain.seen.latents, strict=True)] for s in scans]
-    )
-    low, high = np.percentile(by_slice, REPORTED_PERCENTILES)
-    by_scan = np.array([s.plain.kl[s.plain.seen.latents].mean() for s in scans])
+    min_component = smallest_component(scans, threshold, d.empty_slice_fraction)
+    alpha_bar = Schedule.from_settings(config.schedule).alpha_bar
+    slice_means = [
+        kl[latents].mean()
+        for s in scans
+        for kl, latents in zip(s.unchanged.kl, s.unchanged.encoded.foreground_latents, strict=True)
+    ]
+    low, high = np.percentile(slice_means, SLICE_PERCENTILES)
+    scan_means = [s.foreground_kl.mean() for s in scans]
     parts = {
         "kl": KlMap(
             timesteps=d.kl_timesteps,
@@ -242,17 +253,17 @@ def calibrate(config: Config) -> None:
             mean=d.kl_mean,
             smoothing_mm=d.kl_smoothing_mm,
             percentile=d.kl_percentile,
-            threshold=significant(threshold),
-            min_component=k,
+            threshold=round_significant(threshold),
+            min_component=min_component,
             grow=d.grow,
         ),
         "reverse": Reverse(timesteps=d.reverse_timesteps),
-        "residual": calibrate_residual(scans, models, config, threshold, k),
-        "gate": calibrate_gate(scans, models, config),
+        "residual": calibrate_residual(scans, models, config, threshold, min_component),
+        "ood": calibrate_ood(scans, models, config),
         "calibration": Calibration(
             subjects=subjects,
-            slice_score=span(low, high),
-            scan_score=span(by_scan.min(), by_scan.max()),
+            slice_score=make_range(low, high),
+            scan_score=make_range(min(scan_means), max(scan_means)),
         ),
     }
     plain = {name: part.model_dump(mode="json") for name, part in parts.items()}
@@ -260,4 +271,4 @@ def calibrate(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    calibrate(Config.load(Path(sys.argv[1])))
+    calibrate(parse_config(__doc__))

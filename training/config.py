@@ -1,5 +1,6 @@
-"""One TOML file describes one bundle, from its data to its calibration."""
+"""Configuration of one bundle: a TOML file with everything from its data to its calibration."""
 
+import argparse
 import os
 import tomllib
 from pathlib import Path
@@ -7,146 +8,162 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from app.manifest import NoiseSchedule, Part, Preparation, View
+from app.manifest import FrozenModel, NoiseSchedule, Preprocessing, View
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 ROOT = Path(__file__).resolve().parents[1]
-# Fields of a preparation that change no slice of a brain: words, and whether serving takes it out of a head.
-NOT_OF_THE_SLICES = {"subject", "advice", "brain_only"}
+SPLITS_FOLDER = Path(__file__).with_name("splits")
+# Preprocessing fields that do not change the pixels of a slice: texts, and whether serving extracts the brain first.
+NON_PIXEL_FIELDS = {"subject", "advice", "brain_only"}
+
+EvaluationPart = Literal["healthy", "lesions", "heads", "foreign", "single", "tumours"]
 
 
 def data_root() -> Path:
-    """Folder of the real scans: the environment's, else the one beside the checkout."""
+    """Return the folder of the real scans: `COUNTERPART_DATA` if set, else `shared/data` beside the checkout."""
     return Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data"))
 
 
-class PicturesConfig(Part):
-    """Slices that come from an archive of 2D pictures instead of volumes (`training.pictures`)."""
+class ImageArchiveConfig(FrozenModel):
+    """Archive of 2-D images in place of volumes (`training.image_archive`)."""
 
-    kind: Literal["mednist", "lgg"]
-    pixel_mm: float = Field(description="Of a picture, by a guess: nothing says it.")
-    black: float = Field(default=0.0, description="Of a CT: the grey value of the window's lower end ...")
-    white: float = Field(default=255.0, description="... and of its upper one.")
-    exclusions: str = Field(default="", description="List of the pictures that are left out, below training/splits.")
+    kind: Literal["mednist", "lgg"] = Field(description="File format of the archive.")
+    pixel_mm: float = Field(description="Assumed pixel size: the images carry none.")
+    window_low_grey: float = Field(default=0.0, description="Grey value at the lower end of a CT window.")
+    window_high_grey: float = Field(default=255.0, description="Grey value at the upper end of a CT window.")
+    exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")
 
 
-class DataConfig(Part):
+class DataConfig(FrozenModel):
+    """Healthy scans, their split and their augmented copies."""
+
     folder: str = Field(description="Folder of the volumes, below the data root.")
-    pattern: str = Field(description="File name with {subject}; of pictures, of their archive.")
-    splits: str = Field(description="File of the frozen split, below training/splits.")
-    copies: int = Field(description="Tilted and scaled copies of each training scan, beside itself.")
-    tilt_degrees: float = Field(description="Standard deviation of the tilt about each axis.")
-    scale_sd: float = Field(description="Standard deviation of the scale.")
-    pictures: PicturesConfig | None = Field(default=None, description="Where the slices are pictures.")
+    pattern: str = Field(description="File name with {subject}, or the file name of the image archive.")
+    splits: str = Field(description="File of the frozen split in training/splits.")
+    tilted_copies: int = Field(description="Tilted and scaled copies of each training scan, in addition to itself.")
+    tilt_sd_degrees: float = Field(description="Standard deviation of the tilt about each axis.")
+    scale_sd: float = Field(description="Standard deviation of the logarithm of the scale.")
+    image_archive: ImageArchiveConfig | None = Field(default=None, description="Set if the slices are 2-D images.")
 
     @model_validator(mode="after")
-    def _whole_heads(self) -> Self:
-        if self.pictures is not None and self.copies:
-            raise ValueError("pictures cannot be tilted: no copies")
+    def _check_copies(self) -> Self:
+        if self.image_archive is not None and self.tilted_copies:
+            raise ValueError("2-D images cannot be tilted: set tilted_copies = 0")
         return self
 
 
-class ScannerConfig(Part):
-    """How sharp and how noisy another scanner's images of the same head may be (`training.scanner`)."""
+class ScannerConfig(FrozenModel):
+    """Simulated differences in sharpness and noise between scanners (`training.augment.simulate_scanner`)."""
 
-    share: float = Field(description="Share of the training slices that look as if from another scanner.")
-    noise: float = Field(description="Largest standard deviation of the noise, in slice values.")
-    blur_pixels: float = Field(description="Largest standard deviation of a Gaussian.")
-    sharpen: float = Field(description="Largest share of the fine detail that is added once more.")
+    probability: float = Field(description="Share of the training slices that are changed.")
+    max_noise_sd: float = Field(description="Largest standard deviation of the noise, in slice values.")
+    max_blur_sd_pixels: float = Field(description="Largest standard deviation of the Gaussian blur.")
+    max_sharpening: float = Field(description="Largest amount of unsharp masking.")
 
 
-class AugmentationConfig(Part):
-    """In-plane and intensity changes small enough that a healthy slice stays healthy."""
+class AugmentationConfig(FrozenModel):
+    """In-plane and intensity changes that are small enough to keep a healthy slice healthy."""
 
-    rotate_degrees: float
-    scale: float
-    shift_pixels: float
-    gain: float
-    gamma: float
+    max_rotation_degrees: float
+    max_scale: float
+    max_shift_pixels: float
+    max_gain: float
+    max_log_gamma: float
     scanner: ScannerConfig
 
 
-class VqvaeConfig(Part):
-    warm_start: str = Field(description="Version of this bundle whose VQ-VAE this one starts from; empty for none.")
+class CoarseNoiseConfig(FrozenModel):
+    """Patches of coarse noise that the denoiser learns to remove (`training.augment.add_coarse_noise`)."""
+
+    probability: float = Field(description="Share of the training slices that get coarse noise.")
+    patch_scale_pixels: tuple[float, float] = Field(description="Smallest and largest scale of a patch.")
+    covered_fraction: tuple[float, float] = Field(description="Smallest and largest share of the head in each set.")
+    amplitude: tuple[float, float] = Field(description="Smallest and largest change, in slice values.")
+    modulation_scale_pixels: tuple[float, float] = Field(description="Range of scales at which the amplitude varies.")
+    modulation_sd: float = Field(description="Standard deviation of that variation, relative to the amplitude.")
+    edge_sd_pixels: tuple[float, float] = Field(description="Smallest and largest blur of a patch's edge.")
+
+
+class VqvaeConfig(FrozenModel):
+    """Architecture and training of the VQ-VAE."""
+
+    warm_start: str = Field(description="Version of this bundle whose VQ-VAE training starts from; empty for none.")
     channels: tuple[int, ...]
     residual_layers: int
     embedding_dim: int
-    codes: int
-    decay: float
-    commitment: float
-    dead_below: float = Field(description="Share of the uniform use under which a code is restarted.")
-    restart_every: int
+    codes: int = Field(description="Size of the codebook.")
+    codebook_decay: float
+    commitment_cost: float
+    dead_code_fraction: float = Field(description="A code used less than this share of the mean use is restarted.")
+    dead_code_interval: int = Field(description="Steps between two restarts of dead codes.")
     batch: int
     steps: int
     learning_rate: float
 
 
-class CoarseNoiseConfig(Part):
-    """Patches of coarse noise that the denoiser learns to take away (`training.coarse`)."""
+class DenoiserConfig(FrozenModel):
+    """Architecture and training of the denoising network."""
 
-    share: float = Field(description="Share of the training slices that carry any.")
-    patch_pixels: tuple[float, float] = Field(description="Smallest and largest scale of a patch.")
-    covered: tuple[float, float] = Field(description="Smallest and largest share of the head under each of two sets.")
-    strength: tuple[float, float] = Field(description="Smallest and largest change, in slice values.")
-    level_pixels: tuple[float, float] = Field(description="Smallest and largest scale on which the strength varies.")
-    level_sd: float = Field(description="Standard deviation of that variation, as a share of the strength.")
-    edge_pixels: tuple[float, float] = Field(description="Smallest and largest softness of a patch's edge.")
-
-
-class DenoiserConfig(Part):
-    warm_start: str = Field(description="Version of this bundle whose denoiser this one starts from; empty for none.")
+    warm_start: str = Field(description="Version of this bundle whose denoiser training starts from; empty for none.")
     channels: tuple[int, ...]
     residual_blocks: int
-    attention: tuple[bool, ...]
+    attention_levels: tuple[bool, ...]
     head_channels: int
     batch: int
     steps: int
     learning_rate: float
-    warmup: int
+    warmup_steps: int
     ema_decay: float
-    snr_limit: float = Field(description="Signal-to-noise ratio up to which an error of the noise is weighed.")
-    focus_below: int = Field(description="Time steps under it are drawn with `focus_share`: where the KL map looks.")
-    focus_share: float
+    min_snr_gamma: float = Field(description="Limit of the signal-to-noise ratio in the loss weight (Min-SNR).")
+    low_noise_below: int = Field(description="Time steps below this one are the noise levels of the KL map.")
+    low_noise_probability: float = Field(description="Probability of drawing only from those time steps.")
 
 
-class ExportConfig(Part):
-    averaged: bool = Field(description="Whether the averaged weights of the denoiser are served, or its last ones.")
-    int8: bool = Field(default=False, description="Whether it computes in int8 on a CPU (`training.quantise`).")
+class ExportConfig(FrozenModel):
+    """Options of the exported graphs."""
+
+    int8: bool = Field(default=False, description="Also export a denoiser in int8 for CPUs (`training.quantise`).")
 
 
-class DetectionConfig(Part):
-    """Choices of METHOD's detection; what follows from them is calibrated on healthy scans."""
+class DetectionConfig(FrozenModel):
+    """Decisions of the detection method; thresholds are calibrated from them on healthy scans."""
 
     kl_timesteps: tuple[int, ...]
     kl_mean: Literal["arithmetic", "geometric"]
     kl_smoothing_mm: float
     kl_percentile: float
-    empty_share: float = Field(description="Share of healthy slices whose mask must come out empty; 0 drops nothing.")
+    empty_slice_fraction: float = Field(
+        description="Share of healthy slices whose latent mask must be empty; 0 keeps components of every size."
+    )
     grow: int
     reverse_timesteps: tuple[int, ...]
-    views: tuple[View, ...] = Field(description="Ways to look at a slice, the plain one first.")
-    reference: Literal["image", "reconstruction"]
+    views: tuple[View, ...] = Field(description="Views of test-time augmentation, the unchanged one first.")
     contrast_floor: float
-    weighted_by_kl: bool
     weighted_by_intensity: bool = False
     erosion: int
-    median_pixels: int = Field(default=1, description="Side of the median over the anomaly map; 1 for none.")
+    median_pixels: int = Field(default=1, description="Side of the median filter over the anomaly map; 1 for none.")
     smoothing_mm: float
-    false_positive_ml: float = Field(description="Median volume of findings that healthy scans may show.")
-    extent_share: float = Field(description="How far a finding reaches: share of the threshold.")
-    least_threshold: float
+    false_positive_ml: float = Field(description="Median volume of findings allowed in healthy scans.")
+    extent_share: float = Field(description="A finding extends to voxels above this share of the threshold.")
+    min_threshold: float = Field(description="Smallest allowed threshold of the residual.")
     min_lesion_ml: float
-    gate_timesteps: tuple[int, ...]
-    gate_scanners: int = Field(description="Other scanners that the gate is calibrated on, for each healthy scan.")
-    gate_refused: float = Field(description="Share of healthy scans that the gate's scores together may refuse.")
-    gate_fraction_out: float
-    gate_slices_out: float | None = Field(
-        default=None, description="Share of slices that may look like no healthy one; null: the gate does not ask."
+    ood_timesteps: tuple[int, ...]
+    ood_simulated_scanners: int = Field(description="Simulated scanners per healthy scan in the calibration.")
+    ood_refused_share: float = Field(description="Share of healthy scans that all scores together may refuse.")
+    ood_max_outlier_fraction: float
+    ood_max_outlier_slice_fraction: float | None = Field(
+        default=None, description="Share of slices whose score may be out of range; null disables this check."
     )
 
 
-class BundleConfig(Part):
-    """Words of the manifest and the card."""
+class EvaluationConfig(FrozenModel):
+    """Parts of the evaluation on test subjects (`training.evaluate`)."""
+
+    parts: tuple[EvaluationPart, ...]
+
+
+class BundleConfig(FrozenModel):
+    """Texts of the manifest and the model card."""
 
     title: str
     intended_use: str
@@ -155,15 +172,18 @@ class BundleConfig(Part):
     data: str
     licence: str
     attribution: str
-    non_commercial: bool = Field(default=False, description="Data that neither pictures nor services may be made of.")
+    non_commercial: bool = Field(default=False, description="The data allow neither published images nor services.")
+    card: str = Field(description="Sections of the model card in Markdown; {m} is the manifest, {spacing} in mm.")
 
 
-class Config(Part):
+class Config(FrozenModel):
+    """Whole configuration of one bundle."""
+
     name: str
     version: str
     seed: int
     data: DataConfig
-    preparation: Preparation
+    preprocessing: Preprocessing
     schedule: NoiseSchedule
     augmentation: AugmentationConfig
     coarse_noise: CoarseNoiseConfig
@@ -171,32 +191,46 @@ class Config(Part):
     denoiser: DenoiserConfig
     export: ExportConfig
     detection: DetectionConfig
+    evaluation: EvaluationConfig
     bundle: BundleConfig
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a configuration; an unknown or missing key is an error."""
-        return cls.model_validate(tomllib.loads(path.read_text()))
+        """Read a configuration; raise pydantic's ValidationError for an unknown or a missing key."""
+        return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
 
     @property
-    def training_preparation(self) -> Preparation:
-        """How training's scans become slices: as in serving, but that pictures have no height to be cut at."""
-        fit = self.preparation.fit
-        if self.data.pictures is None or fit is None:
-            return self.preparation
-        return self.preparation.model_copy(update={"fit": fit.model_copy(update={"reach_mm": None})})
+    def training_preprocessing(self) -> Preprocessing:
+        """Preprocessing of the training scans: that of serving, but 2-D images have no height to cut at."""
+        fit = self.preprocessing.head_box
+        if self.data.image_archive is None or fit is None:
+            return self.preprocessing
+        return self.preprocessing.model_copy(update={"head_box": fit.model_copy(update={"reach_mm": None})})
 
     @property
     def downsampling(self) -> int:
-        """Pixels of a slice along one side of a latent."""
+        """Slice pixels along one side of a latent."""
         return int(2 ** len(self.vqvae.channels))
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Shape (C, h, w) of the latents of one slice."""
+        rows, columns = self.preprocessing.shape
+        return self.vqvae.embedding_dim, rows // self.downsampling, columns // self.downsampling
+
+    @property
     def run_folder(self) -> Path:
-        """Checkpoints, cached slices and curves of this bundle; ignored by git."""
+        """Folder of checkpoints, cached slices and training curves; ignored by git."""
         return ROOT / "runs" / f"{self.name}-{self.version}"
 
     @property
     def bundle_folder(self) -> Path:
-        """Where its bundle lies, once it is made."""
+        """Folder of the finished bundle."""
         return ROOT / "models" / f"{self.name}-{self.version}"
+
+
+def parse_config(description: str | None) -> Config:
+    """Read the configuration named by the only command-line argument of a training stage."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", type=Path, help="configuration, e.g. training/configs/t1.toml")
+    return Config.load(parser.parse_args().config)

@@ -1,51 +1,47 @@
-"""The shipped bundle on test subjects, which chose nothing: `python -m training.evaluate CONFIG`.
+"""Evaluate the finished bundle on test subjects, which were not used for any decision.
 
-Writes docs/evaluation/NAME.json and .md, and puts the table into the README between its markers.
+Writes docs/evaluation/NAME.json and NAME.md. Without named parts, all parts of the configuration are measured.
 """
 
+import argparse
 import json
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from app.brain import Brain, extract
 from app.errors import CounterpartError
-from app.manifest import Manifest
+from app.pipeline.brain_extraction import BrainExtraction, extract_brain
 from app.pipeline.detect import Detection, detect, network_evaluations
-from app.pipeline.findings import Result, dice, to_result
+from app.pipeline.findings import ScanResult, dice, to_scan_result
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
-from training.config import ROOT, Config
-from training.data import HealthyScan, load_scan
-from training.foreign import all_foreign, heads
-from training.lesions import Lesioned, gold_shape, insert_lesion, insert_sprites
-from training.splits import Split, load_split
-from training.tables import render
-from training.tumour_scores import evaluate_tumours
+from training.config import ROOT, Config, EvaluationPart
+from training.data import HealthyScan, Split, load_scan, load_split
+from training.evaluate_tumours import evaluate_tumours
+from training.evaluation_page import evaluation_page
+from training.external_scans import foreign_scans, other_scanner_heads
+from training.lesion_insertion import LesionedScan, insert_ellipses, insert_lesion, load_lesion_shape
 
-GRADES = (0.35, -0.35)
+CONTRASTS = (0.35, -0.35)
 SEEDS = range(5)
-# In pictures: METHOD's 4 to 8 pixels are 15 to 30 mm across; the least is what the card says can be shown.
-SPRITES_MM = (8.0, 12.0, 16.0)
-# The bundle whose tables the README shows.
-README_BUNDLE = "t1"
-# A scan with fewer healthy slices may get no sprite at all in them.
-LEAST_HEALTHY = 6
+# Radii of the ellipses in stacks of images. The smallest is near the limit of what the model card gives as visible.
+ELLIPSES_MM = (8.0, 12.0, 16.0)
+# With fewer healthy slices, a stack may get no ellipse at all.
+MIN_HEALTHY_SLICES = 6
 BATCH = 16
 
 Row = dict[str, Any]
 
 
 def best_dice(anomaly: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) -> float:
-    """Dice at the threshold that suits this very scan best: no honest threshold reaches it."""
+    """Return the Dice at the threshold that is best for this scan: an upper bound for every fixed threshold."""
     values = np.nan_to_num(anomaly)
     order = np.argsort(-values, axis=None, kind="stable")[: 20 * max(int(truth.sum()), 1)]
     hits = np.cumsum(truth.ravel()[order])
@@ -53,16 +49,30 @@ def best_dice(anomaly: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) ->
     return float((2 * hits / (sizes + truth.sum())).max())
 
 
-def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, Result, float]:
-    """Detection, result and seconds of one scan."""
+def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, ScanResult, float]:
+    """Return detection, result and seconds of one scan."""
     start = time.perf_counter()
-    models = bundle.models.in_batches(BATCH, lambda _: None)
+    models = bundle.networks.in_batches(BATCH, lambda _: None)
     detection = detect(volume, models, bundle.manifest)
-    return detection, to_result(volume, detection, bundle.manifest), time.perf_counter() - start
+    return detection, to_scan_result(volume, detection, bundle.manifest), time.perf_counter() - start
+
+
+def healthy_slices(scan: HealthyScan) -> npt.NDArray[np.int64]:
+    """Return the indices of the healthy slices: all slices of a volume."""
+    return np.flatnonzero(np.ones(scan.volume.shape[2]) if scan.healthy is None else scan.healthy)
+
+
+def _scores(detection: Detection) -> Row:
+    scores = detection.scores
+    return {
+        "median_kl_range": scores.median_kl_range,
+        "reconstruction": scores.reconstruction,
+        "outlier_fraction": scores.outlier_fraction,
+    }
 
 
 def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
-    """False-positive volume of every healthy test scan, and whether the gate lets it in."""
+    """Measure the false-positive volume of every healthy test scan, or the reason of its refusal."""
     rows = []
     for subject in tqdm(split.test, desc="healthy", unit="scan"):
         scan = load_scan(config, subject)
@@ -76,70 +86,57 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
         except CounterpartError as error:
             rows.append({"subject": subject, "outcome": error.code})
             continue
-        # Of pictures, the slices with a tumour are none of the healthy ones.
-        mask = result.mask[:, :, healthy]
+        slices = int(detection.analysed.sum())
         rows.append(
             {
                 "subject": subject,
                 "outcome": "analysed",
-                "false_positive_ml": float(mask.sum()) * volume.voxel_ml,
+                "false_positive_ml": float(result.mask[:, :, healthy].sum()) * volume.voxel_ml,
                 "healthy_slices": len(healthy),
                 "findings": len(result.lesions),
                 "score": detection.scores.scan,
-                "typical": detection.scores.typical,
-                "reconstruction": detection.scores.reconstruction,
-                "fraction_out": detection.scores.fraction_out,
+                **_scores(detection),
                 "seconds": seconds,
-                **evaluations(detection, bundle.manifest),
+                "slices": slices,
+                "slices_reversed": detection.reversed[0],
+                "network_evaluations": network_evaluations(bundle.manifest, slices, detection.reversed),
             }
         )
     return rows
 
 
-def evaluations(detection: Detection, manifest: Manifest) -> Row:
-    """What the network was asked."""
-    slices = int(detection.analysed.sum())
-    total = network_evaluations(manifest, slices, detection.reversed)
-    return {"slices": slices, "slices_reversed": detection.reversed[0], "network_evaluations": total}
-
-
-def shapes_of(config: Config, split: Split) -> dict[str, Callable[..., Lesioned]]:
-    """By name, what inserts a lesion of some contrast and seed: real shapes, or sprites into pictures."""
-    if config.data.pictures is not None:
+def lesion_inserters(config: Config, split: Split) -> dict[str, Callable[..., LesionedScan]]:
+    """Return functions of volume, contrast and seed by name: real shapes for volumes, ellipses for stacks of images."""
+    if config.data.image_archive is not None:
         ct = config.bundle.modality == "CT"
-        return {f"sprites of {mm:.0f} mm radius": partial(insert_sprites, radius_mm=mm, ct=ct) for mm in SPRITES_MM}
-    return {name: partial(insert_lesion, shape=gold_shape(name)) for name in split.shapes_test}
-
-
-def healthy_slices(scan: HealthyScan) -> npt.NDArray[np.int64]:
-    """Indices of the slices without anything ill: all, but of pictures."""
-    return np.flatnonzero(np.ones(scan.volume.shape[2]) if scan.healthy is None else scan.healthy)
+        return {f"ellipses of {mm:.0f} mm radius": partial(insert_ellipses, radius_mm=mm, ct=ct) for mm in ELLIPSES_MM}
+    return {name: partial(insert_lesion, shape=load_lesion_shape(name)) for name in split.shapes_test}
 
 
 def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
-    """Lesion shapes in healthy test scans: each shape and contrast in five scans."""
-    shapes = shapes_of(config, split)
-    subjects = [s for s in split.test if len(healthy_slices(load_scan(config, s))) >= LEAST_HEALTHY]
+    """Measure the Dice of synthetic lesions in healthy test scans, for each shape and contrast in five scans."""
+    inserters = lesion_inserters(config, split)
+    subjects = [s for s in split.test if len(healthy_slices(load_scan(config, s))) >= MIN_HEALTHY_SLICES]
     cases = [
         (shape, contrast, seed, subjects[(5 * i + seed) % len(subjects)])
-        for i, shape in enumerate(shapes)
-        for contrast in GRADES
+        for i, shape in enumerate(inserters)
+        for contrast in CONTRASTS
         for seed in SEEDS
     ]
     rows = []
     for shape, contrast, seed, subject in tqdm(cases, desc="lesions", unit="scan"):
         scan = load_scan(config, subject)
-        made = shapes[shape](scan.volume, contrast=contrast, seed=seed)
-        of = healthy_slices(scan)
-        truth = made.truth[:, :, of]
+        lesioned = inserters[shape](scan.volume, contrast=contrast, seed=seed)
+        healthy = healthy_slices(scan)
+        truth = lesioned.truth[:, :, healthy]
         row: Row = {"shape": shape, "contrast": contrast, "seed": seed, "subject": subject}
-        row["truth_ml"] = float(truth.sum()) * made.volume.voxel_ml
+        row["truth_ml"] = float(truth.sum()) * lesioned.volume.voxel_ml
         try:
-            _, result, _ = run_detection(made.volume, bundle)
+            _, result, _ = run_detection(lesioned.volume, bundle)
             row |= {
                 "outcome": "analysed",
-                "dice": dice(result.mask[:, :, of] > 0, truth),
-                "best_dice": best_dice(result.anomaly[:, :, of], truth),
+                "dice": dice(result.mask[:, :, healthy] > 0, truth),
+                "best_dice": best_dice(result.anomaly[:, :, healthy], truth),
             }
         except CounterpartError as error:
             row |= {"outcome": error.code, "dice": 0.0, "best_dice": 0.0}
@@ -147,29 +144,27 @@ def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     return rows
 
 
-def without_skull(volume: Volume, bundle: Bundle) -> Volume:
-    """What serving analyses of a scan: for a bundle of brains alone, the brain that it takes out of a head."""
+def as_served(volume: Volume, bundle: Bundle) -> Volume:
+    """Return the volume that serving analyses: the extracted brain if the bundle needs one."""
     if bundle.extractor is None:
         return volume
-    brain = extract(volume, bundle.extractor.networks)
-    return brain.volume if isinstance(brain, Brain) else volume
+    brain = extract_brain(volume, bundle.extractor.networks)
+    return brain.volume if isinstance(brain, BrainExtraction) else volume
 
 
 def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
-    """T1 with skull from other scanners: whether they are analysed, and what is found."""
+    """Measure the findings in T1 heads with skull of other scanners, or the reason of the refusal."""
     rows = []
-    for head in tqdm(heads(), desc="heads", unit="scan"):
+    for head in tqdm(other_scanner_heads(), desc="heads", unit="scan"):
         row: Row = {"kind": head.kind, "name": head.name}
         try:
-            volume = without_skull(head.volume, bundle)
+            volume = as_served(head.volume, bundle)
             detection, result, _ = run_detection(volume, bundle)
             row |= {
                 "outcome": "analysed",
                 "found_ml": float(result.mask.sum()) * volume.voxel_ml,
                 "findings": len(result.lesions),
-                "typical": detection.scores.typical,
-                "reconstruction": detection.scores.reconstruction,
-                "fraction_out": detection.scores.fraction_out,
+                **_scores(detection),
             }
         except CounterpartError as error:
             row |= {"outcome": error.code, "found": error.found}
@@ -177,34 +172,34 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     return rows
 
 
-def answer(volume: Volume, bundle: Bundle) -> str:
-    """What happens to a scan: "analysed", or the code of the refusal."""
+def outcome(volume: Volume, bundle: Bundle) -> str:
+    """Return "analysed", or the error code of the refusal."""
     try:
-        run_detection(without_skull(volume, bundle), bundle)
+        run_detection(as_served(volume, bundle), bundle)
     except CounterpartError as error:
         return error.code
     return "analysed"
 
 
 def evaluate_foreign(config: Config, bundle: Bundle, _split: Split) -> list[Row]:
-    """What happens to scans of another kind."""
+    """Count the outcomes of scans of another kind."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
-    for foreign in tqdm(all_foreign(config), desc="foreign", unit="scan"):
-        outcomes[foreign.kind][answer(foreign.volume, bundle)] += 1
+    for scan in tqdm(foreign_scans(config), desc="foreign", unit="scan"):
+        outcomes[scan.kind][outcome(scan.volume, bundle)] += 1
     return [{"kind": kind, "outcomes": dict(count)} for kind, count in outcomes.items()]
 
 
 def evaluate_single(config: Config, bundle: Bundle, split: Split) -> list[Row]:
-    """What happens to healthy test pictures that come alone: a gate of stacks may refuse each of them."""
+    """Count the outcomes of healthy test images that are sent as single slices."""
     outcomes: Counter[str] = Counter()
     for subject in tqdm(split.test, desc="single", unit="scan"):
         scan = load_scan(config, subject)
         for z in healthy_slices(scan):
-            outcomes[answer(Volume(scan.volume.array[:, :, z : z + 1], scan.volume.affine), bundle)] += 1
-    return [{"kind": "healthy test pictures, each by itself", "outcomes": dict(outcomes)}]
+            outcomes[outcome(Volume(scan.volume.array[:, :, z : z + 1], scan.volume.affine), bundle)] += 1
+    return [{"kind": "healthy test images, each as a single slice", "outcomes": dict(outcomes)}]
 
 
-PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
+PARTS: dict[EvaluationPart, Callable[[Config, Bundle, Split], list[Row]]] = {
     "healthy": evaluate_healthy,
     "lesions": evaluate_lesions,
     "heads": evaluate_heads,
@@ -214,27 +209,24 @@ PARTS: dict[str, Callable[[Config, Bundle, Split], list[Row]]] = {
 }
 
 
-# Parts that not every bundle has data for: run when they are named, and again when they have been.
-BY_NAME = ("heads", "tumours", "single")
-
-
-def main(path: Path, parts: Sequence[str]) -> None:
-    """Evaluate some parts anew, and write every table again."""
-    config = Config.load(path)
-    bundle = load_bundle(ROOT / "models" / f"{config.name}-{config.version}")
+def evaluate(config: Config, parts: Sequence[EvaluationPart] = ()) -> None:
+    """Measure some parts again, or all parts of the configuration, and write the page of the bundle."""
+    bundle = load_bundle(config.bundle_folder)
     split = load_split(config.data.splits)
-    folder = ROOT / "docs" / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"{config.name}.json"
-    document: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
-    of_its_kind = (part for part in PARTS if part not in BY_NAME or document.get(part))
-    for part in parts or tuple(of_its_kind):
+    path = ROOT / "docs" / "evaluation" / f"{config.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for part in parts or config.evaluation.parts:
         document[part] = {"bundle_sha256": bundle.sha256, "rows": PARTS[part](config, bundle, split)}
-        target.write_text(json.dumps(document, indent=1) + "\n")
-    # The README has the tables of the bundle that ships for everyone.
-    readme = ROOT / "README.md" if config.name == README_BUNDLE else None
-    render(document, bundle.manifest, target.with_suffix(".md"), readme, bundle.sha256)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+    path.with_suffix(".md").write_text(evaluation_page(document, bundle.manifest, bundle.sha256))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path, help="configuration, e.g. training/configs/t1.toml")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"one of {', '.join(get_args(EvaluationPart))}")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown part: {', '.join(sorted(unknown))}")
+    evaluate(Config.load(options.config), options.parts)

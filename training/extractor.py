@@ -1,4 +1,4 @@
-"""The networks of deepbet -> ONNX graphs beside the bundles, so that a head's brain is found without torch.
+"""Convert the brain-extraction networks of deepbet to ONNX graphs, so that the service needs no torch (decision 11).
 
     pip download --no-deps --dest var deepbet==1.0.2
     python -m training.extractor var/deepbet-1.0.2-py3-none-any.whl
@@ -7,6 +7,7 @@ Fisch et al. 2024, deepbet: Fast brain extraction of T1-weighted MRI using Convo
 Computers in Biology and Medicine 179, 108845. Code and weights: MIT.
 """
 
+import argparse
 import hashlib
 import io
 import sys
@@ -26,35 +27,35 @@ from app.volume import FloatArray
 from training.config import ROOT
 from training.export import strip_debug
 
-# Paths inside the wheel: the first network finds the brain in the whole field of view, the second outlines it.
+# Networks in the wheel: the first locates the brain in the whole field of view, the second segments it.
 PARTS = {"coarse": "data/models/bbox_model.pt", "fine": "data/models/model.pt"}
 LICENCE = "deepbet-1.0.2.dist-info/LICENSE"
 OPSET = 17
-# Side of the golden pair's cube: the smallest that every level of the networks can halve and still average over.
+# Side of the golden pair's cube: the smallest that the networks can halve at every level.
 GOLDEN_SIDE = 64
 
 
-def example() -> FloatArray:
-    """A synthetic head in the networks' own intensities, (1, 1, 64, 64, 64)."""
+def example_head() -> FloatArray:
+    """Return a synthetic head in the intensities of the networks, (1, 1, 64, 64, 64)."""
     axis = np.linspace(-1, 1, GOLDEN_SIDE)
     radius = np.sqrt(sum(g**2 for g in np.meshgrid(axis, axis / 1.1, axis, indexing="ij")))
     texture = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(radius.shape), 2)
     head = np.where(radius < 0.6, 0.6 + texture, np.where((radius > 0.7) & (radius < 0.8), 0.9, 0.05))
     scaled = 0.226 * (head - head.mean()) / head.std() + 0.449
-    # Steps of 1/128, so that the file stays small.
+    # Rounded to 1/128 to keep the file small.
     result: FloatArray = (np.round(scaled * 128) / 128).astype(np.float32)[None, None]
     return result
 
 
 def write_graph(module: torch.jit.ScriptModule, path: Path) -> None:
-    """Export a TorchScript network for any size of volume, its two classes folded into log odds."""
+    """Export a TorchScript network for any volume size, with one output of log odds in place of two classes."""
     sizes = {2: "i", 3: "j", 4: "k"}
     with warnings.catch_warnings():
-        # The exporter of TorchScript is the only one that takes TorchScript, and calls itself old.
+        # Only the deprecated exporter accepts TorchScript.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.from_numpy(example()),),
+            (torch.from_numpy(example_head()),),
             str(path),
             dynamo=False,
             opset_version=OPSET,
@@ -67,9 +68,9 @@ def write_graph(module: torch.jit.ScriptModule, path: Path) -> None:
 
 
 def fold_softmax(path: Path) -> None:
-    """Replace softmax over (background, brain) by their difference, inside the last convolution.
+    """Replace the softmax over (background, brain) by their difference, computed by the last convolution.
 
-    softmax((b, a)) > 1/2 where a - b > 0, and the difference of two linear maps is one linear map.
+    The softmax of brain exceeds 1/2 exactly if the difference is positive. The difference of two linear maps is linear.
     """
     model = onnx.load(path)
     graph = model.graph
@@ -91,7 +92,7 @@ def fold_softmax(path: Path) -> None:
 
 
 def log_odds(module: torch.jit.ScriptModule, x: FloatArray) -> FloatArray:
-    """What torch makes of the same volume."""
+    """Return the log odds of the torch network."""
     with torch.no_grad():
         p = module(torch.from_numpy(x)).double()
     result: FloatArray = torch.log(p[:, 1:] / p[:, :1]).numpy().astype(np.float32)
@@ -99,10 +100,10 @@ def log_odds(module: torch.jit.ScriptModule, x: FloatArray) -> FloatArray:
 
 
 def convert(wheel: Path, models: Path = ROOT / "models") -> Path:
-    """Write both graphs, the golden pair that torch computed, licence and manifest; load them as serving does."""
+    """Write both graphs, the golden pair of torch, licence and manifest, and load them as serving does."""
     folder = models / EXTRACTOR
     folder.mkdir(parents=True, exist_ok=True)
-    x = example()
+    x = example_head()
     golden = {"x": x}
     with zipfile.ZipFile(wheel) as archive:
         (folder / "LICENSE").write_bytes(archive.read(LICENCE))
@@ -130,4 +131,6 @@ def convert(wheel: Path, models: Path = ROOT / "models") -> Path:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{convert(Path(sys.argv[1]))}\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("wheel", type=Path)
+    sys.stdout.write(f"{convert(parser.parse_args().wheel)}\n")

@@ -1,7 +1,7 @@
-"""`python -m training.float16 models/t1-1.6.0 -o FOLDER`: the same bundle for a GPU, its denoiser in float16.
+"""Write a copy of a bundle for GPUs whose denoiser computes in float16.
 
-Inputs and outputs stay float32, and so do encoder and decoder: they are a hundredth of the work, and in float16 one
-latent in ten would fall on another code. Thresholds stay those of the bundle; a denoiser in int8 is left out.
+Inputs and outputs stay in float32. So do encoder and decoder: they take a hundredth of the time, and in float16 one
+latent in ten would be assigned to another code. The thresholds are those of the bundle. A denoiser in int8 is removed.
 """
 
 import argparse
@@ -21,21 +21,21 @@ SUFFIX = "-f16"
 
 
 def convert(bundle: Path, out: Path) -> Path:
-    """Write the bundle's copy below `out` and return its folder; its golden pair is compared as any bundle's.
+    """Write the copy into `out`, check its golden pair, and return its folder.
 
     Raises
     ------
     DamagedBundle
-        The golden pair comes out too far off (`app.runtime.bundle.FLOAT16_TOLERANCE`): nothing is kept.
+        The golden pair differs by more than the tolerance of float16. The copy is removed.
     """
     manifest = read_manifest(bundle)
     name = manifest.name + SUFFIX
     folder = out / f"{name}-{manifest.version}"
     shutil.copytree(bundle, folder)
-    if (in_int8 := manifest.files.denoiser_int8) is not None:
-        (folder / in_int8.name).unlink()
+    if (int8 := manifest.files.denoiser_int8) is not None:
+        (folder / int8.name).unlink()
     path = folder / manifest.files.denoiser.name
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of weights too small for float16
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # weights below the range of float16
         onnx.save(convert_float_to_float16(onnx.load(path), keep_io_types=True), path)
     denoiser = manifest.files.denoiser.model_copy(update={"sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     files = manifest.files.model_copy(update={"denoiser": denoiser, "denoiser_int8": None})
@@ -52,9 +52,9 @@ def convert(bundle: Path, out: Path) -> Path:
 
 
 def main() -> None:
-    """Read the options and convert."""
-    parser = argparse.ArgumentParser(prog="python -m training.float16", description=__doc__)
-    parser.add_argument("bundle", type=Path)
+    """Convert the bundle named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path, help="folder, e.g. models/t1-1.6.0")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for the new bundle's folder")
     options = parser.parse_args()
     convert(options.bundle, options.out)

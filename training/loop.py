@@ -1,4 +1,4 @@
-"""What both training stages share: checkpoints, progress, curves."""
+"""Training loop of both stages: batches, checkpoints, progress and training curves."""
 
 import csv
 import hashlib
@@ -16,42 +16,75 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from training.config import NOT_OF_THE_SLICES, Config
-from training.restore import stage_weights
+from training.augment import augment
+from training.config import NON_PIXEL_FIELDS, AugmentationConfig, Config
+from training.data import UINT16_MAX, UInt16Array
+from training.networks import stage_weights
 
 CHECKPOINT_EVERY_SECONDS = 60
-# A loss far from its mean is one odd batch; the bar shows an exponential mean.
+# Decay of the exponential mean of the losses in the progress bar.
 SMOOTHING = 0.98
-# Steps between two looks at it: each waits for a GPU.
+# Steps between two updates of the shown losses: each update waits for the GPU.
 SHOW_EVERY = 20
+
+# Sections of the configuration that determine the weights of a run: a change elsewhere keeps its checkpoint.
+SLICES = {"seed", "data", "preprocessing", "augmentation"}
+SECTIONS = {
+    "vqvae": SLICES | {"vqvae"},
+    "denoiser": SLICES | {"vqvae", "coarse_noise", "schedule", "denoiser"},
+    # The baseline of training/experiments that is trained on the codes of the VQ-VAE; all others use slices alone.
+    "baseline-transformer": SLICES | {"vqvae"},
+}
 
 
 def device() -> torch.device:
-    """The GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def multiplies_bfloat16(where: torch.device) -> bool:
-    """Whether products in bfloat16 are quicker there than in float32: on a GPU, and on a CPU with AMX."""
+def has_fast_bfloat16(where: torch.device) -> bool:
+    """Return whether products in bfloat16 are faster than in float32: on a GPU, and on a CPU with AMX."""
     return where.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
-def generator(*key: int) -> torch.Generator:
-    """Random numbers on the device, the same for the same key."""
+def make_generator(*key: int) -> torch.Generator:
+    """Return a random generator on the device that is seeded by a key."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device()).manual_seed(int(seed))
 
 
 @dataclass(frozen=True)
+class Batches(Dataset[torch.Tensor]):
+    """Batches of slices by step: the same for the same seed and step, however often a run is interrupted."""
+
+    stack: UInt16Array
+    size: int
+    seed: int
+    augmentation: AugmentationConfig | None
+
+    def __getitem__(self, step: int) -> torch.Tensor:
+        """Return the batch of one step, (B, 1, H, W) in [0, 1]."""
+        rng = np.random.default_rng([self.seed, step])
+        # Each epoch draws without replacement: the order is a permutation keyed by the epoch.
+        first = step * self.size
+        epoch, start = divmod(first, len(self.stack) - len(self.stack) % self.size)
+        order = np.random.default_rng([self.seed, 1_000_003, epoch]).permutation(len(self.stack))
+        chosen = np.sort(order[start : start + self.size])
+        x = torch.from_numpy(self.stack[chosen].astype(np.float32) / UINT16_MAX)[:, None]
+        return augment(x, self.augmentation, rng) if self.augmentation else x
+
+
+@dataclass(frozen=True)
 class Progress:
-    """Step -> the share of a stage that lies behind it: of its steps, or of its seconds since it was made.
+    """Completed share of a stage as a function of the step: of its steps, or of its seconds since the start.
 
     Attributes
     ----------
     steps : int
     seconds : float, optional
+        Duration that replaces the number of steps.
     started : float
-        On the monotonic clock.
+        Monotonic clock at the start.
     """
 
     steps: int
@@ -65,54 +98,47 @@ class Progress:
 
     @property
     def total(self) -> int | None:
-        """Steps, where they are known beforehand."""
+        """Number of steps; None if the stage ends by time."""
         return None if self.seconds is not None else self.steps
 
 
 @dataclass(frozen=True)
-class Limits:
-    """When a stage ends, and what feeds it.
+class TrainingOptions:
+    """End of a stage, and the processes that load its batches.
 
     Attributes
     ----------
     seconds : float, optional
-        Learn for so long instead of the configuration's steps: where an accelerator is lent by the minute. Of such a
-        stage, one that was stopped starts its seconds and its learning rate again.
+        Train for this time in place of the configured steps, on an accelerator that is lent by the minute. If such a
+        stage is interrupted, its time and its learning-rate schedule start again.
     workers : int
-        Processes that make batches; 0 makes them between two steps, which is best where both take the same cores.
+        Processes that load batches. 0 loads them between two steps, which is best if both share the same cores.
     """
 
     seconds: float | None = None
     workers: int = 0
 
     def progress(self, steps: int) -> Progress:
-        """Of a stage that begins now."""
+        """Return the progress of a stage that starts now."""
         return Progress(steps, self.seconds)
 
 
-# What decides a stage's weights: a later section may change without losing an earlier stage.
-SLICES = {"seed", "data", "preparation", "augmentation"}
-SECTIONS = {
-    "vqvae": SLICES | {"vqvae"},
-    "denoiser": SLICES | {"vqvae", "coarse_noise", "schedule", "denoiser"},
-    # Of `training.experiments.opponents`, the one that learns the VQ-VAE's codes; the others learn from slices alone.
-    "opponent-transformer": SLICES | {"vqvae"},
-}
-
-
 def fingerprint(config: Config, stage: str, data: str) -> str:
-    """What a checkpoint belongs to: its part of the configuration, and the data."""
-    words = {"preparation": NOT_OF_THE_SLICES}
-    decides = config.model_dump(mode="json", include=SECTIONS.get(stage, SLICES), exclude=words, exclude_none=True)
+    """Return the SHA-256 of the sections and the data that determine the weights of a stage."""
+    decides = config.model_dump(
+        mode="json",
+        include=SECTIONS.get(stage, SLICES),
+        exclude={"preprocessing": NON_PIXEL_FIELDS},
+        exclude_none=True,
+    )
     return hashlib.sha256(json.dumps([decides, data], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class Run:
-    """One training stage that can be stopped and started again.
+    """Training stage that can be interrupted and resumed.
 
-    The checkpoint holds weights, optimiser, step, configuration and data hash, as tensors and
-    plain values only.
+    The checkpoint contains only tensors and plain values: weights, optimiser, step, configuration and data hash.
     """
 
     name: str
@@ -127,7 +153,7 @@ class Run:
         return self.config.run_folder / f"{self.name}.pt"
 
     def save(self, step: int) -> None:
-        """Write a checkpoint beside the old one, then put it in its place."""
+        """Write a checkpoint, atomically."""
         state: dict[str, Any] = {
             "step": step,
             "config": self.config.model_dump_json(),
@@ -143,14 +169,20 @@ class Run:
         temporary.replace(self.path)
 
     def resume(self) -> int:
-        """Load the checkpoint if there is one; the step to go on from."""
+        """Load the checkpoint, if any, and return the next step.
+
+        Raises
+        ------
+        SystemExit
+            The checkpoint belongs to another configuration or to other data.
+        """
         if not self.path.exists():
             return 0
         state = torch.load(self.path, map_location=device(), weights_only=True)
         if state["fingerprint"] != fingerprint(self.config, self.name, self.data):
             raise SystemExit(
-                f"{self.path} was trained with another configuration or other data: "
-                "move it away, or raise the configuration's version."
+                f"{self.path} was trained with another configuration or other data. "
+                "Move it away, or raise the version in the configuration."
             )
         for key, module in self.modules.items():
             module.load_state_dict(state["modules"][key])
@@ -167,31 +199,37 @@ class Run:
         validate_every: int,
         workers: int = 0,
     ) -> int:
-        """Learn to the end, with a bar, a checkpoint now and then, and a curve as CSV; the last step.
+        """Train to the end with a progress bar, checkpoints, and a training curve as CSV.
 
         Parameters
         ----------
         batches : Dataset
-            By step.
+            Batches by step.
         progress : Progress
         step_fn : callable
-            One step on a batch that lies on the device; its losses.
+            Runs one step on a batch on the device and returns its losses.
         validate : callable
+            Returns the validation losses.
         validate_every : int
-            Steps.
+            Steps between two validations.
         workers : int
-            As of `Limits`.
+            See `TrainingOptions`.
+
+        Returns
+        -------
+        int
+            Number of completed steps.
 
         Raises
         ------
         SystemExit
-            The time was over before the first step.
+            The time ended before the first step.
         """
         first = done = self.resume()
         shown: dict[str, torch.Tensor] = {}
         saved = time.monotonic()
         with tqdm(initial=done, total=progress.total, desc=self.name, unit="step", mininterval=5) as bar:
-            for step, x in self._from(first, batches, progress, workers):
+            for step, x in self._batches_from(first, batches, progress, workers):
                 for key, value in step_fn(step, x).items():
                     shown[key] = torch.lerp(shown.get(key, value), value, 1 - SMOOTHING)
                 done = step + 1
@@ -204,19 +242,19 @@ class Run:
                     self.save(done)
                     saved = time.monotonic()
         if progress.seconds is not None and not done:
-            raise SystemExit(f"{self.name}: {progress.seconds:g} s were over before the first step.")
+            raise SystemExit(f"{self.name}: {progress.seconds:g} s ended before the first step. Allow more time.")
         if done > first or not done:
-            # Where there is nothing to learn, the weights that it started from are this stage's.
+            # A stage without steps keeps the weights it started from.
             self.save(done)
         if (done > first and done % validate_every) or not done:
             self._log(done, {k: float(v) for k, v in shown.items()} | validate())
         return done
 
     @staticmethod
-    def _from(
+    def _batches_from(
         first: int, batches: Dataset[torch.Tensor], progress: Progress, workers: int
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """Steps that are left, and their batches on the device."""
+        """Yield the remaining steps and their batches on the device."""
         steps = itertools.count(first)
         pinned = device().type == "cuda"
         loader = DataLoader(batches, sampler=steps, batch_size=None, num_workers=workers, pin_memory=pinned)
@@ -237,16 +275,16 @@ class Run:
             writer.writerow([step, *(f"{v:.6g}" for v in row.values())])
 
 
-def start_from(config: Config, version: str, name: str, module: nn.Module, *, steps: int) -> None:
-    """Load the last weights that a stage had in an earlier version of the bundle, where one is named.
+def load_start_weights(config: Config, version: str, name: str, module: nn.Module, *, steps: int) -> None:
+    """Load the last weights of a stage from an earlier version of the bundle, if a version is given.
 
-    They come from that version's run, or from the bundle itself: there, a denoiser's are the averaged ones. A stage
-    without steps of its own has them in its own bundle too.
+    They are read from the run of that version, else from its bundle, which has the averaged weights of the denoiser. A
+    stage without steps also finds them in its own bundle.
 
     Raises
     ------
     SystemExit
-        That version was neither trained here nor is it among the bundles.
+        There is neither a run nor a bundle of that version.
     """
     if not version:
         return
@@ -259,18 +297,23 @@ def start_from(config: Config, version: str, name: str, module: nn.Module, *, st
     found = next((folder for folder in folders if folder.is_dir()), None)
     if found is None:
         raise SystemExit(
-            f"Neither {path} nor {folders[-1]} is there: train version {version} from its own commit first, "
-            "take its bundle from that commit, "
-            'or set warm_start = "" to start anew, with more steps.'
+            f"Neither {path} nor {folders[-1]} exists. Train version {version} from its own commit, or take its bundle "
+            'from that commit, or set warm_start = "" and more steps to train from random weights.'
         )
     module.load_state_dict(stage_weights(found, config, name))
 
 
 def load_modules(config: Config, name: str, modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Load a finished stage's weights; returns its provenance (step, data hash, fingerprint)."""
+    """Load the weights of a finished stage and return its provenance: step, data hash and fingerprint.
+
+    Raises
+    ------
+    SystemExit
+        The stage was not run.
+    """
     path = config.run_folder / f"{name}.pt"
     if not path.exists():
-        raise SystemExit(f"{path} is missing: run the stage `{name}` first.")
+        raise SystemExit(f"{path} does not exist. Run the stage `{name}` first.")
     state = torch.load(path, map_location=device(), weights_only=True)
     for key, module in modules.items():
         module.load_state_dict(state["modules"][key])

@@ -1,19 +1,15 @@
-"""All five stages of one bundle: `python -m training.run training/configs/t1.toml`.
+"""Run all five stages of one bundle; a module of its own because it is a command (`make train`).
 
-Each stage is a command of its own as well (`python -m training.train_vqvae CONFIG`, ...). A stage
-that was stopped goes on from its checkpoint; a finished one costs a few seconds.
+Each stage is also a command of its own, e.g. `python -m training.train_vqvae CONFIG`. An interrupted stage resumes from
+its checkpoint, and a finished one takes a few seconds.
 """
 
-import sys
-from pathlib import Path
-
 from training import bundle, calibrate, export, train_denoiser, train_vqvae
-from training.config import Config
+from training.config import Config, parse_config
 
 
-def main(path: Path) -> None:
-    """Train, export, calibrate, and write the bundle of a configuration."""
-    config = Config.load(path)
+def run(config: Config) -> None:
+    """Train both networks, export and calibrate them, and write the bundle."""
     train_vqvae.train(config)
     train_denoiser.train(config)
     export.export(config)
@@ -22,4 +18,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run(parse_config(__doc__))

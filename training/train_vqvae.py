@@ -1,25 +1,27 @@
-"""Stage 1: the VQ-VAE that turns slices into latents and back."""
+"""Stage 1: train the VQ-VAE, which encodes slices to latents and decodes them."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from monai.networks.nets.vqvae import VQVAE
 from torch.nn import functional as F
 
-from training.config import Config
-from training.data import UINT16_MAX, Batches, HealthySlices, UInt16Array
-from training.loop import Limits, Run, device, start_from
+from training.config import Config, parse_config
+from training.data import UINT16_MAX, HealthySlices, UInt16Array, cached_slices
+from training.loop import Batches, Run, TrainingOptions, device, load_modules, load_start_weights
 from training.networks import build_vqvae
 
 VALIDATION_SLICES = 256
 VALIDATE_EVERY = 250
+# A latent whose cell has a mean intensity above this shows tissue; only these determine the scale of the latents.
+TISSUE_LEVEL = 0.1
+STATISTICS_SLICES = 1024
+STATISTICS_BATCH = 64
 
 
 def encode_flat(vqvae: VQVAE, x: torch.Tensor) -> torch.Tensor:
-    """Encoder outputs as a list of vectors, (N*h*w, C)."""
+    """Return the encoder's outputs as a list of vectors, (N*h*w, C)."""
     z = vqvae.encoder(x)
     flat: torch.Tensor = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
     return flat
@@ -27,19 +29,19 @@ def encode_flat(vqvae: VQVAE, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def set_codes(vqvae: VQVAE, codes: torch.Tensor, vectors: torch.Tensor) -> None:
-    """Put codebook entries (indices) at some encoder outputs, as if used averagely."""
+    """Set codebook entries (indices) to encoder outputs, with the mean use of all codes."""
     quantiser = vqvae.quantizer.quantizer
-    average = max(float(quantiser.ema_cluster_size.mean()), 1.0)
+    mean_use = max(float(quantiser.ema_cluster_size.mean()), 1.0)
     quantiser.embedding.weight.data[codes] = vectors
-    quantiser.ema_cluster_size.data[codes] = average
-    quantiser.ema_w.data[codes] = vectors * average
+    quantiser.ema_cluster_size.data[codes] = mean_use
+    quantiser.ema_w.data[codes] = vectors * mean_use
 
 
 @torch.no_grad()
 def restart_dead_codes(vqvae: VQVAE, x: torch.Tensor, below: float, rng: np.random.Generator) -> int:
-    """Move codes that are hardly used to encoder outputs of the batch; how many were moved.
+    """Move rarely used codes to encoder outputs of the batch and return their number.
 
-    MONAI's quantiser has no such step, and without it most of the book dies.
+    MONAI's quantiser has no such step, and without it most codes end unused.
     """
     use = vqvae.quantizer.quantizer.ema_cluster_size
     dead = torch.nonzero(use < below * use.mean()).flatten()
@@ -52,7 +54,7 @@ def restart_dead_codes(vqvae: VQVAE, x: torch.Tensor, below: float, rng: np.rand
 
 @torch.no_grad()
 def validate(vqvae: VQVAE, stack: UInt16Array) -> dict[str, float]:
-    """Reconstruction error on held-out healthy slices, and how much of the codebook is in use."""
+    """Return the L1 reconstruction error on validation slices and the number of codes in use."""
     vqvae.eval()
     chosen = np.linspace(0, len(stack) - 1, VALIDATION_SLICES).astype(int)
     x = torch.from_numpy(stack[chosen].astype(np.float32) / UINT16_MAX)[:, None].to(device())
@@ -61,22 +63,22 @@ def validate(vqvae: VQVAE, stack: UInt16Array) -> dict[str, float]:
     for part in x.split(32):
         indices = vqvae.index_quantize(part)
         used.update(indices.unique().tolist())
-        wrong = (vqvae.decode_samples(indices) - part).abs()
-        error += float(wrong.mean()) * len(part) / len(x)
-        foreground_error += float(wrong[part > 0].mean()) * len(part) / len(x)
+        difference = (vqvae.decode_samples(indices) - part).abs()
+        error += float(difference.mean()) * len(part) / len(x)
+        foreground_error += float(difference[part > 0].mean()) * len(part) / len(x)
     vqvae.train()
     return {"val_l1": error, "val_l1_foreground": foreground_error, "val_codes_used": float(len(used))}
 
 
-def train(config: Config, healthy: HealthySlices | None = None, limits: Limits = Limits()) -> int:  # noqa: B008 - frozen
-    """Train, or go on training, the VQ-VAE of a configuration; how many steps it has learnt."""
+def train(config: Config, healthy: HealthySlices | None = None, options: TrainingOptions = TrainingOptions()) -> int:  # noqa: B008 - frozen
+    """Train the VQ-VAE of a configuration, or resume its training, and return the number of completed steps."""
     torch.manual_seed(config.seed)
     healthy = healthy or HealthySlices.of(config)
     batches = Batches(healthy.train, config.vqvae.batch, config.seed, config.augmentation)
     vqvae = build_vqvae(config).to(device(), memory_format=torch.channels_last)
-    start_from(config, config.vqvae.warm_start, "vqvae", vqvae, steps=config.vqvae.steps)
+    load_start_weights(config, config.vqvae.warm_start, "vqvae", vqvae, steps=config.vqvae.steps)
     optimiser = torch.optim.AdamW(vqvae.parameters(), lr=config.vqvae.learning_rate, weight_decay=1e-4)
-    progress = limits.progress(config.vqvae.steps)
+    progress = options.progress(config.vqvae.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * progress(step))) + 1e-3
     )
@@ -95,15 +97,56 @@ def train(config: Config, healthy: HealthySlices | None = None, limits: Limits =
         (l1 + quantisation).backward()
         optimiser.step()
         schedule.step()
-        # The last tenth of the run settles on the codebook it has.
-        if step % config.vqvae.restart_every == 0 and progress(step) < 0.9:
-            restart_dead_codes(vqvae, x, config.vqvae.dead_below, rng)
+        # No restarts in the last tenth of the run, so that the codebook converges.
+        if step % config.vqvae.dead_code_interval == 0 and progress(step) < 0.9:
+            restart_dead_codes(vqvae, x, config.vqvae.dead_code_fraction, rng)
         return {"l1": l1.detach(), "commitment": quantisation.detach()}
 
     return run.train(
-        batches, progress, step_fn, lambda: validate(vqvae, healthy.validation), VALIDATE_EVERY, limits.workers
+        batches, progress, step_fn, lambda: validate(vqvae, healthy.validation), VALIDATE_EVERY, options.workers
     )
 
 
+def load_vqvae(
+    config: Config, stack: UInt16Array | None = None
+) -> tuple[VQVAE, dict[str, torch.Tensor], dict[str, str]]:
+    """Load the trained VQ-VAE.
+
+    Parameters
+    ----------
+    config : Config
+    stack : (N, H, W) ndarray of uint16, optional
+        Training slices. The cached ones by default.
+
+    Returns
+    -------
+    vqvae : VQVAE
+    latent : dict of str to tensor
+        `shift` and `scale` of the latents, (1, C, 1, 1).
+    provenance : dict of str to str
+        See `training.loop.load_modules`.
+    """
+    vqvae = build_vqvae(config).to(device())
+    provenance = load_modules(config, "vqvae", {"vqvae": vqvae})
+    vqvae.requires_grad_(False)
+    stack = cached_slices(config, "train") if stack is None else stack
+    return vqvae, latent_statistics(config, vqvae, stack), provenance
+
+
+@torch.no_grad()
+def latent_statistics(config: Config, vqvae: VQVAE, stack: UInt16Array) -> dict[str, torch.Tensor]:
+    """Return mean (`shift`) and standard deviation (`scale`) of each channel over tissue latents of training slices."""
+    chosen = np.linspace(0, len(stack) - 1, STATISTICS_SLICES).astype(int)
+    batches = Batches(stack[chosen], STATISTICS_BATCH, config.seed, None)
+    tissue = []
+    for step in range(len(chosen) // STATISTICS_BATCH):
+        x = batches[step].to(device())
+        z = vqvae.encoder(x)  # (B, C, h, w)
+        inside = F.adaptive_avg_pool2d(x, z.shape[2:])[:, 0] > TISSUE_LEVEL
+        tissue.append(z.permute(0, 2, 3, 1)[inside])
+    vectors = torch.cat(tissue)
+    return {"shift": vectors.mean(0)[None, :, None, None], "scale": vectors.std(0)[None, :, None, None]}
+
+
 if __name__ == "__main__":
-    train(Config.load(Path(sys.argv[1])))
+    train(parse_config(__doc__))

@@ -1,1 +1,1 @@
-"""HTTP: thin routes over `app.jobs`."""
+"""HTTP API: routes over `app.jobs.queue`, one module for each noun."""

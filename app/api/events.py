@@ -1,4 +1,4 @@
-"""GET /v1/scans/{id}/events: what happens to a job, as server-sent events."""
+"""/v1/scans/{job}/events: the progress of a job as server-sent events."""
 
 import asyncio
 import json
@@ -10,50 +10,56 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
-from app.api.scans import JobId, problems
+from app.api.dependencies import JobId, Services, ServicesDependency, require_token
+from app.api.problems import problem_responses
 from app.api.schemas import Event
-from app.api.service import Of, Service, authorise
 from app.errors import NotFound
-from app.jobs.job import ENDED, Job
+from app.jobs.job import ENDED_STATES, Job
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(authorise)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
 
-# Between two looks at the job.
-LOOK_SECONDS = 0.5
-# Proxies close a connection that is silent for a minute.
-SILENCE_SECONDS = 15.0
-# Share of a job below which what is left of it cannot be told.
-TELLING = 0.1
-
-
-def event_of(job: Job, place: int | None, now: datetime) -> Event:
-    """What is told of a job."""
-    left = None
-    if job.state == "running" and job.started and job.progress > TELLING:
-        left = round((now - job.started).total_seconds() * (1 - job.progress) / job.progress, 1)
-    percent = round(100 * job.progress, 1)
-    return Event(state=job.state, stage=job.stage, percent=percent, place=place, seconds_left=left)
+POLL_SECONDS = 0.5
+# Proxies close a connection without traffic after about a minute.
+KEEP_ALIVE_SECONDS = 15.0
+# Fraction of a job that must be done before the remaining time is estimated.
+MIN_PROGRESS_FOR_ESTIMATE = 0.1
 
 
-async def stream(request: Request, service: Service, job: Job) -> AsyncIterator[str]:
-    """Events in the form of the standard (HTML, 9.2), from now to the end of the job."""
-    told: Event | None = None
-    spoken = time.monotonic()
+def create_event(job: Job, queue_position: int | None, now: datetime) -> Event:
+    """Return the event that describes the state of a job at a time."""
+    seconds_left = None
+    if job.state == "running" and job.started and job.progress > MIN_PROGRESS_FOR_ESTIMATE:
+        elapsed = (now - job.started).total_seconds()
+        seconds_left = round(elapsed * (1 - job.progress) / job.progress, 1)
+    return Event(
+        state=job.state,
+        stage=job.stage,
+        percent=round(100 * job.progress, 1),
+        queue_position=queue_position,
+        seconds_left=seconds_left,
+    )
+
+
+async def stream_events(request: Request, services: Services, job: Job) -> AsyncIterator[str]:
+    """Yield the events of a job until it ends, in the format of the HTML standard (section 9.2)."""
+    last: Event | None = None
+    last_sent = time.monotonic()
     yield "retry: 2000\n\n"
     while not await request.is_disconnected():
-        place = (await run_in_threadpool(service.jobs.places)).get(job.id) if job.state == "queued" else None
-        event = event_of(job, place, datetime.now(UTC))
-        if told is None or event != told.model_copy(update={"seconds_left": event.seconds_left}):
-            told, spoken = event, time.monotonic()
-            yield f"event: {'end' if job.state in ENDED else 'progress'}\ndata: {event.model_dump_json()}\n\n"
-        elif time.monotonic() - spoken > SILENCE_SECONDS:
-            spoken = time.monotonic()
-            yield ": still there\n\n"
-        if job.state in ENDED:
+        positions = await run_in_threadpool(services.queue.positions) if job.state == "queued" else {}
+        event = create_event(job, positions.get(job.id), datetime.now(UTC))
+        # The estimate alone changes at every poll: it is no reason for an event.
+        if last is None or event != last.model_copy(update={"seconds_left": event.seconds_left}):
+            last, last_sent = event, time.monotonic()
+            yield f"event: {'end' if job.state in ENDED_STATES else 'progress'}\ndata: {event.model_dump_json()}\n\n"
+        elif time.monotonic() - last_sent > KEEP_ALIVE_SECONDS:
+            last_sent = time.monotonic()
+            yield ": keep-alive\n\n"
+        if job.state in ENDED_STATES:
             return
-        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)
         try:
-            job = await run_in_threadpool(service.jobs.get, job.id)
+            job = await run_in_threadpool(services.queue.get, job.id)
         except NotFound:
             yield f"event: end\ndata: {json.dumps({'state': 'erased'})}\n\n"
             return
@@ -64,12 +70,12 @@ async def stream(request: Request, service: Service, job: Job) -> AsyncIterator[
     response_class=StreamingResponse,
     responses={
         200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": {}}},
-        **problems(401, 404),
+        **problem_responses(401, 404),
     },
 )
-async def follow_scan(request: Request, service: Of, job: JobId) -> StreamingResponse:
-    """Follow a scan: state, stage, percent, place in the queue, seconds left, each as soon as it changes."""
-    found = await run_in_threadpool(service.jobs.get, job)
-    # A proxy that collects answers would hold the events back.
+async def follow_scan(request: Request, services: ServicesDependency, job: JobId) -> StreamingResponse:
+    """Stream the progress of a job: state, stage, percent, queue position and seconds left, at each change."""
+    found = await run_in_threadpool(services.queue.get, job)
+    # A proxy that buffers responses would delay the events.
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(request, service, found), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(stream_events(request, services, found), media_type="text/event-stream", headers=headers)

@@ -1,20 +1,21 @@
-"""Error -> answer: which status each cause has, in one table, as RFC 9457 problem details."""
+"""Problem details (RFC 9457): the HTTP status and the response for each error."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from app import errors
-from app.api.schemas import Problem
 from app.errors import CounterpartError
 
 MEDIA_TYPE = "application/problem+json"
 
-# A class that is not here has the status of its nearest base.
+# A class without an entry has the status of its nearest base class.
 STATUS: dict[type[CounterpartError], int] = {
     CounterpartError: 500,
     errors.BadRequest: 400,
@@ -40,78 +41,115 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.ProviderUnavailable: 503,
     errors.StoreFull: 507,
 }
-# Seconds after which a refused upload may be tried again: about one scan on two cores.
+# Seconds until a refused request may succeed. 429: about the duration of one scan on two cores.
 RETRY_AFTER = {429: "30", 503: "10", 507: "600"}
 
 
+class Problem(BaseModel):
+    """Problem details (RFC 9457). The code is stable, the sentences may change."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "example": {
+                "type": "urn:problem-type:counterpart:irregular_slices",
+                "title": "Missing, tilted or unevenly spaced slices",
+                "status": 422,
+                "detail": "Slice 57 of 180 is missing. Expected: evenly spaced slices. Export the whole series.",
+                "code": "irregular_slices",
+                "found": "Slice 57 of 180 is missing.",
+                "expected": "evenly spaced slices.",
+                "advice": "Export the whole series.",
+            }
+        },
+    )
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable identifier of the cause.")
+    found: str = Field(description="The cause, without any patient data.")
+    expected: str = Field(description="The input or state that the service accepts.")
+    advice: str = Field(description="The next step for the caller.")
+
+
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the problem responses of a route for the OpenAPI document."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": "Problem", "content": content} for status in statuses}
+
+
 def status_of(error: type[CounterpartError]) -> int:
-    """HTTP status of a class of errors."""
+    """Return the HTTP status of an error class."""
     return next(STATUS[cls] for cls in error.__mro__ if cls in STATUS)
 
 
-def job_problem(problem: Mapping[str, str]) -> Problem:
-    """Why a job failed.
+def problem_of(error: CounterpartError) -> Problem:
+    """Return the problem details of an error."""
+    return _to_problem(error.problem, status_of(type(error)))
 
-    What a scan did wrong is 422, whatever it would have been while receiving it; what the service
-    did wrong keeps its status.
+
+def problem_of_failed_job(problem: Mapping[str, str]) -> Problem:
+    """Return the problem details of a failed job.
+
+    Any fault of the scan has status 422, even if the same fault has another status during the upload.
+    A fault of the service keeps its status.
     """
     status = STATUS_OF_CODE.get(problem["code"], 500)
-    return _problem(problem, status if status >= 500 else 422)
+    return _to_problem(problem, status if status >= 500 else 422)
 
 
-def absent_problem(problem: Mapping[str, str]) -> Problem:
-    """Why a scan that succeeded does not have one of the results."""
-    return _problem(problem, STATUS_OF_CODE.get(problem["code"], 404))
-
-
-def told(error: CounterpartError) -> Problem:
-    """An error as the API tells it."""
-    return _problem(error.problem, status_of(type(error)))
+def problem_of_missing_result(problem: Mapping[str, str]) -> Problem:
+    """Return the problem details of a result that a succeeded scan does not have."""
+    return _to_problem(problem, STATUS_OF_CODE.get(problem["code"], 404))
 
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """The answer that carries a problem."""
-    every = dict(headers or {})
+    """Return the HTTP response that carries a problem."""
+    all_headers = dict(headers or {})
     if problem.status in RETRY_AFTER:
-        every.setdefault("Retry-After", RETRY_AFTER[problem.status])
+        all_headers.setdefault("Retry-After", RETRY_AFTER[problem.status])
     if problem.status == 401:
-        every["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(problem.model_dump(), problem.status, every, media_type=MEDIA_TYPE)
+        all_headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(problem.model_dump(), problem.status, all_headers, media_type=MEDIA_TYPE)
 
 
-def install(app: FastAPI) -> None:
+def install_handlers(app: FastAPI) -> None:
     """Answer every error of an application with a problem."""
 
     @app.exception_handler(CounterpartError)
-    async def known(_: Request, error: CounterpartError) -> JSONResponse:
-        return problem_response(told(error))
+    async def counterpart_error(_: Request, error: CounterpartError) -> JSONResponse:
+        return problem_response(problem_of(error))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return problem_response(_invalid(error))
+    async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        return problem_response(_problem_of_validation_error(error))
 
     @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        return problem_response(_refused(error), error.headers)
+    async def framework_error(_: Request, error: HTTPException) -> JSONResponse:
+        return problem_response(_problem_of_http_exception(error), error.headers)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, __: ClientDisconnect) -> JSONResponse:
-        cause = errors.BadRequest(
-            "The connection ended before the upload did.", expected="the whole scan.", advice="Send it again."
+    async def client_disconnect(_: Request, __: ClientDisconnect) -> JSONResponse:
+        error = errors.BadRequest(
+            "The connection closed before the upload was complete.",
+            expected="the whole scan.",
+            advice="Send the scan again.",
         )
-        return problem_response(_problem(cause.problem, 400))
+        return problem_response(problem_of(error))
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, __: Exception) -> JSONResponse:
-        cause = errors.InternalError(
+    async def unexpected_error(_: Request, __: Exception) -> JSONResponse:
+        error = errors.InternalError(
             "The service met an unexpected fault.",
-            expected="an answer.",
-            advice="Try again; if it fails again, tell the operator the time: the log says where it happened.",
+            expected="a response.",
+            advice="Try again. If it fails again, report the time to the operator: the log has the location.",
         )
-        return problem_response(_problem(cause.problem, 500))
+        return problem_response(problem_of(error))
 
 
-def _problem(cause: Mapping[str, str], status: int) -> Problem:
+def _to_problem(cause: Mapping[str, str], status: int) -> Problem:
     return Problem(
         type=f"urn:problem-type:counterpart:{cause['code']}",
         title=cause["title"],
@@ -124,38 +162,41 @@ def _problem(cause: Mapping[str, str], status: int) -> Problem:
     )
 
 
-def _invalid(error: RequestValidationError) -> Problem:
-    """What was wrong with which parameter; never its value."""
-    places = [(str(e["loc"][0]), str(e["loc"][-1]), str(e["msg"])) for e in error.errors()]
-    if any(place == "path" for place, _, _ in places):
-        return _problem(_nothing_here().problem, 404)
-    found = "; ".join(f"{place} parameter {name}: {message}" for place, name, message in places)
-    cause = errors.BadRequest(f"{found}.", expected="what /docs lists.", advice="Correct the parameter.")
-    return _problem(cause.problem, 400)
+def _problem_of_validation_error(error: RequestValidationError) -> Problem:
+    """Name each invalid parameter, never its value: it may hold patient data."""
+    invalid = [(str(e["loc"][0]), str(e["loc"][-1]), str(e["msg"])) for e in error.errors()]
+    if any(location == "path" for location, _, _ in invalid):
+        return problem_of(_unknown_path())
+    found = "; ".join(f"{location} parameter {name}: {message}" for location, name, message in invalid)
+    return problem_of(
+        errors.BadRequest(f"{found}.", expected="a parameter that /docs lists.", advice="Correct the parameter.")
+    )
 
 
-def _refused(error: HTTPException) -> Problem:
-    """An answer of the framework itself: no such path, no such method."""
+def _problem_of_http_exception(error: HTTPException) -> Problem:
+    """Return the problem details of an error that the framework raised: unknown path, wrong method."""
     if error.status_code == 404:
-        return _problem(_nothing_here().problem, 404)
+        return problem_of(_unknown_path())
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         cause = errors.BadRequest(
-            "This path does not take this method.", expected=f"{allowed}.", advice="See /docs."
+            "This path does not accept this method.", expected=f"{allowed}.", advice="See /docs."
         ).problem
-        return _problem({**cause, "code": "method_not_allowed", "title": "Method not allowed"}, 405)
-    cause = errors.BadRequest("The request was refused.", expected="what /docs lists.", advice="See /docs.").problem
-    return _problem(cause, error.status_code)
+        return _to_problem({**cause, "code": "method_not_allowed", "title": "Method not allowed"}, 405)
+    cause = errors.BadRequest(
+        "The request was refused.", expected="a request that /docs describes.", advice="See /docs."
+    ).problem
+    return _to_problem(cause, error.status_code)
 
 
-def _nothing_here() -> errors.NotFound:
-    return errors.NotFound("There is nothing at this path.", expected="a path of /docs.", advice="Check the URL.")
+def _unknown_path() -> errors.NotFound:
+    return errors.NotFound("Nothing exists at this path.", expected="a path that /docs lists.", advice="Check the URL.")
 
 
-def _leaves(cls: type[CounterpartError]) -> Iterator[type[CounterpartError]]:
+def _subclasses(cls: type[CounterpartError]) -> Iterator[type[CounterpartError]]:
     yield cls
     for child in cls.__subclasses__():
-        yield from _leaves(child)
+        yield from _subclasses(child)
 
 
-STATUS_OF_CODE = {cls.code: status_of(cls) for cls in _leaves(CounterpartError)}
+STATUS_OF_CODE = {cls.code: status_of(cls) for cls in _subclasses(CounterpartError)}

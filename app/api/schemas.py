@@ -1,93 +1,78 @@
-"""What the API says, as JSON."""
+"""JSON schemas of the API, and the functions that build them from a job."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.export.report import Finding, ModelChoice
-from app.jobs.job import Priority, State
+from app.api.dependencies import Services
+from app.api.problems import Problem, problem_of_failed_job, problem_of_missing_result
+from app.export.report import Finding, ModelSelectionReport, ReportSummary, read_report_summary
+from app.jobs.job import Job, Priority, State
 from app.manifest import Manifest
+
+# The default name of a link is the file name without its suffix. "report" is report.json already.
+LINK_NAMES = {"report.dcm": "structured_report"}
+
+QUEUE_POSITION = "Position in the queue, 1 for the next job; null unless queued."
 
 
 class Schema(BaseModel):
+    """Base class of the schemas."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class Problem(Schema):
-    """RFC 9457 problem details; `code` is stable, the sentences are for people."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        json_schema_extra={
-            "example": {
-                "type": "urn:problem-type:counterpart:irregular_slices",
-                "title": "Missing, tilted or unevenly spaced slices",
-                "status": 422,
-                "detail": "Slice 57 of 180 is missing. Expected: evenly spaced slices. Export the whole series.",
-                "code": "irregular_slices",
-                "found": "Slice 57 of 180 is missing.",
-                "expected": "evenly spaced slices.",
-                "advice": "Export the whole series.",
-            }
-        },
-    )
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str = Field(description="Stable identifier of the cause.")
-    found: str = Field(description="What was met; never a patient's value.")
-    expected: str = Field(description="What would have been accepted.")
-    advice: str = Field(description="What to do now.")
-
-
 class Event(Schema):
-    """What a server-sent event says of a job."""
+    """Data of a server-sent event."""
 
     state: State
     stage: str | None
     percent: float = Field(ge=0, le=100)
-    place: int | None = Field(description="Place in the queue, 1 for the next; null unless queued.")
-    seconds_left: float | None = Field(description="By the pace so far; null where that cannot be told.")
+    queue_position: int | None = Field(description=QUEUE_POSITION)
+    seconds_left: float | None = Field(description="Estimate from the speed so far; null if it is not known.")
 
 
-class Summary(Schema):
+class ScanSummary(Schema):
     """A job in a list."""
 
     id: str
     state: State
-    stage: str | None = Field(description="read, infer or export while it runs.")
-    progress: float = Field(ge=0, le=1, description="Share of the whole job that is done.")
-    place: int | None = Field(description="Place in the queue, 1 for the next; null unless queued.")
-    priority: Priority = Field(description="stat goes before all that is routine.")
-    model: str | None = Field(description="Id of the model that was used; before the end, what was asked for.")
+    stage: str | None = Field(description="read, infer or export; null unless running.")
+    progress: float = Field(ge=0, le=1, description="Fraction of the job that is done.")
+    queue_position: int | None = Field(description=QUEUE_POSITION)
+    priority: Priority = Field(description="stat jobs start before all routine jobs.")
+    model: str | None = Field(description="Id of the model that was used; before that, the requested model.")
     created: datetime
     started: datetime | None
     ended: datetime | None
-    problem: Problem | None = Field(description="Why it failed.")
-    links: dict[str, str] = Field(description="Where it and its results are.")
+    problem: Problem | None = Field(description="Cause of the failure; null unless failed.")
+    links: dict[str, str] = Field(description="Paths of the job, its actions and its results.")
 
 
-class Scan(Summary):
-    """A job with what was found. Positions are RAS+ millimetres."""
+class ScanDetail(ScanSummary):
+    """A job with its findings. Positions are in RAS+ millimetres."""
 
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
     lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
-    choice: ModelChoice | None = Field(
-        description="How the model was chosen, and whether surely; null unless succeeded."
+    selection: ModelSelectionReport | None = Field(
+        description="The rule that selected the model, and whether the scan surely fits; null unless succeeded."
     )
     timings: dict[str, float] | None = Field(description="Seconds of each stage; null unless succeeded.")
 
 
 class ScanList(Schema):
-    scans: tuple[Summary, ...] = Field(description="Newest first.")
-    next: str | None = Field(description="Path of the next page.")
+    """A page of jobs."""
+
+    scans: tuple[ScanSummary, ...] = Field(description="Newest first.")
+    next: str | None = Field(description="Path of the next page; null on the last page.")
 
 
 class Model(Schema):
-    id: str = Field(description="For ?model=; its name alone takes the newest version.")
+    """An installed model in a list."""
+
+    id: str = Field(description="Value for ?model=. The name alone selects the newest version.")
     name: str
     version: str
     title: str
@@ -99,19 +84,87 @@ class Model(Schema):
 
 
 class ModelList(Schema):
+    """The installed models."""
+
     models: tuple[Model, ...]
 
 
 class ModelCard(Schema):
+    """A model's manifest and card."""
+
     manifest: Manifest
-    card: str | None = Field(description="Markdown.")
+    card: str | None = Field(description="Model card in Markdown; null if the bundle has no card.")
 
 
 class Health(Schema):
+    """State of the process."""
+
     status: str
 
 
-class Readiness(Health):
-    provider: str = Field(description="Where networks run.")
-    models: tuple[str, ...] = Field(description="Each made a real inference, where this process has a worker.")
-    workers: int = Field(ge=0, description="Living workers, of this process and all others.")
+class ReadyHealth(Health):
+    """State of a process that is ready."""
+
+    provider: str = Field(description="Execution provider of the networks.")
+    models: tuple[str, ...] = Field(description="Ids of the models. A process with a worker has tested each one.")
+    workers: int = Field(ge=0, description="Running workers in all processes.")
+
+
+def scan_path(job: str) -> str:
+    """Return the path of a job."""
+    return f"/v1/scans/{job}"
+
+
+def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
+    """Return the summaries of jobs, in the same order."""
+    positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
+    return tuple(_summarise(job, positions.get(job.id)) for job in jobs)
+
+
+def describe_job(services: Services, job: Job) -> ScanDetail:
+    """Return a job with the findings of its published report."""
+    report = _read_report(services, job) if job.state == "succeeded" else None
+    (summary,) = summarise_jobs(services, [job])
+    return ScanDetail(
+        **dict(summary),
+        research_use_only=True,
+        findings=report.findings if report else None,
+        lesion_volume_ml=report.lesion_volume_ml if report else None,
+        selection=report.selection if report else None,
+        timings=report.seconds if report else None,
+    )
+
+
+def find_reason_absent(services: Services, job: Job, name: str) -> Problem | None:
+    """Return the reason why a succeeded job does not have a result, if its report has one."""
+    report = _read_report(services, job)
+    reason = report.absent.get(name) if report else None
+    return problem_of_missing_result(reason) if reason else None
+
+
+def _read_report(services: Services, job: Job) -> ReportSummary | None:
+    content = services.store.read(job.id, "report.json")
+    return read_report_summary(content) if content else None
+
+
+def _summarise(job: Job, queue_position: int | None) -> ScanSummary:
+    links = {"self": scan_path(job.id), "events": f"{scan_path(job.id)}/events"}
+    if job.state in {"queued", "running"}:
+        links["cancel"] = f"{scan_path(job.id)}/cancel"
+    if job.state == "succeeded":
+        names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
+        links |= {link: f"{scan_path(job.id)}/{name}" for link, name in names.items()}
+    return ScanSummary(
+        id=job.id,
+        state=job.state,
+        stage=job.stage,
+        progress=job.progress,
+        queue_position=queue_position,
+        priority=job.priority,
+        model=job.model,
+        created=job.created,
+        started=job.started,
+        ended=job.ended,
+        problem=problem_of_failed_job(job.problem) if job.problem else None,
+        links=links,
+    )

@@ -1,1 +1,1 @@
-"""Detection + source -> files."""
+"""Result files: the registry of outputs and their writers."""

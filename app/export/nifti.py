@@ -1,4 +1,4 @@
-"""Results as NIfTI on the scan's own grid, the same bytes every time."""
+"""Writer for NIfTI files on the scan's own grid. The same arguments give the same bytes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,31 +8,31 @@ import numpy as np
 import numpy.typing as npt
 from isal import igzip
 
-# qform holds a rotation and voxel sizes only; where a sheared affine differs from it by more than
-# this, the qform would place the voxels elsewhere and is switched off.
+# A qform has no shear. If a sheared affine differs from its qform by more than this, the qform would move voxels and is
+# switched off.
 QFORM_TOLERANCE_MM = 1e-3
 UNKNOWN_CODE = 0
-# Of igzip's 0 to 3: nine times as fast as zlib's 4, and a tenth larger.
+# igzip has levels 0 to 3. Level 1 is nine times as fast as zlib's level 4; its files are a tenth larger.
 COMPRESSION_LEVEL = 1
 
 
 def write_nifti(
     path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.float64], code: int, description: str
 ) -> None:
-    """Write one volume as .nii.gz.
+    """Write one volume as a gzip-compressed NIfTI file.
 
     Parameters
     ----------
     path : Path
-        Target; the file appears whole or not at all.
+        File to write.
     array : (X, Y, Z) ndarray
-        uint8 for a mask, float32 for a map.
+        For example uint8 for a mask, float32 for a map.
     affine : (4, 4) ndarray
-        Voxel indices to RAS+ millimetres; written as sform exactly.
+        Voxel indices to RAS+ millimetres. The sform stores it exactly.
     code : int
-        NIfTI's code of that space.
+        NIfTI code of that space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
     description : str
-        At most 79 characters; no patient data.
+        At most 79 characters, without patient data.
     """
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm")
@@ -42,8 +42,6 @@ def write_nifti(
     if np.abs(image.get_qform() - affine).max() > QFORM_TOLERANCE_MM:
         image.set_qform(None, code=UNKNOWN_CODE)
         image.header["pixdim"][1:4] = nib.affines.voxel_sizes(affine)
-    temporary = path.with_name(path.name + ".part")
-    # No file name and no time in the gzip header: the same result gives the same bytes.
-    with temporary.open("wb") as raw, igzip.IGzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as packed:
-        image.to_stream(packed)
-    temporary.replace(path)
+    # Without a file name and a time in the gzip header, the same volume gives the same bytes.
+    with path.open("wb") as raw, igzip.IGzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as compressed:
+        image.to_stream(compressed)

@@ -1,14 +1,17 @@
-"""What a scan's analysis says, as one document. It holds no patient data."""
+"""Report of one analysis: the document report.json. It contains no patient data."""
 
+import json
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from pydantic import Field
+import numpy.typing as npt
+from pydantic import BaseModel, Field
 
 from app import __version__
-from app.manifest import Manifest, Part, Precision, Range
+from app.manifest import FrozenModel, Manifest, Precision, Range
 from app.pipeline.detect import Detection, network_evaluations
-from app.pipeline.findings import Result
+from app.pipeline.findings import ScanResult
 from app.volume import Scan
 
 RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis."
@@ -16,67 +19,74 @@ RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis.
 Point = tuple[float, float, float]
 
 
-class ModelChoice(Part):
-    """How the model was chosen (`app.runtime.choice`)."""
+class ModelSelectionReport(FrozenModel):
+    """Reason for the selection of the model (`app.runtime.selection`)."""
 
     by: Literal["caller", "sequence", "modality", "default"] = Field(
-        description="The caller named it; it is for the scan's sequence; for its modality; or there is no other."
+        description="The caller named the model; the scan's sequence matched; its modality matched; "
+        "or no other model is installed."
     )
-    sure: bool
-    doubt: str | None = Field(description="Why the scan may be none for this model.")
+    certain: bool = Field(description="False if the model may be unsuitable for this scan.")
+    warning: str | None = Field(description="Why the model may be unsuitable for this scan. Null if `certain`.")
 
 
-class ModelUsed(Part):
+class ModelUsed(FrozenModel):
+    """The model of one analysis."""
+
     id: str
-    sha256: str = Field(description="Of the bundle's manifest, which holds the hashes of its files.")
+    sha256: str = Field(description="Hash of the bundle's manifest, which contains the hashes of the bundle's files.")
     provider: str
     precision: Precision | None = Field(
-        default=None, description="In which the denoiser computed. Null in a report of an older version."
+        default=None, description="Number format of the denoiser's computation. Null in a report of an older version."
     )
     seed: int
     licence: str
-    choice: ModelChoice | None = Field(default=None, description="Null in a report of an older version.")
+    selection: ModelSelectionReport | None = Field(default=None, description="Null in a report of an older version.")
 
 
-class Input(Part):
+class Input(FrozenModel):
+    """The scan as it was read."""
+
     format: Literal["nifti", "mgh", "dicom"]
     modality: str | None
     shape: tuple[int, int, int]
     spacing_mm: Point
-    notes: tuple[str, ...] = Field(description="What reading decided or left out.")
+    notes: tuple[str, ...] = Field(description="What was left out, resampled or assumed when the scan was read.")
 
 
-class Extent(Part):
-    """What was analysed, and what was not: there, nothing can be said."""
+class Extent(FrozenModel):
+    """The analysed part of the scan. The results are only valid there."""
 
-    volume_ml: float = Field(description="Volume with a value in the anomaly map.")
-    slices: int = Field(description="Slices of the model.")
-    slices_not_analysed: tuple[int, ...] = Field(description="Indices, inferior to superior.")
+    volume_ml: float = Field(description="Volume in which the anomaly map has a value.")
+    slices: int = Field(description="Number of slices on the model's grid.")
+    slices_not_analysed: tuple[int, ...] = Field(description="Indices of slices, counted from inferior to superior.")
     z_mm: tuple[float, float] = Field(description="Lowest and highest analysed slice, RAS+ millimetres.")
 
 
-class BrainReported(Part):
-    """How the brain was taken out of its head; its mask is brain.nii.gz."""
+class BrainReport(FrozenModel):
+    """Method and measurements of the brain extraction. The brain mask is brain.nii.gz."""
 
     method: str
     version: str
-    sha256: str = Field(description="Of the extractor's manifest, which holds the hashes of its files.")
+    sha256: str = Field(description="Hash of the extractor's manifest, which contains the hashes of its files.")
     volume_ml: float
-    agreement: float = Field(description="Dice of the outlines of its two networks, 0 to 1.")
+    agreement: float = Field(description="Dice of the brain masks of the extractor's two networks, 0 to 1.")
     cut_cm2: float = Field(description="Cross-section of the brain at the border of the field of view.")
     warnings: tuple[str, ...]
 
 
-class ScoresReported(Part):
-    scan: float = Field(description="Mean KL over the foreground latents, nats.")
-    healthy_scan: Range = Field(description="What healthy validation scans span.")
-    slices: tuple[float | None, ...] = Field(description="The same for each slice; null where not analysed.")
-    healthy_slice: Range
-    reconstruction: float = Field(description="Mean |x - D(z0)|, share of the intensity range.")
-    fraction_out: float = Field(description="Share of latents outside the healthy range of a latent.")
+class ScoreReport(FrozenModel):
+    """Scores of the out-of-distribution check."""
+
+    scan: float = Field(description="Mean KL over the foreground latents, in nats.")
+    healthy_scan: Range = Field(description="Range of this score in healthy validation scans.")
+    slices: tuple[float | None, ...] = Field(description="The same score for each slice; null if not analysed.")
+    healthy_slice: Range = Field(description="Range of the slice score in healthy validation scans.")
+    reconstruction: float = Field(description="Mean |x - D(z0)| as a fraction of the intensity range.")
+    outlier_fraction: float = Field(description="Fraction of foreground latents outside the healthy range of a latent.")
 
 
-class Finding(Part):
+class Finding(FrozenModel):
     """One connected lesion. Positions are RAS+ millimetres; scores are values of the anomaly map."""
 
     label: int
@@ -85,19 +95,19 @@ class Finding(Part):
     mean_score: float
     centroid_mm: Point
     box_mm: tuple[Point, Point]
-    key_slice: int = Field(description="Index along the scan's last axis that shows most of it.")
+    key_slice: int = Field(description="Index along the scan's last axis of the slice with the largest area.")
 
 
-class Work(Part):
-    """What the analysis cost."""
+class Work(FrozenModel):
+    """Cost of the analysis."""
 
     seconds: dict[str, float] = Field(description="Wall-clock seconds of each stage.")
-    slices_reversed: int
-    network_evaluations: int = Field(description="Slices times evaluations of the denoiser.")
+    slices_reversed: int = Field(description="Number of slices that needed the reverse process.")
+    network_evaluations: int = Field(description="Number of denoiser evaluations, summed over slices.")
 
 
-class Report(Part):
-    """Everything that is told about one analysis."""
+class Report(FrozenModel):
+    """Everything that is reported about one analysis."""
 
     format_version: Literal[1] = 1
     notice: str = RESEARCH_USE_ONLY
@@ -106,27 +116,78 @@ class Report(Part):
     frame: Literal["RAS+ mm"] = "RAS+ mm"
     model: ModelUsed
     input: Input
-    brain: BrainReported | None = Field(
-        default=None, description="null where the scan was analysed as it came; `absent` says why."
+    brain: BrainReport | None = Field(
+        default=None, description="Null if no brain was extracted; `absent` contains the reason."
     )
     analysed: Extent
-    scores: ScoresReported
-    threshold: float = Field(description="A finding rises above it somewhere in the anomaly map ...")
-    extent_threshold: float = Field(description="... and reaches as far as the map stays above this.")
+    scores: ScoreReport
+    threshold: float = Field(description="The peak of each finding in the anomaly map is above this threshold.")
+    extent_threshold: float = Field(description="Every voxel of a finding is above this threshold.")
     lesion_volume_ml: float
     findings: tuple[Finding, ...]
     absent: dict[str, dict[str, str]] = Field(
-        default={}, description="Results that this scan does not have, by file name: the problem that says why."
+        default={}, description="Result files that this scan does not have, by name, with the reason as a problem."
     )
     work: Work
 
 
+class ReportSummary(BaseModel):
+    """The part of a report that all versions since 0.1.0 can provide."""
+
+    findings: tuple[Finding, ...]
+    lesion_volume_ml: float
+    selection: ModelSelectionReport | None
+    seconds: dict[str, float]
+    absent: dict[str, dict[str, str]]
+
+
+def read_report_summary(content: bytes) -> ReportSummary:
+    """Read a published report.json, which an older version may have written."""
+    document = json.loads(content)
+    model = document["model"]
+    selection = model.get("selection")
+    if selection is None and (choice := model.get("choice")):  # its former name
+        selection = {"by": choice["by"], "certain": choice["sure"], "warning": choice["doubt"]}
+    return ReportSummary(
+        findings=document["findings"],
+        lesion_volume_ml=document["lesion_volume_ml"],
+        selection=selection,
+        seconds=document["work"]["seconds"],
+        absent=document.get("absent", {}),
+    )
+
+
 def build_report(
-    scan: Scan, detection: Detection, result: Result, model: ModelUsed, manifest: Manifest, seconds: dict[str, float]
+    scan: Scan,
+    result: ScanResult,
+    model: ModelUsed,
+    manifest: Manifest,
+    brain: BrainReport | None,
+    seconds: Mapping[str, float],
 ) -> Report:
-    """Put the numbers of one analysis together."""
-    known = np.flatnonzero(detection.analysed)
-    heights = detection.slices.placement.affine[2, 0] * known + detection.slices.placement.affine[2, 3]
+    """Assemble the report of one analysis.
+
+    Parameters
+    ----------
+    scan : Scan
+    result : Result
+        Findings on the scan's own grid.
+    model : ModelUsed
+    manifest : Manifest
+        Of the same model.
+    brain : BrainReport or None
+        None if no brain was extracted.
+    seconds : mapping of str to float
+        Duration of each stage so far.
+
+    Returns
+    -------
+    Report
+        Without `absent`.
+    """
+    detection = result.detection
+    analysed = np.flatnonzero(detection.analysed)
+    heights = detection.slices.grid.affine[2, 0] * analysed + detection.slices.grid.affine[2, 3]
     return Report(
         code_version=__version__,
         model=model,
@@ -137,6 +198,7 @@ def build_report(
             spacing_mm=_rounded(scan.volume.spacing),
             notes=scan.source.notes,
         ),
+        brain=brain,
         analysed=Extent(
             volume_ml=round(float(np.isfinite(result.anomaly).sum()) * scan.volume.voxel_ml, 1),
             slices=len(detection.analysed),
@@ -147,40 +209,45 @@ def build_report(
         threshold=manifest.residual.threshold,
         extent_threshold=manifest.residual.extent_threshold,
         lesion_volume_ml=round(float(result.mask.sum()) * scan.volume.voxel_ml, 3),
-        findings=tuple(
-            Finding(
-                label=lesion.label,
-                volume_ml=round(lesion.volume_ml, 3),
-                peak_score=round(lesion.peak, 4),
-                mean_score=round(lesion.mean, 4),
-                centroid_mm=lesion.centroid_mm,
-                box_mm=lesion.box_mm,
-                key_slice=lesion.key_slice,
-            )
-            for lesion in result.lesions
-        ),
+        findings=build_findings(result),
         work=Work(
             seconds={stage: round(value, 3) for stage, value in seconds.items()},
             slices_reversed=detection.reversed[0],
-            network_evaluations=network_evaluations(manifest, len(known), detection.reversed),
+            network_evaluations=network_evaluations(manifest, len(analysed), detection.reversed),
         ),
     )
 
 
-def _scores(detection: Detection, manifest: Manifest) -> ScoresReported:
+def build_findings(result: ScanResult) -> tuple[Finding, ...]:
+    """Return the lesions of a result with rounded numbers."""
+    return tuple(
+        Finding(
+            label=lesion.label,
+            volume_ml=round(lesion.volume_ml, 3),
+            peak_score=round(lesion.peak, 4),
+            mean_score=round(lesion.mean, 4),
+            centroid_mm=lesion.centroid_mm,
+            box_mm=lesion.box_mm,
+            key_slice=lesion.key_slice,
+        )
+        for lesion in result.lesions
+    )
+
+
+def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:
     by_slice: list[float | None] = [None] * len(detection.analysed)
     for index, value in zip(np.flatnonzero(detection.analysed), detection.scores.slices, strict=True):
         by_slice[int(index)] = round(float(value), 5) if np.isfinite(value) else None
-    return ScoresReported(
+    return ScoreReport(
         scan=round(detection.scores.scan, 5),
         healthy_scan=manifest.calibration.scan_score,
         slices=tuple(by_slice),
         healthy_slice=manifest.calibration.slice_score,
         reconstruction=round(detection.scores.reconstruction, 5),
-        fraction_out=round(detection.scores.fraction_out, 5),
+        outlier_fraction=round(detection.scores.outlier_fraction, 5),
     )
 
 
-def _rounded(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Point:
+def _rounded(values: npt.NDArray[np.float64]) -> Point:
     x, y, z = (round(float(v), 4) for v in values)
     return x, y, z

@@ -1,22 +1,26 @@
-"""What one upload may cost before it is refused."""
+"""Limits on one upload, and buffer sizes: a module of its own because every reader imports it."""
 
 from dataclasses import dataclass
+
+# Detecting a format needs this many bytes of a file: the header of NIfTI-2 is the longest.
+HEAD_BYTES = 540
+# Compressed files are read and written in pieces of this size.
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on one scan, checked before anything of that size is allocated.
+    """Limits on one upload, checked before memory or disk space of that size is used.
 
     Attributes
     ----------
     max_inflated_bytes : int
-        Bytes that an upload may become on disk, over all its files. 2 GiB: a CT of
-        512 x 512 x 600 is 315 MB, a float64 NIfTI of 512 x 512 x 1024 just fits, and a bomb
-        stops here however small it came.
+        Bytes of all files of the upload after decompression. The default is 2 GiB: a CT of 512 x 512 x 600
+        voxels has 315 MB, and a float64 NIfTI file of 512 x 512 x 1024 voxels just fits.
     max_files : int
-        Files of one upload. 20,000: a whole study with several series is a few thousand.
+        Files in one upload. The default is 20,000: a whole study of several series has a few thousand.
     max_voxels : int
-        Voxels of one volume. 512 x 512 x 1024, which is 1 GiB as float32; head scans at half a
+        Voxels of one volume. The default is 512 x 512 x 1024, 1 GiB as float32: head scans of half a
         millimetre have 500 slices.
     """
 
@@ -25,4 +29,4 @@ class Limits:
     max_voxels: int = 512 * 512 * 1024
 
 
-STANDARD = Limits()
+DEFAULT_LIMITS = Limits()

@@ -1,7 +1,8 @@
-"""FreeSurfer's MGH (and gzipped, MGZ) -> a scan. Geometry by nibabel."""
+"""Reader for FreeSurfer's MGH files (gzipped: MGZ). nibabel derives the geometry."""
 
 import io
 import math
+import struct
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -9,74 +10,80 @@ from nibabel.affines import from_matvec
 from nibabel.fileholders import FileHolder
 from nibabel.freesurfer.mghformat import MGHError, MGHHeader, MGHImage
 
-from app.ingest.announced import HEADER_FAULTS, check_kind, check_present, check_size, truncated, unreadable_header
-from app.ingest.hounsfield import looks_hounsfield
 from app.ingest.limits import Limits
+from app.ingest.volume_file import (
+    HEADER_ERRORS,
+    check_complete,
+    check_size,
+    check_type,
+    invalid_header,
+    looks_hounsfield,
+    truncated,
+)
 from app.volume import Affine, Scan, Source, Volume
 
-# The header, and the zeros up to the first voxel.
-DATA_OFFSET = 284
-# Whether the header has a place; nibabel fills it in where there is none, and then says yes.
-GOOD_RAS = slice(28, 30)
-_FAULTS = (*HEADER_FAULTS, MGHError)
+# MGH has no magic number: its header starts with the version 1, four lengths and a data type, big endian.
+_VERSION, _SIGNATURE_BYTES, _DATA_TYPES = 1, 24, (0, 1, 3, 4, 10)
+# The voxels start here, behind the header and zeros.
+_DATA_OFFSET = 284
+# goodRASFlag. If it is 0, nibabel fills in a geometry and sets it to 1, so it is read before.
+_GOOD_RAS = slice(28, 30)
+_ERRORS = (*HEADER_ERRORS, MGHError)
 
 
-def announced_bytes(head: bytes, limits: Limits) -> int:
-    """Bytes from the file's start to its last voxel, before anything of that size is allocated or written.
+def matches(head: bytes) -> bool:
+    """Return True if the first bytes are those of an MGH file."""
+    if len(head) < _SIGNATURE_BYTES:
+        return False
+    version, *lengths, data_type = struct.unpack(">6i", head[:_SIGNATURE_BYTES])
+    return version == _VERSION and min(lengths) > 0 and data_type in _DATA_TYPES
 
-    Raises
-    ------
-    NotAVolume
-        Several frames.
-    TooManyVoxels
-        More than the limits.
-    TruncatedFile, InvalidHeader
-        The header is cut short, or cannot be.
-    """
-    if len(head) < DATA_OFFSET:
-        raise truncated(f"The file ends after {len(head)} bytes, inside its header.")
+
+def count_bytes(head: bytes, limits: Limits) -> int:
+    """Return the number of bytes up to the last voxel: see `app.ingest.volume_file.VolumeFormat`."""
+    if len(head) < _DATA_OFFSET:
+        raise truncated(f"The file ends inside its header, after {len(head)} bytes.")
     try:
-        header = MGHHeader(head[:DATA_OFFSET])
+        header = MGHHeader(head[:_DATA_OFFSET])
         shape, dtype = header.get_data_shape(), np.dtype(header.get_data_dtype())
-    except _FAULTS:
-        raise unreadable_header() from None
-    check_kind(dtype, shape)
+    except _ERRORS:
+        raise invalid_header() from None
+    check_type(dtype, shape)
     count = math.prod(int(n) for n in shape)
-    size = DATA_OFFSET + count * int(dtype.itemsize)
+    size = _DATA_OFFSET + count * int(dtype.itemsize)
     check_size(count, size, limits)
     return size
 
 
 def load(file: BinaryIO, limits: Limits) -> Scan:
-    """Read an MGH file, from its start.
-
-    Raises
-    ------
-    CounterpartError
-        What `app.ingest.single.read` raises.
-    """
+    """Read an uncompressed MGH file: see `app.ingest.volume_file.VolumeFormat`."""
     file.seek(0)
-    head = file.read(DATA_OFFSET)
-    announced = announced_bytes(head, limits)
-    check_present(file, announced)
+    head = file.read(_DATA_OFFSET)
+    check_complete(file, count_bytes(head, limits))
     try:
         image = MGHImage.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)
         array = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (*_FAULTS, OSError):
-        raise unreadable_header() from None
-    placed = any(head[GOOD_RAS])
-    default = "FreeSurfer's coronal default was taken, and left may be right."
-    note = f"The file states no position in space (goodRASFlag 0): {default}"
-    notes = () if placed else (note,)
-    source = Source(format="mgh", hounsfield=looks_hounsfield(array), sform_code=int(placed), notes=notes)
+    except (*_ERRORS, OSError):
+        raise invalid_header() from None
+    has_position = any(head[_GOOD_RAS])
+    note = (
+        "The file states no position in space (goodRASFlag 0). FreeSurfer's default coronal position is used: left "
+        "and right may be exchanged."
+    )
+    source = Source(
+        format="mgh",
+        looks_hounsfield=looks_hounsfield(array),
+        sform_code=int(has_position),
+        notes=() if has_position else (note,),
+    )
     affine = np.asarray(image.affine, dtype=np.float64)
-    return Scan(Volume(array, affine if placed else _coronal(array.shape)), source)
+    return Scan(Volume(array, affine if has_position else _default_affine(array.shape)), source)
 
 
-def _coronal(shape: tuple[int, ...]) -> Affine:
-    """FreeSurfer's place for a volume without one: one millimetre, left, inferior, anterior, centred.
+def _default_affine(shape: tuple[int, ...]) -> Affine:
+    """Return FreeSurfer's affine for a volume without a position: 1 mm voxels, axes LIA, centred at the origin.
 
-    nibabel has the same cosines with rows and columns exchanged, which turns the head upside down.
+    nibabel's default has rows and columns of the direction cosines exchanged, which turns the head upside down.
     """
     cosines = np.array([[-1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
     return np.asarray(from_matvec(cosines, -cosines @ np.array(shape[:3]) / 2), dtype=np.float64)

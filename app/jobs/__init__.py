@@ -1,1 +1,1 @@
-"""Durable jobs: what is kept on disk, and the workflow that turns a scan into its results."""
+"""Durable jobs: the queue, the DBOS workflow, the worker, crash recovery and the store of scans and results."""

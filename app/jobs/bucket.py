@@ -1,15 +1,15 @@
-"""The store of many machines: scans and results in an S3-compatible bucket.
+"""Shared store of several machines: scans and results in an S3-compatible bucket.
 
 ::
 
-    jobs/<job>/scan/000000 ...            the upload, whole before it is acknowledged
+    jobs/<job>/scan/000000 ...            complete upload, stored before it is acknowledged
     jobs/<job>/work-<random>/<name>       results of one attempt
-    jobs/<job>/inferred/<name>            what the networks made of it (`app.inferred`), until there are results
-    jobs/<job>/published                  names the attempt that counts; made once, never changed
+    jobs/<job>/inferred/<name>            inference result (`app.inference_result`), until the results are published
+    jobs/<job>/published                  name of the published attempt, created once and never changed
 
-A local folder holds what is under way: uploads, and the scan that this process analyses. Endpoint and
-credentials come from the environment, as every S3 client reads them (AWS_ENDPOINT_URL, AWS_REGION,
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP, or the machine's own role).
+A local folder holds uploads in progress and the scan that this process analyses. Endpoint and credentials come
+from the environment, as for every S3 client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP), or from the machine's own role.
 """
 
 import shutil
@@ -25,12 +25,11 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from app.errors import StoreUnavailable
-from app.jobs.incoming import Incoming
-from app.jobs.store import Fetched, Slot, Store
+from app.jobs.store import Slot, Store, StoredFile, Upload, file_or_folder
 
-MOST_TRANSFERS = 16
-# Bytes read at once from the bucket.
-CHUNK = 1 << 20
+TRANSFER_THREADS = 16
+# Bytes of one block of a download.
+BLOCK_BYTES = 1 << 20
 
 
 class BucketStore(Store):
@@ -39,95 +38,95 @@ class BucketStore(Store):
     Parameters
     ----------
     url : str
-        s3://bucket/prefix
+        URL of the store, as "s3://bucket/prefix".
     scratch : Path
-        Local folder for what is under way; created where it is missing, for its owner only.
+        Local folder for files in progress. If it is missing, it is created for its owner only.
     """
 
     def __init__(self, url: str, scratch: Path) -> None:
         super().__init__(scratch)
         self._bucket = S3Store.from_url(url)
-        self._desk = scratch / "jobs"
+        self._local_jobs = scratch / "jobs"
 
     def check(self) -> None:
-        """See that the bucket answers.
+        """Check that the bucket answers.
 
         Raises
         ------
         StoreUnavailable
         """
-        with _told():
+        with _store_errors():
             next(iter(obstore.list(self._bucket, "jobs/", chunk_size=1)), None)
 
-    def keep(self, incoming: Incoming, job: str) -> None:
-        """Make an upload the scan of a job; it is in the bucket when this returns."""
-        with _told():
-            self._put_all(sorted(incoming.folder.iterdir()), f"jobs/{job}/scan")
+    def commit_upload(self, upload: Upload, job: str) -> None:
+        """Make an upload the scan of a job. When this returns, the scan is in the bucket."""
+        with _store_errors():
+            self._put_all(sorted(upload.folder.iterdir()), f"jobs/{job}/scan")
 
-    def scan(self, job: str) -> Path:
-        """What `app.ingest.read` takes: the only file, or the folder of several; fetched for this attempt."""
-        folder = self._job(job) / "scan"
+    def scan_path(self, job: str) -> Path:
+        """Download a job's scan and return its path: its only file, or the folder of its files."""
+        folder = self._job_folder(job) / "scan"
         folder.mkdir(parents=True, exist_ok=True)
-        with _told():
+        with _store_errors():
             names = self._names(f"jobs/{job}/scan/")
-            with ThreadPoolExecutor(MOST_TRANSFERS) as pool:
+            with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
                 list(pool.map(lambda name: self._get(name, folder / name.rpartition("/")[2]), names))
-        return self._only(folder)
+        return file_or_folder(folder)
 
-    def work(self, job: str) -> Path:
-        """A new folder for results; what an attempt before this one left is removed."""
-        self._job(job).mkdir(parents=True, exist_ok=True)
-        return super().work(job)
+    def create_work_folder(self, job: str) -> Path:
+        """Create a local folder for the results of a new attempt, and remove those of earlier attempts."""
+        self._job_folder(job).mkdir(parents=True, exist_ok=True)
+        return super().create_work_folder(job)
 
-    def hold(self, job: str, inferred: Path) -> str:
-        """Bring what was inferred into the bucket; this machine keeps a copy until it lets go of the job."""
-        name = super().hold(job, inferred)
-        with _told():
-            self._put_all([self._job(job) / name], f"jobs/{job}/inferred")
+    def save_intermediate(self, job: str, file: Path) -> str:
+        """Upload an inference result. The local copy stays until `cleanup`."""
+        name = super().save_intermediate(job, file)
+        with _store_errors():
+            self._put_all([self._job_folder(job) / name], f"jobs/{job}/inferred")
             self._clear_if_erased(job)
         return name
 
-    def held(self, job: str, name: str) -> Path | None:
-        """What was inferred, fetched where another machine did it; None where it is gone."""
-        if (found := super().held(job, name)) is not None:
-            return found
-        self._job(job).mkdir(parents=True, exist_ok=True)
-        part = self._job(job) / f"{name}.part"
+    def load_intermediate(self, job: str, name: str) -> Path | None:
+        """Return a local copy of an inference result, or None if it no longer exists."""
+        if (path := super().load_intermediate(job, name)) is not None:
+            return path
+        self._job_folder(job).mkdir(parents=True, exist_ok=True)
+        part = self._job_folder(job) / f"{name}.part"
         try:
-            with _told():
+            with _store_errors():
                 self._get(f"jobs/{job}/inferred/{name}", part)
         except FileNotFoundError:
             part.unlink(missing_ok=True)
             return None
-        return part.rename(self._job(job) / name)
+        return part.rename(self._job_folder(job) / name)
 
-    def release(self, job: str, name: str = "") -> None:
-        """Remove what was inferred: by one attempt, or by all."""
-        super().release(job, name)
-        with _told():
+    def discard_intermediate(self, job: str, name: str = "") -> None:
+        """Remove one inference result of a job, or all if no name is given."""
+        super().discard_intermediate(job, name)
+        with _store_errors():
             names = [f"jobs/{job}/inferred/{name}"] if name else self._names(f"jobs/{job}/inferred/")
-            self._delete_all(names)
+            self._delete(names)
 
     def stage(self, job: str, work: Path) -> str:
-        """Bring an attempt's results into the bucket, where any worker can publish them."""
-        with _told():
+        """Upload an attempt's results, so that every worker can publish them, and return their name."""
+        with _store_errors():
             self._put_all([path for path in work.iterdir() if path.is_file()], f"jobs/{job}/{work.name}")
             self._clear_if_erased(job)
         return work.name
 
     def _publish(self, job: str, work: str) -> None:
-        """Let an attempt be the one that counts; only the first ever does."""
-        with _told():
+        """Record an attempt as the published one. Only the first record succeeds."""
+        with _store_errors():
             try:
                 obstore.put(self._bucket, f"jobs/{job}/published", work.encode(), mode="create")
             except AlreadyExistsError:
                 if self._published(job) != work:
-                    self._delete(f"jobs/{job}/{work}/")
+                    self._delete_prefix(f"jobs/{job}/{work}/")
             self._clear_if_erased(job)
 
-    def fetch(self, job: str, name: str) -> Fetched | None:
-        """A published file in a local copy that the caller lets go of; None where there is none."""
-        with _told():
+    def fetch(self, job: str, name: str) -> StoredFile | None:
+        """Download a published file and return the copy, or None if it does not exist. The caller closes it."""
+        with _store_errors():
             work = self._published(job)
             if work is None:
                 return None
@@ -138,69 +137,67 @@ class BucketStore(Store):
             except FileNotFoundError:
                 shutil.rmtree(folder)
                 return None
-        return Fetched(folder / name, folder)
+        return StoredFile(folder / name, folder)
 
     def erase(self, job: str) -> None:
-        """Remove every trace of a job. The scan goes first: who still writes results looks for it, and clears."""
-        with _told():
-            self._delete(f"jobs/{job}/scan/")
-            self._delete(f"jobs/{job}/")
+        """Remove all objects of a job. The scan goes first: concurrent writers then clear what they wrote."""
+        with _store_errors():
+            self._delete_prefix(f"jobs/{job}/scan/")
+            self._delete_prefix(f"jobs/{job}/")
         super().erase(job)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each job in the bucket."""
-        found: Counter[str] = Counter()
-        with _told():
+        """Return the size in bytes of each job in the bucket."""
+        sizes: Counter[str] = Counter()
+        with _store_errors():
             for page in obstore.list(self._bucket, "jobs/"):
                 for entry in page:
-                    found[entry["path"].split("/")[1]] += entry["size"]
-        return found
+                    sizes[entry["path"].split("/")[1]] += entry["size"]
+        return sizes
 
-    def unclaimed(self, before: float) -> list[str]:
-        """Jobs that have a scan from before then (seconds of the epoch), and nothing else."""
-        claimed: set[str] = set()
-        found: set[str] = set()
-        with _told():
+    def orphaned(self, before: float) -> list[str]:
+        """Return jobs that have nothing but a scan from before a time in seconds since the epoch."""
+        in_use: set[str] = set()
+        old_scans: set[str] = set()
+        with _store_errors():
             for page in obstore.list(self._bucket, "jobs/"):
                 for entry in page:
                     _, job, part = entry["path"].split("/")[:3]
-                    old = part == "scan" and entry["last_modified"].timestamp() < before
-                    (found if old else claimed).add(job)
-        return sorted(found - claimed)
+                    is_old_scan = part == "scan" and entry["last_modified"].timestamp() < before
+                    (old_scans if is_old_scan else in_use).add(job)
+        return sorted(old_scans - in_use)
 
-    def let_go(self, job: str) -> None:
-        """Remove the local copy when an attempt has ended."""
-        shutil.rmtree(self._job(job), ignore_errors=True)
+    def cleanup(self, job: str) -> None:
+        """Remove the local copies of an attempt that has ended."""
+        shutil.rmtree(self._job_folder(job), ignore_errors=True)
 
-    def take_slot(self) -> Slot:
-        """A name for this process, with a desk of its own that is cleared of what a dead one left."""
-        slot = super().take_slot()
-        self._desk = self.root / "jobs" / slot.name
-        shutil.rmtree(self._desk, ignore_errors=True)
-        self._desk.mkdir()
+    def acquire_slot(self) -> Slot:
+        """Lock a name for this process, and clear its local folder of the files of a dead process."""
+        slot = super().acquire_slot()
+        self._local_jobs = self.root / "jobs" / slot.name
+        shutil.rmtree(self._local_jobs, ignore_errors=True)
+        self._local_jobs.mkdir()
         return slot
 
-    # ---- inside ----
-
-    def _job(self, job: str) -> Path:
-        return self._desk / job
+    def _job_folder(self, job: str) -> Path:
+        return self._local_jobs / job
 
     def _put_all(self, paths: list[Path], prefix: str) -> None:
-        with ThreadPoolExecutor(MOST_TRANSFERS) as pool:
+        with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
             list(pool.map(lambda path: obstore.put(self._bucket, f"{prefix}/{path.name}", path), paths))
 
     def _get(self, name: str, path: Path) -> None:
         with path.open("wb") as file:
-            for chunk in obstore.get(self._bucket, name).stream(min_chunk_size=CHUNK):
-                file.write(chunk)
+            for block in obstore.get(self._bucket, name).stream(min_chunk_size=BLOCK_BYTES):
+                file.write(block)
 
     def _names(self, prefix: str) -> list[str]:
         return [entry["path"] for page in obstore.list(self._bucket, prefix) for entry in page]
 
-    def _delete(self, prefix: str) -> None:
-        self._delete_all(self._names(prefix))
+    def _delete_prefix(self, prefix: str) -> None:
+        self._delete(self._names(prefix))
 
-    def _delete_all(self, names: list[str]) -> None:
+    def _delete(self, names: list[str]) -> None:
         if names:
             obstore.delete(self._bucket, names)
 
@@ -211,20 +208,20 @@ class BucketStore(Store):
             return None
 
     def _clear_if_erased(self, job: str) -> None:
-        """After writing: an erasure that came between has removed the scan before it listed the rest."""
+        """After a write, remove the job's objects if an erasure removed its scan in the meantime."""
         if not self._names(f"jobs/{job}/scan/"):
-            self._delete(f"jobs/{job}/")
+            self._delete_prefix(f"jobs/{job}/")
             raise FileNotFoundError(f"{job} was erased")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Name the broken part: what the bucket's client raises holds addresses and paths."""
+def _store_errors() -> Iterator[None]:
+    """Replace errors of the bucket's client, whose text contains addresses and paths."""
     try:
         yield
     except BaseError as error:
         raise StoreUnavailable(
-            f"The bucket of the store does not answer as it should ({type(error).__name__}).",
+            f"The bucket of the store does not answer as expected ({type(error).__name__}).",
             expected="an S3-compatible bucket that can be read and written.",
-            advice="Check COUNTERPART_STORE, and AWS_ENDPOINT_URL and the credentials beside it.",
+            advice="Check COUNTERPART_STORE, AWS_ENDPOINT_URL and the credentials.",
         ) from None

@@ -1,57 +1,58 @@
-"""The database beside DBOS's own use of it: for what DBOS has no call for, its table of workflows is read."""
+"""Database connection beside that of DBOS, for queries that DBOS has no call for."""
 
 from contextlib import suppress
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
-# Longest that erasing waits for those who read.
-SCRUB_MILLISECONDS = 100
+# Longest time that truncating the log waits for readers, in milliseconds.
+TRUNCATE_TIMEOUT = 100
 
 
 def connect(database_url: str) -> sa.Engine:
-    """An engine, SQLite or PostgreSQL, that few connections are enough for."""
+    """Return an engine with few connections for a SQLite or PostgreSQL URL."""
     url = sa.make_url(database_url)
     if url.get_backend_name() == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
         return sa.create_engine(url, pool_size=2, pool_pre_ping=True)
-    # Writers wait for each other, as DBOS's do.
+    # Writers wait for each other, as the writers of DBOS do.
     return sa.create_engine(url, connect_args={"timeout": 30})
 
 
-def let_readers_pass(database: sa.Engine) -> None:
-    """SQLite's write-ahead log: who reads does not wait for a writer's disk. The file keeps it once it is set.
+def enable_write_ahead_log(database: sa.Engine) -> None:
+    """Switch SQLite to its write-ahead log, so that readers do not wait for a writer's disk.
 
-    Where another process has the file open just now, it stays as it is until the next start.
+    The database file keeps the mode. If another process has the file open, the mode stays unchanged until the
+    next start.
     """
     if database.dialect.name == "sqlite":
         with suppress(sa.exc.OperationalError), database.connect() as connection:
             connection.execute(sa.text("PRAGMA journal_mode=WAL"))
 
 
-def scrub(database: sa.Engine) -> None:
-    """Empty SQLite's write-ahead log, which holds rows that were erased until it is written over.
+def truncate_write_ahead_log(database: sa.Engine) -> None:
+    """Empty SQLite's write-ahead log, which otherwise holds erased rows until they are overwritten.
 
-    Where somebody reads just now it stays as it is: whoever calls this calls it again.
+    If another connection is reading, the log stays unchanged. Callers repeat the call periodically.
     """
     if database.dialect.name != "sqlite":
         return
     with suppress(sa.exc.OperationalError), database.connect() as connection:
-        (patience,) = connection.execute(sa.text("PRAGMA busy_timeout")).scalars()
-        connection.execute(sa.text(f"PRAGMA busy_timeout={SCRUB_MILLISECONDS}"))
+        (timeout,) = connection.execute(sa.text("PRAGMA busy_timeout")).scalars()
+        connection.execute(sa.text(f"PRAGMA busy_timeout={TRUNCATE_TIMEOUT}"))
         connection.execute(sa.text("PRAGMA wal_checkpoint(TRUNCATE)"))
-        connection.execute(sa.text(f"PRAGMA busy_timeout={patience}"))
+        connection.execute(sa.text(f"PRAGMA busy_timeout={timeout}"))
 
 
-def workflow_status(database: sa.Engine) -> sa.TableClause:
-    """DBOS's table of workflows, as much of it as is read here."""
+def workflow_table(database: sa.Engine) -> sa.TableClause:
+    """Return the columns of DBOS's table of workflows that this service reads or updates."""
     return sa.table(
         "workflow_status",
         sa.column("workflow_uuid", sa.Text),
         sa.column("name", sa.Text),
         sa.column("status", sa.Text),
         sa.column("priority", sa.Integer),
-        sa.column("created_at", sa.BigInteger),  # milliseconds
+        sa.column("created_at", sa.BigInteger),  # milliseconds since the epoch
         sa.column("executor_id", sa.Text),
         sa.column("application_version", sa.Text),
         sa.column("attributes", sa.JSON().with_variant(JSONB(), "postgresql")),
@@ -59,8 +60,8 @@ def workflow_status(database: sa.Engine) -> sa.TableClause:
     )
 
 
-def recorded_steps(database: sa.Engine) -> sa.TableClause:
-    """DBOS's table of what steps returned."""
+def step_table(database: sa.Engine) -> sa.TableClause:
+    """Return DBOS's table of recorded step outputs."""
     return sa.table("operation_outputs", sa.column("workflow_uuid", sa.Text), schema=_schema(database))
 
 

@@ -1,4 +1,4 @@
-"""What turns one scan into results, and the models it does it with."""
+"""Analysis engine: the interface between the worker and the inference, and its implementation on bundles."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,105 +7,92 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Literal, Protocol
 
-from app.analyse import UNPACKED, Progress, Request, export, infer
+from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer
 from app.errors import NotReady
 from app.export.report import Report
-from app.inferred import Inferred, load, save
-from app.ingest import read
+from app.inference_result import InferenceResult, load_inference_result, save_inference_result
+from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.choice import permit
+from app.runtime.selection import check_licence
 from app.volume import Scan
 
-# What `Engine.infer` writes.
-INFERRED = "inferred"
+# The name of the file that `Engine.infer` writes.
+INFERENCE_FILE = "inferred"
 
 
-class ProcessDied(Exception):
-    """The process that ran the engine ended in the middle of a scan.
+class ChildProcessDied(Exception):
+    """The child process of the inference ended during a scan.
 
     Parameters
     ----------
     status : int
-        How: negative where it was a signal.
+        Exit status. A negative number is the signal that ended the process.
     """
 
     def __init__(self, status: int) -> None:
         super().__init__(f"signal {-status}" if status < 0 else f"status {status}")
 
 
-class Unexpected(Exception):
-    """A fault in another process, which told of it what `app.jobs.runner.where` tells.
-
-    Parameters
-    ----------
-    place : dict of str
-        `exception` and `where`.
-    """
-
-    def __init__(self, place: dict[str, str]) -> None:
-        super().__init__(place["where"])
-        self.place = place
-
-
 class Engine(Protocol):
-    """What the service needs of inference; tests bring one that only writes files."""
+    """Inference as the service sees it. Tests have an implementation that writes small files only."""
 
     @property
     def provider(self) -> str:
-        """Where networks run."""
+        """Return the execution provider of the networks, "cpu" or "cuda"."""
 
     @property
     def manifests(self) -> Sequence[Manifest]:
-        """The models there are."""
+        """Return the manifests of the installed models."""
 
     def card(self, model: str) -> str | None:
-        """Model card of a model's id, in Markdown; None where it has none."""
+        """Return the model card of a model id in Markdown, or None if the model has no card."""
 
     def warm_up(self) -> None:
-        """Load every model and see it work: a real inference; raises what is wrong."""
+        """Load every model and run a real inference with it. Raise the first error."""
 
-    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
-        """Read a scan, ask the networks, and write what they made of it to `INFERRED` in a folder."""
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
+        """Read a scan, run the networks, and write the inference result to `INFERENCE_FILE` in `out`."""
 
-    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
-        """Write the results of what was inferred, wherever it was, into a folder.
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
+        """Write the results of an inference result into the folder `out`.
 
-        Where the same engine did it last, for the same folder, it has all it needs in memory.
+        If the last call was `infer` on the same engine and folder, the scan and its inference result come from
+        memory. Otherwise both files are read again, with the same results.
         """
 
-    def guard(self, *, on: bool) -> None:
-        """Whether the next scan may take all memory there is, and the worker with it, or is kept from it."""
+    def limit_memory(self, *, enabled: bool) -> None:
+        """Enable or disable the memory limit for the next scan, which protects the worker."""
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release the loaded models and the last scan."""
 
 
 @dataclass(frozen=True, eq=False)
-class Last:
-    """A scan between inference and export, and the folder of the attempt that it belongs to."""
+class PendingExport:
+    """A scan in memory between inference and export, and the folder of its attempt."""
 
     out: Path
     scratch: TemporaryDirectory[str]
     scan: Scan
-    inferred: Inferred
+    inferred: InferenceResult
 
 
 class BundleEngine:
-    """The bundles of one folder, each loaded once.
+    """Engine for the bundles of one folder. Each bundle is loaded once.
 
     Parameters
     ----------
     models : path or None
-        Folder of bundles; None takes the shipped ones.
+        Folder of bundles. None selects the shipped ones.
     provider : {"cpu", "cuda"}
-        Where networks run.
+        Execution provider of the networks.
     threads : int
-        Of one network evaluation; 0 takes every core.
+        Threads of one network evaluation. 0 uses every core.
     noncommercial : bool
-        Whether bundles for non-commercial research may be used.
+        Allow bundles for non-commercial research.
     gpu_batch : int
-        As of `app.runtime.bundle.load_bundle`.
+        See `app.runtime.bundle.load_bundle`.
 
     Raises
     ------
@@ -126,31 +113,31 @@ class BundleEngine:
         self._noncommercial = noncommercial
         self._threads = threads
         self._gpu_batch = gpu_batch
-        self._folder = Path(models) if models else shipped_models()
-        self._folders = {read_manifest(path).id: path for path in find_bundles(self._folder)}
+        folder = Path(models) if models else shipped_models()
+        self._folders = {read_manifest(path).id: path for path in find_bundles(folder)}
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
         self._loaded: dict[str, Bundle] = {}
         self._lock = Lock()
-        self._last: Last | None = None
+        self._pending: PendingExport | None = None
 
     def card(self, model: str) -> str | None:
-        """Model card of a model's id, in Markdown; None where it has none."""
+        """Return the model card of a model id in Markdown, or None if the model has no card."""
         path = self._folders[model] / CARD
         return path.read_text(encoding="utf-8") if path.is_file() else None
 
     def warm_up(self) -> None:
-        """Load every bundle that may be used, which runs its golden pair.
+        """Load every permitted bundle, which runs its golden pair.
 
         Raises
         ------
         NotReady
-            There is no bundle.
+            No bundle is installed.
         DamagedBundle, ProviderUnavailable
-            One cannot be used.
+            A bundle cannot be used.
         """
         if not self.manifests:
             raise NotReady(
-                "There is no model bundle.",
+                "No model bundle is installed.",
                 expected="a folder of bundles, each with a manifest.json.",
                 advice="Set COUNTERPART_MODELS, or install counterpart with its shipped models.",
             )
@@ -158,49 +145,48 @@ class BundleEngine:
             if self._noncommercial or not manifest.licence.non_commercial:
                 self._bundle(manifest)
 
-    def infer(self, scan: Path, out: Path, request: Request, progress: Progress) -> None:
-        """Read a scan, ask the networks, and write what they made of it to `INFERRED` in a folder."""
-        self._forget()
-        # Beside it, for what an archive holds: whoever removes the folder removes both.
-        scratch = TemporaryDirectory(prefix=UNPACKED, dir=out)
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
+        """Read a scan, run the networks, and write the inference result to `INFERENCE_FILE` in `out`."""
+        self._discard_pending()
+        # The unpacked archive lies inside the folder, so that removing the folder removes the archive as well.
+        scratch = TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out)
         try:
             scanned, inferred = infer(scan, Path(scratch.name), self._bundle, self.manifests, request, progress)
-            save(inferred, out / INFERRED)
+            save_inference_result(inferred, out / INFERENCE_FILE)
         except BaseException:
             scratch.cleanup()
             raise
-        self._last = Last(out, scratch, scanned, inferred)
+        self._pending = PendingExport(out, scratch, scanned, inferred)
 
-    def export(self, scan: Path, inferred: Path, out: Path, request: Request, progress: Progress) -> Report:
-        """Write the results of what was inferred, from memory where it is there."""
-        last = self._last
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
+        """Write the results of an inference result, from memory if it is the pending one."""
+        pending = self._pending
         try:
-            if last is not None and last.out == out:
-                return export(last.scan, last.inferred, out, progress)
+            if pending is not None and pending.out == out:
+                return export(pending.scan, pending.inferred, out, progress)
             progress("export", 0.0)
-            with TemporaryDirectory(prefix=UNPACKED, dir=out) as scratch:
-                again = read(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
-                return export(again, load(inferred), out, progress)
+            with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
+                scanned = read_scan(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
+                return export(scanned, load_inference_result(inferred), out, progress)
         finally:
-            self._forget()
+            self._discard_pending()
 
-    def guard(self, *, on: bool) -> None:
-        """It cannot: its memory is the worker's."""
+    def limit_memory(self, *, enabled: bool) -> None:
+        """Do nothing: this engine shares the memory of its process. See `SubprocessEngine`."""
 
     def close(self) -> None:
-        """Let go of the loaded bundles, and of the last scan."""
-        self._forget()
+        """Release the loaded bundles and the last scan."""
+        self._discard_pending()
         with self._lock:
             self._loaded.clear()
 
-    def _forget(self) -> None:
-        """Let go of the last scan."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.scratch.cleanup()
+    def _discard_pending(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.scratch.cleanup()
 
     def _bundle(self, manifest: Manifest) -> Bundle:
-        permit(manifest, noncommercial=self._noncommercial)
+        check_licence(manifest, noncommercial=self._noncommercial)
         with self._lock:
             if manifest.id not in self._loaded:
                 folder = self._folders[manifest.id]

@@ -1,4 +1,4 @@
-"""A job as everyone outside `app.jobs.workflow` sees it."""
+"""Public description of a job, free of any DBOS type."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -6,34 +6,34 @@ from typing import Literal
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Priority = Literal["routine", "stat"]
-ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+ENDED_STATES: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One scan on its way through the service.
+    """Analysis of one scan.
 
     Attributes
     ----------
     id : str
-        Not to be guessed, and nothing of the scan can be read from it.
+        Random identifier. It reveals nothing about the scan.
     state : {"queued", "running", "succeeded", "failed", "cancelled"}
     stage : str or None
-        "read", "infer" or "export" while it runs.
+        "read", "infer" or "export" while the job runs, else None.
     progress : float
-        Share of the whole job that is done, 0 to 1.
+        Completed fraction of the whole job, 0 to 1.
     model : str or None
-        Id of the model that was used; until it ended, what the caller named.
+        Id of the model that was used. Until the job ends, the model that the caller named, or None.
     created, started, ended : datetime or None
-        UTC.
+        UTC times. `created` is always set.
     problem : dict or None
-        Why it failed: `CounterpartError.problem`.
-    content : str
-        Hash of bytes, model and parameters.
+        `CounterpartError.problem` of a failed job, else None.
+    content_hash : str
+        Hash of the uploaded bytes, the eligible models and the parameters.
     priority : {"routine", "stat"}
-        Which queue it stands in: stat goes first.
+        Priority class. Jobs with "stat" run before all jobs with "routine".
     results : tuple of str
-        Names of the files that it has; none until it succeeded.
+        Names of the result files. Empty until the job has succeeded.
     """
 
     id: str
@@ -45,14 +45,14 @@ class Job:
     started: datetime | None
     ended: datetime | None
     problem: dict[str, str] | None
-    content: str
+    content_hash: str
     priority: Priority = "routine"
     results: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A place in the list of jobs, newest first: the last one that was seen."""
+    """Position in the list of jobs, newest first: the last job of the previous page."""
 
     created: datetime
     id: str
@@ -62,20 +62,20 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Which:
-    """Which jobs of the list; all that is given must hold.
+class JobFilter:
+    """Conditions on the listed jobs. A job must meet all conditions that are set.
 
     Attributes
     ----------
     states : tuple of str
-        Any of these; none means all.
+        Accepted states. Empty accepts every state.
     priority : {"routine", "stat"}, optional
     model : str, optional
-        Name or id of the model that was used; until the job ended, of the one that was asked for.
+        Name or id of the model that was used. Until a job ends, the model that the caller named counts.
     code : str, optional
-        Of the problem that it failed with.
+        Error code of a failed job.
     created_after, created_before : datetime, optional
-        When it was sent: from the first, up to the second without it.
+        Half-open interval of the submission time: the start is included, the end is not.
     """
 
     states: tuple[State, ...] = ()

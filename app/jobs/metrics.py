@@ -1,19 +1,22 @@
-"""What this process counts for Prometheus. No identifier is ever a label."""
+"""Prometheus metrics of one process. No label ever holds an identifier.
+
+A module of its own, because the queue, the workflow and the worker all update these metrics.
+"""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-# Seconds: from a small scan on a GPU to a long one on a busy CPU.
+# Seconds: from a small scan on a GPU to a long scan on a busy CPU.
 STAGE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900)
 
 
 class Metrics:
-    """Counters of one process, in a registry of their own: two services in one process do not mix."""
+    """Metrics of one process, in a registry of their own, so that two services in one process do not mix."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.outcomes = Counter(
             "counterpart_jobs",
-            "Jobs that ended in this process, by outcome: succeeded, cancelled, or the problem's code.",
+            "Jobs that ended in this process, by outcome: succeeded, cancelled, or an error code.",
             ["outcome"],
             registry=self.registry,
         )
@@ -24,16 +27,16 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=self.registry,
         )
-        self.queued = Gauge("counterpart_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
+        self.queued = Gauge("counterpart_queue_depth", "Jobs in the queue.", registry=self.registry)
         self.oldest = Gauge(
-            "counterpart_queue_age_seconds", "Age of the job that waits longest.", registry=self.registry
+            "counterpart_queue_age_seconds", "Age of the oldest job in the queue.", registry=self.registry
         )
-        self.workers = Gauge("counterpart_workers", "Living workers, here and elsewhere.", registry=self.registry)
-        self.running = Gauge("counterpart_jobs_running", "Jobs that are being analysed.", registry=self.registry)
+        self.workers = Gauge("counterpart_workers", "Live workers on all machines.", registry=self.registry)
+        self.running = Gauge("counterpart_jobs_running", "Jobs that run now on all machines.", registry=self.registry)
         self.info = Gauge(
-            "counterpart_model", "1 for each installed model.", ["model", "provider"], registry=self.registry
+            "counterpart_model", "Installed models: 1 for each.", ["model", "provider"], registry=self.registry
         )
 
     def text(self) -> bytes:
-        """The exposition format."""
+        """Return the metrics in the Prometheus exposition format."""
         return generate_latest(self.registry)

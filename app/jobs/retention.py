@@ -1,4 +1,4 @@
-"""What is kept and for how long: jobs that have ended, by their age and by the disk they take."""
+"""Limits on the queue and on disk use, and the choice of ended jobs to erase."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,70 +13,72 @@ GIGABYTE = 10**9
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What an operator allows.
+class StorageLimits:
+    """Limits set by the operator.
 
     Attributes
     ----------
-    queue : int
-        Waiting jobs above which no other is taken.
-    free_gb : float
-        Free disk below which no scan is taken.
+    queue_limit : int
+        Number of waiting jobs at which new jobs are refused.
+    min_free_gb : float
+        Free disk space in GB (10^9 bytes) below which new scans are refused.
     keep_days : float
-        Age at which a job that has ended is erased; 0 keeps it.
+        Age in days at which an ended job is erased. 0 keeps all jobs.
     keep_gb : float
-        What scans and results may take, above which the oldest that have ended are erased; 0 sets no limit.
+        Size of scans and results in GB above which the oldest ended jobs are erased. 0 sets no limit.
     """
 
-    queue: int = 100
-    free_gb: float = 0.0
+    queue_limit: int = 100
+    min_free_gb: float = 0.0
     keep_days: float = 0.0
     keep_gb: float = 0.0
 
     def check_disk(self, store: Store, size: int) -> None:
-        """Refuse an upload that would fill the disk.
+        """Refuse an upload that would leave too little free disk space.
 
         Parameters
         ----------
         store : Store
         size : int
-            Bytes, as far as they are known.
+            Size of the upload in bytes, as far as it is known.
 
         Raises
         ------
         StoreFull
         """
         free = shutil.disk_usage(store.root).free - size
-        if free < self.free_gb * GIGABYTE:
+        if free < self.min_free_gb * GIGABYTE:
             raise StoreFull(
-                f"{max(free, 0) / GIGABYTE:.1f} GB of disk would be left.",
-                expected=f"at least {self.free_gb:g} GB (COUNTERPART_MIN_FREE_GB).",
-                advice="Send it again later; the operator frees some disk, or lets scans be kept for less time.",
+                f"The scan would leave {max(free, 0) / GIGABYTE:.1f} GB of free disk space.",
+                expected=f"at least {self.min_free_gb:g} GB (COUNTERPART_MIN_FREE_GB).",
+                advice="Send the scan again later. The operator can free disk space, or keep scans for a shorter time.",
             )
 
 
-def surplus(ended: Sequence[Job], sizes: dict[str, int], limits: Limits, now: datetime | None = None) -> list[str]:
-    """Jobs to be erased, the oldest first.
+def select_expired(
+    ended: Sequence[Job], sizes: dict[str, int], limits: StorageLimits, now: datetime | None = None
+) -> list[str]:
+    """Return the ids of the jobs to erase, the oldest first.
 
     Parameters
     ----------
     ended : sequence of Job
-        Oldest first.
+        Ended jobs, the oldest first.
     sizes : dict
-        Bytes of each job in the store.
-    limits : Limits
+        Size in bytes of each job in the store.
+    limits : StorageLimits
     now : datetime, optional
-        UTC.
+        UTC time, by default the current time.
     """
     now = now or datetime.now(UTC)
-    old = now - timedelta(days=limits.keep_days)
-    erased = [job.id for job in ended if limits.keep_days and (job.ended or job.created) < old]
+    oldest_kept = now - timedelta(days=limits.keep_days)
+    expired = [job.id for job in ended if limits.keep_days and (job.ended or job.created) < oldest_kept]
     if limits.keep_gb:
-        total = sum(sizes.values()) - sum(sizes.get(job, 0) for job in erased)
+        total = sum(sizes.values()) - sum(sizes.get(job, 0) for job in expired)
         for job in ended:
             if total <= limits.keep_gb * GIGABYTE:
                 break
-            if job.id in sizes and job.id not in erased:
-                erased.append(job.id)
+            if job.id in sizes and job.id not in expired:
+                expired.append(job.id)
                 total -= sizes[job.id]
-    return erased
+    return expired

@@ -1,22 +1,22 @@
-"""Where scans and results lie: one folder a job, everything written aside and then renamed.
+"""Local store of scans and results: one folder for each job. Files are written aside and then renamed.
 
 ::
 
-    incoming/<random>/000000 ...    being received
-    jobs/<job>/scan/000000 ...      the upload, whole and on disk before it is acknowledged
-    jobs/<job>/work-<random>/       results being written
-    jobs/<job>/inferred-<random>    what the networks made of it (`app.inferred`), until there are results
-    jobs/<job>/results/             published by one rename
-    trash/<random>/                 being erased
-    process-<n>.lock                held by a living process
-    machine                         its name among the machines that share a database
+    incoming/<random>/000000 ...    upload in progress
+    jobs/<job>/scan/000000 ...      complete upload, on disk before it is acknowledged
+    jobs/<job>/work-<random>/       results being written by one attempt
+    jobs/<job>/inferred-<random>    inference result (`app.inference_result`), until the results are published
+    jobs/<job>/results/             published results, created by one rename
+    trash/<random>/                 job being erased
+    process-<n>.lock                locked by a live process
+    machine                         name of this machine among those that share a database
 
-File names of the caller are never used: they can hold a patient's name. The content's hash is the
-job's identity (`Incoming.digest`), not the file's address, so that erasing a job erases its scan
-without counting who else refers to it.
+The store never uses the caller's file names, which can contain a patient's name. A folder is named after its job
+and not after its content, so that erasing a job erases its scan without counting references.
 """
 
 import fcntl
+import hashlib
 import os
 import secrets
 import shutil
@@ -27,42 +27,97 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import IO
 from uuid import uuid4
 
 from app.errors import StoreUnavailable
-from app.jobs.incoming import Incoming
+from app.ingest.reader import HEAD_BYTES
 
-# What an interrupted upload left behind is swept at a start after this long: no upload lasts longer.
+# Age at which the rest of an interrupted upload is removed at a start. No upload takes longer.
 STALE_SECONDS = 24 * 3600
-MOST_PROCESSES = 64
-MOST_SYNCS = 32
-# Beginning of the name of what was inferred.
-HELD = "inferred-"
+MAX_PROCESSES = 64
+SYNC_THREADS = 32
+# The prefix of the name of a job's inference result.
+INTERMEDIATE_PREFIX = "inferred-"
+
+
+class Upload:
+    """An upload in progress: files without names, hashed while they are written to disk.
+
+    Attributes
+    ----------
+    folder : Path
+        Folder with the files 000000, 000001, ...
+    heads : list of bytes
+        First `app.ingest.HEAD_BYTES` bytes of each file.
+    size : int
+        Total size of all files in bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.heads: list[bytes] = []
+        self.size = 0
+        self._digests: list[str] = []
+        self._file: IO[bytes] | None = None
+        self._hash = hashlib.sha256()
+
+    def begin(self) -> None:
+        """Start the next file."""
+        self._file = (self.folder / f"{len(self.heads):06d}").open("wb")
+        self._hash = hashlib.sha256()
+        self.heads.append(b"")
+
+    def write(self, data: bytes) -> None:
+        """Append data to the current file."""
+        assert self._file is not None
+        self._file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+        missing = HEAD_BYTES - len(self.heads[-1])
+        if missing > 0:
+            self.heads[-1] += data[:missing]
+
+    def end(self) -> None:
+        """Finish the current file."""
+        self.close()
+        self._digests.append(self._hash.hexdigest())
+
+    def close(self) -> None:
+        """Close the current file, whether it is complete or not."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the hashes of all files, independent of their order: slices can arrive in any order."""
+        return hashlib.sha256("".join(sorted(self._digests)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A name that one living process holds; the system frees it when the process ends, however it does."""
+    """A name that one live process holds by a file lock. The system releases the lock when the process ends."""
 
     name: str
     descriptor: int
 
-    def free(self) -> None:
-        """Let another process have it."""
+    def release(self) -> None:
+        """Release the lock, so that another process can take the name."""
         os.close(self.descriptor)
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """A result to be read, and the temporary folder that it lies in, where it lies in one."""
+class StoredFile:
+    """A published file for reading, and the temporary folder that contains it, if it is a copy."""
 
     path: Path
-    folder: Path | None = None
+    temporary_folder: Path | None = None
 
-    def let_go(self) -> None:
-        """Remove the temporary copy."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def close(self) -> None:
+        """Remove the temporary copy, if there is one."""
+        if self.temporary_folder is not None:
+            shutil.rmtree(self.temporary_folder, ignore_errors=True)
 
 
 class Store:
@@ -71,7 +126,7 @@ class Store:
     Parameters
     ----------
     root : Path
-        Created where it is missing, for its owner only: it holds scans of patients.
+        Folder of the store. If it is missing, it is created for its owner only, because it holds patients' scans.
     """
 
     def __init__(self, root: Path) -> None:
@@ -81,71 +136,81 @@ class Store:
             (root / name).mkdir(exist_ok=True)
 
     @contextmanager
-    def receive(self) -> Iterator[Incoming]:
-        """A place for an upload; what was not kept by the end is gone."""
+    def receive_upload(self) -> Iterator[Upload]:
+        """Yield a new upload. Unless it is committed, its files are removed at the end."""
         folder = self.root / "incoming" / uuid4().hex
         folder.mkdir()
-        incoming = Incoming(folder)
+        upload = Upload(folder)
         try:
-            yield incoming
+            yield upload
         finally:
-            incoming.close()
+            upload.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def keep(self, incoming: Incoming, job: str) -> None:
-        """Make an upload the scan of a job; it survives a loss of power when this returns."""
-        _sync(*incoming.folder.iterdir(), incoming.folder)
-        self._job(job).mkdir()
-        incoming.folder.rename(self._job(job) / "scan")
-        _sync(self._job(job), self.root / "jobs")
+    def commit_upload(self, upload: Upload, job: str) -> None:
+        """Make an upload the scan of a job. When this returns, the scan survives a power failure."""
+        _sync(*upload.folder.iterdir(), upload.folder)
+        self._job_folder(job).mkdir()
+        upload.folder.rename(self._job_folder(job) / "scan")
+        _sync(self._job_folder(job), self.root / "jobs")
 
-    def scan(self, job: str) -> Path:
-        """What `app.ingest.read` takes: the only file, or the folder of several."""
-        return self._only(self._job(job) / "scan")
+    def scan_path(self, job: str) -> Path:
+        """Return the path of a job's scan for the reader: its only file, or the folder of its files."""
+        return file_or_folder(self._job_folder(job) / "scan")
 
-    def work(self, job: str) -> Path:
-        """A new folder for results; what an attempt before this one left is removed."""
-        for old in self._job(job).glob("work-*"):
+    def create_work_folder(self, job: str) -> Path:
+        """Create a folder for the results of a new attempt, and remove those of earlier attempts."""
+        for old in self._job_folder(job).glob("work-*"):
             shutil.rmtree(old, ignore_errors=True)
-        folder = self._job(job) / f"work-{uuid4().hex}"
+        folder = self._job_folder(job) / f"work-{uuid4().hex}"
         folder.mkdir()
         return folder
 
-    def hold(self, job: str, inferred: Path) -> str:
-        """Keep what was inferred on the disk, where any worker finds it; returns what `held` takes."""
-        name = f"{HELD}{uuid4().hex}"
-        _sync(inferred)
-        # Fails where another worker has begun an attempt of its own since, or the job was erased.
-        inferred.rename(self._job(job) / name)
-        _sync(self._job(job))
+    def save_intermediate(self, job: str, file: Path) -> str:
+        """Move an inference result into the store, where every worker can load it.
+
+        Returns
+        -------
+        str
+            Name of the inference result for `load_intermediate`.
+
+        Raises
+        ------
+        FileNotFoundError
+            Another worker has started an attempt in the meantime, or the job was erased.
+        """
+        name = f"{INTERMEDIATE_PREFIX}{uuid4().hex}"
+        _sync(file)
+        file.rename(self._job_folder(job) / name)
+        _sync(self._job_folder(job))
         return name
 
-    def held(self, job: str, name: str) -> Path | None:
-        """What was inferred; None where it is gone."""
-        path = self._job(job) / name
+    def load_intermediate(self, job: str, name: str) -> Path | None:
+        """Return the path of an inference result, or None if it no longer exists."""
+        path = self._job_folder(job) / name
         return path if path.is_file() else None
 
-    def release(self, job: str, name: str = "") -> None:
-        """Remove what was inferred: by one attempt, or by all."""
-        for path in self._job(job).glob(f"{name or HELD}*"):
+    def discard_intermediate(self, job: str, name: str = "") -> None:
+        """Remove one inference result of a job, or all if no name is given."""
+        for path in self._job_folder(job).glob(f"{name or INTERMEDIATE_PREFIX}*"):
             path.unlink(missing_ok=True)
 
     def stage(self, job: str, work: Path) -> str:
-        """Put an attempt's results where any worker can publish them; returns what `publish` takes."""
-        assert work.parent == self._job(job)
+        """Put an attempt's results where every worker can publish them, and return their name for `publish`."""
+        assert work.parent == self._job_folder(job)
         return work.name
 
     def publish(self, job: str, work: str) -> None:
-        """Make the folder `work` the results of a job, all at once; doing it again changes nothing.
+        """Publish staged results as the results of a job, all at once, and discard its inference results.
 
-        What was inferred is not needed any more, and goes.
+        Publishing is idempotent: the first published results stay.
         """
         self._publish(job, work)
-        self.release(job)
+        self.discard_intermediate(job)
 
     def _publish(self, job: str, work: str) -> None:
-        results = self._job(job) / "results"
-        source = self._job(job) / work
+        results = self._job_folder(job) / "results"
+        source = self._job_folder(job) / work
         if results.exists():
             shutil.rmtree(source, ignore_errors=True)
             return
@@ -153,37 +218,37 @@ class Store:
             _sync(*source.iterdir(), source)
             source.rename(results)
         except OSError:
-            # A worker that was taken for dead, and was not, may have published between the two looks.
+            # A slow worker that lost its lease may have published between the check and the rename.
             if not results.exists():
                 raise
-        _sync(self._job(job))
+        _sync(self._job_folder(job))
 
-    def fetch(self, job: str, name: str) -> Fetched | None:
-        """A published file; None where there is none."""
-        path = self._job(job) / "results" / name
-        return Fetched(path) if path.is_file() else None
+    def fetch(self, job: str, name: str) -> StoredFile | None:
+        """Return a published file, or None if it does not exist. The caller closes it."""
+        path = self._job_folder(job) / "results" / name
+        return StoredFile(path) if path.is_file() else None
 
     def read(self, job: str, name: str) -> bytes | None:
-        """Content of a published file; None where there is none."""
-        fetched = self.fetch(job, name)
-        if fetched is None:
+        """Return the content of a published file, or None if it does not exist."""
+        file = self.fetch(job, name)
+        if file is None:
             return None
         try:
-            return fetched.path.read_bytes()
+            return file.path.read_bytes()
         finally:
-            fetched.let_go()
+            file.close()
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each job in the store."""
+        """Return the size in bytes of each job in the store."""
         return {
             folder.name: sum(path.lstat().st_size for path in folder.rglob("*"))
             for folder in (self.root / "jobs").iterdir()
         }
 
-    def unclaimed(self, before: float) -> list[str]:
-        """Jobs that have a scan from before then (seconds of the epoch), and nothing else.
+    def orphaned(self, before: float) -> list[str]:
+        """Return jobs that have nothing but a scan from before a time in seconds since the epoch.
 
-        Those that never had a row in the database are among them.
+        They include the uploads that have no row in the database. The caller checks which ones.
         """
         return [
             folder.name
@@ -191,11 +256,11 @@ class Store:
             if folder.stat().st_mtime < before and not [path for path in folder.iterdir() if path.name != "scan"]
         ]
 
-    def let_go(self, job: str) -> None:
-        """Remove what an attempt alone needed."""
+    def cleanup(self, job: str) -> None:
+        """Remove the local copies of an attempt that has ended. A local store has none."""
 
     def check(self) -> None:
-        """See that the store can be written to.
+        """Check that the store is writable.
 
         Raises
         ------
@@ -206,24 +271,24 @@ class Store:
                 pass
         except OSError as error:
             raise StoreUnavailable(
-                f"The store cannot be written to ({type(error).__name__}).",
-                expected="a folder with room that this user may write to.",
+                f"The store is not writable ({type(error).__name__}).",
+                expected="a folder with free space that this user may write to.",
                 advice="Check COUNTERPART_STORE and its disk.",
             ) from None
 
     def erase(self, job: str) -> None:
-        """Remove every trace of a job. The rename makes it vanish at once, even from under a writer."""
-        grave = self.root / "trash" / uuid4().hex
+        """Remove all files of a job. One rename removes them at once, even while a worker writes."""
+        trash = self.root / "trash" / uuid4().hex
         try:
-            self._job(job).rename(grave)
+            self._job_folder(job).rename(trash)
         except FileNotFoundError:
             return
-        shutil.rmtree(grave, ignore_errors=True)
+        shutil.rmtree(trash, ignore_errors=True)
 
-    def take_slot(self) -> "Slot":
-        """A name for this process that no other living one has, on any machine; a dead one's is free again."""
-        machine = self._machine()
-        for number in range(MOST_PROCESSES):
+    def acquire_slot(self) -> "Slot":
+        """Lock and return a name that no other live process has, on any machine. Names are reused."""
+        machine = self._machine_name()
+        for number in range(MAX_PROCESSES):
             descriptor = os.open(self.root / f"process-{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,10 +296,10 @@ class Store:
                 os.close(descriptor)
             else:
                 return Slot(f"{machine}-{number}", descriptor)
-        raise RuntimeError(f"{MOST_PROCESSES} processes share one store")
+        raise RuntimeError(f"{MAX_PROCESSES} processes already use this store")
 
     def sweep(self) -> None:
-        """At a start: remove what uploads and erasures left when the process died in them."""
+        """Remove stale uploads and unfinished erasures of processes that ended. Called at each start."""
         before = time.time() - STALE_SECONDS
         for path in (self.root / "incoming").iterdir():
             if path.stat().st_mtime < before:
@@ -242,11 +307,8 @@ class Store:
         for path in (self.root / "trash").iterdir():
             shutil.rmtree(path, ignore_errors=True)
 
-    def _only(self, folder: Path) -> Path:
-        return folder if (folder / "000001").exists() else folder / "000000"
-
-    def _machine(self) -> str:
-        """A name of this folder's machine, made at the first start."""
+    def _machine_name(self) -> str:
+        """Return this machine's name, which the first start creates."""
         try:
             with (self.root / "machine").open("x") as file:
                 file.write(secrets.token_hex(4))
@@ -254,13 +316,18 @@ class Store:
             pass
         return (self.root / "machine").read_text() or "machine"
 
-    def _job(self, job: str) -> Path:
+    def _job_folder(self, job: str) -> Path:
         return self.root / "jobs" / job
 
 
+def file_or_folder(folder: Path) -> Path:
+    """Return the only file of a scan's folder, or the folder if it has several files."""
+    return folder if (folder / "000001").exists() else folder / "000000"
+
+
 def _sync(*paths: Path) -> None:
-    """Force files and folders' entries to the disk; together, or a thousand slices take seconds."""
-    with ThreadPoolExecutor(min(len(paths), MOST_SYNCS)) as pool:
+    """Force files and directory entries to disk, in parallel, because a thousand slices one by one take seconds."""
+    with ThreadPoolExecutor(min(len(paths), SYNC_THREADS)) as pool:
         list(pool.map(_sync_one, paths))
 
 

@@ -1,10 +1,9 @@
-"""Durable jobs on DBOS: with `intake`, `listing` and `records`, the only module that knows it.
+"""Durable execution of jobs on DBOS.
 
-A job is a workflow of three steps, `infer`, `export` and `publish`, each recorded when it is done. A
-process that dies leaves its job pending; whoever notices puts it back into the queue (`app.jobs.keeper`),
-and the next worker goes on after the last recorded step. Every claim of a job has a token of its own, so
-that a worker which was only slow, not dead, can record nothing any more. Only ids and parameters go
-into the database, as JSON.
+A job is a workflow of three steps, `infer`, `export` and `publish`. DBOS records the output of each step. If a
+process dies, its job stays pending until another process puts it back into the queue (`app.jobs.recovery`). The
+next worker continues after the last recorded step. Each claim of a job has its own token, so that a slow worker that
+lost its lease can no longer record anything. The database holds ids and parameters only, as JSON. See decision 14.
 """
 
 import logging
@@ -12,285 +11,244 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any, cast
 
 import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
 
 from app import errors
-from app.analyse import Request
-from app.jobs.database import connect, let_readers_pass, scrub
+from app.analysis import AnalysisRequest
+from app.jobs.database import connect, enable_write_ahead_log, truncate_write_ahead_log
 from app.jobs.engine import Engine
-from app.jobs.intake import QUEUE, Intake
-from app.jobs.job import ENDED
-from app.jobs.keeper import Keeper
-from app.jobs.listing import WAITING, WORKFLOW
+from app.jobs.job import ENDED_STATES
 from app.jobs.metrics import Metrics
-from app.jobs.records import STATES
-from app.jobs.retention import Limits, surplus
-from app.jobs.roster import Roster
-from app.jobs.runner import Outcome, Runner, lost_workers
+from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
+from app.jobs.recovery import Supervisor, WorkerRegistry, restart_outdated_jobs
+from app.jobs.retention import StorageLimits, select_expired
 from app.jobs.store import STALE_SECONDS, Slot, Store
-from app.jobs.upgrade import begin_again
+from app.jobs.worker import StepOutput, Worker, quarantine_problem
 
 log = structlog.get_logger("counterpart.jobs")
 
-# Which steps there are, and what they record, the file of `app.inferred` among it. DBOS gives a job that was begun
-# under another number to nobody: drain before a change of it. Code that keeps the steps keeps the number, so
-# that an upgrade resumes them. What was not begun has no number yet, and waits for the new code.
+# Version of the steps and their recorded outputs, the file of `app.inference_result` included. DBOS gives a started
+# job only to workers of the same version. Code that keeps the steps keeps the number, so that an upgrade continues
+# started jobs. A job that no worker has started has no version yet.
 STEPS_VERSION = "2"
 POLLING_SECONDS = 0.1
-# Between two looks for uploads that never became a job: each reads the list of the whole store.
+# Seconds between two searches for orphaned uploads, each of which lists the whole store.
 SWEEP_SECONDS = 6 * 3600.0
 
 
-class Jobs(Intake):
-    """Everything that may be done with jobs; every method blocks, and none may run on an event loop.
+class JobService:
+    """The queue with its worker and supervisor, from start to stop.
+
+    It implements `JobState` for the worker and `JobRecovery` for the supervisor. Every method blocks. Call none of
+    them on an event loop.
 
     Parameters
     ----------
     engine : Engine
     store : Store
     database_url : str
-        SQLAlchemy's.
+        SQLAlchemy URL.
     metrics : Metrics
-    limits : Limits
+    limits : StorageLimits
+
+    Attributes
+    ----------
+    queue : JobQueue
     """
 
-    def __init__(self, engine: Engine, store: Store, database_url: str, metrics: Metrics, limits: Limits) -> None:
-        super().__init__(engine, store, connect(database_url), limits)
+    def __init__(
+        self, engine: Engine, store: Store, database_url: str, metrics: Metrics, limits: StorageLimits
+    ) -> None:
+        self._engine = engine
+        self._store = store
         self._database_url = database_url
         self._metrics = metrics
-        self._runner = Runner(engine, store, self, metrics)
-        self._roster = Roster(self._database)
-        self._keeper = Keeper(self._roster, self)
+        self._limits = limits
+        self._database = connect(database_url)
+        self._registry = WorkerRegistry(self._database)
+        self.queue = JobQueue(engine, store, self._database, self._registry, metrics, limits)
+        self._worker = Worker(engine, store, self, metrics)
+        self._supervisor = Supervisor(self._registry, self)
         self._slot: Slot | None = None
-        self._name = ""
-        self._swept = -SWEEP_SECONDS
+        self._executor_id = ""
+        self._last_sweep = -SWEEP_SECONDS
 
     # ---- life cycle ----
 
     def start(self, *, worker: bool = True) -> None:
-        """Open the database, look after the workers, and be one.
+        """Start DBOS, the supervisor and the worker.
 
         Parameters
         ----------
         worker : bool
-            Work the queue, one scan at a time; without, only take scans and answer for them.
+            Run jobs, one at a time. If False, jobs can only be submitted and followed.
         """
-        self._slot = self._store.take_slot()
+        self._slot = self._store.acquire_slot()
         self._store.sweep()
-        self._name = f"{self._slot.name}-{secrets.token_hex(4)}"
-        let_readers_pass(self._database)
-        _quieten()
+        self._executor_id = f"{self._slot.name}-{secrets.token_hex(4)}"
+        enable_write_ahead_log(self._database)
+        _configure_dbos_log()
         DBOS(
             config=DBOSConfig(
                 name="counterpart",
                 system_database_url=self._database_url,
                 application_version=STEPS_VERSION,
-                executor_id=self._name,
+                executor_id=self._executor_id,
                 serializer=DBOSPortableJSONSerializer(),
                 log_level="WARNING",
             )
         )
 
-        # How often a job may be begun is decided in `_step`, which knows a death from a restart.
+        # `_run_step` limits the attempts instead of DBOS, because it distinguishes crashes from restarts.
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def analyse_scan(job: str, request: dict[str, Any]) -> dict[str, Any]:
-            return self._work(job, Request(**request))
+            return self._run_job(job, AnalysisRequest(**request))
 
         if not worker:
             DBOS.listen_queues([])
         DBOS.launch()
-        self._roster.create()
-        # Whoever had this slot before is dead for certain: the system gave its lock to us.
-        self._keeper.start(self._name if worker else None, dead=f"{self._slot.name}-")
+        self._registry.create_tables()
+        # This process holds the lock of its slot, so all earlier processes of the slot have ended.
+        self._supervisor.start(self._executor_id if worker else None, slot_prefix=f"{self._slot.name}-")
         DBOS.register_queue(
             QUEUE, worker_concurrency=1, polling_interval_sec=POLLING_SECONDS, on_conflict="always_update"
         )
 
     def stop(self, drain_seconds: float) -> None:
-        """Let the running job end for a while, then hand it to another worker or to the next start."""
-        self._runner.stop(drain_seconds)
-        self._keeper.stop()
+        """Wait for the running job for a while, then return it to the queue for another worker or the next start."""
+        self._worker.stop(drain_seconds)
+        self._supervisor.stop()
         DBOS.destroy()
-        # After the queue's own thread has ended, or it would take the job again.
+        # Only after the queue's thread has ended, which would otherwise claim the job again.
         client = DBOSClient(system_database_url=self._database_url, serializer=DBOSPortableJSONSerializer())
         try:
-            for status in client.list_workflows(name=WORKFLOW, status="PENDING", executor_id=self._name):
+            for status in client.list_workflows(name=WORKFLOW, status="PENDING", executor_id=self._executor_id):
                 client.resume_workflow(status.workflow_id, queue_name=QUEUE)
         finally:
             client.destroy()
-        self._roster.leave(self._name)
+        self._registry.remove_worker(self._executor_id)
         self._database.dispose()
         self._engine.close()
         if self._slot is not None:
-            self._slot.free()
+            self._slot.release()
             self._slot = None
 
-    # ---- what the API asks for ----
+    # ---- JobRecovery, for the supervisor ----
 
-    def workers(self) -> int:
-        """How many workers live, here and elsewhere."""
-        return len(self._roster.beats())
-
-    def cancel(self, job: str) -> None:
-        """Stop a job. Again is no error.
-
-        Raises
-        ------
-        AlreadyFinished
-            It succeeded or failed before.
-        """
-        before = self.get(job).state
-        if before != "failed":
-            DBOS.cancel_workflow(job)
-        state = self.get(job).state
-        if state != "cancelled":
-            raise errors.AlreadyFinished(
-                f"The job has {state}.",
-                expected="a job that is queued or running.",
-                advice="Use DELETE to erase it with its results.",
-            )
-        if before != "cancelled":
-            self._metrics.outcomes.labels("cancelled").inc()
-            log.info("cancelled", job=job)
-        self._release(job)
-
-    def erase(self, job: str) -> None:
-        """Remove a job and every trace of it, whatever its state."""
-        self.get(job)
-        # At once, so that nobody who follows it takes it for cancelled.
-        DBOS.delete_workflow(job)
-        # A worker that would publish just now finds its folder gone, and cannot bring it back.
-        self._store.erase(job)
-        self._roster.forget(job)
-        scrub(self._database)
-        log.info("erased", job=job)
-
-    def metrics(self) -> bytes:
-        """Prometheus text, with the depth of the queue as it is now."""
-        waiting = self._list(status=WAITING, load_output=False)
-        self._metrics.queued.set(len(waiting))
-        ages = [(datetime.now(UTC) - job.created).total_seconds() for job in waiting]
-        self._metrics.oldest.set(max([0.0, *ages]))
-        self._metrics.workers.set(self.workers())
-        self._metrics.running.set(len(self._list(status="PENDING", load_output=False)))
-        return self._metrics.text()
-
-    # ---- Custody, for the keeper ----
-
-    def holders(self) -> set[str]:
-        """Names of the workers that hold a job."""
-        pending = self._statuses(status="PENDING", load_output=False)
+    def find_busy_workers(self) -> set[str]:
+        """Return the names of the workers that hold a job."""
+        pending = list_workflows(status="PENDING", load_output=False)
         return {status.executor_id for status in pending if status.executor_id}
 
-    def take_back(self, worker: str) -> list[str]:
-        """Put the jobs of a dead worker back into the queue; two who do it at once do it once."""
-        self._begin_again(dead=worker)
-        jobs = [
-            status.workflow_id for status in self._statuses(status="PENDING", executor_id=worker, load_output=False)
-        ]
-        self._roster.lost(worker, jobs)
-        self._roster.demote(jobs)
-        # Unlike `resume_workflow`, it leaves alone what another worker has claimed meanwhile.
+    def requeue_jobs(self, worker: str) -> list[str]:
+        """Put the jobs of a dead worker back into the queue, and return their ids.
+
+        If two processes do this at once, each job is requeued once.
+        """
+        self._restart_outdated_jobs(dead_worker=worker)
+        pending = list_workflows(status="PENDING", executor_id=worker, load_output=False)
+        jobs = [status.workflow_id for status in pending]
+        self._registry.record_dead_worker(worker, jobs)
+        self._registry.lower_priority(jobs)
+        # Unlike `resume_workflow`, this skips jobs that another worker has claimed in the meantime.
         DBOS._recover_pending_workflows([worker])
         return jobs
 
-    def retain(self) -> None:
-        """Erase what is kept too long or takes too much; begin again what an older version handed back."""
-        self._begin_again()
-        ended = self._list(status=[name for name, state in STATES.items() if state in ENDED], load_output=False)
+    def enforce_retention(self) -> None:
+        """Erase expired jobs and orphaned uploads, and restart queued jobs of other versions of the steps."""
+        self._restart_outdated_jobs()
+        ended_statuses = [name for name, state in STATES.items() if state in ENDED_STATES]
+        ended = [to_job(status) for status in list_workflows(status=ended_statuses, load_output=False)]
         sizes = self._store.sizes() if self._limits.keep_gb else {}
-        for job in surplus(ended, sizes, self._limits):
-            with suppress(errors.NotFound):  # another process does the same
-                self.erase(job)
-        scrub(self._database)
-        if time.monotonic() - self._swept >= SWEEP_SECONDS:
-            self._swept = time.monotonic()
-            self._sweep()
+        for job in select_expired(ended, sizes, self._limits):
+            with suppress(errors.NotFound):  # another process has erased it
+                self.queue.erase(job)
+        truncate_write_ahead_log(self._database)
+        if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
+            self._last_sweep = time.monotonic()
+            self._remove_orphaned_uploads()
 
-    def _begin_again(self, dead: str | None = None) -> None:
-        for job in begin_again(self._database, WORKFLOW, STEPS_VERSION, dead):
-            log.info("begun again", job=job)
+    def _restart_outdated_jobs(self, dead_worker: str | None = None) -> None:
+        for job in restart_outdated_jobs(self._database, WORKFLOW, STEPS_VERSION, dead_worker):
+            log.info("job restarted from its first step", job=job)
 
-    def _sweep(self) -> None:
-        """Remove uploads whose process died before their row was written: nobody was told of them."""
-        for job in self._store.unclaimed(time.time() - STALE_SECONDS):
-            if not self._list(workflow_ids=[job], load_output=False):
+    def _remove_orphaned_uploads(self) -> None:
+        """Remove uploads whose process died before it wrote their row. They were never acknowledged."""
+        for job in self._store.orphaned(time.time() - STALE_SECONDS):
+            if not list_workflows(workflow_ids=[job], load_output=False):
                 self._store.erase(job)
-                log.info("swept", job=job)
+                log.info("orphaned upload removed", job=job)
 
-    # ---- Ledger, for the runner ----
+    # ---- JobState, for the worker ----
 
-    def wanted(self, job: str) -> bool:
-        """False once the job was cancelled, erased, or given to another worker."""
-        return bool(self._list(workflow_ids=[job], status="PENDING", executor_id=self._name, load_output=False))
+    def is_assigned(self, job: str) -> bool:
+        """Return whether this worker still has the job: it was not cancelled, erased or given to another worker."""
+        held = list_workflows(workflow_ids=[job], status="PENDING", executor_id=self._executor_id, load_output=False)
+        return bool(held)
 
-    def note(self, job: str, stage: str, progress: float) -> None:
-        """Keep how far a job is."""
+    def record_progress(self, job: str, stage: str, progress: float) -> None:
+        """Record the stage of a job and its progress, 0 to 1."""
         DBOS.update_workflow_attributes(job, {"stage": stage, "progress": progress}, merge=True)
 
-    def suspected(self, job: str) -> bool:
-        """Whether a worker died with this job before."""
-        return self._roster.deaths(job) > 0
+    def has_crashed(self, job: str) -> bool:
+        """Return whether a worker has died while it held this job."""
+        return self._registry.count_crashes(job) > 0
 
-    def killed(self, job: str) -> int:
-        """Keep that a job ended the process of its analysis; how many it has ended where it is to blame, else 0."""
-        self._roster.killed(self._name, job)
-        return self._guilt(job)
+    def record_crash(self, job: str) -> int:
+        """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
+        self._registry.record_confirmed_crash(self._executor_id, job)
+        return self._quarantine(job)
 
-    # ---- inside ----
+    # ---- workflow ----
 
-    def _work(self, job: str, request: Request) -> dict[str, Any]:
-        """The steps of a job: what is recorded of one that was done is returned without doing it again."""
-        with self._runner.begin(job, request) as attempt:
-            inferred = DBOS.run_step({"name": "infer"}, self._step, job, attempt.infer)
-            self._end_if_failed(job, inferred)
+    def _run_job(self, job: str, request: AnalysisRequest) -> dict[str, Any]:
+        """Run the steps of a job. DBOS returns the output of a recorded step without running it again."""
+        with self._worker.start_attempt(job, request) as attempt:
+            inferred = DBOS.run_step({"name": "infer"}, self._run_step, job, attempt.infer)
+            self._raise_problem(job, inferred)
             name = str(inferred["inferred"])
-            exported = DBOS.run_step({"name": "export"}, self._step, job, lambda: attempt.export(name))
-            self._end_if_failed(job, exported)
+            exported = DBOS.run_step({"name": "export"}, self._run_step, job, lambda: attempt.export(name))
+            self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._store.publish, job, str(exported["work"]))
         self._metrics.outcomes.labels("succeeded").inc()
         return {"model": exported["model"], "results": exported["results"]}
 
-    def _step(self, job: str, step: Callable[[], Outcome]) -> Outcome:
-        lost = self._guilt(job)
-        outcome: Outcome = {"problem": lost_workers(job, lost)} if lost else step()
-        problem = cast("dict[str, str] | None", outcome.get("problem"))
-        # The list can be asked for them.
+    def _run_step(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
+        crashes = self._quarantine(job)
+        output: StepOutput = {"problem": quarantine_problem(job, crashes)} if crashes else step()
+        problem = cast("dict[str, str] | None", output.get("problem"))
+        # Attributes for `JobFilter`.
         if problem:
             DBOS.update_workflow_attributes(job, {"code": problem["code"]}, merge=True)
-        elif "model" in outcome:
-            DBOS.update_workflow_attributes(job, {"model": outcome["model"]}, merge=True)
-        return outcome
+        elif "model" in output:
+            DBOS.update_workflow_attributes(job, {"model": output["model"]}, merge=True)
+        return output
 
-    def _end_if_failed(self, job: str, outcome: Outcome) -> None:
-        if "problem" in outcome:
-            self._release(job)
-            raise _failure(cast("dict[str, str]", outcome["problem"]), self._metrics)
-
-    def _release(self, job: str) -> None:
-        """Remove what was inferred of a job that has no use for it; it goes with the job at the latest."""
+    def _raise_problem(self, job: str, output: StepOutput) -> None:
+        """Fail the workflow if a step's output has a problem."""
+        if "problem" not in output:
+            return
+        # If the store does not answer, the intermediate files go with the job at the latest.
         with suppress(errors.StoreUnavailable):
-            self._store.release(job)
+            self._store.discard_intermediate(job)
+        problem = cast("dict[str, str]", output["problem"])
+        self._metrics.outcomes.labels(problem["code"]).inc()
+        raise PortableWorkflowError(problem["title"], "CounterpartError", problem["code"], dict(problem))
 
-    def _guilt(self, job: str) -> int:
-        lost = self._roster.blamed(job)
-        if lost:
-            self._roster.forget(job)
-        return lost
+    def _quarantine(self, job: str) -> int:
+        """Return the number of crashes of a job if it is quarantined, and delete their records, else 0."""
+        crashes = self._registry.crashes_if_quarantined(job)
+        if crashes:
+            self._registry.delete_crash_records(job)
+        return crashes
 
 
-def _failure(problem: dict[str, str], metrics: Metrics) -> PortableWorkflowError:
-    metrics.outcomes.labels(problem["code"]).inc()
-    return PortableWorkflowError(problem["title"], "CounterpartError", problem["code"], dict(problem))
-
-
-def _quieten() -> None:
-    """Give DBOS's log to the process's own handlers, without the failures that are a job's outcome."""
+def _configure_dbos_log() -> None:
+    """Send DBOS's log to the handlers of this process, without the exceptions that are the outcome of a job."""
     logger = logging.getLogger("dbos")
     if not logger.handlers:
-        logger.addHandler(logging.NullHandler())  # else DBOS adds one that prints exceptions
+        logger.addHandler(logging.NullHandler())  # otherwise DBOS adds a handler that prints exceptions
         logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], PortableWorkflowError)))

@@ -1,1 +1,4 @@
-"""The paper: from slices to what differs. numpy and scipy only; geometry reaches it as a Volume."""
+"""Detection method, from a volume to findings.
+
+The package uses numpy, scipy and nibabel only. Its networks are callables on arrays (`app.pipeline.networks`).
+"""

@@ -1,4 +1,4 @@
-"""From the slices back to the scan's own grid: mask, maps, and each lesion in numbers."""
+"""Findings on the grid of the scan: mask, maps, and a description of each lesion."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from app.manifest import Manifest, Residual
 from app.pipeline.detect import Detection
-from app.pipeline.foreground import bounding_box
-from app.volume import FloatArray, Volume
+from app.pipeline.preprocess import bounding_box
+from app.volume import BoolArray, FloatArray, Volume
 
 MaskArray = npt.NDArray[np.uint8]
 LabelArray = npt.NDArray[np.integer]
@@ -19,7 +19,22 @@ LabelArray = npt.NDArray[np.integer]
 
 @dataclass(frozen=True)
 class Lesion:
-    """One connected finding. Positions are RAS+ millimetres."""
+    """Connected finding.
+
+    Attributes
+    ----------
+    label : int
+        Value in the label map, 1 for the largest lesion.
+    volume_ml : float
+    peak, mean : float
+        Of the anomaly map inside the lesion.
+    centroid_mm : tuple of float
+        RAS+ mm.
+    box_mm : tuple of tuple of float
+        Smallest and largest voxel centre along each axis, RAS+ mm.
+    key_slice : int
+        Index along the last axis of the scan of the slice with the largest part of the lesion.
+    """
 
     label: int
     volume_ml: float
@@ -31,23 +46,23 @@ class Lesion:
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """What differs, on the scan's own grid.
+class ScanResult:
+    """Result on the grid of the scan.
 
     Attributes
     ----------
-    labels : (X, Y, Z) ndarray of uint16, of int32 where there are more lesions than it can count
-        Label of the lesion where the scan differs from its counterpart, 0 elsewhere.
+    labels : (X, Y, Z) ndarray of uint16
+        Label of the lesion, 0 elsewhere. The type is int32 if there are more lesions than uint16 can count.
     anomaly : (X, Y, Z) ndarray of float32
-        Residual, weighed as the manifest says (its threshold gives the scale); NaN where nothing was analysed.
+        Anomaly map. The thresholds of the manifest give its scale. NaN where nothing was analysed.
     affine : (4, 4) ndarray
-        The scan's own.
+        Voxel indices of the scan to RAS+ mm.
     lesions : tuple of Lesion
         Largest first.
     volume : Volume
-        The scan.
+        Scan.
     detection : Detection
-        On the slices of the model.
+        Result on the slices of the model.
     """
 
     labels: LabelArray
@@ -59,100 +74,99 @@ class Result:
 
     @cached_property
     def mask(self) -> MaskArray:
-        """1 where the scan differs from its counterpart, (X, Y, Z)."""
+        """1 inside a lesion, 0 elsewhere, (X, Y, Z)."""
         return (self.labels > 0).astype(np.uint8)
 
     @property
     def counterpart(self) -> FloatArray:
-        """The scan in its own units, with what differs replaced by what the model imagines there, (X, Y, Z).
+        """Healthy counterpart of the scan, in its units, (X, Y, Z).
 
-        As large as the scan, and made whenever it is asked for: nothing keeps it.
+        It is computed at each access and not kept, because it is as large as the scan.
         """
         return _counterpart(self.volume, self.anomaly, self.detection)
 
 
-def to_result(volume: Volume, detection: Detection, manifest: Manifest) -> Result:
-    """Bring a detection back to the grid of the scan it came from."""
-    placement = detection.slices.placement
-    anomaly = placement.to_volume(detection.anomaly)
+def to_scan_result(volume: Volume, detection: Detection, manifest: Manifest) -> ScanResult:
+    """Resample a detection to the grid of its scan and describe the lesions."""
+    anomaly = detection.slices.grid.to_volume(detection.anomaly)
     labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
-    lesions = tuple(_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
-    return Result(labels, anomaly, volume.affine, lesions, volume, detection)
+    lesions = tuple(_describe_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
+    return ScanResult(labels, anomaly, volume.affine, lesions, volume, detection)
 
 
 def _counterpart(volume: Volume, anomaly: FloatArray, detection: Detection) -> FloatArray:
-    """The scan with what the model changed; slab by slab in the memory of the change."""
-    placement = detection.slices.placement
-    top = placement.background + placement.scale
-    counterpart = placement.to_volume(detection.counterpart - detection.slices.x[:, 0])
+    """Add the change of the slices to the scan. The result overwrites the resampled change to save memory."""
+    grid = detection.slices.grid
+    top = grid.background + grid.scale
+    counterpart = grid.to_volume(detection.counterpart - detection.slices.x[:, 0])
     for change, scan, residual in zip(counterpart, volume.array, anomaly, strict=True):
-        # Interpolation reaches half a pixel beyond the head: only what was analysed is changed.
+        # Interpolation reaches half a pixel beyond the head. Only analysed voxels may change.
         changed = np.isfinite(residual) & (np.nan_to_num(change) != 0)
-        # The model saw a voxel beyond its range as the end of the range: what it changes starts there.
-        seen = np.clip(scan[changed], placement.background, top)
-        scaled = change[changed] * np.float32(placement.scale)
+        # Slices are clipped to [0, 1], so the change is relative to the clipped value of a voxel.
+        clipped = np.clip(scan[changed], grid.background, top)
+        scaled = change[changed] * np.float32(grid.scale)
         change[:] = scan
-        change[changed] = seen + scaled
+        change[changed] = clipped + scaled
     return counterpart
 
 
-def dice(found: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> float:
-    """Overlap of two masks, 2 |A and B| / (|A| + |B|); 1 where both are empty."""
+def dice(found: BoolArray, truth: BoolArray) -> float:
+    """Return the Dice coefficient 2 |A and B| / (|A| + |B|) of two masks. It is 1 if both are empty."""
     size = int(found.sum()) + int(truth.sum())
     return 2 * int((found & truth).sum()) / size if size else 1.0
 
 
 def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> tuple[LabelArray, int]:
-    """Connected findings, numbered by size, 1 the largest; and how many they are.
+    """Label the connected findings in an anomaly map by size (docs/method.md, "Residual").
 
-    Two thresholds (hysteresis, Canny 1986): the higher one decides whether there is a finding, the
-    lower one how far it reaches, so that a threshold which healthy scans stay under does not cut a
-    lesion down to its peak. Voxels join over corners.
+    Two thresholds are used (hysteresis, Canny 1986). A finding exceeds the higher one somewhere, and extends as far as
+    the lower one is exceeded. With the higher threshold alone, only the peak of a lesion would be marked. Voxels are
+    26-connected.
 
     Parameters
     ----------
     anomaly : (X, Y, Z) ndarray
-        The anomaly map on any grid; NaN is never part of a finding.
+        Anomaly map on any grid. NaN is never part of a finding.
     settings : Residual
-        Thresholds, and the smallest finding.
+        Thresholds and smallest volume.
     voxel_ml : float
         Volume of a voxel of that grid.
+
+    Returns
+    -------
+    labels : (X, Y, Z) ndarray of uint16 or int32
+        1 is the largest finding.
+    count : int
     """
     with np.errstate(invalid="ignore"):
-        whole = anomaly > settings.extent_threshold
-        # Most of a scan is far from any finding.
-        box = bounding_box(whole)
-        inside, certain = whole[box], anomaly[box] > settings.threshold
+        extent = anomaly > settings.extent_threshold
+        # Label the box only, because most of a scan is far from any finding.
+        box = bounding_box(extent)
+        inside, peaks = extent[box], anomaly[box] > settings.threshold
     labels, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    found = np.bincount(labels[certain], minlength=count + 1) > 0
-    keep = found & (sizes * voxel_ml >= settings.min_lesion_ml)
+    has_peak = np.bincount(labels[peaks], minlength=count + 1) > 0
+    keep = has_peak & (sizes * voxel_ml >= settings.min_lesion_ml)
     keep[0] = False
     by_size = [i for i in np.argsort(-sizes, kind="stable") if keep[i]]
-    few = len(by_size) <= np.iinfo(np.uint16).max
-    kind = np.dtype(np.uint16 if few else np.int32)
-    rank = np.zeros(count + 1, dtype=kind)
+    fits_uint16 = len(by_size) <= np.iinfo(np.uint16).max
+    dtype = np.dtype(np.uint16 if fits_uint16 else np.int32)
+    rank = np.zeros(count + 1, dtype=dtype)
     rank[by_size] = np.arange(1, len(by_size) + 1)
-    found_labels: LabelArray = np.zeros(anomaly.shape, dtype=kind)
-    found_labels[box] = rank[labels]
-    return found_labels, len(by_size)
+    ranked: LabelArray = np.zeros(anomaly.shape, dtype=dtype)
+    ranked[box] = rank[labels]
+    return ranked, len(by_size)
 
 
-def _lesion(
-    label: int,
-    labels: LabelArray,
-    box: tuple[slice, slice, slice],
-    anomaly: FloatArray,
-    volume: Volume,
+def _describe_lesion(
+    label: int, labels: LabelArray, box: tuple[slice, slice, slice], anomaly: FloatArray, volume: Volume
 ) -> Lesion:
     start = np.array([s.start for s in box])
     inside = labels[box] == label
     voxels = np.argwhere(inside) + start
     points = affines.apply_affine(volume.affine, voxels)
     values = anomaly[box][inside]
-    # The slice along the scan's own slice axis (the last one) that shows most of the lesion.
-    key_slice = int(np.bincount(voxels[:, 2]).argmax())
     return Lesion(
         label=label,
         volume_ml=float(inside.sum() * volume.voxel_ml),
@@ -160,7 +174,7 @@ def _lesion(
         mean=float(values.mean(dtype=np.float64)),
         centroid_mm=_point(points.mean(axis=0)),
         box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
-        key_slice=key_slice,
+        key_slice=int(np.bincount(voxels[:, 2]).argmax()),
     )
 
 

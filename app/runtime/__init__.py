@@ -1,1 +1,1 @@
-"""The one place that knows onnxruntime."""
+"""Bundles and their onnxruntime sessions. No other package imports onnxruntime."""

@@ -1,3 +1,5 @@
+"""A test client of the service with a fake engine, one for each module."""
+
 from collections.abc import Iterator
 
 import pytest

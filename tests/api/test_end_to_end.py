@@ -1,4 +1,4 @@
-"""The service with a real bundle: tiny ONNX graphs, a real scan in, its mask out."""
+"""The service with a real bundle of tiny ONNX graphs: a scan in, its results out."""
 
 from collections.abc import Iterator
 from io import BytesIO
@@ -15,7 +15,8 @@ from nibabel.spatialimages import SpatialImage
 from app.main import create_app
 from app.settings import Settings
 from app.volume import Volume
-from tests.support.dicom import write_series, zipped
+from tests.api.support import URL, WAIT
+from tests.support.dicom import write_series, zip_files
 from tests.support.phantom import brain, with_lesion
 from tests.support.segmentation import segment_points
 
@@ -28,33 +29,36 @@ def client(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield client
 
 
-def send_series(client: TestClient, folder: Path, volume: Volume) -> dict[str, Any]:
-    archive = zipped(folder / "series.zip", write_series(folder / "series", volume))
-    answer = client.post("/v1/scans", content=archive.read_bytes(), headers={"Prefer": "wait=120"})
+def analyse(client: TestClient, content: bytes, query: str = "") -> dict[str, Any]:
+    answer = client.post(f"{URL}{query}", content=content, headers=WAIT)
     assert answer.status_code == 200, answer.text
     job: dict[str, Any] = answer.json()
     return job
 
 
-def test_a_dicom_scan_has_a_segmentation_and_a_structured_report(client: TestClient, tmp_path: Path) -> None:
-    job = send_series(client, tmp_path, with_lesion(brain(), (25.0, 10.0, 20.0)))
-    links = job["links"]
-    assert (links["segmentation"], links["structured_report"]) == (
-        f"/v1/scans/{job['id']}/segmentation.dcm",
-        f"/v1/scans/{job['id']}/report.dcm",
-    )
-    assert links["report"].endswith("/report.json")
+def analyse_series(client: TestClient, folder: Path, volume: Volume) -> dict[str, Any]:
+    archive = zip_files(folder / "series.zip", write_series(folder / "series", volume))
+    return analyse(client, archive.read_bytes())
+
+
+def nifti_bytes(path: Path, volume: Volume) -> bytes:
+    nib.save(nib.Nifti1Image(volume.array, volume.affine), path)
+    return path.read_bytes()
+
+
+def test_dicom_scan_has_a_segmentation_and_a_structured_report(client: TestClient, tmp_path: Path) -> None:
+    job = analyse_series(client, tmp_path, with_lesion(brain(), (25.0, 10.0, 20.0)))
+    links, path = job["links"], f"{URL}/{job['id']}"
+    assert links["segmentation"] == f"{path}/segmentation.dcm"
+    assert links["structured_report"] == f"{path}/report.dcm"
+    assert links["report"] == f"{path}/report.json"
+    source = pydicom.dcmread(next((tmp_path / "series").iterdir()))
     for link, modality in ((links["segmentation"], "SEG"), (links["structured_report"], "SR")):
         answer = client.get(link)
-        assert answer.status_code == 200
         assert answer.headers["content-type"] == "application/dicom"
         made = pydicom.dcmread(BytesIO(answer.content))
-        source = pydicom.dcmread(next((tmp_path / "series").iterdir()))
         assert (made.Modality, made.StudyInstanceUID) == (modality, source.StudyInstanceUID)
         assert client.head(link).headers["content-length"] == str(len(answer.content))
-        part = client.get(link, headers={"Range": "bytes=128-131"})
-        assert (part.status_code, part.content) == (206, b"DICM")
-        assert client.get(link, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
     (tmp_path / "segmentation.dcm").write_bytes(client.get(links["segmentation"]).content)
     found = segment_points(tmp_path / "segmentation.dcm")
     for finding in job["findings"]:
@@ -62,19 +66,12 @@ def test_a_dicom_scan_has_a_segmentation_and_a_structured_report(client: TestCli
         assert centroid == pytest.approx(finding["centroid_mm"], abs=0.01)
 
 
-def test_what_a_scan_does_not_have_is_told(client: TestClient, tmp_path: Path) -> None:
-    healthy = send_series(client, tmp_path, brain())
+def test_absent_results_are_explained(client: TestClient, tmp_path: Path) -> None:
+    healthy = analyse_series(client, tmp_path, brain())
     assert healthy["links"].keys() & {"segmentation", "structured_report"} == {"structured_report"}
-    nib.save(nib.Nifti1Image(brain().array, brain().affine), tmp_path / "head.nii")
-    content = (tmp_path / "head.nii").read_bytes()
-    nifti = client.post("/v1/scans", content=content, headers={"Prefer": "wait=120"}).json()
+    nifti = analyse(client, nifti_bytes(tmp_path / "head.nii", brain()))
     assert not nifti["links"].keys() & {"segmentation", "structured_report"}
-    assert healthy["choice"] == {"by": "sequence", "sure": True, "doubt": None}
-    assert (nifti["choice"]["by"], nifti["choice"]["sure"]) == ("default", False)
-    assert nifti["choice"]["doubt"].startswith("The file says neither its modality nor its sequence")
-    named = client.post("/v1/scans?model=tiny", content=content, headers={"Prefer": "wait=120"}).json()
-    assert named["choice"] == {"by": "caller", "sure": True, "doubt": None}
-    listed = {job["id"]: job["links"] for job in client.get("/v1/scans").json()["scans"]}
+    listed = {job["id"]: job["links"] for job in client.get(URL).json()["scans"]}
     assert all(listed[job["id"]] == job["links"] for job in (healthy, nifti))
     for job, name, code in (
         (healthy, "segmentation.dcm", "no_lesion"),
@@ -82,29 +79,37 @@ def test_what_a_scan_does_not_have_is_told(client: TestClient, tmp_path: Path) -
         (nifti, "report.dcm", "not_from_dicom"),
         (nifti, "brain.nii.gz", "no_brain_mask"),
     ):
-        answer = client.get(f"/v1/scans/{job['id']}/{name}")
-        assert answer.status_code == 404
+        answer = client.get(f"{URL}/{job['id']}/{name}")
+        assert (answer.status_code, answer.json()["code"]) == (404, code)
         assert answer.headers["content-type"] == "application/problem+json"
-        assert answer.json()["code"] == code
-        assert answer.json()["advice"]
-        assert client.head(f"/v1/scans/{job['id']}/{name}").status_code == 404
+        assert client.head(f"{URL}/{job['id']}/{name}").status_code == 404
 
 
-def test_a_scan_becomes_its_mask(client: TestClient, tmp_path: Path) -> None:
+def test_selection_of_the_model_is_shown(client: TestClient, tmp_path: Path) -> None:
+    nifti = nifti_bytes(tmp_path / "head.nii", brain())
+    jobs = {
+        "sequence": analyse_series(client, tmp_path, brain()),
+        "default": analyse(client, nifti),
+        "caller": analyse(client, nifti, "?model=tiny"),
+    }
+    for by, job in jobs.items():
+        selection = job["selection"]
+        assert selection.pop("by") == by
+        # One field states whether the scan surely fits, the other one a warning if not.
+        assert (True in selection.values()) == (None in selection.values()) == (by != "default")
+
+
+def test_mask_has_the_grid_of_the_scan(client: TestClient, tmp_path: Path) -> None:
     head = brain()
-    sent, fetched = tmp_path / "head.nii.gz", tmp_path / "mask.nii.gz"
-    nib.save(nib.Nifti1Image(head.array, head.affine), sent)
-    answer = client.post("/v1/scans", content=sent.read_bytes(), headers={"Prefer": "wait=60"})
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["model"] == "tiny-0.0.1"
-    links = answer.json()["links"]
-    fetched.write_bytes(client.get(links["mask"]).content)
-    report = client.get(links["report"]).json()
-    assert client.get(links["preview"]).content.startswith(b"\x89PNG")
+    job = analyse(client, nifti_bytes(tmp_path / "head.nii.gz", head))
+    assert job["model"] == "tiny-0.0.1"
+    assert client.get(job["links"]["preview"]).content.startswith(b"\x89PNG")
     assert client.get("/readyz").json()["models"] == ["tiny-0.0.1"]
-    mask = nib.load(fetched)
+    (tmp_path / "mask.nii.gz").write_bytes(client.get(job["links"]["mask"]).content)
+    mask = nib.load(tmp_path / "mask.nii.gz")
     assert isinstance(mask, SpatialImage)
     assert mask.shape == head.shape
     assert np.array_equal(mask.affine, head.affine)
-    assert report["lesion_volume_ml"] == answer.json()["lesion_volume_ml"]
+    report = client.get(job["links"]["report"]).json()
+    assert report["lesion_volume_ml"] == job["lesion_volume_ml"]
     assert int(np.asarray(mask.dataobj).sum()) * head.voxel_ml == report["lesion_volume_ml"]

@@ -1,36 +1,35 @@
-"""An upload as large as is accepted, and larger: the service's memory stays small."""
+"""The memory of the service stays small during an upload of two gigabytes."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.api.served import served
-from tests.api.support import scan
+from tests.api.service_process import run_service
+from tests.api.support import URL, fake_scan
 
 MIB = 1 << 20
 UPLOAD_MIB = 2048
-MOST_MEMORY_MB = 300
+MAX_MEMORY_MB = 300
 
 
 def peak_mb(pid: int) -> float:
-    """Largest resident memory of a process so far."""
+    """Return the largest resident memory of a process so far."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1000 for line in lines if line.startswith("VmHWM"))
 
 
 def body(mib: int) -> Iterator[bytes]:
-    yield scan().ljust(MIB)
+    yield fake_scan().ljust(MIB)
     block = bytes(MIB)
     for _ in range(mib):
         yield block
 
 
 def test_two_gigabytes_are_received_in_little_memory(tmp_path: Path) -> None:
-    with served(tmp_path / "store", tmp_path / "log", max_upload_mb=str(UPLOAD_MIB)) as running:
-        before = peak_mb(running.process.pid)
-        # Refused by its last block: all the others were written, and are gone.
-        answer = running.http.post("/v1/scans", content=body(UPLOAD_MIB), timeout=600)
-        assert answer.status_code == 413
-        assert answer.json()["code"] == "upload_too_large"
-        assert before < peak_mb(running.process.pid) < MOST_MEMORY_MB
+    with run_service(tmp_path / "store", tmp_path / "log", max_upload_mb=str(UPLOAD_MIB)) as service:
+        before = peak_mb(service.process.pid)
+        # The last block exceeds the limit, after all the others have been written.
+        answer = service.http.post(URL, content=body(UPLOAD_MIB), timeout=600)
+        assert (answer.status_code, answer.json()["code"]) == (413, "upload_too_large")
+        assert before < peak_mb(service.process.pid) < MAX_MEMORY_MB
         assert list((tmp_path / "store" / "incoming").iterdir()) == []
-        assert running.http.get("/livez").status_code == 200
+        assert service.http.get("/livez").status_code == 200

@@ -1,4 +1,4 @@
-"""The shipped model on real scans: one answer by every way in."""
+"""The shipped T1 model on real scans: command line, HTTP, NIfTI and DICOM give the same mask."""
 
 import json
 import subprocess
@@ -14,8 +14,9 @@ import pytest
 from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from app.volume import Volume
-from tests.api.served import served
-from tests.support.dicom import write_series, zipped
+from tests.api.service_process import run_service
+from tests.api.support import URL, wait_for_state
+from tests.support.dicom import write_series, zip_files
 
 pytestmark = [
     pytest.mark.data,
@@ -23,19 +24,17 @@ pytestmark = [
 ]
 
 SUBJECTS = ("sub-61", "sub-30")
-WAIT_SECONDS = 60
 COUNTERPART = (sys.executable, "-c", "from app.cli import main; main()")
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
-    """What `counterpart serve` starts."""
     folder = tmp_path_factory.mktemp("service")
-    with served(folder / "store", folder / "log", (*COUNTERPART, "serve")) as running:
+    with run_service(folder / "store", folder / "log", (*COUNTERPART, "serve")) as running:
         yield running.http
 
 
-def _scan(real_scans: Path, subject: str) -> Path:
+def _scan_path(real_scans: Path, subject: str) -> Path:
     return real_scans / "t1_ds002748" / f"{subject}_T1w.nii.gz"
 
 
@@ -60,45 +59,42 @@ def _load(path: Path) -> nib.Nifti1Image:
 def test_command_line_and_http_give_the_same_mask(
     subject: str, real_scans: Path, service: httpx2.Client, tmp_path: Path
 ) -> None:
-    scan = _scan(real_scans, subject)
+    scan = _scan_path(real_scans, subject)
     report = _detect(scan, tmp_path)
-    posted = service.post("/v1/scans", content=scan.read_bytes(), headers={"Prefer": f"wait={WAIT_SECONDS}"})
-    assert posted.status_code == 200, posted.text
-    job = posted.json()
-    assert job["state"] == "succeeded"
-    mask = service.get(f"/v1/scans/{job['id']}/mask.nii.gz").content
+    job = wait_for_state(service, service.post(URL, content=scan.read_bytes()).json()["id"], "succeeded")
+    mask = service.get(f"{URL}/{job['id']}/mask.nii.gz").content
     assert mask == (tmp_path / "mask.nii.gz").read_bytes()
     assert [f["centroid_mm"] for f in job["findings"]] == [f["centroid_mm"] for f in report["findings"]]  # type: ignore[attr-defined]
 
-    ours, theirs = _load(tmp_path / "mask.nii.gz"), _load(scan)
-    assert ours.shape == theirs.shape
-    assert ours.get_data_dtype() == np.uint8
-    np.testing.assert_array_equal(ours.affine, theirs.affine)
+    mask_image, scan_image = _load(tmp_path / "mask.nii.gz"), _load(scan)
+    assert mask_image.shape == scan_image.shape
+    assert mask_image.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(mask_image.affine, scan_image.affine)
 
 
-def test_the_same_scan_as_dicom_has_the_same_mask_in_the_same_place(real_scans: Path, tmp_path: Path) -> None:
-    image = _load(_scan(real_scans, "sub-61"))
-    # A lesion, so that there is something to find in any version of the model.
+def test_nifti_and_dicom_give_the_same_mask(real_scans: Path, tmp_path: Path) -> None:
+    image = _load(_scan_path(real_scans, "sub-61"))
+    # Insert a lesion that every version of the model finds.
     voxels = np.asarray(image.dataobj, dtype=np.float32)
-    at = np.argwhere(voxels > 0).mean(axis=0)
-    ball = np.linalg.norm((np.indices(voxels.shape).T - at) * nib.affines.voxel_sizes(image.affine), axis=-1).T < 9
+    centre = np.argwhere(voxels > 0).mean(axis=0)
+    ball = np.linalg.norm((np.indices(voxels.shape).T - centre) * nib.affines.voxel_sizes(image.affine), axis=-1).T < 9
     voxels[ball & (voxels > 0)] = np.percentile(voxels[voxels > 0], 99.5)
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "scan.nii")
 
     files = write_series(tmp_path / "series", Volume(voxels, image.affine))
-    archive = zipped(tmp_path / "series.zip", files)
+    archive = zip_files(tmp_path / "series.zip", files)
     _detect(tmp_path / "scan.nii", tmp_path / "nifti")
     _detect(archive, tmp_path / "dicom")
-    from_nifti, from_dicom = (_load(tmp_path / way / "mask.nii.gz") for way in ("nifti", "dicom"))
+    from_nifti, from_dicom = (_load(tmp_path / name / "mask.nii.gz") for name in ("nifti", "dicom"))
 
-    # The series has its own axes: each voxel of it is looked up in the NIfTI's grid.
+    # The series has other axes, so each of its voxels is looked up on the grid of the NIfTI file.
     to_nifti = np.linalg.inv(from_nifti.affine) @ from_dicom.affine
     index = np.indices(from_dicom.shape).reshape(3, -1)
-    at_nifti = np.rint(to_nifti[:3, :3] @ index + to_nifti[:3, 3:]).astype(int)
-    there = np.asarray(from_nifti.dataobj)[tuple(at_nifti)].reshape(from_dicom.shape) > 0
-    here = np.asarray(from_dicom.dataobj) > 0
-    assert here.sum() > 1000
-    assert dice(here, there) >= 0.98
+    nifti_index = np.rint(to_nifti[:3, :3] @ index + to_nifti[:3, 3:]).astype(int)
+    nifti_mask = np.asarray(from_nifti.dataobj)[tuple(nifti_index)].reshape(from_dicom.shape) > 0
+    dicom_mask = np.asarray(from_dicom.dataobj) > 0
+    assert dicom_mask.sum() > 1000
+    assert dice(dicom_mask, nifti_mask) >= 0.98
 
     centroids = [
         nib.affines.apply_affine(m.affine, np.argwhere(np.asarray(m.dataobj) > 0)).mean(axis=0)

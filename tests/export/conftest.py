@@ -1,4 +1,4 @@
-"""A series, a result on it, and the objects that are written of both."""
+"""DICOM results of a phantom series with known lesions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,67 +6,109 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from highdicom.legacy import LegacyConvertedEnhancedMRImage
 from pydicom.dataset import FileDataset
-from scipy.spatial.transform import Rotation
+from pydicom.uid import generate_uid
 
+from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError
-from app.export.dicom import write_dicom
+from app.export.dicom import build_dicom_objects
 from app.export.report import Report
-from app.ingest import read
-from app.ingest.quiet import quiet
-from app.pipeline.findings import Result
+from app.ingest.reader import read_scan
+from app.pipeline.findings import ScanResult
 from app.volume import Affine, Scan
-from tests.support.dicom import Series, datasets, save
+from tests.support.dicom import Series, make_datasets, save
+from tests.support.grids import tilted
 from tests.support.phantom import brain, grid
-from tests.support.results import Point, marked
+from tests.support.results import Ball, make_result
 
 SHAPE = (27, 33, 24)
 SPACING = (5.2, 5.0, 5.6)
-# Unequal, so that a mirrored, transposed or swapped lesion shows.
-BALLS: tuple[tuple[Point, float], ...] = (((31.0, -14.0, 22.0), 16.0), ((-27.0, 38.0, -11.0), 11.0))
+OBLIQUE = (9.0, -14.0, 21.0)  # degrees
+# Of different sizes, so that a mirrored, transposed or swapped lesion is noticed.
+BALLS: tuple[Ball, ...] = (((31.0, -14.0, 22.0), 16.0), ((-27.0, 38.0, -11.0), 11.0))
 Change = Callable[[list[FileDataset]], object]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What went in and what came out."""
+class DicomResults:
+    """A scan, its findings and the DICOM objects that were written for it."""
 
     scan: Scan
-    result: Result
+    result: ScanResult
     report: Report
     absent: dict[str, CounterpartError]
     segmentation: Path
     structured_report: Path
 
 
-def oblique(*degrees: float) -> Affine:
-    """The grid of the tests, turned about x, y and z."""
-    turn = np.eye(4)
-    turn[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
-    return np.asarray(turn @ grid(SHAPE, SPACING))
+def turned_grid(*degrees: float) -> Affine:
+    """Return the grid of these tests, rotated about x, y and z."""
+    return tilted(grid(SHAPE, SPACING), *degrees)
 
 
-def write(out: Path, scan: Scan, balls: Sequence[tuple[Point, float]] = BALLS, **changes: object) -> Written:
-    """Write the objects of a scan in which balls were found; `changes` are fields of the report."""
-    result, report = marked(scan, balls)
+def write_results(out: Path, scan: Scan, balls: Sequence[Ball] = BALLS, **changes: object) -> DicomResults:
+    """Write the DICOM objects of a scan with balls as lesions; `changes` are fields of the report."""
+    result, report = make_result(scan, balls)
     report = report.model_copy(update=changes)
     out.mkdir(parents=True, exist_ok=True)
-    with quiet():
-        absent = write_dicom(out, scan, result, report)
-    return Written(scan, result, report, absent, out / "segmentation.dcm", out / "report.dcm")
+    absent: dict[str, CounterpartError] = {}
+    paths = out / "segmentation.dcm", out / "report.dcm"
+    with silence_libraries():
+        for path, dataset in zip(paths, build_dicom_objects(scan, result.labels, report), strict=True):
+            if isinstance(dataset, CounterpartError):
+                absent[path.name] = dataset
+            else:
+                dataset.save_as(path, enforce_file_format=True)
+    return DicomResults(scan, result, report, absent, *paths)
 
 
-def scan_of(folder: Path, series: Series, affine: Affine | None = None, change: Change | None = None) -> Scan:
+def read_series(folder: Path, series: Series, affine: Affine | None = None, change: Change | None = None) -> Scan:
     """Write a phantom as a series, change its data sets, and read it."""
-    slices = datasets(brain(SHAPE, grid(SHAPE, SPACING) if affine is None else affine), series)
+    slices = make_datasets(brain(SHAPE, grid(SHAPE, SPACING) if affine is None else affine), series)
     if change:
         change(slices)
     save(folder / "series", slices)
-    return read(folder / "series", scratch=folder / "scratch")
+    return read_scan(folder / "series", scratch=folder / "scratch")
+
+
+def set_attributes(**values: object) -> Change:
+    """Return a change that sets attributes in every slice; None deletes the attribute."""
+
+    def change(slices: list[FileDataset]) -> None:
+        for dataset in slices:
+            for name, value in values.items():
+                delattr(dataset, name) if value is None else setattr(dataset, name, value)
+
+    return change
+
+
+def legacy_enhanced(slices: list[FileDataset]) -> LegacyConvertedEnhancedMRImage:
+    """Convert slices into one multi-frame image with highdicom, with the frames in random order."""
+    set_attributes(
+        BurnedInAnnotation="NO",
+        VolumetricProperties="VOLUME",
+        ContentDate="20200102",
+        ContentTime="130000",
+        AcquisitionDate="20200102",
+        AcquisitionTime="130000",
+        AcquisitionNumber=1,
+    )(slices)
+    shuffled = [slices[i] for i in np.random.default_rng(4).permutation(len(slices))]
+    with silence_libraries():
+        image = LegacyConvertedEnhancedMRImage(
+            shuffled,
+            generate_uid(entropy_srcs=["enhanced series"]),
+            1,
+            generate_uid(entropy_srcs=["enhanced"]),
+            1,
+        )
+    del image.ClinicalTrialTimePointID  # highdicom adds it without a trial
+    return image
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """The objects of a straight axial series with two lesions."""
-    folder = tmp_path_factory.mktemp("written")
-    return write(folder / "out", scan_of(folder, Series()))
+def results(tmp_path_factory: pytest.TempPathFactory) -> DicomResults:
+    """Return the results of a straight axial MR series with two lesions."""
+    folder = tmp_path_factory.mktemp("results")
+    return write_results(folder / "out", read_series(folder, Series()))

@@ -1,4 +1,4 @@
-"""The same input, model and parameters: the same bytes. Anything else: other UIDs."""
+"""UIDs and bytes of the DICOM results: equal for the same analysis, different for any other."""
 
 import datetime as dt
 import shutil
@@ -7,48 +7,40 @@ from pathlib import Path
 import highdicom
 import pydicom
 import pytest
-from pydicom.dataset import FileDataset
 
-from app.ingest import read
-from tests.export.conftest import BALLS, Written, scan_of, write
+from app.ingest.reader import read_scan
+from tests.export.conftest import BALLS, DicomResults, read_series, set_attributes, write_results
 from tests.support.dicom import Series
 from tests.support.results import MODEL
 
 IDENTIFIERS = ("SOPInstanceUID", "SeriesInstanceUID")
 
 
-class LaterClock(dt.datetime):
-    """Forty years on."""
-
+class FutureClock(dt.datetime):
     @classmethod
-    def now(cls, tz: dt.tzinfo | None = None) -> "LaterClock":
+    def now(cls, tz: dt.tzinfo | None = None) -> "FutureClock":
         return cls(2066, 1, 2, 3, 4, 5, 6, tz)
 
 
-def uids(path: Path) -> set[str]:
-    """Every UID that an object makes up: its own, its series', its dimensions', its lesions'."""
+def generated_uids(path: Path) -> set[str]:
+    """Return the UIDs of an object, its series, its dimensions and its lesions."""
     dataset = pydicom.dcmread(path)
-    found = {str(dataset[name].value) for name in IDENTIFIERS}
-    found |= {str(i.DimensionOrganizationUID) for i in dataset.get("DimensionOrganizationSequence", ())}
-    return found | {str(s.TrackingUID) for s in dataset.get("SegmentSequence", ())}
+    uids = {str(dataset[name].value) for name in IDENTIFIERS}
+    uids |= {str(item.DimensionOrganizationUID) for item in dataset.get("DimensionOrganizationSequence", ())}
+    return uids | {str(segment.TrackingUID) for segment in dataset.get("SegmentSequence", ())}
 
 
-def test_the_same_bytes_whenever_and_wherever(
-    written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_same_analysis_at_another_time_has_the_same_bytes(
+    results: DicomResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "again").mkdir()
-    for number, path in enumerate(sorted(written.scan.source.instances)):
+    for number, path in enumerate(sorted(results.scan.source.instances)):
         shutil.copy(path, tmp_path / "again" / f"{number}.dcm")
     for module in (highdicom.base, highdicom.base_content, highdicom.sr.sop):
-        monkeypatch.setattr(module.datetime, "datetime", LaterClock)
-    again = write(tmp_path / "out", read(tmp_path / "again", scratch=tmp_path / "scratch"))
-    assert again.segmentation.read_bytes() == written.segmentation.read_bytes()
-    assert again.structured_report.read_bytes() == written.structured_report.read_bytes()
-
-
-def other_patient(slices: list[FileDataset]) -> None:
-    for dataset in slices:
-        dataset.PatientName = "Somebody^Else"
+        monkeypatch.setattr(module.datetime, "datetime", FutureClock)
+    again = write_results(tmp_path / "out", read_scan(tmp_path / "again", scratch=tmp_path / "scratch"))
+    assert again.segmentation.read_bytes() == results.segmentation.read_bytes()
+    assert again.structured_report.read_bytes() == results.structured_report.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -61,41 +53,39 @@ def other_patient(slices: list[FileDataset]) -> None:
         {"threshold": 0.41},
         {"extent_threshold": 0.19},
     ],
-    ids=lambda c: next(iter(c)),
+    ids=["weights", "seed", "precision", "code", "threshold", "extent threshold"],
 )
 def test_another_model_or_parameter_has_other_uids(
-    written: Written, tmp_path: Path, changes: dict[str, object]
+    results: DicomResults, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    other = write(tmp_path, written.scan, BALLS, **changes)
-    assert uids(written.structured_report).isdisjoint(uids(other.structured_report))
-    own = uids(written.segmentation) & uids(other.segmentation)
-    tracked = {str(s.TrackingUID) for s in pydicom.dcmread(other.segmentation).SegmentSequence}
-    # A threshold by itself moves nothing that it has not moved: the lesions are those there were.
-    assert own == (tracked if {"threshold", "extent_threshold"} & changes.keys() else set())
+    other = write_results(tmp_path, results.scan, BALLS, **changes)
+    assert generated_uids(results.structured_report).isdisjoint(generated_uids(other.structured_report))
+    shared = generated_uids(results.segmentation) & generated_uids(other.segmentation)
+    tracking = {str(segment.TrackingUID) for segment in pydicom.dcmread(other.segmentation).SegmentSequence}
+    # A threshold that does not change the lesions does not change their tracking UIDs.
+    assert shared == (tracking if {"threshold", "extent_threshold"} & changes.keys() else set())
 
 
-def test_another_mask_has_other_uids(written: Written, tmp_path: Path) -> None:
+def test_another_mask_has_other_uids(results: DicomResults, tmp_path: Path) -> None:
     (centre, radius), second = BALLS
-    other = write(tmp_path, written.scan, ((centre, radius + 4), second))
-    shared = uids(written.segmentation) & uids(other.segmentation)
-    # The second lesion is the same one, in the same analysis otherwise.
-    assert len(shared) == 1
-    assert uids(written.structured_report).isdisjoint(uids(other.structured_report))
+    other = write_results(tmp_path, results.scan, ((centre, radius + 4), second))
+    # The tracking UID of the second lesion, which is unchanged.
+    assert len(generated_uids(results.segmentation) & generated_uids(other.segmentation)) == 1
+    assert generated_uids(results.structured_report).isdisjoint(generated_uids(other.structured_report))
 
 
-def test_another_patient_has_other_uids(written: Written, tmp_path: Path) -> None:
-    other = write(tmp_path / "out", scan_of(tmp_path, Series(), change=other_patient))
-    for name in IDENTIFIERS:
-        for path, theirs in (
-            (written.segmentation, other.segmentation),
-            (written.structured_report, other.structured_report),
-        ):
-            assert pydicom.dcmread(path)[name].value != pydicom.dcmread(theirs)[name].value
+def test_another_patient_has_other_uids(results: DicomResults, tmp_path: Path) -> None:
+    scan = read_series(tmp_path, Series(), change=set_attributes(PatientName="Somebody^Else"))
+    other = write_results(tmp_path / "out", scan)
+    for name in ("segmentation", "structured_report"):
+        for keyword in IDENTIFIERS:
+            values = {pydicom.dcmread(getattr(case, name))[keyword].value for case in (results, other)}
+            assert len(values) == 2
 
 
-def test_uids_are_uids(written: Written) -> None:
-    for path in (written.segmentation, written.structured_report):
-        for uid in uids(path):
+def test_uids_are_valid(results: DicomResults) -> None:
+    for path in (results.segmentation, results.structured_report):
+        for uid in generated_uids(path):
             assert pydicom.uid.UID(uid).is_valid
             assert uid.startswith("2.25.")
             assert int(uid.removeprefix("2.25.")) < 2**128

@@ -1,4 +1,4 @@
-"""A mask as NIfTI lies where it was found, by the file's own geometry."""
+"""NIfTI files place every voxel where the affine does."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,10 @@ from nibabel import affines, orientations
 
 from app.export.nifti import write_nifti
 from app.volume import Volume
-from tests.ingest.test_round_trip import ANGLES, LAYOUTS, laid_out
+from tests.support.geometry import ANGLES, LAYOUTS, make_layout
 
 
-def mask_of(volume: Volume) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Some voxels on one side, in no symmetric form: the highest numbers."""
+def asymmetric_mask(volume: Volume) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.asarray(volume.array > volume.array.max() - 40, dtype=np.uint8)
 
 
@@ -22,32 +21,35 @@ def centroid(array: Any, affine: Any) -> Any:
     return affines.apply_affine(affine, np.argwhere(array)).mean(axis=0)
 
 
+def write_and_load(path: Path, mask: Any, affine: Any) -> nib.Nifti1Image:
+    write_nifti(path, mask, affine, 1, "a mask")
+    image = nib.load(path)
+    assert isinstance(image, nib.Nifti1Image)
+    return image
+
+
 @pytest.mark.parametrize("angles", ANGLES.values(), ids=ANGLES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "".join(orientations.ornt2axcodes(layout)))
-def test_the_centroid_of_a_mask_in_every_axis_layout(
+def test_mask_keeps_its_position_in_every_axis_layout(
     tmp_path: Path, layout: Any, angles: tuple[float, float, float]
 ) -> None:
-    volume = laid_out(layout, angles)
-    mask = mask_of(volume)
-    write_nifti(tmp_path / "mask.nii.gz", mask, volume.affine, 1, "a mask")
-    image = nib.load(tmp_path / "mask.nii.gz")
-    assert isinstance(image, nib.Nifti1Image)
-    found = np.asarray(image.dataobj)
-    expected = centroid(mask, volume.affine)
+    volume = make_layout(layout, angles)
+    mask = asymmetric_mask(volume)
+    image = write_and_load(tmp_path / "mask.nii.gz", mask, volume.affine)
     for affine, code in (image.get_sform(coded=True), image.get_qform(coded=True)):
         assert code == 1
-        # float32, and a quaternion of float32
-        np.testing.assert_allclose(centroid(found, affine), expected, atol=1e-4)
+        # sform and quaternion are float32
+        np.testing.assert_allclose(
+            centroid(np.asarray(image.dataobj), affine), centroid(mask, volume.affine), atol=1e-4
+        )
 
 
-def test_the_qform_of_a_sheared_affine_is_off(tmp_path: Path) -> None:
-    volume = laid_out(LAYOUTS[0], ANGLES["oblique"])
+def test_sheared_affine_has_no_qform(tmp_path: Path) -> None:
+    volume = make_layout(LAYOUTS[0], ANGLES["oblique"])
     affine = volume.affine.copy()
     affine[:3, 2] += 0.3 * affine[:3, 0]
-    mask = mask_of(volume)
-    write_nifti(tmp_path / "mask.nii.gz", mask, affine, 1, "a mask")
-    image = nib.load(tmp_path / "mask.nii.gz")
-    assert isinstance(image, nib.Nifti1Image)
+    mask = asymmetric_mask(volume)
+    image = write_and_load(tmp_path / "mask.nii.gz", mask, affine)
     sform, code = image.get_sform(coded=True)
     assert code == 1
     np.testing.assert_allclose(centroid(np.asarray(image.dataobj), sform), centroid(mask, affine), atol=1e-4)

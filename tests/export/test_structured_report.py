@@ -1,4 +1,4 @@
-"""Structured reports: what they state, and that they say the same as report.json."""
+"""DICOM Structured Report: its numbers are those of report.json."""
 
 import json
 from collections.abc import Iterator
@@ -8,22 +8,22 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from app.export.report import RESEARCH_USE_ONLY, ModelChoice
-from tests.export.conftest import Written, scan_of, write
+from app.export.report import RESEARCH_USE_ONLY, ModelSelectionReport
+from tests.export.conftest import DicomResults, read_series, write_results
 from tests.support.dicom import Series
-from tests.support.judges import tool
+from tests.support.external_tools import require_tool
 
 COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Written:
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> DicomResults:
     folder = tmp_path_factory.mktemp("healthy")
-    return write(folder / "out", scan_of(folder, Series(modality="CT", plane="coronal")), ())
+    return write_results(folder / "out", read_series(folder, Series(modality="CT", plane="coronal")), ())
 
 
 def items(dataset: Dataset, name: str) -> list[Dataset]:
-    """Content items of one concept, at any depth."""
+    """Return the content items of one concept at any depth."""
     return [item for item in _walk(dataset) if item.ConceptNameCodeSequence[0].CodeMeaning == name]
 
 
@@ -44,8 +44,8 @@ def coded(item: Dataset) -> tuple[str, str]:
     return code.CodeValue, code.CodingSchemeDesignator
 
 
-def test_it_is_a_measurement_report_of_the_study(written: Written) -> None:
-    made, source = pydicom.dcmread(written.structured_report), pydicom.dcmread(written.scan.source.instances[0])
+def test_report_is_a_measurement_report_of_the_study(results: DicomResults) -> None:
+    made, source = pydicom.dcmread(results.structured_report), pydicom.dcmread(results.scan.source.instances[0])
     assert (made.SOPClassUID, made.Modality) == (COMPREHENSIVE_SR, "SR")
     template = made.ContentTemplateSequence[0]
     assert (template.MappingResource, template.TemplateIdentifier) == ("DCMR", "1500")
@@ -61,15 +61,15 @@ def test_it_is_a_measurement_report_of_the_study(written: Written) -> None:
         for series in study.ReferencedSeriesSequence
         for reference in series.ReferencedSOPSequence
     }
-    sources = {pydicom.dcmread(path).SOPInstanceUID for path in written.scan.source.instances}
-    assert evidence == sources | {pydicom.dcmread(written.segmentation).SOPInstanceUID}
+    sources = {pydicom.dcmread(path).SOPInstanceUID for path in results.scan.source.instances}
+    assert evidence == sources | {pydicom.dcmread(results.segmentation).SOPInstanceUID}
 
 
-def test_each_lesion_has_its_numbers_and_its_segment(written: Written) -> None:
-    made, segmentation = pydicom.dcmread(written.structured_report), pydicom.dcmread(written.segmentation)
+def test_each_lesion_has_its_numbers_and_refers_to_its_segment(results: DicomResults) -> None:
+    made, segmentation = pydicom.dcmread(results.structured_report), pydicom.dcmread(results.segmentation)
     _, *groups = items(made, "Measurement Group")
-    assert len(groups) == len(written.report.findings) == 2
-    for finding, group, segment in zip(written.report.findings, groups, segmentation.SegmentSequence, strict=True):
+    assert len(groups) == len(results.report.findings) == 2
+    for finding, group, segment in zip(results.report.findings, groups, segmentation.SegmentSequence, strict=True):
         assert number(items(group, "Volume")[0]) == (finding.volume_ml, "mL")
         peak, mean = items(group, "Anomaly score")
         assert (number(peak), coded(peak.ContentSequence[0])) == ((finding.peak_score, "1"), ("56851009", "SCT"))
@@ -84,9 +84,9 @@ def test_each_lesion_has_its_numbers_and_its_segment(written: Written) -> None:
         assert items(group, "Tracking Identifier")[0].TextValue == segment.TrackingID == f"Lesion {finding.label}"
 
 
-@pytest.mark.parametrize("name", ["written", "healthy"])
-def test_it_says_what_was_analysed_by_what(name: str, request: pytest.FixtureRequest) -> None:
-    case: Written = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["results", "healthy"])
+def test_report_contains_extent_thresholds_and_algorithm(name: str, request: pytest.FixtureRequest) -> None:
+    case: DicomResults = request.getfixturevalue(name)
     report, made = case.report, pydicom.dcmread(case.structured_report)
     group = items(made, "Measurement Group")[0]
     assert number(items(group, "Volume that was analysed")[0]) == (1234.5, "mL")
@@ -110,19 +110,19 @@ def test_it_says_what_was_analysed_by_what(name: str, request: pytest.FixtureReq
     assert "research use only" in made.SeriesDescription
 
 
-def test_a_doubt_about_the_model_is_said(written: Written, tmp_path: Path) -> None:
-    choice = ModelChoice(by="modality", sure=False, doubt="The series does not say its sequence.")
-    model = written.report.model.model_copy(update={"choice": choice})
-    made = pydicom.dcmread(write(tmp_path, written.scan, model=model).structured_report)
-    assert [i.TextValue for i in items(made, "Comment")][-1] == "The series does not say its sequence."
+def test_warning_of_the_model_selection_is_a_comment(results: DicomResults, tmp_path: Path) -> None:
+    selection = ModelSelectionReport(by="modality", certain=False, warning="The sequence is unknown.")
+    model = results.report.model.model_copy(update={"selection": selection})
+    made = pydicom.dcmread(write_results(tmp_path, results.scan, model=model).structured_report)
+    assert [i.TextValue for i in items(made, "Comment")][-1] == "The sequence is unknown."
 
 
-def test_nothing_found_is_a_report_and_no_segmentation(healthy: Written, written: Written) -> None:
+def test_scan_without_lesion_has_a_report_and_no_segmentation(healthy: DicomResults, results: DicomResults) -> None:
     assert not healthy.segmentation.exists()
     (reason,) = healthy.absent.values()
     assert (list(healthy.absent), reason.code) == (["segmentation.dcm"], "no_lesion")
     question = "Difference from the imagined healthy counterpart"
-    answers = [coded(items(pydicom.dcmread(c.structured_report), question)[0]) for c in (healthy, written)]
+    answers = [coded(items(pydicom.dcmread(c.structured_report), question)[0]) for c in (healthy, results)]
     assert answers == [("272519000", "SCT"), ("52101004", "SCT")]  # Absent, Present
     made = pydicom.dcmread(healthy.structured_report)
     assert len(items(made, "Measurement Group")) == 1
@@ -132,8 +132,8 @@ def test_nothing_found_is_a_report_and_no_segmentation(healthy: Written, written
     assert len(series[0].ReferencedSOPSequence) == len(healthy.scan.source.instances)
 
 
-def test_private_codes_are_declared(written: Written) -> None:
-    made = pydicom.dcmread(written.structured_report)
+def test_private_coding_scheme_is_declared(results: DicomResults) -> None:
+    made = pydicom.dcmread(results.structured_report)
     used = {c.CodingSchemeDesignator for i in _walk(made) for c in i.ConceptNameCodeSequence}
     assert used <= {"DCM", "SCT", "UCUM", "UMLS", "99COUNTERPART"}
     (scheme,) = made.CodingSchemeIdentificationSequence
@@ -143,13 +143,13 @@ def test_private_codes_are_declared(written: Written) -> None:
     )
 
 
-def test_another_toolkit_reads_the_numbers(written: Written, tmp_path: Path) -> None:
-    """dcmqi's reader of TID 1500, on DCMTK."""
-    tid1500reader = tool("tid1500reader")
-    tid1500reader("--inputDICOM", written.structured_report, "--outputMetadata", tmp_path / "sr.json")
+def test_dcmqi_reads_the_same_numbers(results: DicomResults, tmp_path: Path) -> None:
+    """The reader of TID 1500 is based on DCMTK."""
+    tid1500reader = require_tool("tid1500reader")
+    tid1500reader("--inputDICOM", results.structured_report, "--outputMetadata", tmp_path / "sr.json")
     _, *groups = json.loads((tmp_path / "sr.json").read_text())["Measurements"]
-    segmentation = pydicom.dcmread(written.segmentation)
-    for finding, group in zip(written.report.findings, groups, strict=True):
+    segmentation = pydicom.dcmread(results.segmentation)
+    for finding, group in zip(results.report.findings, groups, strict=True):
         assert group["segmentationSOPInstanceUID"] == segmentation.SOPInstanceUID
         assert group["ReferencedSegment"] == finding.label
         read = {

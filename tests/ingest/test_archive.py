@@ -1,5 +1,9 @@
+"""Zip archives: hostile, unusual and damaged ones."""
+
+import io
 import stat
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -8,11 +12,16 @@ import numpy as np
 import pytest
 from isal import isal_zlib
 
-from app.errors import NoImageInArchive, SeveralSeries, TruncatedFile, UnsafeArchive
-from app.ingest import Limits, archive
+from app.errors import CounterpartError, NoImageInArchive, SeveralSeries, TruncatedFile, UnsafeArchive
+from app.ingest import archive
+from app.ingest.reader import Limits
 from app.volume import Volume
 from tests.ingest.conftest import Read
-from tests.support.dicom import write_series, zipped
+from tests.support.dicom import reorient, write_series
+
+MANY = 10_000
+# Processor seconds: a busy machine takes its time, and a quadratic reader would take hours.
+MAX_SECONDS = 60
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +36,7 @@ def make_zip(path: Path, files: dict[str, bytes], method: int = zipfile.ZIP_DEFL
     return path
 
 
-def test_one_nifti_among_other_files(tmp_path: Path, read_scan: Read, volume: Volume, nifti: bytes) -> None:
+def test_one_nifti_among_other_files_is_read(tmp_path: Path, read_scan: Read, volume: Volume, nifti: bytes) -> None:
     path = make_zip(tmp_path / "a", {"readme.txt": b"hello", "__MACOSX/._a.nii": b"\0\5\x16\7", "a/scan": nifti})
     scan = read_scan(path)
     np.testing.assert_array_equal(scan.volume.array, volume.array)
@@ -36,7 +45,7 @@ def test_one_nifti_among_other_files(tmp_path: Path, read_scan: Read, volume: Vo
 
 def test_names_are_never_used_as_paths(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
     slices = write_series(tmp_path / "s", volume)
-    names = ["../../{}", "/tmp/{}", "C:\\{}", "a/../../../{}"]  # noqa: S108 - what an attacker writes
+    names = ["../../{}", "/tmp/{}", "C:\\{}", "a/../../../{}"]  # noqa: S108 - names that an attacker writes
     path = make_zip(tmp_path / "evil.zip", {names[i % 4].format(i): file.read_bytes() for i, file in enumerate(slices)})
     before = set(tmp_path.rglob("*"))
     scan = read_scan(path)
@@ -44,6 +53,13 @@ def test_names_are_never_used_as_paths(tmp_path: Path, read_scan: Read, volume: 
     assert len(scan.source.instances) == 14
     assert all(file.is_relative_to(scratch) and file.name.isdigit() for file in scan.source.instances)
     assert {file for file in set(tmp_path.rglob("*")) - before if not file.is_relative_to(scratch)} == set()
+
+
+@pytest.mark.parametrize("name", ["con", "a/b/c/" * 40 + "d", "\u202egnp.mcd", "a\nb", "ä" * 100, ".", "~/x", "-rf"])
+def test_unusual_names_are_accepted(tmp_path: Path, read_scan: Read, volume: Volume, name: str) -> None:
+    content = {f"{name}{i}": path.read_bytes() for i, path in enumerate(write_series(tmp_path / "s", volume))}
+    scan = read_scan(make_zip(tmp_path / "a.zip", content))
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
 
 
 def test_links_are_left_out(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
@@ -58,103 +74,126 @@ def test_links_are_left_out(tmp_path: Path, read_scan: Read, nifti: bytes) -> No
 def test_a_bomb_stops_at_the_limit(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
     path = make_zip(tmp_path / "bomb.zip", {"a.nii": nifti + bytes(24_000_000)})
     assert path.stat().st_size < 500_000
-    with pytest.raises(UnsafeArchive, match="inflates to more than 10 MB"):
+    with pytest.raises(UnsafeArchive):
         read_scan(path, limits=Limits(max_inflated_bytes=10_000_000))
     assert sum(file.stat().st_size for file in (tmp_path / "scratch").rglob("*") if file.is_file()) <= 10_000_000
 
 
-def test_the_limit_is_over_all_files(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+def test_the_limit_counts_all_files(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
     path = make_zip(tmp_path / "a.zip", {f"{i}.nii": nifti for i in range(5)})
-    with pytest.raises(UnsafeArchive, match="inflates to more than"):
+    with pytest.raises(UnsafeArchive):
         read_scan(path, limits=Limits(max_inflated_bytes=3 * len(nifti)))
 
 
-def test_too_many_files(tmp_path: Path, read_scan: Read) -> None:
+def test_too_many_files_are_refused(tmp_path: Path, read_scan: Read) -> None:
     path = make_zip(tmp_path / "a.zip", {f"{i}": b"" for i in range(11)})
-    with pytest.raises(UnsafeArchive, match="more than 10 files"):
+    with pytest.raises(UnsafeArchive):
         read_scan(path, limits=Limits(max_files=10))
 
 
-def test_a_directory_that_announces_too_much_is_not_even_read(tmp_path: Path, read_scan: Read) -> None:
+def test_a_directory_that_states_a_huge_size_is_not_read(tmp_path: Path, read_scan: Read) -> None:
     path = tmp_path / "a.zip"
     path.write_bytes(b"PK\x05\x06" + struct.pack("<HHHHLLH", 0, 0, 1, 1, 2**31, 0, 0))
-    with pytest.raises(UnsafeArchive, match="more than 20000 files"):
+    with pytest.raises(UnsafeArchive):
         read_scan(path)
 
 
-def test_a_password(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+def test_a_password_is_refused(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
     path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
     content = bytearray(path.read_bytes())
-    content[6] |= 1  # local header's flags
-    content[content.rfind(b"PK\x01\x02") + 8] |= 1  # the directory's
+    content[6] |= 1  # flags of the local header
+    content[content.rfind(b"PK\x01\x02") + 8] |= 1  # flags of the directory
     path.write_bytes(content)
     with pytest.raises(UnsafeArchive, match="password"):
         read_scan(path)
 
 
-def test_a_compression_that_inflates_without_bound(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
-    with pytest.raises(UnsafeArchive, match="other than deflate"):
-        read_scan(make_zip(tmp_path / "a.zip", {"scan.nii": nifti}, zipfile.ZIP_BZIP2))
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compression_without_a_bound_is_refused(tmp_path: Path, read_scan: Read, nifti: bytes, method: int) -> None:
+    with pytest.raises(UnsafeArchive, match="deflate"):
+        read_scan(make_zip(tmp_path / "a.zip", {"scan.nii": nifti}, method))
 
 
-@pytest.mark.parametrize("files", [{}, {"readme.txt": b"hello"}, {"empty.dcm": b""}, {"inner.zip": b"PK\x03\x04..."}])
-def test_no_image_in_it(tmp_path: Path, read_scan: Read, files: dict[str, bytes]) -> None:
+def test_an_archive_inside_an_archive_is_not_opened(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as made:
+        made.writestr("scan.nii", nifti)
+    with pytest.raises(NoImageInArchive):
+        read_scan(make_zip(tmp_path / "outer.zip", {"inner.zip": inner.getvalue()}))
+
+
+@pytest.mark.parametrize("files", [{}, {"readme.txt": b"hello"}, {"empty.dcm": b""}])
+def test_an_archive_without_an_image_is_refused(tmp_path: Path, read_scan: Read, files: dict[str, bytes]) -> None:
     with pytest.raises(NoImageInArchive):
         read_scan(make_zip(tmp_path / "a.zip", files))
 
 
-def test_two_scans(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
-    with pytest.raises(SeveralSeries, match="2 NIfTI or MGH and 0 DICOM"):
+def test_two_scans_are_refused(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+    with pytest.raises(SeveralSeries):
         read_scan(make_zip(tmp_path / "a.zip", {"a.nii": nifti, "b.nii": nifti}))
 
 
-@pytest.mark.parametrize("keep", [10, 3000, -1])
-def test_cut_short(tmp_path: Path, read_scan: Read, nifti: bytes, keep: int) -> None:
-    path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(TruncatedFile):
-        read_scan(path)
-
-
-def test_an_entry_that_begins_before_the_archive(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
-    """Found by fuzzing: the directory is said to lie further on than it does."""
-    path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
-    content = bytearray(path.read_bytes())
+def move_first_entry(content: bytes) -> bytes:
+    """State that the directory begins later, so that an entry begins before the archive; found by fuzzing."""
     end = content.rfind(b"PK\x05\x06")
     at = struct.unpack_from("<L", content, end + 16)[0]
-    struct.pack_into("<L", content, end + 16, at + 1000)
-    path.write_bytes(content)
-    with pytest.raises(TruncatedFile):
-        read_scan(path)
+    return content[: end + 16] + struct.pack("<L", at + 1000) + content[end + 20 :]
 
 
-def test_damaged_inside(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:10],
+        lambda content: content[:3000],
+        lambda content: content[:-1],
+        lambda content: content[:2000] + bytes(100) + content[2100:],
+        move_first_entry,
+    ],
+    ids=["first bytes", "half", "last byte missing", "damaged inside", "entry before the archive"],
+)
+def test_a_damaged_archive_is_refused(tmp_path: Path, read_scan: Read, nifti: bytes, damage: object) -> None:
     path = make_zip(tmp_path / "a.zip", {"scan.nii": nifti})
-    content = bytearray(path.read_bytes())
-    content[2000:2100] = bytes(100)
-    path.write_bytes(content)
+    assert callable(damage)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(TruncatedFile):
         read_scan(path)
 
 
-def test_a_zipped_series_is_read_as_its_folder(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
-    files = write_series(tmp_path / "s", volume)
-    folder, packed = read_scan(tmp_path / "s"), read_scan(zipped(tmp_path / "s.zip", files))
-    np.testing.assert_array_equal(folder.volume.array, packed.volume.array)
-    np.testing.assert_array_equal(folder.volume.affine, packed.volume.affine)
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b"tiny", NoImageInArchive),
+        (bytes(128) + b"DICM", TruncatedFile),
+        (bytes(128) + b"DICM\2\0\0\0UL\4\0\0\0\0\0", TruncatedFile),
+    ],
+)
+def test_ten_thousand_tiny_files_are_refused_soon(
+    tmp_path: Path, read_scan: Read, content: bytes, error: type[CounterpartError]
+) -> None:
+    path = make_zip(tmp_path / "many.zip", {f"{i % 97}/{i}": content for i in range(MANY)}, zipfile.ZIP_STORED)
+    start = time.process_time()
+    with pytest.raises(error):
+        read_scan(path)
+    assert time.process_time() - start < MAX_SECONDS
 
 
-def test_entries_are_inflated_by_igzip_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    inflater = isal_zlib.decompressobj
+def test_a_series_among_ten_thousand_tiny_files_is_read(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = {str(path): path.read_bytes() for path in write_series(tmp_path / "s", volume)}
+    path = make_zip(tmp_path / "many.zip", {**{f"{i}": b"tiny" for i in range(MANY)}, **slices})
+    np.testing.assert_array_equal(read_scan(path).volume.array, reorient(volume, "axial")[0])
 
-    def noted(bits: int) -> object:
-        made.append(bits)
-        return inflater(bits)
 
-    monkeypatch.setattr(isal_zlib, "decompressobj", noted)
-    head = b"\0" * 128 + b"DICM"
-    files = {"noise": head + np.random.default_rng(0).bytes(3_000_000), "zeros": head + bytes(3_000_000)}
-    unpacked = archive.unpack(make_zip(tmp_path / "a.zip", files), tmp_path / "scratch", Limits())
+def test_igzip_inflates_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window_bits: list[int] = []
+    decompressobj = isal_zlib.decompressobj
+
+    def record(bits: int) -> object:
+        window_bits.append(bits)
+        return decompressobj(bits)
+
+    monkeypatch.setattr(isal_zlib, "decompressobj", record)
+    files = {"noise": np.random.default_rng(0).bytes(3_000_000), "zeros": bytes(3_000_000)}
+    path = make_zip(tmp_path / "a.zip", files)
+    unpacked = archive.unpack(path, tmp_path / "scratch", Limits(), lambda _: True)
     assert [path.read_bytes() for path in unpacked] == list(files.values())
-    assert made == [-15, -15]
+    assert window_bits == [-15, -15]

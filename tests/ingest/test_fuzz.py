@@ -1,10 +1,10 @@
-"""Mutants of real files; `scripts/fuzz_ingest.py` makes more of them."""
+"""Short fuzz test with mutants of real files."""
 
 from pathlib import Path
 
 import pytest
 
-from scripts.fuzz_ingest import fuzz, seeds
+from tests.proofs.fuzz_ingest import fuzz, seeds
 
 COUNT, SEED = 300, 20261123
 
@@ -14,6 +14,6 @@ def test_every_mutant_is_read_or_refused(real_scans: Path, tmp_path: Path) -> No
     outcome = fuzz(seeds(real_scans, tmp_path), COUNT, SEED)
     assert outcome.findings == []
     assert outcome.codes.total() == COUNT
-    # They reach the decoders and not only the sniffing of the first bytes.
+    # The mutants reach the decoders, not only the detection of the format.
     assert outcome.codes["read"] > COUNT / 10
     assert len(outcome.codes) >= 6

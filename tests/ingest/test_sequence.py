@@ -1,4 +1,4 @@
-"""What an image says of its MR sequence, as scanners of several makers say it."""
+"""Classification of the MR sequence, with names and times as scanners of several vendors write them."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
-from app.ingest.sequence import Said, said
+from app.ingest.dicom.sequence import SequenceInfo, classify_sequence
 from app.volume import Volume
 from tests.ingest.conftest import Read
-from tests.support.dicom import SECRET, Series, datasets, save, write_series
-from tests.support.enhanced import enhanced
+from tests.support.dicom import SECRET, Series, make_datasets, save, write_series
+from tests.support.enhanced import make_enhanced
 
 
-def header(**values: object) -> Dataset:
+def make_header(**values: object) -> Dataset:
     dataset = Dataset()
     dataset.Modality = "MR"
     for name, value in values.items():
@@ -52,16 +52,16 @@ def header(**values: object) -> Dataset:
         ("ep2d_perf ASL", "perfusion"),
     ],
 )
-def test_names(name: str, expected: str) -> None:
-    assert said(header(SeriesDescription=name)).weightings == (expected,)
+def test_names_are_classified(name: str, expected: str) -> None:
+    assert classify_sequence(make_header(SeriesDescription=name)).weightings == (expected,)
 
 
 @pytest.mark.parametrize(
     "name",
     ["", "Localizer", "Head", "survey", "t10", "WATT2000", "prostate", "PDA", "ax_asc_35sl", "different", "perfect"],
 )
-def test_names_that_say_nothing(name: str) -> None:
-    assert said(header(SeriesDescription=name)) == Said()
+def test_other_names_are_not_classified(name: str) -> None:
+    assert classify_sequence(make_header(SeriesDescription=name)) == SequenceInfo()
 
 
 @pytest.mark.parametrize(
@@ -72,8 +72,8 @@ def test_names_that_say_nothing(name: str) -> None:
         (["SE"], 20, 2500, None, ("PD",)),
         (["SE"], 50, 2500, None, ()),  # between the ranges
         (["SE"], 20, 1400, None, ()),
-        (["GR", "IR"], 3.1, 7.25, 750, ("T1",)),  # the UIH scan's own
-        (["SE", "IR"], 394, 6000, 2200, ("FLAIR",)),  # Siemens SPACE, of the archives
+        (["GR", "IR"], 3.1, 7.25, 750, ("T1",)),  # of the UIH scan
+        (["SE", "IR"], 394, 6000, 2200, ("FLAIR",)),  # Siemens SPACE
         (["SE", "IR"], 30, 5000, 150, ("STIR",)),
         (["SE", "IR"], 90, 9000, 900, ()),
         (["GR"], 20, 600, None, ("T2*",)),
@@ -82,22 +82,24 @@ def test_names_that_say_nothing(name: str) -> None:
         ([], 3, 10, None, ()),
     ],
 )
-def test_times(
+def test_times_are_classified(
     kinds: list[str], echo: float, repetition: float, inversion: float | None, expected: tuple[str, ...]
 ) -> None:
-    dataset = header(ScanningSequence=kinds, EchoTime=echo, RepetitionTime=repetition)
+    dataset = make_header(ScanningSequence=kinds, EchoTime=echo, RepetitionTime=repetition)
     if inversion is not None:
         dataset.InversionTime = inversion
-    assert said(dataset).weightings == expected
+    assert classify_sequence(dataset).weightings == expected
 
 
-def test_witnesses_that_agree_are_one_and_those_that_do_not_are_all_heard() -> None:
+def test_contradicting_sources_give_several_weightings() -> None:
     times = {"ScanningSequence": ["SE"], "EchoTime": 100, "RepetitionTime": 4000}
-    assert said(header(SeriesDescription="t2_tse", **times)).weightings == ("T2",)
-    assert said(header(SeriesDescription="t1_se", **times)).weightings == ("T1", "T2")
-    assert said(header(SeriesDescription="t1 and stir")).weightings == ("T1", "STIR")
-    # How it was read out is no contradiction.
-    assert said(header(ProtocolName="dwi", ScanningSequence=["EP"], EchoTime=90)).weightings == ("DWI",)
+    assert classify_sequence(make_header(SeriesDescription="t2_tse", **times)).weightings == ("T2",)
+    assert classify_sequence(make_header(SeriesDescription="t1_se", **times)).weightings == ("T1", "T2")
+    assert classify_sequence(make_header(SeriesDescription="t1 and stir")).weightings == ("T1", "STIR")
+    # EPI is a readout, not another weighting.
+    assert classify_sequence(make_header(ProtocolName="dwi", ScanningSequence=["EP"], EchoTime=90)).weightings == (
+        "DWI",
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,31 +115,29 @@ def test_witnesses_that_agree_are_one_and_those_that_do_not_are_all_heard() -> N
         ({"ContrastBolusAgent": "Iomeron", "Modality": "CT"}, True),
     ],
 )
-def test_a_contrast_agent(values: dict[str, object], expected: bool) -> None:  # noqa: FBT001
-    assert said(header(**values)).contrast_agent is expected
+def test_a_contrast_agent_is_recognised(values: dict[str, object], expected: bool) -> None:  # noqa: FBT001
+    assert classify_sequence(make_header(**values)).contrast_agent is expected
 
 
-def coded(contrast: str, echo: float, repetition: float) -> tuple[Dataset, Dataset, Dataset]:
-    """Functional groups of a frame of an enhanced image."""
-    kind, times, echoes = Dataset(), Dataset(), Dataset()
-    kind.AcquisitionContrast, times.RepetitionTime, echoes.EffectiveEchoTime = contrast, repetition, echo
-    return kind, times, echoes
-
-
-def test_each_frame_of_an_enhanced_image_speaks_for_itself() -> None:
-    dataset, groups = header(EchoPulseSequence="SPIN"), []
+def test_each_frame_of_an_enhanced_image_is_classified() -> None:
+    dataset, groups = make_header(EchoPulseSequence="SPIN"), []
     for contrast, echo in (("PROTON_DENSITY", 15), ("T2", 90), ("UNKNOWN", 90), ("T1", 90)):
-        group = Dataset()
-        kind, times, echoes = coded(contrast, echo, 3000)
-        group.MRImageFrameTypeSequence, group.MRTimingAndRelatedParametersSequence = [kind], [times]
+        group, frame_type, times, echoes = Dataset(), Dataset(), Dataset(), Dataset()
+        frame_type.AcquisitionContrast, times.RepetitionTime, echoes.EffectiveEchoTime = contrast, 3000, echo
+        group.MRImageFrameTypeSequence, group.MRTimingAndRelatedParametersSequence = [frame_type], [times]
         group.MREchoSequence = [echoes]
         groups.append(group)
     dataset.PerFrameFunctionalGroupsSequence = groups
-    assert [said(dataset, frame).weightings for frame in range(4)] == [("PD",), ("T2",), ("T2",), ("T1", "T2")]
+    assert [classify_sequence(dataset, frame).weightings for frame in range(4)] == [
+        ("PD",),
+        ("T2",),
+        ("T2",),
+        ("T1", "T2"),
+    ]
 
 
-def test_the_stack_that_is_read_is_asked(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
-    dataset = enhanced(volume, Series(description="dual echo"), echoes_ms=(15.0, 90.0))
+def test_the_selected_stack_is_classified(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    dataset = make_enhanced(volume, Series(description="dual echo"), echoes_ms=(15.0, 90.0))
     dataset.EchoPulseSequence = "SPIN"
     times = Dataset()
     times.RepetitionTime = 3000
@@ -148,7 +148,7 @@ def test_the_stack_that_is_read_is_asked(tmp_path: Path, read_scan: Read, volume
     assert found == {("PD",), ("T2",)}
 
 
-def test_a_series_says_it_of_itself(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+def test_a_series_is_classified_without_repeating_its_text(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
     write_series(tmp_path / "s", volume, Series(description=f"t2_flair\nax {SECRET}"))
     source = read_scan(tmp_path / "s").source
     assert (source.sequences, source.contrast_agent) == (("FLAIR",), False)
@@ -158,8 +158,8 @@ def test_a_series_says_it_of_itself(tmp_path: Path, read_scan: Read, volume: Vol
     assert (source.sequences, source.contrast_agent) == ((), True)
 
 
-def test_a_time_that_is_no_number_is_no_reason_to_refuse(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
-    slices = datasets(volume, Series(description="Head"))
+def test_an_invalid_time_is_accepted(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume, Series(description="Head"))
     for dataset in slices:
         dataset.ScanningSequence, dataset.EchoTime = ["SE"], 12
         dataset.add_new("RepetitionTime", "LO", "soon")
@@ -182,5 +182,5 @@ REAL = {
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", REAL)
-def test_real_series_say_it(archives: Path, read_scan: Read, name: str) -> None:
+def test_real_series_are_classified(archives: Path, read_scan: Read, name: str) -> None:
     assert read_scan(archives / name).source.sequences == REAL[name]

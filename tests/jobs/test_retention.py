@@ -6,52 +6,52 @@ import pytest
 
 from app.errors import NotFound
 from app.jobs.job import Job
-from app.jobs.retention import GIGABYTE, Limits, surplus
+from app.jobs.retention import GIGABYTE, StorageLimits, select_expired
 from tests.api.support import FakeEngine
-from tests.jobs.test_workflow import started, submit, until
+from tests.jobs.support import running_service, submit, wait_for_state
 
 NOW = datetime(2026, 11, 23, tzinfo=UTC)
 
 
-def ended(name: str, days: float) -> Job:
+def ended_job(name: str, days: float) -> Job:
     at = NOW - timedelta(days=days)
     return Job(name, "succeeded", None, 1.0, None, at - timedelta(hours=1), at, at, None, "")
 
 
-JOBS = [ended("old", 40), ended("middle", 20), ended("young", 1)]
+JOBS = [ended_job("old", 40), ended_job("middle", 20), ended_job("young", 1)]
 SIZES = {"old": 3 * GIGABYTE, "middle": 2 * GIGABYTE, "young": GIGABYTE, "running": GIGABYTE}
 
 
 @pytest.mark.parametrize(
-    ("limits", "erased"),
+    ("limits", "expired"),
     [
-        (Limits(), []),
-        (Limits(keep_days=30), ["old"]),
-        (Limits(keep_days=0.5), ["old", "middle", "young"]),
-        (Limits(keep_gb=7), []),
-        (Limits(keep_gb=6), ["old"]),
-        (Limits(keep_gb=3), ["old", "middle"]),
-        (Limits(keep_gb=0.1), ["old", "middle", "young"]),  # what has not ended is kept
-        (Limits(keep_days=30, keep_gb=3), ["old", "middle"]),
+        (StorageLimits(), []),
+        (StorageLimits(keep_days=30), ["old"]),
+        (StorageLimits(keep_days=0.5), ["old", "middle", "young"]),
+        (StorageLimits(keep_gb=7), []),
+        (StorageLimits(keep_gb=6), ["old"]),
+        (StorageLimits(keep_gb=3), ["old", "middle"]),
+        (StorageLimits(keep_gb=0.1), ["old", "middle", "young"]),  # a running job is kept
+        (StorageLimits(keep_days=30, keep_gb=3), ["old", "middle"]),
     ],
 )
-def test_the_oldest_that_ended_go_first(limits: Limits, erased: list[str]) -> None:
-    assert surplus(JOBS, SIZES, limits, NOW) == erased
+def test_oldest_ended_jobs_expire_first(limits: StorageLimits, expired: list[str]) -> None:
+    assert select_expired(JOBS, SIZES, limits, NOW) == expired
 
 
-def test_what_waited_long_is_not_old() -> None:
-    late = replace(ended("late", 1), created=NOW - timedelta(days=90))
-    assert surplus([late], {}, Limits(keep_days=30), NOW) == []
+def test_age_counts_from_the_end_of_the_job() -> None:
+    waited_long = replace(ended_job("waited long", 1), created=NOW - timedelta(days=90))
+    assert select_expired([waited_long], {}, StorageLimits(keep_days=30), NOW) == []
 
 
-def test_what_is_kept_too_long_leaves_no_trace(tmp_path: Path) -> None:
-    with started(tmp_path, FakeEngine()) as jobs:
-        kept = submit(jobs, tmp_path)
-        until(jobs, kept, "succeeded")
-        jobs.retain()
-        jobs.get(kept)
-        jobs._limits = Limits(keep_gb=1e-9)
-        jobs.retain()
+def test_expired_job_is_erased_completely(tmp_path: Path) -> None:
+    with running_service(tmp_path, FakeEngine()) as service:
+        job = submit(service, tmp_path)
+        wait_for_state(service, job, "succeeded")
+        service.enforce_retention()
+        service.queue.get(job)
+        service._limits = StorageLimits(keep_gb=1e-9)
+        service.enforce_retention()
         with pytest.raises(NotFound):
-            jobs.get(kept)
-    assert not list(tmp_path.rglob(f"*{kept}*"))
+            service.queue.get(job)
+    assert not list(tmp_path.rglob(f"*{job}*"))

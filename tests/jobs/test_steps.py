@@ -1,4 +1,4 @@
-"""Infer, export, publish: who dies between them has the others go on, and nothing of it is left behind."""
+"""Steps infer, export and publish: after a crash the next worker continues, and no intermediate files remain."""
 
 import sys
 import time
@@ -7,51 +7,44 @@ from pathlib import Path
 
 import httpx2
 import pytest
-import sqlalchemy as sa
 
-from app.analyse import DICOM_FILES, RESULT_FILES, Request
-from app.jobs.apart import Apart
+from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
 from app.jobs.bucket import BucketStore
-from app.jobs.database import connect, recorded_steps, workflow_status
-from app.jobs.engine import INFERRED, BundleEngine
-from app.jobs.listing import WORKFLOW
-from app.jobs.store import HELD, Store
-from app.jobs.upgrade import begin_again
-from app.jobs.workflow import Jobs
-from scripts.servers import BUCKET
-from tests.api.served import served
-from tests.api.support import FakeEngine
-from tests.api.test_served import URL, until
-from tests.jobs.test_workflow import started, submit
-from tests.jobs.test_workflow import until as reached
-from tests.support.dicom import write_series, zipped
+from app.jobs.store import INTERMEDIATE_PREFIX, Store
+from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.workflow import JobService
+from tests.api import support as api_support
+from tests.api.service_process import run_service
+from tests.api.support import URL, FakeEngine
+from tests.jobs.support import problem_of, running_service, submit, wait_for_state
+from tests.support.dicom import write_series, zip_files
 from tests.support.phantom import brain, grid, with_lesion
+from tests.support.servers import BUCKET
 
 SHAPE = (58, 70, 52)
-RESULTS = (*RESULT_FILES, *DICOM_FILES)
+RESULTS = (*REQUIRED_NAMES, *DICOM_NAMES)
 
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DICOM series in a zip: to read it again is to unpack it again."""
+    """A DICOM series in a zip, which a second reader must unpack again."""
     folder = tmp_path_factory.mktemp("series")
     volume = with_lesion(brain(SHAPE, grid(SHAPE)), (25.0, 10.0, 20.0), 15.0)
-    return zipped(folder / "series.zip", write_series(folder / "series", volume))
+    return zip_files(folder / "series.zip", write_series(folder / "series", volume))
 
 
 @pytest.fixture(scope="module")
-def calm(archive: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Results of the undisturbed run, whose export goes on from memory."""
-    folder = tmp_path_factory.mktemp("calm")
-    with served(folder / "store", folder / "log", process("calm"), models=str(tiny_models)) as service:
+def reference(archive: Path, tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Results of an undisturbed run, exported from memory."""
+    folder = tmp_path_factory.mktemp("reference")
+    with run_service(folder / "store", folder / "log", command("normal"), models=str(tiny_models)) as service:
         job = send(service.http, archive)
-        until(service.http, job, "succeeded")
-        return published(service.http, job)
+        api_support.wait_for_state(service.http, job, "succeeded")
+        return download(service.http, job)
 
 
-def process(kind: str, *role: str) -> Sequence[str]:
-    """See `tests.jobs.interrupted`."""
-    return (sys.executable, "-m", "tests.jobs.interrupted", kind, *role)
+def command(kind: str, *role: str) -> Sequence[str]:
+    return (sys.executable, "-m", "tests.jobs.faulty_service", kind, *role)
 
 
 def send(http: httpx2.Client, archive: Path) -> str:
@@ -60,194 +53,151 @@ def send(http: httpx2.Client, archive: Path) -> str:
     return str(answer.json()["id"])
 
 
-def published(http: httpx2.Client, job: str) -> dict[str, bytes]:
+def download(http: httpx2.Client, job: str) -> dict[str, bytes]:
     return {name: http.get(f"{URL}/{job}/{name}").raise_for_status().content for name in RESULTS}
 
 
-def within(folder: Path) -> list[str]:
+def job_files(folder: Path) -> list[str]:
+    """Return the names in a job's folder without their random parts."""
     return sorted(path.name.split("-")[0] for path in folder.iterdir())
 
 
-def test_a_worker_killed_before_the_export_has_its_scan_exported_without_the_networks(
-    archive: Path, calm: dict[str, bytes], tiny_models: Path, tmp_path: Path
+def test_scan_of_a_killed_worker_is_exported_without_running_the_networks_again(
+    archive: Path, reference: dict[str, bytes], tiny_models: Path, tmp_path: Path
 ) -> None:
     store, log, models = tmp_path / "store", tmp_path / "log", str(tiny_models)
-    with served(store, log, process("killed"), models=models) as service:
+    with run_service(store, log, command("killed"), models=models) as service:
         job = send(service.http, archive)
         assert service.process.wait(120) == -9
-    assert within(store / "jobs" / job) == ["inferred", "scan", "work"]
-    with served(store, log, process("networkless"), models=models) as service:
-        until(service.http, job, "succeeded")
-        assert published(service.http, job) == calm
-        assert within(store / "jobs" / job) == ["results", "scan"]
-        # And it could indeed not have inferred.
+    assert job_files(store / "jobs" / job) == ["inferred", "scan", "work"]
+    with run_service(store, log, command("no_networks"), models=models) as service:
+        api_support.wait_for_state(service.http, job, "succeeded")
+        assert download(service.http, job) == reference
+        assert job_files(store / "jobs" / job) == ["results", "scan"]
+        # This service cannot run the networks: another scan fails.
         other = service.http.post(f"{URL}?seed=1", content=archive.read_bytes()).json()["id"]
-        until(service.http, other, "failed")
+        api_support.wait_for_state(service.http, other, "failed")
     assert '"exception": "AssertionError"' in log.read_text()
 
 
-@pytest.fixture
-def shared(database: str, server: dict[str, str], tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Settings of every machine of a cluster."""
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    return {"database": database, "store": f"s3://{BUCKET}/steps", "models": str(tiny_models)}
-
-
 @pytest.mark.proof
-def test_another_machine_exports_what_a_killed_one_inferred(
-    archive: Path, calm: dict[str, bytes], shared: dict[str, str], tmp_path: Path
+def test_scan_of_a_killed_machine_is_exported_by_another_machine(
+    archive: Path,
+    reference: dict[str, bytes],
+    cluster_settings: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    bucket = BucketStore(shared["store"], tmp_path / "looks")
+    bucket = BucketStore(cluster_settings["store"], tmp_path / "observer")
 
-    def machine(name: str, *command: str):  # type: ignore[no-untyped-def]
-        return served(tmp_path / name, tmp_path / f"{name}.log", process(*command), None, **shared)
+    def machine(name: str, *arguments: str):  # type: ignore[no-untyped-def]
+        return run_service(tmp_path / name, tmp_path / f"{name}.log", command(*arguments), None, **cluster_settings)
 
-    with machine("api", "calm", "--no-worker") as api:
+    with machine("api", "normal", "--no-worker") as api:
         with machine("first", "killed", "--no-api") as first:
             job = send(api.http, archive)
             assert first.process.wait(120) == -9
-        (held,) = bucket._names(f"jobs/{job}/inferred/")
+        (intermediate,) = bucket._names(f"jobs/{job}/inferred/")
         assert bucket.sizes()[job] > 1_000_000
-        with machine("second", "networkless", "--no-api"):
-            until(api.http, job, "succeeded")
-            assert published(api.http, job) == calm
-            assert held not in bucket._names("")
-            assert not list((tmp_path / "second").rglob(f"{HELD}*"))
+        with machine("second", "no_networks", "--no-api"):
+            api_support.wait_for_state(api.http, job, "succeeded")
+            assert download(api.http, job) == reference
+            assert intermediate not in bucket._names("")
+            assert not list((tmp_path / "second").rglob(f"{INTERMEDIATE_PREFIX}*"))
         assert api.http.delete(f"{URL}/{job}").status_code == 204
     assert bucket._names("") == []
 
 
-def exporting(jobs: Jobs, engine: FakeEngine, folder: Path, times: int = 1) -> str:
-    """A job that is at its export, and will be for long."""
-    job = submit(jobs, folder, slow_export=60)
+@pytest.fixture
+def cluster_settings(
+    database: str, s3_environ: dict[str, str], tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    for name, value in s3_environ.items():
+        monkeypatch.setenv(name, value)
+    return {"database": database, "store": f"s3://{BUCKET}/steps", "models": str(tiny_models)}
+
+
+def submit_until_export(service: JobService, engine: FakeEngine, folder: Path, exports: int = 1) -> str:
+    """Submit a job with a long export, and wait until its export runs."""
+    job = submit(service, folder, export_seconds=60)
     deadline = time.monotonic() + 120
-    while len(engine.exported) < times:
+    while len(engine.exports) < exports:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert within(folder / "jobs" / job) == ["inferred", "scan", "work"]
+    assert job_files(folder / "jobs" / job) == ["inferred", "scan", "work"]
     return job
 
 
-@pytest.mark.parametrize(("kept", "inferences"), [(True, 1), (False, 2)])
-def test_a_drained_export_goes_on_at_the_next_start_and_infers_only_what_is_lost(
+@pytest.mark.parametrize(("intermediate_exists", "inferences"), [(True, 1), (False, 2)])
+def test_drained_export_continues_at_the_next_start(
     tmp_path: Path,
-    kept: bool,  # noqa: FBT001
+    intermediate_exists: bool,  # noqa: FBT001
     inferences: int,
 ) -> None:
     engine = FakeEngine()
-    with started(tmp_path, engine) as jobs:
-        job = exporting(jobs, engine, tmp_path)
-    assert within(tmp_path / "jobs" / job) == ["inferred", "scan"]
-    if not kept:  # the store was restored from a copy that is older than the database's
-        Store(tmp_path).release(job)
-    engine.slow_export = False
-    with started(tmp_path, engine) as jobs:
-        reached(jobs, job, "succeeded")
-    assert len(engine.seen) == inferences
-    assert [text for text, _ in engine.exported] == [f"{job} 1", f"{job} {inferences}"]
-    assert within(tmp_path / "jobs" / job) == ["results", "scan"]
+    with running_service(tmp_path, engine) as service:
+        job = submit_until_export(service, engine, tmp_path)
+    assert job_files(tmp_path / "jobs" / job) == ["inferred", "scan"]
+    if not intermediate_exists:  # as after a restore from a backup of the store that is older than the database's
+        Store(tmp_path).discard_intermediate(job)
+    engine.export_seconds = False
+    with running_service(tmp_path, engine) as service:
+        wait_for_state(service, job, "succeeded")
+    assert len(engine.inferences) == inferences
+    assert [text for text, _ in engine.exports] == [f"{job} 1", f"{job} {inferences}"]
+    assert job_files(tmp_path / "jobs" / job) == ["results", "scan"]
 
 
-def test_a_job_that_is_cancelled_or_erased_in_its_export_leaves_nothing_of_it(tmp_path: Path) -> None:
+def test_cancelled_or_erased_export_leaves_no_intermediate_files(tmp_path: Path) -> None:
     engine = FakeEngine()
-    with started(tmp_path, engine) as jobs:
-        cancelled = exporting(jobs, engine, tmp_path)
-        jobs.cancel(cancelled)
-        assert "inferred" not in within(tmp_path / "jobs" / cancelled)
-        erased = exporting(jobs, engine, tmp_path, 2)  # so the worker has let go of the first
-        assert within(tmp_path / "jobs" / cancelled) == ["scan"]
-        jobs.erase(erased)
+    with running_service(tmp_path, engine) as service:
+        cancelled = submit_until_export(service, engine, tmp_path)
+        service.queue.cancel(cancelled)
+        assert "inferred" not in job_files(tmp_path / "jobs" / cancelled)
+        erased = submit_until_export(service, engine, tmp_path, 2)  # so the worker has stopped the first job
+        assert job_files(tmp_path / "jobs" / cancelled) == ["scan"]
+        service.queue.erase(erased)
         assert not list(tmp_path.rglob(f"*{erased}*"))
-        last = submit(jobs, tmp_path, name="last")
-        reached(jobs, last, "succeeded")
+        last = submit(service, tmp_path, name="last")
+        wait_for_state(service, last, "succeeded")
         assert not list(tmp_path.rglob(f"*{erased}*"))
-    assert not list(tmp_path.rglob(f"{HELD}*"))
+    assert not list(tmp_path.rglob(f"{INTERMEDIATE_PREFIX}*"))
 
 
-def test_an_export_that_fails_leaves_nothing_of_it_and_is_not_inferred_twice(
+def test_failed_export_leaves_no_intermediate_files_and_infers_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[str] = []
-    hold = Store.hold
+    saved: list[str] = []
+    save_intermediate = Store.save_intermediate
 
-    def counted(store: Store, job: str, inferred: Path) -> str:
-        held.append(job)
-        return hold(store, job, inferred)
+    def record(store: Store, job: str, file: Path) -> str:
+        saved.append(job)
+        return save_intermediate(store, job, file)
 
-    monkeypatch.setattr(Store, "hold", counted)
-    with started(tmp_path, Apart(FakeEngine(), "tests.api.support:FakeEngine", {})) as jobs:
-        jobs_of = {"internal_error": submit(jobs, tmp_path, crash_late="x")}
-        jobs_of["worker_lost"] = submit(jobs, tmp_path, die_late=True)
-        for code, job in jobs_of.items():
-            reached(jobs, job, "failed")
-            problem = jobs.get(job).problem
-            assert problem is not None
-            assert problem["code"] == code
-            assert within(tmp_path / "jobs" / job) == ["scan"]
-        assert held == list(jobs_of.values())
-        good = submit(jobs, tmp_path, name="good")
-        reached(jobs, good, "succeeded")
+    monkeypatch.setattr(Store, "save_intermediate", record)
+    engine = SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {})
+    with running_service(tmp_path, engine) as service:
+        jobs = {"internal_error": submit(service, tmp_path, raise_in_export="x")}
+        jobs["worker_lost"] = submit(service, tmp_path, exit_process_in_export=True)
+        for code, job in jobs.items():
+            assert problem_of(service, job)["code"] == code
+            assert job_files(tmp_path / "jobs" / job) == ["scan"]
+        assert saved == list(jobs.values())
+        good = submit(service, tmp_path, name="good")
+        wait_for_state(service, good, "succeeded")
 
 
-def test_the_usual_export_reads_nothing_again(
-    archive: Path, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_job_of_another_steps_version_restarts_from_its_inference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, reads = BundleEngine(tiny_models, "cpu", 1), []
-
-    def quiet(*_: object) -> None: ...
-
-    def counted(*_: object, **__: object) -> None:
-        reads.append("again")
-        raise FileNotFoundError
-
-    monkeypatch.setattr("app.jobs.engine.read", counted)
-    engine.infer(archive, tmp_path, Request(), quiet)
-    file = (tmp_path / INFERRED).rename(tmp_path / "held")
-    engine.export(archive, file, tmp_path, Request(), quiet)
-    assert reads == []
-    assert within(tmp_path) == sorted(["held", *RESULTS])
-    with pytest.raises(FileNotFoundError):  # nothing of it stays in memory
-        engine.export(archive, file, tmp_path, Request(), quiet)
-    assert reads == ["again"]
-
-
-def test_what_other_steps_have_begun_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = FakeEngine()
     monkeypatch.setattr("app.jobs.workflow.STEPS_VERSION", "older")
-    with started(tmp_path, engine) as jobs:
-        begun = exporting(jobs, engine, tmp_path)
-        waiting = submit(jobs, tmp_path, name="waiting")
-    engine.slow_export = False
+    with running_service(tmp_path, engine) as service:
+        started = submit_until_export(service, engine, tmp_path)
+        waiting = submit(service, tmp_path, name="waiting")
+    engine.export_seconds = False
     monkeypatch.undo()
-    with started(tmp_path, engine) as jobs:
-        for job in (waiting, begun):
-            reached(jobs, job, "succeeded")
-    # Its inference too, though the older code had recorded it.
-    assert sorted(path.parents[1].name for path, _ in engine.seen) == sorted([begun, begun, waiting])
-    assert within(tmp_path / "jobs" / begun) == ["results", "scan"]
-
-
-def test_what_a_dead_worker_of_other_steps_held_begins_again_and_what_a_living_one_holds_does_not(
-    tmp_path: Path,
-) -> None:
-    rows = {"dead": "w1", "living": "w2", "handed back": "w2"}
-    with started(tmp_path, FakeEngine()) as jobs:
-        held = {name: submit(jobs, tmp_path, name=name) for name in rows}
-        for job in held.values():
-            reached(jobs, job, "succeeded")
-    database = connect(f"sqlite:///{tmp_path}/jobs.sqlite")
-    table, steps = workflow_status(database), recorded_steps(database)
-    with database.begin() as connection:
-        for name, worker in rows.items():
-            status = "ENQUEUED" if name == "handed back" else "PENDING"
-            row = table.update().where(table.c.workflow_uuid == held[name])
-            connection.execute(row.values(status=status, executor_id=worker, application_version="older"))
-    assert begin_again(database, WORKFLOW, "2") == [held["handed back"]]
-    assert begin_again(database, WORKFLOW, "2", "w1") == [held["dead"]]
-    assert begin_again(database, WORKFLOW, "2", "w1") == []
-    with database.connect() as connection:
-        left = {*connection.execute(sa.select(steps.c.workflow_uuid)).scalars()}
-        versions = dict(connection.execute(sa.select(table.c.workflow_uuid, table.c.application_version)).all())
-    assert left == {held["living"]}
-    assert versions == {held["living"]: "older", held["dead"]: "2", held["handed back"]: "2"}
+    with running_service(tmp_path, engine) as service:
+        for job in (waiting, started):
+            wait_for_state(service, job, "succeeded")
+    assert sorted(path.parents[1].name for path, _ in engine.inferences) == sorted([started, started, waiting])
+    assert job_files(tmp_path / "jobs" / started) == ["results", "scan"]

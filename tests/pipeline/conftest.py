@@ -1,41 +1,47 @@
-"""Settings of the property tests, and what several files start from."""
+"""Settings of the property tests and common fixtures."""
 
 import pytest
 from hypothesis import settings
 
 from app.manifest import Manifest
-from app.pipeline.models import Models
-from app.pipeline.schedule import Schedule
+from app.pipeline.detect import Detection, detect
+from app.pipeline.diffusion import Schedule
+from app.pipeline.networks import Networks
 from app.volume import Volume
 from tests.support.bundle import tiny_manifest
-from tests.support.oracle import gaussian_models
+from tests.support.oracle import gaussian_networks
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 
-# The same examples on every run, however busy the machine.
-settings.register_profile("steady", deadline=None, derandomize=True, database=None)
-settings.load_profile("steady")
+# The same examples on every run, without a time limit.
+settings.register_profile("deterministic", deadline=None, derandomize=True, database=None)
+settings.load_profile("deterministic")
 
 
 @pytest.fixture(scope="session")
 def manifest() -> Manifest:
-    """Decisions of the tiny bundle."""
+    """Return the manifest of the tiny bundle."""
     return tiny_manifest()
 
 
 @pytest.fixture(scope="session")
-def models(manifest: Manifest) -> Models:
-    """Its exact models."""
-    s = manifest.schedule
-    return gaussian_models(Schedule.linear(s.steps, s.beta_start, s.beta_end))
+def networks(manifest: Manifest) -> Networks:
+    """Return the exact networks of the tiny bundle."""
+    return gaussian_networks(Schedule.from_settings(manifest.schedule))
 
 
 @pytest.fixture(scope="session")
 def healthy() -> Volume:
-    """A brain that the models know."""
+    """Return a brain from the prior of the networks."""
     return brain()
 
 
 @pytest.fixture(scope="session")
 def sick(healthy: Volume) -> Volume:
-    """The same with a lesion."""
+    """Return the same brain with a lesion."""
     return with_lesion(healthy, LESION_MM, RADIUS_MM, 1.5)
+
+
+@pytest.fixture(scope="session")
+def found(sick: Volume, networks: Networks, manifest: Manifest) -> Detection:
+    """Return the detection on the brain with a lesion."""
+    return detect(sick, networks, manifest)

@@ -1,1 +1,1 @@
-"""What tests share: a synthetic head, exact models, and a tiny bundle made of them."""
+"""Fixtures that tests share: a synthetic head, exact networks, and a tiny bundle of them."""

@@ -1,4 +1,4 @@
-"""A real bundle that needs no training: the exact Gaussian models of `oracle`, as ONNX graphs."""
+"""Bundle that needs no training: the exact Gaussian networks of `oracle`, as ONNX graphs."""
 
 import hashlib
 from pathlib import Path
@@ -13,20 +13,20 @@ from app.manifest import (
     Calibration,
     File,
     Files,
-    Gate,
     KlMap,
     Latent,
     Licence,
     Manifest,
     NoiseSchedule,
-    Preparation,
+    OodCheck,
+    Preprocessing,
     Provenance,
     Range,
     Residual,
     Reverse,
 )
-from app.pipeline.prepare import to_slices
-from app.pipeline.schedule import Schedule
+from app.pipeline.diffusion import Schedule
+from app.pipeline.preprocess import to_slices
 from app.volume import FloatArray
 from tests.support.oracle import CELL, MEANS, SCALE, SDS, SHIFT, SIGNS, TISSUE_LEVEL
 from tests.support.phantom import brain
@@ -39,7 +39,7 @@ SCHEDULE = NoiseSchedule(steps=1000, beta_start=0.0015, beta_end=0.0195)
 GOLDEN_TIMES = (450, 550)
 
 INT8 = "denoiser.int8.onnx"
-# Of the noise in int8: [-8, 8) in 256 steps. 1 in int8 weights of 7 bits is 64 steps of 1 / 64.
+# The noise in int8 covers [-8, 8) in 256 steps. In int8 weights of 7 bits, 1 is 64 steps of 1 / 64.
 INT8_STEP, INT8_ZERO, INT8_ONE = 16 / 256, 128, 64
 FILES = {"encoder": "encoder.onnx", "denoiser": "denoiser.onnx", "decoder": "decoder.onnx", "golden": "golden.npz"}
 
@@ -47,11 +47,11 @@ Array = npt.NDArray[np.generic]
 
 
 def tiny_manifest(files: Files | None = None) -> Manifest:
-    """Decisions that suit `phantom.brain`: 3 mm slices, three noise levels, wide gate."""
-    schedule = Schedule.linear(SCHEDULE.steps, SCHEDULE.beta_start, SCHEDULE.beta_end)
+    """Return settings for `phantom.brain`: 3 mm slices, three noise levels, unlimited healthy ranges."""
+    schedule = Schedule.from_settings(SCHEDULE)
     levels = (420, 500, 580)
     wide = Range(low=0.0, high=1e6)
-    nothing = File(name="none", sha256="0" * 64)
+    no_file = File(name="none", sha256="0" * 64)
     return Manifest(
         name="tiny",
         version="0.0.1",
@@ -59,7 +59,7 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
         intended_use="Tests.",
         modality="MR",
         sequence="T1",
-        preparation=Preparation(
+        preprocessing=Preprocessing(
             subject="a skull-stripped brain",
             advice="Send the phantom of the tests.",
             spacing_mm=(3.0, 3.0, 3.0),
@@ -82,16 +82,21 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
         ),
         reverse=Reverse(timesteps=(500, 400, 300, 200, 100)),
         residual=Residual(
-            reference="reconstruction",
             smoothing_mm=0.0,
-            threshold=0.15,
-            extent_threshold=0.15,
+            threshold=0.22,
+            extent_threshold=0.22,
             healthy_false_positive_ml=0.0,
             min_lesion_ml=1.0,
         ),
-        gate=Gate(timesteps=(500,), typical=(wide,), reconstruction=wide, latent=wide, max_fraction_out=1.0),
+        ood=OodCheck(
+            timesteps=(500,),
+            median_kl_range=(wide,),
+            reconstruction_range=wide,
+            latent_kl_range=wide,
+            max_outlier_fraction=1.0,
+        ),
         calibration=Calibration(subjects=("phantom",), slice_score=wide, scan_score=wide),
-        files=files or Files(encoder=nothing, denoiser=nothing, decoder=nothing, golden=nothing),
+        files=files or Files(encoder=no_file, denoiser=no_file, decoder=no_file, golden=no_file),
         licence=Licence(data="synthetic", licence="Apache-2.0", attribution="none needed"),
         provenance=Provenance(
             code_version="tests",
@@ -108,12 +113,12 @@ def tiny_manifest(files: Files | None = None) -> Manifest:
 
 
 def with_part(manifest: Manifest, part: str, **values: object) -> Manifest:
-    """A manifest with some values of one part changed."""
+    """Copy a manifest with some values of one part changed."""
     return manifest.model_copy(update={part: getattr(manifest, part).model_copy(update=values)})
 
 
 def write_tiny_bundle(folder: Path) -> Path:
-    """Write `folder`/tiny-0.0.1 (manifest, three graphs, golden pair) and return it."""
+    """Write `folder`/tiny-0.0.1 (manifest, three graphs, golden pair) and return its path."""
     bundle = folder / tiny_manifest().id
     bundle.mkdir(parents=True)
     for name, graph in (("encoder", _encoder()), ("denoiser", _denoiser()), ("decoder", _decoder())):
@@ -126,10 +131,10 @@ def write_tiny_bundle(folder: Path) -> Path:
 
 
 def add_int8(bundle: Path) -> Path:
-    """Give a tiny bundle a denoiser in int8, which computes its noise in steps of `INT8_STEP`."""
+    """Add a denoiser in int8 to a tiny bundle. It rounds the noise to steps of `INT8_STEP`."""
     path = bundle / "manifest.json"
     manifest = Manifest.model_validate_json(path.read_bytes())
-    graph = _denoiser(in_int8=True)
+    graph = _denoiser(int8=True)
     onnx.checker.check_model(graph, full_check=True)
     (bundle / INT8).write_bytes(graph.SerializeToString(deterministic=True))
     with np.load(bundle / "golden.npz") as golden:
@@ -137,23 +142,22 @@ def add_int8(bundle: Path) -> Path:
     session = onnxruntime.InferenceSession(bundle / INT8, providers=["CPUExecutionProvider"])
     arrays["epsilon_int8"] = session.run(None, {name: arrays[name] for name in ("z_t", "t")})[0]
     np.savez(bundle / "golden.npz", allow_pickle=False, **arrays)
-    made = {"denoiser_int8": INT8, "golden": "golden.npz"}
-    files = {part: File(name=name, sha256=_sha256(bundle / name)) for part, name in made.items()}
-    changed = manifest.model_copy(update={"files": manifest.files.model_copy(update=files)})
-    path.write_text(changed.model_dump_json(indent=2))
+    names = {"denoiser_int8": INT8, "golden": "golden.npz"}
+    files = {part: File(name=name, sha256=_sha256(bundle / name)) for part, name in names.items()}
+    path.write_text(with_part(manifest, "files", **files).model_dump_json(indent=2))
     return bundle
 
 
 def _golden(bundle: Path) -> dict[str, Array]:
-    """Two slices of the phantom, and what the graphs make of them."""
+    """Return two slices of the phantom and the outputs of the graphs for them."""
 
     def run(name: str, **inputs: Array) -> FloatArray:
         session = onnxruntime.InferenceSession(bundle / f"{name}.onnx", providers=["CPUExecutionProvider"])
         return np.asarray(session.run(None, inputs)[0], dtype=np.float32)
 
     manifest = tiny_manifest()
-    schedule = Schedule.linear(SCHEDULE.steps, SCHEDULE.beta_start, SCHEDULE.beta_end)
-    stack = to_slices(brain(), manifest.preparation).x
+    schedule = Schedule.from_settings(SCHEDULE)
+    stack = to_slices(brain(), manifest.preprocessing).x
     x = stack[[len(stack) // 3, len(stack) // 2]]
     z0 = run("encoder", x=x)
     t = np.array(GOLDEN_TIMES, dtype=np.int64)
@@ -169,7 +173,7 @@ def _golden(bundle: Path) -> dict[str, Array]:
 
 
 def _encoder() -> onnx.ModelProto:
-    """Mean of the tissue pixels of each cell, shifted, scaled, signed: `oracle.encode`."""
+    """Build `oracle.encode`: mean of the tissue pixels of each cell, shifted, scaled, signed."""
 
     def pool(source: str, target: str) -> onnx.NodeProto:
         return helper.make_node("AveragePool", [source], [target], kernel_shape=[CELL, CELL], strides=[CELL, CELL])
@@ -197,12 +201,12 @@ def _encoder() -> onnx.ModelProto:
     )
 
 
-def _denoiser(*, in_int8: bool = False) -> onnx.ModelProto:
-    """E[eps | z_t] of the prior N(MEANS, SDS^2): eps = slope_t (z_t - mean_t), slope and mean by t.
+def _denoiser(*, int8: bool = False) -> onnx.ModelProto:
+    """Build E[eps | z_t] of the prior N(MEANS, SDS^2): eps = slope_t (z_t - mean_t), slope and mean by t.
 
-    In int8 it goes through a convolution that changes nothing but for the rounding.
+    In int8 an identity convolution follows, which only rounds.
     """
-    a = Schedule.linear(SCHEDULE.steps, SCHEDULE.beta_start, SCHEDULE.beta_end).alpha_bar[:, None]
+    a = Schedule.from_settings(SCHEDULE).alpha_bar[:, None]
     slope = np.sqrt(1 - a) / (a * np.array(SDS) ** 2 + 1 - a)  # (T, C)
     mean = np.sqrt(a) * np.array(MEANS)  # (T, C)
     return _model(
@@ -210,21 +214,21 @@ def _denoiser(*, in_int8: bool = False) -> onnx.ModelProto:
             helper.make_node("Gather", ["slopes", "t"], ["slope"], axis=0),
             helper.make_node("Gather", ["means", "t"], ["mean"], axis=0),
             helper.make_node("Sub", ["z_t", "mean"], ["centred"]),
-            helper.make_node("Mul", ["centred", "slope"], ["exact" if in_int8 else "epsilon"]),
-            *(_rounded() if in_int8 else []),
+            helper.make_node("Mul", ["centred", "slope"], ["exact" if int8 else "epsilon"]),
+            *(_int8_nodes() if int8 else []),
         ],
         [("z_t", CHANNELS, *LATENT), ("t",)],
         ("epsilon", CHANNELS, *LATENT),
         {
             "slopes": slope.astype(np.float32)[:, :, None, None],
             "means": mean.astype(np.float32)[:, :, None, None],
-            **(_rounding() if in_int8 else {}),
+            **(_int8_constants() if int8 else {}),
         },
     )
 
 
-def _rounded() -> list[onnx.NodeProto]:
-    """A convolution in int8, as onnxruntime's quantisation writes it: between roundings, which it fuses."""
+def _int8_nodes() -> list[onnx.NodeProto]:
+    """Build a convolution in int8 as onnxruntime's quantisation writes it, between roundings that it fuses."""
     steps = ["step", "zero"]
     return [
         helper.make_node("QuantizeLinear", ["exact", *steps], ["exact_steps"]),
@@ -236,8 +240,8 @@ def _rounded() -> list[onnx.NodeProto]:
     ]
 
 
-def _rounding() -> dict[str, Array]:
-    """Constants of `_rounded`."""
+def _int8_constants() -> dict[str, Array]:
+    """Return the constants of `_int8_nodes`."""
     return {
         "step": np.array(INT8_STEP, dtype=np.float32),
         "zero": np.array(INT8_ZERO, dtype=np.uint8),
@@ -248,7 +252,7 @@ def _rounding() -> dict[str, Array]:
 
 
 def _decoder() -> onnx.ModelProto:
-    """Signs undone, channels averaged, nearest neighbours up-sampled, clipped: `oracle.decode`."""
+    """Build `oracle.decode`: signs undone, channels averaged, nearest neighbours up-sampled, clipped."""
     weight = (np.array(SIGNS) * SCALE / CHANNELS).reshape(1, CHANNELS, 1, 1)
     return _model(
         [
@@ -281,7 +285,7 @@ def _model(
     output: tuple[str | int, ...],
     constants: dict[str, Array],
 ) -> onnx.ModelProto:
-    """One graph with a dynamic batch axis; a shape's first entry is the name of the tensor."""
+    """Build a graph with a dynamic batch axis. The first entry of a shape is the name of the tensor."""
 
     def value(shape: tuple[str | int, ...]) -> onnx.ValueInfoProto:
         kind = TensorProto.INT64 if shape[0] == "t" else TensorProto.FLOAT

@@ -1,7 +1,7 @@
-"""A volume written as the single-frame DICOM series that a scanner would send.
+"""Write a volume as the single-frame DICOM series that a scanner would send.
 
-Patient data is made up and carries `SECRET`, so that a test can look for it where it must not be.
-The same volume and settings give the same bytes.
+Patient data is made up and contains `SECRET`, so that a test can search for it where it must not be. The same volume
+and settings give the same bytes.
 """
 
 import zipfile
@@ -28,26 +28,26 @@ from app.volume import Affine, Volume
 Plane = Literal["axial", "sagittal", "coronal"]
 
 SECRET = "Zweistein"  # noqa: S105 - a name
-# Where columns, rows and slices run in the picture that a scanner makes of each plane (RAS codes).
-SCANNED = {"axial": "LPS", "sagittal": "PIR", "coronal": "LIP"}
+# Directions of columns, rows and slices in the image that a scanner makes of each plane (RAS codes).
+PLANE_AXES = {"axial": "LPS", "sagittal": "PIR", "coronal": "LIP"}
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
 class Series:
-    """How to write a volume.
+    """Settings of a series.
 
     Attributes
     ----------
     plane : {"axial", "sagittal", "coronal"} or None
-        Which of the volume's axes becomes the slice axis: the one nearest to the plane's normal. None: the
-        volume's own axes are columns, rows and slices.
+        The volume's axis nearest to the normal of this plane becomes the slice axis. None: the volume's own axes
+        are columns, rows and slices.
     rescale : (slope, intercept) or None
-        Stored value -> unit. None: none is needed, or the full range of 16 bits for MR.
+        Conversion from stored values to units. None: no rescale, or for MR the full range of 16 bits if needed.
     syntax : str
-        Transfer syntax; anything that pydicom can encode here.
+        Transfer syntax that pydicom can encode.
     name : str
-        Tells series of one test apart: it makes the UIDs.
+        Name from which the UIDs are made, so that the series of one test differ.
     """
 
     modality: Literal["MR", "CT"] = "MR"
@@ -59,16 +59,16 @@ class Series:
     photometric: Literal["MONOCHROME1", "MONOCHROME2"] = "MONOCHROME2"
 
 
-STANDARD = Series()
+DEFAULT_SERIES = Series()
 
 
-def write_series(folder: Path, volume: Volume, series: Series = STANDARD) -> list[Path]:
-    """Write a volume as files whose names have nothing to do with their order; paths by slice."""
-    return save(folder, datasets(volume, series))
+def write_series(folder: Path, volume: Volume, series: Series = DEFAULT_SERIES) -> list[Path]:
+    """Write a volume as files whose names do not follow the order of the slices; return the paths in that order."""
+    return save(folder, make_datasets(volume, series))
 
 
 def save(folder: Path, slices: Sequence[FileDataset]) -> list[Path]:
-    """Write data sets under shuffled names without an extension; paths in the given order."""
+    """Write data sets under shuffled names without a suffix; return the paths in the given order."""
     folder.mkdir(parents=True, exist_ok=True)
     names = np.random.default_rng(0).permutation(len(slices))
     paths = [folder / f"IM{name:05d}" for name in names]
@@ -77,7 +77,7 @@ def save(folder: Path, slices: Sequence[FileDataset]) -> list[Path]:
     return paths
 
 
-def zipped(path: Path, files: Iterable[Path]) -> Path:
+def zip_files(path: Path, files: Iterable[Path]) -> Path:
     """Pack files into one zip, under their own names."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in files:
@@ -85,10 +85,10 @@ def zipped(path: Path, files: Iterable[Path]) -> Path:
     return path
 
 
-def datasets(volume: Volume, series: Series = STANDARD) -> list[FileDataset]:
-    """Make the slices of a volume, to be changed and saved by a test; in the order of the slice axis."""
-    array, affine = scanned(volume, series.plane)
-    slope, intercept = series.rescale or _rescale(array, series.modality)
+def make_datasets(volume: Volume, series: Series = DEFAULT_SERIES) -> list[FileDataset]:
+    """Return the slices of a volume in the order of the slice axis; a test can change them before it saves them."""
+    array, affine = reorient(volume, series.plane)
+    slope, intercept = series.rescale or _choose_rescale(array, series.modality)
     stored = np.round((array - intercept) / slope)
     lowest, highest = (-(2**15), 2**15 - 1) if series.modality == "CT" else (0, 2**16 - 1)
     assert stored.min() >= lowest, "the rescale does not fit the volume"
@@ -99,26 +99,29 @@ def datasets(volume: Volume, series: Series = STANDARD) -> list[FileDataset]:
     slices = []
     for k in range(pixels.shape[2]):
         dataset = _dataset(series, k)
-        _place(dataset, affine, k)
-        _rescaled(dataset, slope, intercept, series.modality)
-        _fill(dataset, np.ascontiguousarray(pixels[:, :, k].T))  # (columns, rows) -> (rows, columns)
+        _set_position(dataset, affine, k)
+        _set_rescale(dataset, slope, intercept, series.modality)
+        _set_pixels(dataset, np.ascontiguousarray(pixels[:, :, k].T))  # (columns, rows) -> (rows, columns)
         if series.syntax != ExplicitVRLittleEndian:
             _encode(dataset, series.syntax)
         slices.append(dataset)
     return slices
 
 
-def scanned(volume: Volume, plane: Plane | None) -> tuple[npt.NDArray[np.float32], Affine]:
-    """A volume with its axes as (columns, rows, slices) of a plane; no voxel changes its place."""
+def reorient(volume: Volume, plane: Plane | None) -> tuple[npt.NDArray[np.float32], Affine]:
+    """Return the array and affine of a volume with the axes (columns, rows, slices) of a plane.
+
+    No voxel changes its position.
+    """
     if plane is None:
         return volume.array, volume.affine
-    here = nib.io_orientation(volume.affine)
-    change = orientations.ornt_transform(here, orientations.axcodes2ornt(tuple(SCANNED[plane])))
+    current = nib.io_orientation(volume.affine)
+    change = orientations.ornt_transform(current, orientations.axcodes2ornt(tuple(PLANE_AXES[plane])))
     array = orientations.apply_orientation(volume.array, change)
     return array, volume.affine @ orientations.inv_ornt_aff(change, volume.shape)
 
 
-def _rescale(array: npt.NDArray[np.float32], modality: str) -> tuple[float, float]:
+def _choose_rescale(array: npt.NDArray[np.float32], modality: str) -> tuple[float, float]:
     if modality == "CT":
         return 1.0, -1024.0
     if np.array_equal(array, np.round(array)) and array.min() >= 0 and array.max() < 2**16:
@@ -128,7 +131,7 @@ def _rescale(array: npt.NDArray[np.float32], modality: str) -> tuple[float, floa
 
 
 def _dataset(series: Series, k: int) -> FileDataset:
-    """Everything but place and pixels."""
+    """Return a slice without position and pixels."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = CTImageStorage if series.modality == "CT" else MRImageStorage
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["instance", series.name, str(k)])
@@ -156,11 +159,11 @@ def _dataset(series: Series, k: int) -> FileDataset:
 
 
 def series_uid(series: Series) -> str:
-    """SeriesInstanceUID of what is written with these settings."""
+    """Return the SeriesInstanceUID of a series with these settings."""
     return str(generate_uid(entropy_srcs=["series", series.name]))
 
 
-def _place(dataset: FileDataset, affine: Affine, k: int) -> None:
+def _set_position(dataset: FileDataset, affine: Affine, k: int) -> None:
     lps = RAS_TO_LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     directions = lps[:3, :3] / spacing
@@ -171,17 +174,17 @@ def _place(dataset: FileDataset, affine: Affine, k: int) -> None:
 
 
 def _ds(value: float) -> str:
-    """A decimal string as scanners write it: at most 16 characters."""
+    """Return a decimal string of at most 16 characters, as scanners write it."""
     return str(pydicom.valuerep.format_number_as_ds(float(value)))
 
 
-def _rescaled(dataset: FileDataset, slope: float, intercept: float, modality: str) -> None:
+def _set_rescale(dataset: FileDataset, slope: float, intercept: float, modality: str) -> None:
     if modality == "CT" or (slope, intercept) != (1.0, 0.0):
         dataset.RescaleSlope, dataset.RescaleIntercept = _ds(slope), _ds(intercept)
         dataset.RescaleType = "HU" if modality == "CT" else "US"
 
 
-def _fill(dataset: FileDataset, pixels: npt.NDArray[np.generic]) -> None:
+def _set_pixels(dataset: FileDataset, pixels: npt.NDArray[np.generic]) -> None:
     dataset.Rows, dataset.Columns = pixels.shape
     dataset.SamplesPerPixel = 1
     dataset.BitsAllocated = dataset.BitsStored = 16
@@ -196,3 +199,15 @@ def _encode(dataset: FileDataset, syntax: str) -> None:
         dataset.compress(uid, generate_instance_uid=False)
     else:
         dataset.file_meta.TransferSyntaxUID = uid
+
+
+def shift_slice(slices: Sequence[FileDataset], k: int, lps_mm: tuple[float, float, float]) -> None:
+    """Move the position of one slice."""
+    position = slices[k].ImagePositionPatient
+    slices[k].ImagePositionPatient = [float(a) + b for a, b in zip(position, lps_mm, strict=True)]
+
+
+def tilt_gantry(slices: Sequence[FileDataset]) -> None:
+    """Shift axial slices of 2 mm spacing sideways, as a gantry tilted by 12.5 degrees does."""
+    for k in range(len(slices)):
+        shift_slice(slices, k, (0, 2.0 * k * np.tan(np.radians(12.5)), 0))

@@ -1,7 +1,8 @@
-"""The transfer syntaxes that pydicom cannot write, written by GDCM, or made beforehand.
+"""Pixel data in transfer syntaxes that pydicom cannot write: encoded by GDCM, or beforehand by other tools.
 
-The HTJ2K codestreams come from `scripts/make_htj2k.py`, the twelve-bit JPEG of the same picture from dcmtk's
-`dcmcjpeg +ee +q 98`.
+The files in `tests/ingest/data` encode `reference_picture`. HTJ2K (.j2c) is from the Python package imagecodecs:
+`htj2k_encode(picture, reversible=True)`, and with loss `htj2k_encode(picture, reversible=False, level=0.0001)`. The
+12-bit JPEG is from dcmtk: `dcmcjpeg +ee +q 98`.
 """
 
 from pathlib import Path
@@ -26,7 +27,7 @@ BY_GDCM = {
 
 
 def recode(path: Path, syntax: str) -> None:
-    """Write an uncompressed file anew in a transfer syntax."""
+    """Rewrite an uncompressed file in another transfer syntax."""
     reader = gdcm.ImageReader()
     reader.SetFileName(str(path))
     assert reader.Read()
@@ -41,8 +42,8 @@ def recode(path: Path, syntax: str) -> None:
     assert writer.Write()
 
 
-def made_picture(name: str) -> npt.NDArray[np.int64]:
-    """What was encoded beforehand as "u8", "u12", "u16" or "s16", (45, 38)."""
+def reference_picture(name: str) -> npt.NDArray[np.int64]:
+    """Return the picture in the encoded files of a number type, "u8", "u12", "u16" or "s16", (45, 38)."""
     bits, signed = int(name[1:]), name[0] == "s"
     row, column = np.indices((45, 38))
     wave = np.sin(row / 5) * np.cos(column / 7) + 0.2 * np.sin(row * column / 11)
@@ -50,18 +51,18 @@ def made_picture(name: str) -> npt.NDArray[np.int64]:
     return np.asarray(np.round(low + (wave - wave.min()) / np.ptp(wave) * (high - low)), dtype=np.int64)
 
 
-def put_made(dataset: FileDataset, name: str, syntax: str) -> None:
-    """Replace a data set's picture by a codestream made beforehand, a file of `tests/ingest/data` by its stem."""
-    kind = name.partition("-")[0]
-    stored(dataset, made_picture(kind), int(kind[1:]), signed=kind[0] == "s")
+def set_encoded_file(dataset: FileDataset, name: str, syntax: str) -> None:
+    """Replace the pixel data of a data set by an encoded file of `tests/ingest/data`, named by its stem."""
+    number_type = name.partition("-")[0]
+    store_pixels(dataset, reference_picture(number_type), int(number_type[1:]), signed=number_type[0] == "s")
     dataset.file_meta.TransferSyntaxUID = UID(syntax)
     dataset.PixelData = encapsulate([next(DATA.glob(f"{name}.*")).read_bytes()])
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
 
 
-def stored(dataset: FileDataset, picture: npt.NDArray[np.int64], bits: int, *, signed: bool) -> None:
-    """Store whole numbers in 8 or 16 bits allocated."""
+def store_pixels(dataset: FileDataset, picture: npt.NDArray[np.int64], bits: int, *, signed: bool) -> None:
+    """Store whole numbers with 8, 16 or 32 bits allocated."""
     dataset.BitsAllocated = 8 if bits <= 8 else 16 if bits <= 16 else 32
     dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits - 1, int(signed)
     dataset.Rows, dataset.Columns = picture.shape

@@ -1,4 +1,7 @@
-"""A volume as one enhanced multi-frame image (PS3.3 A.36, A.38): what places a frame stands in its own group."""
+"""Make an enhanced multi-frame image of a volume (PS3.3 A.36, A.38).
+
+The position of each frame is in the frame's own functional group.
+"""
 
 from collections.abc import Sequence
 
@@ -7,12 +10,17 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.uid import EnhancedCTImageStorage, EnhancedMRImageStorage
 
 from app.volume import Volume
-from tests.support.dicom import STANDARD, Series, datasets
+from tests.support.dicom import DEFAULT_SERIES, Series, make_datasets
 
 
-def enhanced(volume: Volume, series: Series = STANDARD, echoes_ms: Sequence[float | None] = (None,)) -> FileDataset:
-    """Put all slices into one file, in a shuffled order; once for every echo, at half the values of the one before."""
-    slices = datasets(volume, series)
+def make_enhanced(
+    volume: Volume, series: Series = DEFAULT_SERIES, echoes_ms: Sequence[float | None] = (None,)
+) -> FileDataset:
+    """Return one image with all slices in a shuffled order, once for every echo.
+
+    The values of each echo are half of those of the echo before.
+    """
+    slices = make_datasets(volume, series)
     head = slices[0]
     head.SOPClassUID = EnhancedCTImageStorage if series.modality == "CT" else EnhancedMRImageStorage
     head.file_meta.MediaStorageSOPClassUID = head.SOPClassUID

@@ -1,4 +1,4 @@
-"""Grids on which the tests look at the phantom, and what `prepare` makes of it there."""
+"""Grids on which tests sample the phantom, and its slices."""
 
 from functools import cache
 
@@ -7,18 +7,18 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy.spatial.transform import Rotation
 
-from app.pipeline.prepare import Slices, to_slices
+from app.pipeline.preprocess import Slices, to_slices
 from app.volume import Affine, Volume
 from tests.support.bundle import tiny_manifest
 from tests.support.phantom import brain, grid
 
-PREPARATION = tiny_manifest().preparation
-# Corner of the stack that `brain()` fills: 40 slices of 64 x 56 pixels of 3 mm around the origin.
+PREPROCESSING = tiny_manifest().preprocessing
+# Corner of the stack of `brain()`: 40 slices of 64 x 56 pixels of 3 mm around the origin.
 CORNER_MM = (-82.5, -94.5, -58.5)
 
 
 def tilted(affine: Affine, *degrees: float) -> Affine:
-    """Turn a grid about the origin, degrees about x, y and z."""
+    """Rotate a grid about the origin by degrees about x, y and z."""
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
     return np.asarray(turn @ affine)
@@ -36,20 +36,20 @@ GRIDS = {
 
 
 @cache
-def prepared(name: str) -> tuple[Volume, Slices]:
-    """Sample the phantom on one of `GRIDS`, and prepare it."""
+def preprocessed(name: str) -> tuple[Volume, Slices]:
+    """Sample the phantom on one of `GRIDS` and preprocess it."""
     volume = brain(*GRIDS[name])
-    return volume, to_slices(volume, PREPARATION)
+    return volume, to_slices(volume, PREPROCESSING)
 
 
 @cache
 def reference() -> tuple[Volume, Slices]:
-    """Sample the phantom on its own grid, and prepare it."""
+    """Sample the phantom on its default grid and preprocess it."""
     volume = brain()
-    return volume, to_slices(volume, PREPARATION)
+    return volume, to_slices(volume, PREPROCESSING)
 
 
 def centroid_mm(weights: npt.NDArray[np.floating], affine: Affine) -> npt.NDArray[np.float64]:
-    """Centre of mass in RAS+ millimetres, (3,)."""
+    """Return the centre of mass in RAS+ mm, (3,)."""
     indices = np.indices(weights.shape).reshape(3, -1)
     return np.asarray(affines.apply_affine(affine, (indices * weights.ravel()).sum(axis=1) / weights.sum()))

@@ -1,14 +1,14 @@
-"""Oracles in place of the extractor's networks, for the phantom's head."""
+"""Stand-ins for the networks of the brain extractor, for the head of the phantom."""
 
 import numpy as np
 from scipy import ndimage
 
-from app.brain import Networks
+from app.pipeline.brain_extraction import ExtractionNetworks
 from app.volume import FloatArray
 
 
 def outline(x: FloatArray) -> FloatArray:
-    """Log odds of an oracle: the largest bright thing of the phantom is its brain."""
+    """Return log odds of brain: the brain is the largest bright component of the phantom."""
     labels, _ = ndimage.label(x[0, 0] > (x.min() + x.max()) / 2)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
@@ -16,8 +16,8 @@ def outline(x: FloatArray) -> FloatArray:
 
 
 def nothing(x: FloatArray) -> FloatArray:
-    """Log odds of a network that sees no brain."""
+    """Return log odds without any brain."""
     return np.full_like(x, -5)
 
 
-ORACLE = Networks(outline, outline)
+ORACLE = ExtractionNetworks(outline, outline)

@@ -1,4 +1,4 @@
-"""A volume as the mosaic that a Siemens scanner writes, with its private header in the layout CSA2."""
+"""Make a mosaic of a volume as a Siemens scanner writes it, with its private header in the layout CSA2."""
 
 import math
 import struct
@@ -7,23 +7,25 @@ import numpy as np
 from pydicom.dataset import FileDataset
 
 from app.volume import Volume
-from tests.support.dicom import STANDARD, Series, datasets
+from tests.support.dicom import DEFAULT_SERIES, Series, make_datasets
 
 IMAGE_HEADER = 0x10
 
 
-def mosaic(volume: Volume, series: Series = STANDARD, *, downwards: bool = False) -> FileDataset:
-    """Put the slices of a volume side by side in one image.
+def make_mosaic(volume: Volume, series: Series = DEFAULT_SERIES, *, is_reversed: bool = False) -> FileDataset:
+    """Return one image with the slices of a volume side by side.
 
     Parameters
     ----------
     volume : Volume
-        Any orientation; its slices are those of the series' plane.
-    downwards : bool
-        Against the normal of rows and columns: the first tile is the last slice.
+        Volume of any orientation.
+    series : Series
+        Its plane determines the slices.
+    is_reversed : bool
+        The first tile is the last slice along the normal of rows and columns.
     """
-    slices = datasets(volume, series)
-    if downwards:
+    slices = make_datasets(volume, series)
+    if is_reversed:
         slices.reverse()
     tiles = np.stack([dataset.pixel_array for dataset in slices])  # (N, rows, columns)
     count, rows, columns = tiles.shape
@@ -35,7 +37,7 @@ def mosaic(volume: Volume, series: Series = STANDARD, *, downwards: bool = False
     head = slices[0]
     orientation = np.array(head.ImageOrientationPatient, dtype=float)
     step = np.subtract(slices[1].ImagePositionPatient, slices[0].ImagePositionPatient).astype(float)
-    # As Siemens writes it: where a picture as large as the mosaic would start, around the slice's centre.
+    # Siemens writes the position of an image as large as the mosaic, centred on the slice.
     between_rows, between_columns = head.PixelSpacing
     shift = (side - 1) / 2 * np.array([columns * between_columns, rows * between_rows])
     corner = np.array(head.ImagePositionPatient, dtype=float)
@@ -54,7 +56,7 @@ def mosaic(volume: Volume, series: Series = STANDARD, *, downwards: bool = False
 
 
 def csa(tags: dict[str, tuple[str, list[str]]]) -> bytes:
-    """Write a CSA2 header: name, value representation, values as text."""
+    """Encode a CSA2 header from tag names, value representations, and values as text."""
     out = b"SV10\4\3\2\1" + struct.pack("<2I", len(tags), 77)
     for name, (vr, values) in tags.items():
         out += struct.pack("<64si4s3i", name.encode(), len(values), vr.encode(), 0, len(values), 77)

@@ -1,6 +1,6 @@
-"""Exact models: the optimal denoiser of a Gaussian prior is known in closed form.
+"""Exact networks: the optimal denoiser of a Gaussian prior is known in closed form.
 
-For z0 ~ N(mean, sd^2), every latent on its own, the best prediction of the noise in
+For independent latents z0 ~ N(mean, sd^2), the best prediction of the noise in
 z_t = sqrt(a) z0 + sqrt(1 - a) eps is E[eps | z_t] = sqrt(1 - a) (z_t - sqrt(a) mean) / (a sd^2 + 1 - a).
 """
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.pipeline.models import IntArray, Models
-from app.pipeline.schedule import Schedule
-from app.volume import FloatArray
+from app.pipeline.diffusion import Schedule
+from app.pipeline.networks import Networks
+from app.volume import FloatArray, IntArray
 
-# Encoding: mean of the pixels of a cell that are brighter than this, so that a cell on the edge of
-# the head reads as tissue; then shifted, scaled and signed, one sign a channel.
+# The encoder averages the pixels of a cell above this level, so that a cell on the edge of the head counts as tissue.
+# The mean is shifted, scaled and signed, one sign a channel.
 TISSUE_LEVEL = 0.3
 SHIFT, SCALE = 0.70, 0.04
 SIGNS = (1.0, -1.0, 1.0)
-# The prior of the latents of a phantom's tissue, per channel.
+# Prior of the latents of the tissue of the phantom, per channel.
 MEANS = (0.1, -0.1, 0.1)
 SDS = (0.9, 0.9, 0.9)
 CELL = 4
@@ -26,13 +26,13 @@ CELL = 4
 
 @dataclass(frozen=True, eq=False)
 class GaussianDenoiser:
-    """Denoise: the optimum for independent latents N(mean, sd^2).
+    """Optimal denoiser for independent latents N(mean, sd^2).
 
     Attributes
     ----------
     schedule : Schedule
     mean, sd : ndarray
-        Broadcast against (N, C, h, w).
+        Broadcastable to (N, C, h, w).
     """
 
     schedule: Schedule
@@ -40,19 +40,19 @@ class GaussianDenoiser:
     sd: npt.NDArray[np.float64]
 
     def __call__(self, z_t: FloatArray, t: IntArray) -> FloatArray:
-        """Predict the noise in z_t, (N, C, h, w)."""
+        """Return the expected noise in z_t, (N, C, h, w)."""
         a = self.schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
         epsilon = np.sqrt(1 - a) * (z_t - np.sqrt(a) * self.mean) / (a * self.sd**2 + 1 - a)
         return np.asarray(epsilon, dtype=np.float32)
 
     def marginal(self, t: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """Tell mean and standard deviation of z_t."""
+        """Return mean and standard deviation of z_t."""
         a = self.schedule.alpha_bar_at(t)
         return np.sqrt(a) * self.mean, np.sqrt(a * self.sd**2 + 1 - a)
 
 
 def encode(x: FloatArray) -> FloatArray:
-    """Encode: (N, 1, H, W) -> (N, C, H / 4, W / 4)."""
+    """Encode (N, 1, H, W) -> (N, C, H / 4, W / 4)."""
     n, _, height, width = x.shape
     cells = x.reshape(n, 1, height // CELL, CELL, width // CELL, CELL)
     bright = cells > TISSUE_LEVEL
@@ -61,14 +61,14 @@ def encode(x: FloatArray) -> FloatArray:
 
 
 def decode(z0: FloatArray) -> FloatArray:
-    """Decode: (N, C, h, w) -> (N, 1, 4 h, 4 w)."""
+    """Decode (N, C, h, w) -> (N, 1, 4 h, 4 w)."""
     tissue = (z0 * _channels(SIGNS)).mean(axis=1, keepdims=True) * SCALE + SHIFT
     return np.asarray(np.clip(tissue.repeat(CELL, axis=2).repeat(CELL, axis=3), 0, 1), dtype=np.float32)
 
 
-def gaussian_models(schedule: Schedule) -> Models:
-    """Make the exact models of a phantom's slices."""
-    return Models(encode, GaussianDenoiser(schedule, _channels(MEANS), _channels(SDS)), decode)
+def gaussian_networks(schedule: Schedule) -> Networks:
+    """Return the exact networks for slices of the phantom."""
+    return Networks(encode, GaussianDenoiser(schedule, _channels(MEANS), _channels(SDS)), decode)
 
 
 def _channels(values: tuple[float, ...]) -> npt.NDArray[np.float64]:

@@ -1,69 +1,125 @@
-"""A result without a model: balls at known places, on the grid of a scan that was read."""
+"""Results for tests: analyses with the tiny bundle, and findings at known positions without a network."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
 from app import __version__
-from app.export.report import RESEARCH_USE_ONLY, Extent, Finding, Input, ModelUsed, Report, ScoresReported, Work
-from app.manifest import Range
+from app.analysis import AnalysisRequest, Progress, analyse
+from app.export.report import Extent, Input, ModelUsed, Report, ScoreReport, Work, build_findings
+from app.manifest import ExtractorFiles, ExtractorManifest, File, Manifest, Range
+from app.pipeline.brain_extraction import ExtractionNetworks
 from app.pipeline.detect import Detection
-from app.pipeline.findings import Lesion, Result
-from app.volume import Scan, Volume
+from app.pipeline.findings import Lesion, ScanResult
+from app.runtime.bundle import Bundle
+from app.runtime.extractor import Extractor
+from app.volume import Affine, Scan, Volume
+from tests.support.heads import ORACLE
 from tests.support.phantom import positions
 
 Point = tuple[float, float, float]
+Ball = tuple[Point, float]  # centre in RAS+ mm, radius in mm
 MODEL = ModelUsed(id="tiny-0.0.1", sha256="5a" * 32, provider="cpu", seed=7, licence="Apache-2.0")
+DEFAULTS = AnalysisRequest()
 
 
-def marked(scan: Scan, balls: Sequence[tuple[Point, float]]) -> tuple[Result, Report]:
-    """Mark balls (centre in RAS+ mm, radius in mm) that do not touch."""
+def save_nifti(path: Path, volume: Volume) -> Path:
+    """Write a scan as NIfTI with whole numbers, as scanners do."""
+    image = nib.Nifti1Image(np.round(volume.array).astype(np.int16), volume.affine)
+    image.set_sform(volume.affine, code=1)
+    image.set_qform(volume.affine, code=1)
+    image.to_filename(path)
+    return path
+
+
+def check_progress(stage: str, fraction: float) -> None:
+    """Accept the progress of an analysis."""
+    assert stage in {"read", "infer", "export"}
+    assert 0 <= fraction <= 1
+
+
+def run_analysis(
+    path: Path, out: Path, bundle: Bundle, request: AnalysisRequest = DEFAULTS, progress: Progress = check_progress
+) -> Report:
+    """Analyse a scan with one bundle and write its results to a folder, which is created."""
+
+    def load(manifest: Manifest) -> Bundle:
+        assert manifest == bundle.manifest
+        return bundle
+
+    out.mkdir(parents=True, exist_ok=True)
+    return analyse(path, out, load, [bundle.manifest], request, progress)
+
+
+def with_extractor(bundle: Bundle, networks: ExtractionNetworks = ORACLE) -> Bundle:
+    """Return the bundle with a brain extractor."""
+    no_file = File(name="none", sha256="0" * 64)
+    files = ExtractorFiles(coarse=no_file, fine=no_file, golden=no_file)
+    manifest = ExtractorManifest(
+        method="oracle", version="1", licence="none", attribution="none", source_sha256="0" * 64, files=files
+    )
+    return replace(bundle, extractor=Extractor(manifest, "1" * 64, networks))
+
+
+def make_result(scan: Scan, balls: Sequence[Ball]) -> tuple[ScanResult, Report]:
+    """Return a result with one lesion per ball, and its report. The balls must not touch."""
     volume = scan.volume
-    inside = [_ball(volume, centre, radius) for centre, radius in balls]
+    masks = sorted((_ball_mask(volume, *ball) for ball in balls), key=lambda mask: -int(mask.sum()))
     labels = np.zeros(volume.shape, np.int32)
     anomaly = np.full(volume.shape, 0.1, np.float32)
     lesions = []
-    for number, voxels in enumerate(sorted(inside, key=lambda i: -int(i.sum())), start=1):
-        anomaly[voxels], labels[voxels] = 0.5 + number, number
-        at = np.argwhere(voxels)
-        points = affines.apply_affine(volume.affine, at)
-        x, y, z = (float(v) for v in points.mean(axis=0))
-        low, high = (tuple(float(v) for v in edge(axis=0)) for edge in (points.min, points.max))
+    for label, mask in enumerate(masks, start=1):
+        anomaly[mask], labels[mask] = 0.5 + label, label
+        voxels = np.argwhere(mask)
+        points = affines.apply_affine(volume.affine, voxels)
         lesions.append(
-            Lesion(number, float(len(at) * volume.voxel_ml), 1.5, 0.5 + number, (x, y, z), (low, high), int(at[0, 2]))  # type: ignore[arg-type]
+            Lesion(
+                label=label,
+                volume_ml=float(len(voxels) * volume.voxel_ml),
+                peak=1.5,
+                mean=0.5 + label,
+                centroid_mm=_point(points.mean(axis=0)),
+                box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
+                key_slice=int(voxels[0, 2]),
+            )
         )
     assert ndimage.label(labels, np.ones((3, 3, 3)))[1] == len(balls), "balls that touch are one lesion"
-    nothing = cast("Detection", None)  # nobody asks such a result for its counterpart
-    result = Result(labels, anomaly, volume.affine, tuple(lesions), volume, nothing)
-    return result, report_of(scan, result)
+    no_detection = cast("Detection", None)  # only needed for the counterpart
+    result = ScanResult(labels, anomaly, volume.affine, tuple(lesions), volume, no_detection)
+    return result, _make_report(scan, result)
 
 
-def _ball(volume: Volume, centre_mm: Point, radius_mm: float) -> npt.NDArray[np.bool_]:
-    """`phantom.ball`, looking only at a box around it: real scans have ten million voxels."""
-    at = affines.apply_affine(np.linalg.inv(volume.affine), centre_mm)
-    reach = np.ceil(radius_mm / volume.spacing) + 1
-    low = np.clip(np.floor(at - reach), 0, volume.shape).astype(int)
-    high = np.clip(np.ceil(at + reach) + 1, 0, volume.shape).astype(int)
+def on_grid(scan: Scan, affine: Affine) -> Scan:
+    """Return the scan on another grid. The voxel values are not resampled."""
+    return replace(scan, volume=replace(scan.volume, affine=affine))
+
+
+def _ball_mask(volume: Volume, centre_mm: Point, radius_mm: float) -> npt.NDArray[np.bool_]:
+    """Return the same mask as `phantom.ball`, computed in a box because real scans have ten million voxels."""
+    centre = affines.apply_affine(np.linalg.inv(volume.affine), centre_mm)
+    radius = np.ceil(radius_mm / volume.spacing) + 1
+    low = np.clip(np.floor(centre - radius), 0, volume.shape).astype(int)
+    high = np.clip(np.ceil(centre + radius) + 1, 0, volume.shape).astype(int)
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    corner = volume.affine.copy()
-    corner[:3, 3] = affines.apply_affine(volume.affine, low)
-    found = np.zeros(volume.shape, dtype=bool)
+    affine = volume.affine.copy()
+    affine[:3, 3] = affines.apply_affine(volume.affine, low)
+    mask = np.zeros(volume.shape, dtype=bool)
     x, y, z = (int(n) for n in high - low)
-    found[box] = np.linalg.norm(positions((x, y, z), corner) - np.array(centre_mm), axis=-1) <= radius_mm
-    return found
+    mask[box] = np.linalg.norm(positions((x, y, z), affine) - np.array(centre_mm), axis=-1) <= radius_mm
+    return mask
 
 
-def report_of(scan: Scan, result: Result) -> Report:
-    """The report that belongs to a result."""
+def _make_report(scan: Scan, result: ScanResult) -> Report:
     wide = Range(low=0.0, high=1.0)
     return Report(
         code_version=__version__,
-        notice=RESEARCH_USE_ONLY,
         model=MODEL,
         input=Input(
             format="dicom",
@@ -73,28 +129,17 @@ def report_of(scan: Scan, result: Result) -> Report:
             notes=("Left out: 3 localizers.",),
         ),
         analysed=Extent(volume_ml=1234.5, slices=40, slices_not_analysed=(0, 39), z_mm=(-51.5, 62.0)),
-        scores=ScoresReported(
-            scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, fraction_out=0.0
+        scores=ScoreReport(
+            scan=0.5, healthy_scan=wide, slices=(), healthy_slice=wide, reconstruction=0.1, outlier_fraction=0.0
         ),
         threshold=0.4,
         extent_threshold=0.2,
         lesion_volume_ml=round(float(result.mask.sum() * scan.volume.voxel_ml), 3),
-        findings=tuple(
-            Finding(
-                label=lesion.label,
-                volume_ml=round(lesion.volume_ml, 3),
-                peak_score=round(lesion.peak, 4),
-                mean_score=round(lesion.mean, 4),
-                centroid_mm=lesion.centroid_mm,
-                box_mm=lesion.box_mm,
-                key_slice=lesion.key_slice,
-            )
-            for lesion in result.lesions
-        ),
+        findings=build_findings(result),
         work=Work(seconds={}, slices_reversed=1, network_evaluations=1),
     )
 
 
-def resampled(scan: Scan, affine: np.ndarray[tuple[int, ...], np.dtype[np.float64]]) -> Scan:
-    """A scan of the same source on another grid; what its voxels hold does not matter here."""
-    return replace(scan, volume=replace(scan.volume, affine=affine))
+def _point(values: npt.NDArray[np.float64]) -> Point:
+    x, y, z = (float(v) for v in values)
+    return x, y, z

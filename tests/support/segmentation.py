@@ -1,4 +1,4 @@
-"""A reader of DICOM Segmentations of its own: pydicom for the tags, PS3.3's formula, and nothing of highdicom."""
+"""Independent reader of DICOM Segmentations: pydicom and the equation of PS3.3, without highdicom."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -12,10 +12,10 @@ Points = npt.NDArray[np.float64]
 
 
 def segment_points(path: Path) -> dict[int, Points]:
-    """LPS millimetres of every voxel of each segment, (V, 3).
+    """Return the LPS millimetres of every voxel of each segment, (V, 3), by segment number.
 
-    BINARY pixels are one bit each, least significant first, frames without padding (PS3.5 8.1.1); a
-    pixel's place is equation C.7.6.2.1-1 of PS3.3.
+    BINARY pixels have one bit, the least significant first, and frames have no padding (PS3.5 8.1.1). The position of a
+    pixel is equation C.7.6.2.1-1 of PS3.3.
     """
     dataset = pydicom.dcmread(path)
     assert dataset.SegmentationType == "BINARY"
@@ -23,19 +23,19 @@ def segment_points(path: Path) -> dict[int, Points]:
     bits = np.unpackbits(np.frombuffer(dataset.PixelData, np.uint8), bitorder="little")
     pixels = bits[: np.prod(shape)].reshape(shape)
     assert not bits[np.prod(shape) : 8 * (-(-np.prod(shape) // 8))].any()
-    found = defaultdict(list)
+    points = defaultdict(list)
+    shared = dataset.SharedFunctionalGroupsSequence[0]
     for frame, image in zip(dataset.PerFrameFunctionalGroupsSequence, pixels, strict=True):
-        shared = dataset.SharedFunctionalGroupsSequence[0]
-        number = _of(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber
-        orientation = np.array(_of(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, float)
-        between_rows, between_columns = map(float, _of(frame, shared, "PixelMeasuresSequence").PixelSpacing)
-        position = np.array(_of(frame, shared, "PlanePositionSequence").ImagePositionPatient, float)
+        number = _group(frame, shared, "SegmentIdentificationSequence").ReferencedSegmentNumber
+        orientation = np.array(_group(frame, shared, "PlaneOrientationSequence").ImageOrientationPatient, float)
+        row_spacing, column_spacing = map(float, _group(frame, shared, "PixelMeasuresSequence").PixelSpacing)
+        position = np.array(_group(frame, shared, "PlanePositionSequence").ImagePositionPatient, float)
         rows, columns = np.nonzero(image)
-        along_row, along_column = columns * between_columns, rows * between_rows
-        found[number].append(position + along_row[:, None] * orientation[:3] + along_column[:, None] * orientation[3:])
-    return {int(number): np.concatenate(parts) for number, parts in found.items()}
+        along_row, along_column = (columns * column_spacing)[:, None], (rows * row_spacing)[:, None]
+        points[number].append(position + along_row * orientation[:3] + along_column * orientation[3:])
+    return {int(number): np.concatenate(parts) for number, parts in points.items()}
 
 
-def _of(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
+def _group(frame: Dataset, shared: Dataset, keyword: str) -> Dataset:
     item: Dataset = (frame if keyword in frame else shared)[keyword][0]
     return item

@@ -1,6 +1,5 @@
-"""Quantisation: weights of 7 bits per channel, ends that stay float32, and the way to a bundle."""
+"""Tests of the quantisation to int8 and of its place in the export."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from app.runtime.session import as_callable, open_session
 from training import export
 from training import quantise as module
 from training.config import ROOT, Config
-from training.examine import graph_models
 from training.export import INT8, denoiser_graph, graphs_folder, int8_error, write_int8
+from training.features import load_exported_networks
 from training.quantise import (
+    CalibrationData,
     Feed,
-    Healthy,
-    Kept,
-    healthy,
-    kept_layers,
+    Float32Layers,
+    calibration_data,
+    float32_layer_names,
     noise_error,
     noise_levels,
     quantise,
@@ -39,7 +38,7 @@ IDENTITY = np.eye(CHANNELS, dtype=np.float32)
 
 
 def chain(path: Path, weights: dict[str, npt.NDArray[np.float32]] | None = None) -> Path:
-    """Three convolutions of one pixel, in a row; by default identity, `MIDDLE`, identity."""
+    """Write three convolutions of one pixel in sequence; by default identity, `MIDDLE`, identity."""
     weights = weights or {"first": IDENTITY, "middle": MIDDLE, "last": IDENTITY}
     names = ["z_t", "a", "b", "epsilon"]
     nodes = [
@@ -62,7 +61,7 @@ def chain(path: Path, weights: dict[str, npt.NDArray[np.float32]] | None = None)
 
 
 def feed(count: int) -> dict[str, npt.NDArray[Any]]:
-    """Latents that fill [-1, 1]."""
+    """Return latents that fill [-1, 1]."""
     z_t = np.random.default_rng(count).uniform(-1, 1, (count, CHANNELS, 4, 4)).astype(np.float32)
     z_t[0, :, 0, 0], z_t[0, :, 0, 1] = -1, 1
     return {"z_t": z_t, "t": np.full(count, 10, np.int64)}
@@ -70,16 +69,16 @@ def feed(count: int) -> dict[str, npt.NDArray[Any]]:
 
 @pytest.fixture
 def quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Made from another folder, which stays empty: onnxruntime leaves files where it is called."""
+    """Quantise from another working directory, which must stay empty: onnxruntime writes files to it."""
     target, elsewhere = tmp_path / "int8.onnx", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    quantise(chain(tmp_path / "float32.onnx"), target, [feed(8), feed(4)], Kept(1, 1))
+    quantise(chain(tmp_path / "float32.onnx"), target, [feed(8), feed(4)], Float32Layers(1, 1))
     assert list(elsewhere.iterdir()) == []
     return target
 
 
-def test_weights_are_int8_with_a_step_of_their_own_per_channel(quantised: Path) -> None:
+def test_weights_are_int8_with_one_step_per_channel(quantised: Path) -> None:
     tensors = {t.name: numpy_helper.to_array(t) for t in onnx.load(quantised).graph.initializer}
     assert [name for name, t in tensors.items() if t.dtype == np.int8 and t.ndim == 4] == ["middle_w_quantized"]
     np.testing.assert_allclose(tensors["middle_w_scale"], [0.01, 0.1], rtol=1e-6)
@@ -88,11 +87,11 @@ def test_weights_are_int8_with_a_step_of_their_own_per_channel(quantised: Path) 
     np.testing.assert_allclose(tensors["a_scale"], 2 / 255, rtol=1e-6)
 
 
-def test_the_result_is_off_by_steps_of_activations(quantised: Path, tmp_path: Path) -> None:
-    inputs = list(feed(8).values())  # calibrated on: nothing is clipped
+def test_error_is_below_the_steps_of_the_activations(quantised: Path, tmp_path: Path) -> None:
+    inputs = list(feed(8).values())  # the calibration input, so nothing is clipped
     exact = as_callable(open_session(tmp_path / "float32.onnx", "cpu", 1))(*inputs)
     found = as_callable(open_session(quantised, "cpu", 1))(*inputs)
-    # Half a step of each input, weighed, and half a step of the output, whose range spans both channels.
+    # Half a step of each weighted input, and half a step of the output, whose range spans both channels.
     rows = np.abs(MIDDLE).sum(1)
     steps = rows / 255 + rows.max() / 255
     worst = np.abs(found - exact).max(axis=(0, 2, 3))
@@ -100,36 +99,36 @@ def test_the_result_is_off_by_steps_of_activations(quantised: Path, tmp_path: Pa
     assert (worst < steps).all()
 
 
-def test_the_ends_are_kept_and_something_is_left(tmp_path: Path) -> None:
+def test_both_ends_stay_in_float32(tmp_path: Path) -> None:
     model = onnx.load(chain(tmp_path / "float32.onnx"))
-    assert kept_layers(model, Kept(1, 1)) == ["first", "last"]
-    assert kept_layers(model, Kept(2, 0)) == ["first", "middle"]
-    assert kept_layers(model, Kept(0, 0)) == []
-    with pytest.raises(ValueError, match=r"2 \+ 1 of 3 convolutions would stay float32"):
-        kept_layers(model, Kept(2, 1))
+    assert float32_layer_names(model, Float32Layers(1, 1)) == ["first", "last"]
+    assert float32_layer_names(model, Float32Layers(2, 0)) == ["first", "middle"]
+    assert float32_layer_names(model, Float32Layers(0, 0)) == []
+    with pytest.raises(ValueError, match=r"2 \+ 1 of 3 convolutions"):
+        float32_layer_names(model, Float32Layers(2, 1))
 
 
-def test_the_error_of_the_noise_is_a_share_of_float32s_own() -> None:
+def test_noise_error_is_relative_to_float32() -> None:
     noise = np.ones((2, 1, 1, 1), np.float32)
     times = [np.full(2, t, np.int64) for t in (10, 10, 50)]
-    seen = Healthy([], [], [0 * noise] * 3, times, [noise, noise, 3 * noise])
+    data = CalibrationData([0 * noise] * 3, times, [noise, noise, 3 * noise])
     # float32 is off by 1 and by 3; int8 adds 0.5 to that.
-    found = noise_error(lambda z_t, t: z_t + 0.5 * (t > 0)[0], lambda z_t, t: z_t * (t > 0)[0], seen)
+    found = noise_error(lambda z_t, t: z_t + 0.5 * (t > 0)[0], lambda z_t, t: z_t * (t > 0)[0], data)
     assert found == {10: 0.25, 50: pytest.approx(0.25 / 9)}
 
 
-def test_every_noise_level_of_serving_is_calibrated() -> None:
+def test_noise_levels_are_those_of_serving() -> None:
     assert noise_levels(Config.load(ROOT / "training" / "configs" / "t1.toml")) == [5, 10, 20, 100, 400]
 
 
-def test_weights_in_common_are_read_from_the_other_file(tmp_path: Path) -> None:
-    """Kept layers are as large as the quantised one: half of the file is the other one's."""
+def test_shared_weights_are_read_from_the_other_file(tmp_path: Path) -> None:
+    """The layers in float32 are as large as the quantised one."""
     rng = np.random.default_rng(2)
     whole = chain(tmp_path / "denoiser.onnx", {n: wide(rng) for n in ("first", "middle", "last")})
     path = tmp_path / INT8
     z_t = rng.uniform(-1, 1, (2, WIDE, 4, 4)).astype(np.float32)
     inputs: Feed = {"z_t": z_t, "t": np.full(2, 10, np.int64)}
-    quantise(whole, path, [inputs], Kept(1, 1))
+    quantise(whole, path, [inputs], Float32Layers(1, 1))
     before, alone = path.stat().st_size, as_callable(open_session(path, "cpu", 1))(*inputs.values())
     share_weights(path, whole)
     assert before - path.stat().st_size == pytest.approx(2 * 4 * WIDE**2, abs=400)
@@ -144,16 +143,16 @@ def wide(rng: np.random.Generator) -> npt.NDArray[np.float32]:
     return rng.standard_normal((WIDE, WIDE), dtype=np.float32) / np.float32(WIDE)
 
 
-# ---- the stages --------------------------------------------------------------------------------
+# ---- export -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """A run with graphs of `chain` in place of networks, latents of two channels and slices of 4 x 4."""
+    """Write a run with the graph of `chain` as denoiser, latents of two channels and slices of 4 x 4."""
     monkeypatch.setattr("training.config.ROOT", tmp_path)
     stack = (np.random.default_rng(3).uniform(0, 1, (40, 4, 4)) * 65535).astype(np.uint16)
     monkeypatch.setattr(module, "cached_slices", lambda _config, part: stack[: {"train": 40, "validation": 9}[part]])
-    monkeypatch.setattr(export, "KEPT", Kept(1, 1))
+    monkeypatch.setattr(export, "FLOAT32_LAYERS", Float32Layers(1, 1))
     config = Config.load(ROOT / "training" / "configs" / "headct.toml")
     config = config.model_copy(update={"export": config.export.model_copy(update={"int8": True})})
     folder = graphs_folder(config)
@@ -165,7 +164,7 @@ def exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def one_to_two(path: Path, source: str, target: str, channels: tuple[int, int]) -> None:
-    """A convolution of one pixel."""
+    """Write a convolution of one pixel."""
     shapes: list[list[str | int | None]] = [["n", c, 4, 4] for c in channels]
     weight = np.ones((channels[1], channels[0], 1, 1), np.float32)
     graph = helper.make_graph(
@@ -178,30 +177,29 @@ def one_to_two(path: Path, source: str, target: str, channels: tuple[int, int]) 
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
 
 
-def test_slices_of_all_of_training_are_seen_at_every_noise_level(exported: Config) -> None:
-    seen = healthy(exported, lambda x: np.repeat(x, CHANNELS, axis=1), "train", 10)
-    assert [len(x) for x in seen.x] == [4, 4, 2]
+def test_calibration_slices_are_evenly_spaced_at_every_noise_level(exported: Config) -> None:
+    data = calibration_data(exported, lambda x: np.repeat(x, CHANNELS, axis=1), "train", 10)
+    assert [len(t) for t in data.t] == np.repeat([4, 4, 2], len(noise_levels(exported))).tolist()
     levels = noise_levels(exported)
-    assert [int(t[0]) for t in seen.t] == levels * 3
-    assert seen.z_t[0].shape == (4, CHANNELS, 4, 4)
-    assert seen.feeds("denoiser")[-1]["z_t"] is seen.z_t[-1]
-    first = np.concatenate(seen.x)[:, 0, 0, 0]
-    assert first[0] != first[-1]
+    assert [int(t[0]) for t in data.t] == levels * 3
+    assert data.z_t[0].shape == (4, CHANNELS, 4, 4)
+    assert data.feeds()[-1]["z_t"] is data.z_t[-1]
+    assert not np.array_equal(data.z_t[0][0], data.z_t[-1][-1])
     with pytest.raises(AssertionError, match="test"):
-        healthy(exported, lambda x: x, "test")
+        calibration_data(exported, lambda x: x, "test")
 
 
-def test_thresholds_come_from_the_denoiser_that_is_served(exported: Config) -> None:
+def test_calibration_uses_the_served_denoiser(exported: Config) -> None:
     write_int8(exported)
     assert denoiser_graph(exported).name == INT8
     z_t, t = feed(8).values()
     exact = as_callable(open_session(graphs_folder(exported) / "denoiser.onnx", "cpu"))(z_t, t)
-    found = graph_models(exported).denoise(z_t, t)
+    found = load_exported_networks(exported).denoise(z_t, t)
     assert np.abs(found - exact).max() > 1e-4
     np.testing.assert_array_equal(found, as_callable(open_session(denoiser_graph(exported), "cpu"))(z_t, t))
 
 
-def test_without_int8_nothing_of_it_stays(exported: Config) -> None:
+def test_export_without_int8_removes_the_earlier_graph(exported: Config) -> None:
     write_int8(exported)
     plain = exported.model_copy(update={"export": exported.export.model_copy(update={"int8": False})})
     write_int8(plain)
@@ -210,27 +208,19 @@ def test_without_int8_nothing_of_it_stays(exported: Config) -> None:
     assert int8_error(plain) is None
 
 
-def test_int8_that_is_another_denoiser_is_not_exported(exported: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_with_a_large_error_is_refused(exported: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     write_int8(exported)
     error = int8_error(exported)
     assert error is not None
-    assert 0 < error < export.MOST_INT8_ERROR
-    monkeypatch.setattr(export, "MOST_INT8_ERROR", error / 2)
-    with pytest.raises(SystemExit, match="In int8 the denoiser adds"):
+    assert 0 < error < export.MAX_INT8_ERROR
+    monkeypatch.setattr(export, "MAX_INT8_ERROR", error / 2)
+    with pytest.raises(SystemExit, match="int8"):
         int8_error(exported)
 
 
-def test_a_bundle_names_its_denoiser_in_int8(exported: Config) -> None:
+def test_bundle_files_include_the_denoiser_in_int8(exported: Config) -> None:
     from training.bundle import FILES, bundle_files
 
     assert bundle_files(exported) == {**FILES, "denoiser_int8": INT8}
     plain = exported.model_copy(update={"export": exported.export.model_copy(update={"int8": False})})
     assert bundle_files(plain) == FILES
-
-
-def test_the_card_tells_of_int8_where_there_is_one() -> None:
-    from training.card import _int8
-
-    parity = export.Parity(1e-5, 1e-5, 0.0, 0.0028)
-    assert _int8(parity).endswith("that adds 0.3% to the squared error of the predicted noise |")
-    assert _int8(replace(parity, int8=None)) == ""

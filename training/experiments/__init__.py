@@ -1,1 +1,1 @@
-"""The paper's experiments and its opponents, on subjects that chose nothing: `python -m training.experiments`."""
+"""Experiments on test subjects, with baselines: `python -m training.experiments`."""

@@ -1,134 +1,94 @@
-"""One bundle of the experiments: its networks, all methods that are compared with it, and what numbers belong to."""
+"""One bundle with everything that is compared with it, and the provenance of its results."""
 
 import hashlib
-import json
 import shutil
 import subprocess
-from collections.abc import Callable
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from app.manifest import Manifest
+from app.pipeline.networks import Networks
 from app.runtime.bundle import Bundle, load_bundle
-from training.config import NOT_OF_THE_SLICES, ROOT, Config
-from training.data import data_hash
-from training.experiments import healing, methods
+from training.config import ROOT, SPLITS_FOLDER, Config
+from training.data import data_hash, load_split
+from training.experiments import baselines
 from training.experiments.cases import Case, Part, for_choices
-from training.experiments.methods import BATCH, OURS, Method
-from training.experiments.opponents import bundle_folder, opponent_of, train
-from training.splits import FOLDER, load_split
+from training.experiments.manifests import cases_hash, codes_hash, detection_hash
+from training.experiments.methods import COUNTERPART, ENSEMBLE, TRANSFORMER
+from training.experiments.resampling import transformer_method
+from training.experiments.results import Provenance
+from training.experiments.segmentation import BATCH, NO_FILTER, Method, counterpart_map
+from training.networks import load_networks
 
-AUTOENCODERS = ("dense-ae", "spatial-ae", "vae")
-# Healthy validation scans that the transformer's threshold comes from.
+# Validation scans that the transformer's threshold comes from.
 CALIBRATION_SCANS = 4
-
-# What of a manifest decides an anomaly map and its mask; the gate, which the experiments leave open, and words do not.
-OF_A_MAP = ("preparation", "latent", "schedule", "seed", "views", "kl", "reverse", "residual", "precision")
-NETWORKS = ("encoder", "denoiser", "denoiser_int8", "decoder")
-
-# What decides a number, beside data and bundle.
+# Paths whose code decides a result.
 CODE = ("app", "training", "pyproject.toml")
-
-Document = dict[str, Any]
 
 
 def code_version(root: Path = ROOT) -> str:
-    """The commit, and "-dirty" where code was changed since; a document that an experiment has just written is none."""
+    """Return the commit, with "-dirty" if code was changed since; "unknown" outside of a repository."""
     git = shutil.which("git")
 
-    def tell(*words: str) -> str:
-        told = subprocess.run([git or "", *words], cwd=root, capture_output=True, check=False)  # noqa: S603
-        return told.stdout.decode().strip()
+    def run(*arguments: str) -> str:
+        done = subprocess.run([git or "", *arguments], cwd=root, capture_output=True, check=False)  # noqa: S603
+        return done.stdout.decode().strip()
 
-    commit = tell("rev-parse", "--short", "HEAD") if git else ""
-    return commit + ("-dirty" if tell("status", "--porcelain", "--", *CODE) else "") if commit else "unknown"
-
-
-def detection_hash(manifest: Manifest) -> str:
-    """SHA-256 over all of a bundle that decides what it finds in a scan that the gate lets in."""
-    # Without defaults: a setting that is new, and that this bundle does not use, changes nothing that was measured.
-    told = manifest.model_dump(mode="json", include={*OF_A_MAP}, exclude_defaults=True)
-    told["files"] = {name: file.sha256 for name, file in manifest.files if name in NETWORKS and file is not None}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def cases_hash(manifest: Manifest) -> str:
-    """SHA-256 over what of a bundle decides the slices that every method sees, and where it is judged."""
-    told = manifest.preparation.model_dump(mode="json", exclude=NOT_OF_THE_SLICES, exclude_defaults=True)
-    return hashlib.sha256(json.dumps([told, manifest.residual.erosion], sort_keys=True).encode()).hexdigest()
-
-
-def codes_hash(manifest: Manifest) -> str:
-    """SHA-256 over what decides those slices and their codes in the bundle's VQ-VAE."""
-    told = [cases_hash(manifest), manifest.files.encoder.sha256, manifest.files.decoder.sha256]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    commit = run("rev-parse", "--short", "HEAD") if git else ""
+    return commit + ("-dirty" if run("status", "--porcelain", "--", *CODE) else "") if commit else "unknown"
 
 
 class Experiment:
-    """One bundle and all that is compared with it.
-
-    Parameters
-    ----------
-    name : str
-        Of the bundle.
-    """
+    """One bundle and all methods that are compared with it."""
 
     def __init__(self, name: str) -> None:
         self.config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
-        self.bundle: Bundle = load_bundle(bundle_folder(self.config))
+        self.bundle: Bundle = load_bundle(self.config.bundle_folder)
         self.manifest = self.bundle.manifest
-        self.models = self.bundle.models.in_batches(BATCH, lambda _: None)
-        self.choices: list[Case] = []
+        self.networks = self.bundle.networks.in_batches(BATCH, lambda _: None)
 
-    def makers(self) -> dict[str, Callable[[], Method]]:
-        """Every method by name, made when it is asked for: an opponent that is not trained yet is trained then."""
-        plain = methods.without_model
-        made: dict[str, Callable[[], Method]] = {
-            OURS: lambda: Method(
-                OURS, "Counterpart", {"": methods.ours(self.models, self.manifest)}, (methods.AS_IT_IS,), self._size()
-            ),
-            "intensity": lambda: plain(self.config)["intensity"],
-            "mean": lambda: plain(self.config)["mean"],
-            "vqvae": lambda: methods.plain_vqvae(methods.vqvae_networks(self.config)),
-        }
-        made |= {name: partial(self._autoencoder, name) for name in AUTOENCODERS}
-        return made | {name: partial(self._transformer, name) for name in ("transformer", "transformer-ensemble")}
+    @cached_property
+    def float32_networks(self) -> Networks:
+        """The networks in float32: the ranges of int8 hold for the bundle's own noise levels only."""
+        return load_bundle(self.config.bundle_folder, quantised=False).networks.in_batches(BATCH, lambda _: None)
 
-    def _size(self) -> int:
-        networks = methods.vqvae_networks(self.config)
-        return sum(methods.network_size(n) for n in (networks.encoder, networks.denoiser, networks.decoder))
+    def method(self, name: str) -> Method:
+        """Return a method that can run. A baseline without weights is trained first."""
+        if name == "intensity":
+            return baselines.intensity_threshold(self.config)
+        if name == "mean":
+            return baselines.mean_difference(self.config)
+        networks = load_networks(self.config.bundle_folder, self.config)
+        if name == COUNTERPART:
+            parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
+            maps = {"": counterpart_map(self.networks, self.manifest)}
+            return Method(COUNTERPART, maps, (NO_FILTER,), parameters)
+        if name == "vqvae":
+            return baselines.vqvae_difference(networks)
+        if name in (TRANSFORMER, ENSEMBLE):
+            healthy = [case.x.copy() for case in self.validation[:CALIBRATION_SCANS]]
+            return transformer_method(name, self.config, networks, healthy)
+        return baselines.autoencoder_difference(name, self.config)
 
-    def _autoencoder(self, name: str) -> Method:
-        train(opponent_of(name, self.config.name), self.config)
-        return methods.autoencoder(name, self.config)
-
-    def _transformer(self, name: str) -> Method:
-        train(opponent_of("transformer", self.config.name), self.config)
-        healthy = [c.x.copy() for c in self.validation()[:CALIBRATION_SCANS]]
-        return healing.transformers(self.config, methods.vqvae_networks(self.config), healthy)[name]
-
+    @cached_property
     def validation(self) -> list[Case]:
-        """What an opponent's post-processing is chosen by; made once."""
-        self.choices = self.choices or for_choices(self.config, self.manifest)
-        return self.choices
+        """Cases that choose a method's variant and smoothing."""
+        return for_choices(self.config, self.manifest)
 
-    def provenance(self, part: Part = "test") -> Document:
-        """What numbers on a part of the split belong to."""
+    def provenance(self, part: Part = "test") -> Provenance:
+        """Return the provenance of results on a part of the split."""
         split = load_split(self.config.data.splits)
-        subjects = split.test if part == "test" else split.validation
-        return {
-            "bundle": self.manifest.id,
-            "bundle_sha256": self.bundle.sha256,
-            "cases_sha256": cases_hash(self.manifest),
-            "codes_sha256": codes_hash(self.manifest),
-            "detection_sha256": detection_hash(self.manifest),
-            "data_sha256": data_hash(self.config, subjects),
-            "split": self.config.data.splits,
-            "split_sha256": hashlib.sha256((FOLDER / self.config.data.splits).read_bytes()).hexdigest(),
-            "seed": self.config.seed,
-            "code": code_version(),
-            "threads": torch.get_num_threads(),
-        }
+        return Provenance(
+            bundle=self.manifest.id,
+            bundle_sha256=self.bundle.sha256,
+            cases_sha256=cases_hash(self.manifest),
+            codes_sha256=codes_hash(self.manifest),
+            detection_sha256=detection_hash(self.manifest),
+            data_sha256=data_hash(self.config, split.test if part == "test" else split.validation),
+            split=self.config.data.splits,
+            split_sha256=hashlib.sha256((SPLITS_FOLDER / self.config.data.splits).read_bytes()).hexdigest(),
+            seed=self.config.seed,
+            code=code_version(),
+            threads=torch.get_num_threads(),
+        )

@@ -1,6 +1,7 @@
-"""What the tables say of a method, pooled over test subjects; and how sure that is.
+"""Average precision, AUROC, FPR at a sensitivity, best-achievable Dice, and bootstrap intervals over subjects.
 
-Scores are counted in bins, subject by subject: a bootstrap over subjects then adds counts in place of sorting pixels.
+Scores are counted in bins for each subject, so a bootstrap draw adds counts instead of sorting pixels again.
+Dice of a mask is `app.pipeline.findings.dice`.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,148 +10,157 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.pipeline.prepare import BoolArray
-from app.volume import FloatArray
-
-# Bins of a method's scores, half of them by the quantiles of its scores on lesions.
 BINS = 2048
-# Pixels of each kind that decide the bins.
-SAMPLE = 200_000
-BOOTSTRAP = 2000
+# Scores of each class that are sampled to place the bin edges.
+EDGE_SAMPLE = 200_000
+BOOTSTRAP_DRAWS = 2000
 SENSITIVITIES = (0.95, 0.99, 0.999)
 
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]
-# Positive and negative counts of each bin, (S, bins) or (bins,) -> one number.
+# Positives and negatives of each score bin in ascending order, (B,) each -> one number.
 Statistic = Callable[[IntArray, IntArray], float]
-
-
-@dataclass(frozen=True, eq=False)
-class Counts:
-    """Scores of some subjects, by whether they should be high.
-
-    Attributes
-    ----------
-    positive, negative : (S, B) ndarray of int
-        Of each subject, how many lie in each bin; bins ascend.
-    """
-
-    positive: IntArray
-    negative: IntArray
-
-    @classmethod
-    def of(cls, scores: Sequence[FloatArray], truths: Sequence[BoolArray]) -> "Counts":
-        """Of each subject's scores and what is true of them; NaN is the lowest score."""
-        filled = [np.where(np.isnan(s), -np.inf, s).ravel() for s in scores]
-        edges = _edges(filled, truths)
-        rows = [
-            [np.bincount(np.searchsorted(edges, s[t.ravel() == kind], side="right"), minlength=len(edges) + 1)]
-            for kind in (True, False)
-            for s, t in zip(filled, truths, strict=True)
-        ]
-        both = np.concatenate(rows)
-        return cls(both[: len(filled)], both[len(filled) :])
-
-    def coarse(self, bins: int) -> "Counts":
-        """The same in fewer bins, each with about as many of the positives; the lowest bin stays alone.
-
-        What counts is how many negatives lie above each positive: a bin ends right below its positives.
-        """
-        found = self.positive.sum(axis=0)[1:].cumsum()
-        group = np.ceil(found / max(found[-1] if found.size else 0, 1) * bins).astype(np.int64)
-        starts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(group, prepend=-1))])
-        return Counts(np.add.reduceat(self.positive, starts, axis=1), np.add.reduceat(self.negative, starts, axis=1))
-
-    def statistic(self, of: Statistic) -> float:
-        """Over all subjects together."""
-        return of(self.positive.sum(axis=0), self.negative.sum(axis=0))
-
-    def resampled(self, of: Statistic, seed: int = 0) -> FloatArray:
-        """The same on subjects drawn with replacement, (BOOTSTRAP,); the same draws for the same seed."""
-        draws = np.random.default_rng(seed).multinomial(
-            len(self.positive), np.full(len(self.positive), 1 / len(self.positive)), size=BOOTSTRAP
-        )
-        return np.array([of(d @ self.positive, d @ self.negative) for d in draws], dtype=np.float32)
-
-
-def _edges(scores: Sequence[FloatArray], truths: Sequence[BoolArray]) -> FloatArray:
-    rng = np.random.default_rng(0)
-    parts = []
-    for kind in (True, False):
-        values = np.concatenate([s[t.ravel() == kind] for s, t in zip(scores, truths, strict=True)])
-        values = values[np.isfinite(values)]  # infinite ones have a bin of their own
-        if len(values):
-            some = rng.choice(values, min(SAMPLE, len(values)), replace=False)
-            parts.append(np.quantile(some, np.linspace(0, 1, BINS // 2), method="nearest"))
-    return np.unique(np.concatenate(parts))
-
-
-def _descending(positive: IntArray, negative: IntArray) -> tuple[FloatArray, FloatArray]:
-    """True and false positives at each threshold, from the highest."""
-    return np.cumsum(positive[::-1]).astype(np.float64), np.cumsum(negative[::-1]).astype(np.float64)
-
-
-def average_precision(positive: IntArray, negative: IntArray) -> float:
-    """Area under precision over recall, in steps; NaN where nothing is positive."""
-    hits, wrong = _descending(positive, negative)
-    if not hits[-1]:
-        return float("nan")
-    precision = hits / np.maximum(hits + wrong, 1)
-    return float((np.diff(hits / hits[-1], prepend=0.0) * precision).sum())
-
-
-def best_dice(positive: IntArray, negative: IntArray) -> float:
-    """Dice at the one threshold that suits all these subjects best."""
-    hits, wrong = _descending(positive, negative)
-    if not hits[-1]:
-        return float("nan")
-    return float((2 * hits / (hits + wrong + hits[-1])).max())
-
-
-def auroc(positive: IntArray, negative: IntArray) -> float:
-    """Chance that something positive has the higher score; ties count half."""
-    hits, wrong = _descending(positive, negative)
-    x = np.concatenate([[0.0], wrong / max(wrong[-1], 1)])
-    y = np.concatenate([[0.0], hits / max(hits[-1], 1)])
-    return float(np.trapezoid(y, x))
-
-
-def false_positive_rate(sensitivity: float) -> Statistic:
-    """Share of the negatives at or above the threshold that finds this share of the positives."""
-
-    def rate(positive: IntArray, negative: IntArray) -> float:
-        hits, wrong = _descending(positive, negative)
-        at = int(np.argmax(hits >= sensitivity * hits[-1]))
-        return float(wrong[at] / max(wrong[-1], 1))
-
-    return rate
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its bootstrap 95 % interval."""
+    """A number with its bootstrap 95 % interval."""
 
     value: float
     low: float
     high: float
 
 
-def interval(counts: Counts, of: Statistic) -> Interval:
-    """Of one method, over subjects."""
-    low, high = np.nanpercentile(counts.resampled(of), (2.5, 97.5))
-    return Interval(counts.statistic(of), float(low), float(high))
+@dataclass(frozen=True, eq=False)
+class ScoreCounts:
+    """Histograms of the scores of each subject, by class.
+
+    Attributes
+    ----------
+    positive, negative : (S, B) ndarray of int
+        Scores of each subject in each bin. Bins ascend.
+    """
+
+    positive: IntArray
+    negative: IntArray
+
+    @classmethod
+    def from_scores(cls, scores: Sequence[FloatArray], truths: Sequence[BoolArray]) -> "ScoreCounts":
+        """Count the scores of each subject. NaN counts as the lowest score."""
+        filled = [np.where(np.isnan(s), -np.inf, s).ravel() for s in scores]
+        edges = _bin_edges(filled, truths)
+        rows = [
+            np.bincount(np.searchsorted(edges, s[t.ravel() == label], side="right"), minlength=len(edges) + 1)
+            for label in (True, False)
+            for s, t in zip(filled, truths, strict=True)
+        ]
+        return cls(np.stack(rows[: len(filled)]), np.stack(rows[len(filled) :]))
+
+    def rebin(self, bins: int) -> "ScoreCounts":
+        """Merge bins so that each holds about as many positives; the lowest bin stays separate.
+
+        The statistics depend on the negatives above each positive, so a bin ends just below its positives.
+        """
+        found = self.positive.sum(axis=0)[1:].cumsum()
+        group = np.ceil(found / max(found[-1] if found.size else 0, 1) * bins).astype(np.int64)
+        starts = np.concatenate([[0], 1 + np.flatnonzero(np.diff(group, prepend=-1))])
+        return ScoreCounts(
+            np.add.reduceat(self.positive, starts, axis=1), np.add.reduceat(self.negative, starts, axis=1)
+        )
+
+    def pooled(self, statistic: Statistic) -> float:
+        """Return a statistic over all subjects together."""
+        return statistic(self.positive.sum(axis=0), self.negative.sum(axis=0))
+
+    def bootstrap(self, statistic: Statistic, seed: int = 0) -> npt.NDArray[np.float32]:
+        """Return a statistic of subjects drawn with replacement, (BOOTSTRAP_DRAWS,). A seed fixes the draws."""
+        count = len(self.positive)
+        draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=BOOTSTRAP_DRAWS)
+        return np.array([statistic(d @ self.positive, d @ self.negative) for d in draws], dtype=np.float32)
 
 
-def difference(first: Counts, second: Counts, of: Statistic) -> Interval:
-    """How much higher the first one is, on the same subjects, drawn alike."""
-    gap = first.resampled(of) - second.resampled(of)
-    low, high = np.nanpercentile(gap, (2.5, 97.5))
-    return Interval(first.statistic(of) - second.statistic(of), float(low), float(high))
+def _bin_edges(scores: Sequence[FloatArray], truths: Sequence[BoolArray]) -> FloatArray:
+    rng = np.random.default_rng(0)
+    parts = []
+    for label in (True, False):
+        values = np.concatenate([s[t.ravel() == label] for s, t in zip(scores, truths, strict=True)])
+        values = values[np.isfinite(values)]  # infinite scores have bins of their own
+        if len(values):
+            some = rng.choice(values, min(EDGE_SAMPLE, len(values)), replace=False)
+            parts.append(np.quantile(some, np.linspace(0, 1, BINS // 2), method="nearest"))
+    return np.unique(np.concatenate(parts))
+
+
+def exact_counts(scores: FloatArray, truth: BoolArray) -> tuple[IntArray, IntArray]:
+    """Return the positives and negatives of every distinct score, ascending. NaN counts as the lowest score."""
+    values, at = np.unique(np.where(np.isnan(scores), -np.inf, scores), return_inverse=True)
+    every = np.bincount(at.ravel(), minlength=len(values))
+    positive = np.bincount(at.ravel()[truth.ravel()], minlength=len(values))
+    return positive, every - positive
+
+
+def _cumulative(positive: IntArray, negative: IntArray) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return true and false positives at each threshold, from the highest."""
+    return np.cumsum(positive[::-1]).astype(np.float64), np.cumsum(negative[::-1]).astype(np.float64)
+
+
+def average_precision(positive: IntArray, negative: IntArray) -> float:
+    """Return the area under the precision-recall curve (AUPRC) in steps; NaN if there are no positives."""
+    true, false = _cumulative(positive, negative)
+    if not true[-1]:
+        return float("nan")
+    precision = true / np.maximum(true + false, 1)
+    return float((np.diff(true / true[-1], prepend=0.0) * precision).sum())
+
+
+def best_dice(positive: IntArray, negative: IntArray) -> float:
+    """Return Dice at the best single threshold (best-achievable Dice); NaN if there are no positives."""
+    true, false = _cumulative(positive, negative)
+    if not true[-1]:
+        return float("nan")
+    return float((2 * true / (true + false + true[-1])).max())
+
+
+def auroc(positive: IntArray, negative: IntArray) -> float:
+    """Return the area under the ROC curve. Ties count half."""
+    true, false = _cumulative(positive, negative)
+    x = np.concatenate([[0.0], false / max(false[-1], 1)])
+    y = np.concatenate([[0.0], true / max(true[-1], 1)])
+    return float(np.trapezoid(y, x))
+
+
+def fpr_at_sensitivity(sensitivity: float) -> Statistic:
+    """Make the statistic: false-positive rate at the highest threshold that reaches a sensitivity."""
+
+    def rate(positive: IntArray, negative: IntArray) -> float:
+        true, false = _cumulative(positive, negative)
+        at = int(np.argmax(true >= sensitivity * true[-1]))
+        return float(false[at] / max(false[-1], 1))
+
+    return rate
+
+
+def percentile_interval(value: float, draws: Sequence[float] | FloatArray) -> Interval:
+    """Return a value with the 95 % percentile interval of its bootstrap draws. NaN draws are ignored."""
+    low, high = np.nanpercentile(draws, (2.5, 97.5))
+    return Interval(value, float(low), float(high))
+
+
+def bootstrap_interval(counts: ScoreCounts, statistic: Statistic) -> Interval:
+    """Return a pooled statistic with its interval over subjects."""
+    return percentile_interval(counts.pooled(statistic), counts.bootstrap(statistic))
+
+
+def paired_difference(first: ScoreCounts, second: ScoreCounts, statistic: Statistic) -> Interval:
+    """Return first minus second with its interval. Both use the same draws of the same subjects."""
+    draws = first.bootstrap(statistic) - second.bootstrap(statistic)
+    return percentile_interval(first.pooled(statistic) - second.pooled(statistic), draws)
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """Mean over subjects or scans."""
+    """Return the mean over subjects or scans with its interval. NaN values are left out."""
     data = np.asarray(values, dtype=np.float64)
-    data = data[np.isfinite(data)]  # a scan without a lesion has no AUPRC
-    draws = np.random.default_rng(seed).integers(len(data), size=(BOOTSTRAP, len(data)))
-    low, high = np.percentile(data[draws].mean(axis=1), (2.5, 97.5))
-    return Interval(float(data.mean()), float(low), float(high))
+    data = data[np.isfinite(data)]  # AUPRC of a scan without a lesion is NaN
+    draws = np.random.default_rng(seed).integers(len(data), size=(BOOTSTRAP_DRAWS, len(data)))
+    return percentile_interval(float(data.mean()), data[draws].mean(axis=1))

@@ -1,185 +1,377 @@
-"""docs/RESULTS.md, from the numbers below docs/results/: nothing in it is typed by hand."""
+"""Writer of docs/RESULTS.md: the text of page.md with tables from docs/results and docs/evaluation."""
 
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from training.config import ROOT
-from training.experiments import pages
-from training.experiments.ablation import PART
-from training.experiments.ablation_page import ablation_section
-from training.experiments.bars import bars_section
-from training.experiments.kept import RESULTS, current_rows
-from training.experiments.methods import OURS
-from training.experiments.opponents import OPPONENTS, opponent_of, slices_seen
-from training.experiments.pages import cell
-
-PAGE = ROOT / "docs" / "RESULTS.md"
-FIGURE = ROOT / "docs" / "figures" / "results.png"
-
-TITLES = {
-    "imagewise": "1. Which picture is not healthy (MedNIST HeadCT)",
-    "sprites": "2a. Synthetic lesions: sprites in MedNIST HeadCT",
-    "shapes": "2b. Synthetic lesions: shapes of MS lesions in T1 volumes",
-    "tumours": "3a. Real lesions: gliomas in FLAIR (TCGA-LGG, test patients)",
-    "ms-t1": "3b. Real lesions: multiple sclerosis in T1; two patients, too few for a claim",
-    "stripped": "3c. Real lesions in skull-stripped FLAIR, which `flair` does not know; five patients",
-}
-NAMES = {
-    OURS: "**Counterpart**",
-    "intensity": "intensity threshold",
-    "mean": "difference from the mean healthy slice",
-    "vqvae": "VQ-VAE without diffusion",
-    "transformer-ensemble": "transformer, ensemble",
-    **{o.name: o.title for o in OPPONENTS.values()},
-}
-SEGMENTATION_HEAD = (
-    "| method | AUPRC | Dice | mean of each scan's AUPRC | Dice at each scan's best | shipped "
-    "| Counterpart ahead by: AUPRC, Dice |"
+from training.experiments import results_cache
+from training.experiments.markdown import bold, bullets, fill_template, format_interval, table
+from training.experiments.methods import COUNTERPART, METHODS
+from training.experiments.metrics import Interval
+from training.experiments.results import (
+    AblationScores,
+    ByBundle,
+    CurveScores,
+    ImageLevelResults,
+    LargeLesionScores,
+    MethodScores,
+    OracleScores,
+    PointScores,
+    Provenance,
+    SegmentationResults,
 )
-HEAD = """# Results
+from training.experiments.targets import FAR, Measured, compare_targets
 
-Written by `python -m training.experiments`, on test subjects that chose nothing. Brackets are bootstrap 95 % intervals
-over subjects. Every method sees the same slices and is judged inside the same head without its edge. What is done to an
-opponent's map (smoothing, division by local contrast, the transformer's mask, which way an intensity counts) was chosen
-by AUPRC on synthetic lesions of grade 2 in healthy slices of validation subjects; they chose Counterpart's own too. But
-on FLAIR an intensity counts upwards: what is ill is bright there, which half of those lesions are not.
-"Dice" is best-achievable: at the one threshold that suits all test scans of the row best. "Shipped" is the mean Dice of
-a scan at the bundle's own threshold, which comes from those healthy slices; the gate refuses nothing here.
-Slices that a bundle does not analyse count for no method; `docs/evaluation` counts what lies there as missed.
-Milliseconds were taken beside other work on the same machine: [benchmarks](BENCHMARKS.md) has times to rely on.
-
-"Learnt from" has what each opponent saw: {usual} slices; the denoisers saw 168,000 and more
-([decision 5](decisions/0005-noise-levels-in-training.md)). The transformer is a small one, and
-its errors still fell at the end. That of T1 saw {in_t1}, in as many steps, on a CPU
-([what more of them bring](decisions/0019-bars-out-of-reach.md)). Its milliseconds are the mean of twelve slices of as
-many test scans, on a CPU where known codes are fed at once, which gives the same codes sooner than step by step does
-([benchmarks](BENCHMARKS.md) has both, and the published size); the others' are the mean of all.
-[What was tried about the bars that are missed](decisions/0019-bars-out-of-reach.md) is a decision of its own.
-
-A row may be older than the version of its bundle that a table names: it counts while all that decides it is the same.
-"Code" is the commit, and "-dirty" where code differed from it. In rows of `ecdf172` and before, any file that was not
-committed counted, the results of another row among them.
-""".format(usual=slices_seen(opponent_of("transformer", "headct")), in_t1=slices_seen(opponent_of("transformer", "t1")))
-SHOWN = """The first test subjects of `t1` and `headct`, synthetic lesions of grade 3 and 2 in turns, bright and dark;
-of each scan the slice with most of the lesion. None was picked by its result. Orange is what Counterpart marks at the
-shipped threshold, green is the truth; the patient's left is on the right. T1: ds002748 (CC0), lesion shapes of Lesjak
-et al. 2018 (CC BY); CT: MedNIST (CC BY-SA 4.0, B. Erickson, Mayo Clinic)."""
-
-Row = dict[str, Any]
+TEMPLATE = Path(__file__).with_name("page.md")
+PAGE = ROOT / "docs" / "RESULTS.md"
+EVALUATION = ROOT / "docs" / "evaluation"
+BUNDLES = ("t1", "headct", "flair")
+PARTS = {
+    "shapes": ("2a", "Synthetic lesions in T1", "healthy T1 brains (ds002748) with real shapes of MS lesions"),
+    "ellipses": ("2b", "Synthetic lesions in head CT", "stacks of healthy CT pictures (MedNIST) with ellipses"),
+    "tumours": ("3a", "Gliomas in FLAIR", "patients with an outlined lower-grade glioma (TCGA-LGG)"),
+    "ms-t1": ("3b", "Multiple sclerosis in T1", "skull-stripped, with outlined lesions; too few for a claim"),
+    "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained on FLAIR with the skull and does not know these"),
+}
+KINDS = ("near", *FAR)
+# Grades whose ablation gains are shown, and the kind of real lesions beside them.
+POOLED, TUMOURS = "grade 2 and grade 3", "tumours"
+# A setting within this of the best Dice and AUPRC is as good.
+CLOSE = 0.01
+NOT_MEASURED = "Not measured."
 
 
-def verdict(behind: dict[str, dict[str, float]] | None) -> str:
-    """Ours minus this method's, AUPRC and Dice; bold where an interval is not above zero."""
-    if behind is None:
-        return ""
-    told = []
-    for key in ("auprc", "dice"):
-        gap = behind[key]
-        text = f"{gap['value']:+.2f} ({gap['low']:+.2f} to {gap['high']:+.2f})"
-        told.append(text if gap["low"] > 0 else f"**{text}**")
-    return ", ".join(told)
+@dataclass(frozen=True)
+class Stored:
+    """All stored results. A part that was not measured is None or missing."""
 
+    image_level: ImageLevelResults | None
+    segmented: dict[str, SegmentationResults]
+    oracle: dict[str, OracleScores]
+    curve: dict[str, CurveScores]
+    ood: dict[str, LargeLesionScores]
+    ablation: dict[str, AblationScores]
+    evaluation: dict[str, Any]
 
-def version(row: Row) -> str:
-    """With which code a row was measured."""
-    return f"`{row['provenance']['code']}`"
-
-
-def segmentation_tables(document: Row) -> list[str]:
-    """One table for each kind of case."""
-    lines = []
-    for kind, rows in document["kinds"].items():
-        count = next(iter(rows.values()))["cases"]
-        lines += [
-            f"### {kind}, {count} scans",
-            "",
-            SEGMENTATION_HEAD,
-            "| --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for name, row in rows.items():
-            shipped = cell(row["scan_shipped"]) if "scan_shipped" in row else ""
-            lines.append(
-                f"| {NAMES[name]} | {cell(row['auprc'])} | {cell(row['dice'])} | {cell(row['scan_auprc'])} "
-                f"| {cell(row['scan_dice'])} | {shipped} | {verdict(row.get('behind'))} |"
-            )
-        lines.append("")
-    return [*lines, *budget_table(document["methods"])]
-
-
-def budget_table(methods: Row) -> list[str]:
-    """What each method cost, and what was chosen for it."""
-    own = methods.get(OURS, {}).get("seconds_per_slice")
-    lines = [
-        "| method | parameters, millions | ms a slice | times ours | chosen on validation | learnt from | code |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in methods.items():
-        budget = row.get("provenance", {}).get("learnt_from", "")
-        choice = row["choice"]
-        chosen = "" if name == OURS else f"{choice['variant']}, {choice['smoothing']}"
-        ratio = f"{row['seconds_per_slice'] / own:.2f}" if own else ""
-        lines.append(
-            f"| {NAMES[name]} | {row['parameters'] / 1e6:.1f} | {row['seconds_per_slice'] * 1e3:.1f} | {ratio} "
-            f"| {chosen} | {budget} | {version(row)} |"
+    @classmethod
+    def load(cls) -> "Stored":
+        """Load docs/results and docs/evaluation."""
+        segmented = {part: results_cache.load(part, SegmentationResults) for part in PARTS}
+        oracle = results_cache.load("oracle_ablation", ByBundle[OracleScores])
+        curve = results_cache.load("accuracy_vs_evaluations", ByBundle[CurveScores])
+        ood = results_cache.load("ood", ByBundle[LargeLesionScores])
+        ablation = {name: results_cache.load(f"ablation-{name}", AblationScores) for name in BUNDLES}
+        evaluation = {name: EVALUATION / f"{name}.json" for name in BUNDLES}
+        return cls(
+            results_cache.load("image_level", ImageLevelResults),
+            {part: found for part, found in segmented.items() if found},
+            oracle.bundles if oracle else {},
+            curve.bundles if curve else {},
+            ood.bundles if ood else {},
+            {name: found for name, found in ablation.items() if found},
+            {name: json.loads(path.read_text()) for name, path in evaluation.items() if path.exists()},
         )
-    return lines
+
+    @property
+    def tumour_row(self) -> dict[str, Any] | None:
+        """Counterpart's row of docs/evaluation over all tumour patients."""
+        rows = self.evaluation.get("flair", {}).get("tumours", {}).get("rows", [])
+        return next((row for row in rows if row.get("method") == COUNTERPART), None)
+
+    def own_scores(self) -> Iterator[tuple[str, str, str, dict[str, MethodScores]]]:
+        """Yield part, bundle, kind and the scores of all methods, if Counterpart has some."""
+        for part, results in self.segmented.items():
+            for kind, rows in results.kinds.items():
+                if COUNTERPART in rows:
+                    yield part, results.provenance.bundle, kind, rows
 
 
-def imagewise_tables(document: Row) -> list[str]:
-    """AUROC of each kind, and what a sensitivity costs."""
-    methods = document["methods"]
-    kinds = list(next(iter(methods.values()))["kinds"])
-    lines = [
-        "AUROC against healthy test pictures; near is a sprite of grade 2, 4 to 8 pixels in radius.",
-        "A score is chosen by near pictures of validation subjects. Sizes are not checked here, so that models judge",
-        "pictures that preparation would refuse.",
-        "",
-        "| method | " + " | ".join(kinds) + " | score, chosen on validation | ms a picture |",
-        "| --- " * (len(kinds) + 3) + "|",
+def write(path: Path = PAGE) -> None:
+    """Write the page from the stored results."""
+    stored = Stored.load()
+    targets = compare_targets(Measured(stored.image_level, stored.segmented, stored.tumour_row))
+    verdicts = Counter(target.met for target in targets)
+    values = {
+        "summary": make_summary(stored),
+        "false_positives": ", ".join(
+            f"{name} {np.median(ml):.2f} ml"
+            for name, found in stored.evaluation.items()
+            if (ml := false_positives(found))
+        ),
+        "methods": bullets(f"{bold(info.title)}: {info.definition}" for info in METHODS.values()),
+        "target_counts": f"{verdicts[True]} are met, {verdicts[False]} missed and {verdicts[None]} not measured",
+        "targets": table(["target", "measured", ""], [[t.text, t.found, t.verdict] for t in targets]),
+        **make_image_level(stored.image_level),
+        "segmentation": make_segmentation(stored.segmented),
+        **make_costs(stored.segmented),
+        **make_dice(stored),
+        **make_test_subjects(stored),
+        "oracle": make_oracle(stored.oracle),
+        **make_curve(stored.curve),
+        **make_ablation(stored.ablation),
+        "provenance": make_provenance(stored),
+    }
+    path.write_text(fill_template(TEMPLATE.read_text(), values))
+
+
+def make_summary(stored: Stored) -> str:
+    """Make the main table: a row for each kind of lesion."""
+    rows = []
+    for part, bundle, kind, scores in stored.own_scores():
+        own = scores[COUNTERPART]
+        leads = {name: row.lead.auprc for name, row in scores.items() if row.lead is not None}
+        closest = min(leads, key=lambda name: leads[name].value, default=None)
+        rows.append(
+            [
+                bundle,
+                PARTS[part][1] if kind == part else f"{PARTS[part][1]}: {kind}",
+                str(own.cases),
+                format_interval(own.auprc),
+                format_interval(own.dice),
+                format_interval(own.mean_shipped_dice),
+                f"{format_interval(leads[closest], signed=True)}, {METHODS[closest].title}" if closest else "",
+            ]
+        )
+    header = ["model", "lesions", "scans", "AUPRC", "Dice, best-achievable", "Dice, as shipped", "lead"]
+    return table(header, rows)
+
+
+def make_image_level(results: ImageLevelResults | None) -> dict[str, str]:
+    """Make the tables of experiment 1."""
+    own = results.methods.get(COUNTERPART) if results else None
+    if results is None or own is None or own.reliability is None:
+        return dict.fromkeys(("image_level", "image_scores", "reliability"), NOT_MEASURED)
+    rows = []
+    for name, row in results.methods.items():
+        near = row.kinds["near"]
+        rates = ", ".join(f"{rate:.2f}" for rate in near.false_positive_rate.values())
+        numbers = [format_interval(row.kinds[kind].auroc) for kind in KINDS]
+        cost = f"{row.seconds * 1e3:.1f}"
+        rows.append([METHODS[name].title, *numbers, format_interval(near.auprc), rates, row.score, cost])
+    shown = [s for s in own.kinds["near"].auroc_by_score if "percentile" not in s or s == own.score]
+    by_score = [[score, *(f"{own.kinds[kind].auroc_by_score[score]:.2f}" for kind in KINDS)] for score in shown]
+    errors = [
+        [
+            f"healthy and {kind}",
+            f"{found.fitted_share:.2f}, {found.share:.2f}",
+            format_interval(found.calibration_error),
+            format_interval(found.brier),
+        ]
+        for kind, found in own.reliability.kinds.items()
     ]
-    for name, row in methods.items():
-        cells = [cell(row["kinds"][kind]["auroc"]) for kind in kinds]
-        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['score']} | {row['seconds'] * 1e3:.1f} |")
-    lines += [
-        "",
-        "| method | AUPRC of near | false positives at 95 %, 99 %, 99.9 % of near found | code |",
-        "| --- | --- | --- | --- |",
+    shares = "anomalous share: fitted, here"
+    header = ["method", *KINDS, "AUPRC, near", "FPR, near", "chosen score", "ms per image"]
+    return {
+        "image_level": table(header, rows),
+        "image_scores": table(["score", *KINDS], by_score),
+        "reliability": table(["test images", shares, "expected calibration error", "Brier score"], errors),
+    }
+
+
+def make_segmentation(segmented: dict[str, SegmentationResults]) -> str:
+    """Make the sections of experiments 2 and 3."""
+    sections = []
+    for part, results in segmented.items():
+        number, title, scans = PARTS[part]
+        kinds = results.kinds
+        header = [f"{kind}, {next(iter(rows.values())).cases} scans" for kind, rows in kinds.items()]
+        rows = []
+        for name in results.methods:
+            cells = [kinds[kind].get(name) for kind in kinds]
+            numbers = [f"{format_interval(c.auprc)}; {format_interval(c.dice)}" if c else "" for c in cells]
+            method = METHODS[name].title
+            rows.append([bold(method) if name == COUNTERPART else method, *numbers])
+        sections += [
+            f"### {number}. {title}",
+            f"{results.provenance.bundle}: {scans}.",
+            table(["method", *header], rows),
+        ]
+    return "\n\n".join(sections)
+
+
+def make_costs(segmented: dict[str, SegmentationResults]) -> dict[str, str]:
+    """Make the tables of what each method costs, and of what was chosen for it."""
+    costs, choices = [], []
+    for name, info in METHODS.items():
+        runs = {part: results.methods[name] for part, results in segmented.items() if name in results.methods}
+        sizes = dict.fromkeys(f"{run.parameters / 1e6:.1f}" for run in runs.values())
+        budgets = dict.fromkeys(run.provenance.training_budget.removesuffix(" slices") for run in runs.values())
+        times = [f"{runs[part].seconds_per_slice * 1e3:.1f}" if part in runs else "" for part in segmented]
+        costs.append([info.title, " or ".join(sizes), " or ".join(filter(None, budgets)), *times])
+        chosen = {
+            run.provenance.bundle.rpartition("-")[0]: f"{run.choice.variant}, {run.choice.smoothing}"
+            for run in runs.values()
+        }
+        if name != COUNTERPART:
+            choices.append([info.title, *(chosen.get(bundle, "") for bundle in BUNDLES)])
+    return {
+        "costs": table(["method", "parameters", "training slices", *(f"ms, {part}" for part in segmented)], costs),
+        "choices": table(["method", *BUNDLES], choices),
+    }
+
+
+def make_dice(stored: Stored) -> dict[str, str]:
+    """Make the table of the Dice figures that differ, side by side."""
+    rows = []
+    for part, bundle, kind, scores in stored.own_scores():
+        own, evaluated = scores[COUNTERPART], ""
+        inserted = stored.evaluation.get(bundle.rpartition("-")[0], {}).get("lesions", {}).get("rows", [])
+        if kind == "grade 3" and inserted:
+            evaluated = f"{np.median([row['dice'] for row in inserted]):.2f}"
+        shipped = f"{own.mean_shipped_dice.value:.2f}" if own.mean_shipped_dice else ""
+        best = [f"{own.dice.value:.2f}", format_interval(own.mean_scan_dice)]
+        rows.append([bundle, f"{part}, {kind}", shipped, *best, evaluated])
+    header = ["model", "part", "(1) shipped", "(2) best-achievable", "(3) best per scan", "(4) evaluation"]
+    tumours, pooled = stored.tumour_row, NOT_MEASURED
+    if tumours:
+        shipped, at_best = (format_interval(Interval(*tumours[key])) for key in ("shipped_pooled", "best_pooled"))
+        pooled = f"{shipped} shipped, {at_best} best-achievable"
+    return {"dice": table(header, rows), "tumour_dice": pooled}
+
+
+def false_positives(evaluation: dict[str, Any]) -> list[float]:
+    """Return the millilitres that are found in each analysed healthy test scan."""
+    return [row["false_positive_ml"] for row in evaluation["healthy"]["rows"] if row["outcome"] == "analysed"]
+
+
+def make_test_subjects(stored: Stored) -> dict[str, str]:
+    """Make the tables of false positives and refusals."""
+    healthy = []
+    refused: dict[str, dict[str, str]] = {}
+    for name, document in stored.evaluation.items():
+        scans = [row for row in document["healthy"]["rows"] if row["outcome"] != "no_healthy_slice"]
+        ml = false_positives(document)
+        spread = f"{np.median(ml):.2f} ({min(ml):.2f} to {max(ml):.2f})" if ml else ""
+        healthy.append([name, str(len(scans)), spread, str(len(scans) - len(ml))])
+        for part in ("foreign", "single"):
+            for row in document.get(part, {"rows": []})["rows"]:
+                outcomes = Counter(row["outcomes"])
+                count = f"{outcomes.total() - outcomes['analysed']}/{outcomes.total()}"
+                refused.setdefault(row["kind"].replace("as Hounsfield units", "in HU"), {})[name] = count
+    large = []
+    for found in stored.ood.values():
+        sizes = [row.truth_ml for row in found.rows]
+        shapes = ", ".join(dict.fromkeys(row.shape for row in found.rows))
+        share = Interval(*(100 * n for n in (found.share.value, found.share.low, found.share.high)))
+        large.append(
+            f"{found.provenance.bundle}: {found.refused} of {found.scans} are refused, {format_interval(share, 1)} %. "
+            f"The lesions have {min(sizes):.0f} to {max(sizes):.0f} ml ({shapes})."
+        )
+    names = list(stored.evaluation)
+    foreign = [[kind, *(row.get(name, "") for name in names)] for kind, row in refused.items()]
+    return {
+        "healthy": table(["model", "healthy test scans", "false positives, ml", "refused by mistake"], healthy),
+        "large_lesions": bullets(large) or NOT_MEASURED,
+        "foreign": table(["scans", *names], foreign),
+    }
+
+
+def make_oracle(bundles: dict[str, OracleScores]) -> str:
+    """Make the table of the oracle ablation."""
+    columns = {f"{name}, {grade}": rows for name, found in bundles.items() for grade, rows in found.grades.items()}
+    steps = next(iter(columns.values()), {})
+    rows = [[step, *(format_interval(scores[step].auprc) for scores in columns.values())] for step in steps]
+    return table(["given", *columns], rows)
+
+
+def find_knee(points: dict[str, PointScores]) -> str:
+    """Return the setting with the fewest evaluations within `CLOSE` of the best Dice and AUPRC.
+
+    If no setting is close to both, those with the smallest shortfall count.
+    """
+    values = {name: np.array([p.dice.value, p.auprc.value]) for name, p in points.items()}
+    best = np.max(list(values.values()), axis=0)
+    shortfall = {name: float((best - each).max()) for name, each in values.items()}
+    allowed = max(CLOSE, min(shortfall.values()))
+    good = [name for name, lacking in shortfall.items() if lacking <= allowed]
+    return min(good, key=lambda name: points[name].evaluations_per_slice)
+
+
+def make_curve(bundles: dict[str, CurveScores]) -> dict[str, str]:
+    """Make the table of Dice and AUPRC against evaluations, and where the knees are."""
+    knees = []
+    settings: dict[str, PointScores] = {}
+    for found in bundles.values():
+        knee = found.points[find_knee(found.points)]
+        shipped = found.points[found.shipped].evaluations_per_slice
+        knees.append(
+            f"{found.provenance.bundle}, {knee.cases} scans: the knee is at {knee.evaluations_per_slice:.1f} "
+            f"evaluations per slice, {shipped:.1f} are shipped."
+        )
+        settings |= found.points
+
+    def cell(found: CurveScores, name: str) -> str:
+        if name not in found.points:
+            return ""
+        point = found.points[name]
+        text = f"{point.evaluations_per_slice:.1f}; {format_interval(point.dice)}; {format_interval(point.auprc)}"
+        return bold(text) if name == found.shipped else text
+
+    rows = []
+    for name, point in sorted(settings.items(), key=lambda each: each[1].evaluations_per_slice):
+        levels, steps = (", ".join(map(str, each)) for each in (point.kl, point.reverse))
+        rows.append([str(point.views), levels, steps, *(cell(found, name) for found in bundles.values())])
+    header = ["views", "KL at t", "reverse from t", *bundles]
+    return {"knees": bullets(knees) or NOT_MEASURED, "curve": table(header, rows)}
+
+
+def make_ablation(documents: dict[str, AblationScores]) -> dict[str, str]:
+    """Make the table of gains, and that of the rules for the thresholds."""
+    kinds = {
+        name if kind == POOLED else f"{name}, {kind}": found.kinds[kind]
+        for name, found in documents.items()
+        for kind in (POOLED, TUMOURS)
+        if kind in found.kinds
+    }
+    shipped = [next(iter(scores.values())) for scores in kinds.values()]
+    header = [
+        f"{name}: {own.cases} scans, shipped {own.auprc.value:.2f}" for name, own in zip(kinds, shipped, strict=True)
     ]
-    for name, row in methods.items():
-        near = row["kinds"]["near"]
-        rates = ", ".join(f"{near[f'fpr{s}']:.2f}" for s in ("0.95", "0.99", "0.999"))
-        lines.append(f"| {NAMES[name]} | {cell(near['auprc'])} | {rates} | {version(row)} |")
-    own = methods.get(OURS)
-    if own:
-        lines += ["", "Every score of Counterpart's:", "", f"| score | {' | '.join(kinds)} |"]
-        lines.append("| --- " * (len(kinds) + 1) + "|")
-        for score in next(iter(own["kinds"].values()))["every_score"]:
-            cells = [f"{own['kinds'][kind]['every_score'][score]:.2f}" for kind in kinds]
-            lines.append(f"| {score} | {' | '.join(cells)} |")
-    return lines
+    changes = dict.fromkeys(change for scores in kinds.values() for change, row in scores.items() if row.gain)
+    gains = []
+    for change in changes:
+        cells = []
+        for scores in kinds.values():
+            gain = scores[change].gain if change in scores else None
+            text = format_interval(gain.auprc if gain else None, signed=True)
+            cells.append(bold(text) if gain and (gain.auprc.low > 0 or gain.auprc.high < 0) else text)
+        gains.append([change, *cells])
+    rules: dict[tuple[str, str], dict[str, str]] = {}
+    for name, found in documents.items():
+        for rule in found.thresholds:
+            text = f"{rule.threshold:.3f}: {', '.join(f'{dice.value:.2f}' for dice in rule.dice.values())}"
+            row = rules.setdefault((f"{rule.false_positive_ml:g}", f"{rule.extent_share:g}"), {})
+            row[name] = bold(text) if rule.shipped else text
+    thresholds = [[*rule, *(row.get(name, "") for name in documents)] for rule, row in rules.items()]
+    return {
+        "ablation": table(["change", *header], gains),
+        "thresholds": table(["ml", "share", *documents], thresholds),
+    }
 
 
-def part_section(part: str, document: Row) -> list[str]:
-    """A part under its title, with what it belongs to."""
-    document = current_rows(document)
-    table = imagewise_tables if part == "imagewise" else segmentation_tables
-    return [f"## {TITLES[part]}", "", pages.belongs(document["provenance"]), "", *table(document), ""]
-
-
-def write() -> None:
-    """The page, from the parts that have been measured."""
-    known = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    lines = [HEAD, *bars_section(known, pages.evaluations(), NAMES)]
-    for part in TITLES:
-        if part in known:
-            lines += part_section(part, known[part])
-            if part == "imagewise":
-                lines += pages.reliability_section(known[part]["methods"].get(OURS, {}))
-    lines += pages.bounds_section(known.get("bounds"))
-    lines += pages.curve_section(known.get("curve"))
-    parts = [f"{PART}-{name}" for name in pages.BUNDLES]
-    lines += ablation_section([known[part] for part in parts if part in known])
-    lines += pages.calibration_section(known)
-    if FIGURE.exists():
-        lines += ["## A dozen slices", "", SHOWN, "", "![Twelve slices](figures/results.png)"]
-    PAGE.write_text("\n".join(lines).rstrip() + "\n")
+def make_provenance(stored: Stored) -> str:
+    """Make the table of what the results belong to."""
+    found: dict[str, Sequence[Provenance]] = {}
+    if stored.image_level:
+        found["1"] = [row.provenance for row in stored.image_level.methods.values()]
+    for part, results in stored.segmented.items():
+        found[PARTS[part][0]] = [run.provenance for run in results.methods.values()]
+    found["oracle ablation"] = [each.provenance for each in stored.oracle.values()]
+    found["evaluations"] = [each.provenance for each in stored.curve.values()]
+    found["large lesions"] = [each.provenance for each in stored.ood.values()]
+    found["ablation"] = [each.provenance for each in stored.ablation.values()]
+    rows = []
+    for part, every in found.items():
+        columns = [
+            [p.bundle for p in every],
+            [f"`{p.data_sha256[:12]}`" for p in every],
+            [f"`{p.code}`" for p in every],
+        ]
+        rows.append([part, *(", ".join(dict.fromkeys(column)) for column in columns)])
+    return table(["part", "measured with", "data", "code"], rows)

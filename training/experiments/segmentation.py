@@ -1,121 +1,133 @@
-"""Experiments 2 and 3: where the lesion is, by every method on the same slices."""
+"""Experiments 2 and 3: anomaly maps of every method on the same slices, against the outlined lesions."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from scipy import ndimage
 from tqdm import tqdm
 
 from app.manifest import Manifest
+from app.pipeline import residual
+from app.pipeline.detect import detect
 from app.pipeline.findings import dice, label_findings
+from app.pipeline.networks import Networks
 from app.volume import FloatArray
 from training.experiments.cases import Case
-from training.experiments.methods import FILTERS, OURS, Maps, Method
-from training.experiments.metrics import Counts, average_precision, best_dice, difference, interval, mean_interval
+from training.experiments.manifests import without_ood_check
+from training.experiments.methods import COUNTERPART
+from training.experiments.metrics import ScoreCounts, average_precision, best_dice
+from training.experiments.results import Choice, ScanScores
+from training.experiments.results_cache import Outcome
 
-STATISTICS = {"auprc": average_precision, "dice": best_dice}
+# Case -> anomaly map of its evaluated slices, (K, H, W).
+AnomalyMap = Callable[[Case], FloatArray]
+
+BATCH = 16
+
+
+def gaussian(values: FloatArray, pixels: float) -> FloatArray:
+    """Smooth within each slice."""
+    result: FloatArray = ndimage.gaussian_filter(values, (0, pixels, pixels))
+    return result
+
+
+# Smoothing of a baseline's map within each slice, to choose from.
+NO_FILTER = "as it is"
+FILTERS: dict[str, Callable[[FloatArray], FloatArray]] = {
+    NO_FILTER: lambda values: values,
+    **{f"Gaussian of {p:g}": partial(gaussian, pixels=p) for p in (1.0, 2.0)},
+    **{f"median of {p}": partial(residual.median_filter, pixels=p) for p in (3, 5)},
+}
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What of a method was chosen on validation subjects."""
-
-    variant: str
-    smoothing: str
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What one method made of all cases.
+class Method:
+    """A method that can run.
 
     Attributes
     ----------
-    counts : dict of str to Counts
-        Of each kind of case; a row is a case.
-    per_scan : dict of str to dict of str to list of float
-        Of each kind, AUPRC and best Dice of every case, and Dice at the shipped threshold where there is one.
-    choice : Choice
-    seconds_per_slice : float
+    name : str
+        Of `training.experiments.methods.METHODS`.
+    variants : dict of str to callable
+        Maps to choose from on validation cases.
+    smoothing : tuple of str
+        Names of `FILTERS` to choose from.
     parameters : int
+        Of its networks.
+    time_per_slice : callable, optional
+        Cases -> seconds, if timing the maps would measure cached work.
     """
 
-    counts: dict[str, Counts]
-    per_scan: dict[str, dict[str, list[float]]]
-    choice: Choice
-    seconds_per_slice: float
-    parameters: int
+    name: str
+    variants: dict[str, AnomalyMap]
+    smoothing: tuple[str, ...] = tuple(FILTERS)
+    parameters: int = 0
+    time_per_slice: Callable[[Sequence[Case]], float] | None = None
 
 
-def judged(values: FloatArray, case: Case) -> FloatArray:
-    """A map where it counts; NaN elsewhere."""
-    return np.where(case.judged, values, np.float32(np.nan))
+def counterpart_map(models: Networks, manifest: Manifest) -> AnomalyMap:
+    """Return the service's own anomaly map, without the out-of-distribution check."""
+    accepting = without_ood_check(manifest)
+
+    def compute(case: Case) -> FloatArray:
+        return detect(case.volume, models, accepting).anomaly[case.slice_indices]
+
+    return compute
+
+
+def mask_map(values: FloatArray, case: Case) -> FloatArray:
+    """Set a map to NaN where it is not evaluated, (K, H, W)."""
+    return np.where(case.evaluated, values, np.float32(np.nan))
+
+
+def count_scores(maps: Sequence[FloatArray], cases: Sequence[Case]) -> ScoreCounts:
+    """Count the evaluated pixels of maps by score and truth."""
+    return ScoreCounts.from_scores([mask_map(m, c) for m, c in zip(maps, cases, strict=True)], [c.truth for c in cases])
 
 
 def choose(method: Method, cases: Sequence[Case]) -> Choice:
-    """The variant and smoothing of the highest AUPRC on validation cases."""
-    best, chosen = -1.0, Choice(next(iter(method.variants)), method.smoothing[0])
+    """Choose the variant and smoothing with the highest AUPRC on validation cases."""
+    best, chosen = -1.0, Choice(variant=next(iter(method.variants)), smoothing=method.smoothing[0])
     if len(method.variants) * len(method.smoothing) == 1:
         return chosen
-    for variant, maps in method.variants.items():
-        plain = [maps(case) for case in cases]
+    for variant, compute in method.variants.items():
+        plain = [compute(case) for case in cases]
         for smoothing in method.smoothing:
-            found = [judged(FILTERS[smoothing](p), c) for p, c in zip(plain, cases, strict=True)]
-            reached = Counts.of(found, [c.truth for c in cases]).statistic(average_precision)
+            reached = count_scores([FILTERS[smoothing](p) for p in plain], cases).pooled(average_precision)
             if reached > best:
-                best, chosen = reached, Choice(variant, smoothing)
+                best, chosen = reached, Choice(variant=variant, smoothing=smoothing)
     return chosen
 
 
 def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case], manifest: Manifest) -> Outcome:
-    """Choose on validation cases, then judge on the test cases."""
+    """Choose on validation cases, then run on the test cases."""
     choice = choose(method, validation)
-    maps: Maps = method.variants[choice.variant]
-    found, seconds = [], 0.0
+    compute = method.variants[choice.variant]
+    maps, seconds = [], 0.0
     for case in tqdm(test, desc=method.name, unit="scan"):
         start = time.perf_counter()
-        values = FILTERS[choice.smoothing](maps(case))
+        maps.append(FILTERS[choice.smoothing](compute(case)))
         seconds += time.perf_counter() - start
-        found.append(judged(values, case))
     counts, scans = {}, {}
     for kind in dict.fromkeys(c.kind for c in test):
-        mine = [i for i, c in enumerate(test) if c.kind == kind]
-        counts[kind] = Counts.of([found[i] for i in mine], [test[i].truth for i in mine])
-        scans[kind] = _per_scan([test[i] for i in mine], counts[kind])
-        if method.name == OURS:
-            scans[kind]["shipped"] = [shipped_dice(found[i], test[i], manifest) for i in mine]
-    each = method.seconds(test) if method.seconds else seconds / sum(len(c.known) for c in test)
+        mine = [(values, case) for values, case in zip(maps, test, strict=True) if case.kind == kind]
+        counts[kind] = count_scores([values for values, _ in mine], [case for _, case in mine])
+        pairs = list(zip(counts[kind].positive, counts[kind].negative, strict=True))
+        is_own = method.name == COUNTERPART
+        scans[kind] = ScanScores(
+            auprc=tuple(average_precision(p, n) for p, n in pairs),
+            dice=tuple(best_dice(p, n) for p, n in pairs),
+            truth_pixels=tuple(float(case.truth.sum()) for _, case in mine),
+            shipped=tuple(shipped_dice(values, case, manifest) for values, case in mine) if is_own else (),
+        )
+    each = method.time_per_slice(test) if method.time_per_slice else seconds / sum(len(c.slice_indices) for c in test)
     return Outcome(counts, scans, choice, each, method.parameters)
 
 
-def _per_scan(cases: list[Case], counts: Counts) -> dict[str, list[float]]:
-    pairs = list(zip(counts.positive, counts.negative, strict=True))
-    return {
-        **{name: [of(p, n) for p, n in pairs] for name, of in STATISTICS.items()},
-        "truth_pixels": [float(c.truth.sum()) for c in cases],
-    }
-
-
 def shipped_dice(values: FloatArray, case: Case, manifest: Manifest) -> float:
-    """Dice of the mask that a map (K, H, W) becomes at the bundle's thresholds."""
-    labels, _ = label_findings(values, manifest.residual, manifest.preparation.voxel_ml)
+    """Return Dice of the mask that a map (K, H, W) becomes at the bundle's thresholds."""
+    labels, _ = label_findings(mask_map(values, case), manifest.residual, manifest.preprocessing.voxel_ml)
     return dice(labels > 0, case.truth)
-
-
-def table(outcomes: dict[str, Outcome]) -> dict[str, Any]:
-    """All numbers of an experiment, by kind and method, with ours minus each opponent's."""
-    own = outcomes.get(OURS)
-    document: dict[str, Any] = {}
-    for name, outcome in outcomes.items():
-        for kind, counts in outcome.counts.items():
-            row: dict[str, Any] = {key: asdict(interval(counts, of)) for key, of in STATISTICS.items()}
-            row |= {f"scan_{key}": asdict(mean_interval(v)) for key, v in outcome.per_scan[kind].items()}
-            if own is not None and name != OURS:
-                ours = own.counts[kind]
-                row["behind"] = {key: asdict(difference(ours, counts, of)) for key, of in STATISTICS.items()}
-            if name == OURS:
-                row["scans"] = outcome.per_scan[kind]
-            row["cases"] = len(counts.positive)
-            document.setdefault(kind, {})[name] = row
-    return document

@@ -1,82 +1,65 @@
-"""A result as objects that a PACS takes: a segmentation and a structured report beside the source series."""
+"""DICOM results: a segmentation and a structured report that belong to the study of the source series."""
 
-from pathlib import Path
+from typing import TypeAlias
 
 from pydicom.dataset import Dataset
 
-from app.errors import CounterpartError, NoLesion, UnsuitableSource
-from app.export.dicom.identity import complete
+from app.errors import NoLesion, UnsuitableSource
+from app.export.dicom.identity import assign_uids
 from app.export.dicom.segmentation import build_segmentation
 from app.export.dicom.source import read_source
 from app.export.dicom.structured_report import build_structured_report
 from app.export.report import Report
-from app.pipeline.findings import Result
+from app.pipeline.findings import LabelArray
 from app.volume import Scan
 
-SEGMENTATION, STRUCTURED_REPORT = "segmentation.dcm", "report.dcm"
+DicomObjects: TypeAlias = tuple[Dataset | NoLesion | UnsuitableSource, Dataset | UnsuitableSource]
 
 
-def write_dicom(out: Path, scan: Scan, result: Result, report: Report) -> dict[str, CounterpartError]:
-    """Write the DICOM objects of one analysis.
+def build_dicom_objects(scan: Scan, labels: LabelArray, report: Report) -> DicomObjects:
+    """Build the DICOM Segmentation and the Structured Report of one analysis.
 
-    The headers of the source are read again from `scan.source.instances`, and nothing of them is
-    kept but what stands in the objects. Library warnings can hold header values: the caller
-    silences them.
+    The headers of the source are read again from `scan.source.instances`. Library warnings can contain header values:
+    the caller silences them.
 
     Parameters
     ----------
-    out : Path
-        Existing folder; each file appears whole or not at all.
     scan : Scan
         From DICOM.
-    result : Result
-        On the scan's own grid.
+    labels : (X, Y, Z) ndarray of integers
+        Label of a finding on the scan's own grid, 0 elsewhere.
     report : Report
-        The same analysis in numbers; the objects repeat them.
+        The objects repeat its numbers.
 
     Returns
     -------
-    dict of str to CounterpartError
-        Why a file is absent, by its name: `NoLesion`, `UnsuitableSource`. A series that nothing
-        can refer to costs the scan its DICOM objects and none of its other results.
+    segmentation, structured_report : Dataset or CounterpartError
+        The object, or the reason why it does not exist: no lesion was found, or DICOM objects cannot refer to the
+        series. Other results do not depend on either.
     """
-    try:
-        segmentation, document = _build(scan, result, report)
-    except UnsuitableSource as reason:
-        return dict.fromkeys((SEGMENTATION, STRUCTURED_REPORT), reason)
-    _write(out / STRUCTURED_REPORT, document)
-    if segmentation is None:
-        return {SEGMENTATION: _no_lesion()}
-    _write(out / SEGMENTATION, segmentation)
-    return {}
-
-
-def _build(scan: Scan, result: Result, report: Report) -> tuple[Dataset | None, Dataset]:
-    """Segmentation (None without a lesion) and report, each under UIDs of its own content."""
     try:
         source = read_source(scan)
         segmentation = None
         if report.findings:
-            segmentation = complete(build_segmentation(source, result.labels, report), source)
-        return segmentation, complete(build_structured_report(source, segmentation, report), source)
+            segmentation = assign_uids(build_segmentation(source, labels, report), source)
+        structured_report = assign_uids(build_structured_report(source, segmentation, report), source)
+    except UnsuitableSource as reason:
+        return reason, reason
     except (ValueError, TypeError, AttributeError, KeyError):
-        # Without the cause: its text can hold a value of the header.
-        raise UnsuitableSource(
-            "A header of the series holds a value that DICOM does not allow, or lacks one that DICOM requires.",
-            expected="patient, study and geometry attributes as DICOM PS3.3 defines them.",
-            advice="The other results stand. Export the series again from the original for DICOM results.",
-        ) from None
-
-
-def _write(path: Path, dataset: Dataset) -> None:
-    temporary = path.with_name(path.name + ".part")
-    dataset.save_as(temporary, enforce_file_format=True)
-    temporary.replace(path)
+        # The exception is not kept: its text can contain a header value.
+        invalid = UnsuitableSource(
+            "A header of the series has an invalid value, or lacks a value that DICOM requires.",
+            expected="patient, study and geometry attributes as defined in DICOM PS3.3.",
+            advice="The other results are valid. For DICOM results, export the series again from the original.",
+        )
+        return invalid, invalid
+    return _no_lesion() if segmentation is None else segmentation, structured_report
 
 
 def _no_lesion() -> NoLesion:
     return NoLesion(
-        "No voxel differs from the healthy counterpart by more than the threshold: there is nothing to segment.",
+        "No voxel differs from the healthy counterpart by more than the threshold.",
         expected="at least one finding.",
-        advice="report.dcm states what was analysed; an empty segmentation is not written, viewers stumble over it.",
+        advice="Use report.dcm, which describes the analysed region. An empty segmentation is not written because "
+        "many viewers cannot open it.",
     )

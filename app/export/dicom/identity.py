@@ -1,4 +1,7 @@
-"""Who made an object, under which UIDs, at what time: nothing here looks at a clock or a die."""
+"""Identity of the DICOM objects: UIDs, equipment, algorithm and codes.
+
+No value depends on a clock or a random number: the same analysis gives objects with the same bytes.
+"""
 
 import hashlib
 from io import BytesIO
@@ -15,11 +18,12 @@ from app.export.dicom.source import SourceSeries
 from app.export.report import Report
 
 MANUFACTURER = "Counterpart"
-# Of every name-based UUID (RFC 9562, version 5) that becomes a UID (PS3.5 B.2). A change of it renames all objects.
+# Namespace of the name-based UUIDs (RFC 9562, version 5) from which UIDs are made (PS3.5 B.2). If it changes, all UIDs
+# change.
 NAMESPACE = UUID("6f1c2d1e-57a4-4e0c-9f43-0d6a5b7f2c11")
-# Stands in every object until its content is known.
+# Stands for the UIDs of an object until its content is complete.
 PLACEHOLDER = "2.25.0"
-# What no public terminology names (PS3.16 section 8: designators of private schemes begin with 99).
+# Scheme of the codes that no public terminology contains (PS3.16 section 8: private designators start with 99).
 CODING_SCHEME, CODING_SCHEME_NAME = "99COUNTERPART", "Counterpart private codes"
 
 CATEGORY = CodedConcept.from_code(codes.SCT.MorphologicallyAbnormalStructure)  # CID 7150
@@ -30,24 +34,24 @@ AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
 
 def derived_uid(*parts: str) -> str:
-    """The UID of a text, always the same: 2.25 and a name-based UUID."""
+    """Return the UID of a text: 2.25 and a name-based UUID. The same text gives the same UID."""
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return str(highdicom.UID.from_uuid(str(uuid5(NAMESPACE, digest))))
 
 
-def complete(dataset: AnyDataset, source: SourceSeries) -> AnyDataset:
-    """Name an object by its content: one that differs in a byte has other UIDs, and the same one the same.
+def assign_uids(dataset: AnyDataset, source: SourceSeries) -> AnyDataset:
+    """Set the UIDs of an object from its content: a different byte gives different UIDs.
 
-    The hash is taken over the file with `PLACEHOLDER` where the UIDs will stand. The series is the
-    object's own, so that two analyses never disagree over the attributes of one series.
+    The hash is taken over the file with `PLACEHOLDER` in place of the UIDs. Each object gets a series of its own, so
+    that two analyses never give different attributes to one series.
     """
-    # The moment of writing, optional in the standard wherever highdicom notes it.
+    # Time of writing; the standard does not require these attributes.
     del dataset.InstanceCreationDate, dataset.InstanceCreationTime
     for item in dataset.ContributingEquipmentSequence:
         del item.ContributionDateTime
     if "SpecificCharacterSet" in source.images[0]:
         dataset.SpecificCharacterSet = source.images[0].SpecificCharacterSet
-    _set_dimension_organization(dataset, PLACEHOLDER)  # random in highdicom; of no meaning outside the object
+    _set_dimension_organization(dataset, PLACEHOLDER)  # highdicom sets a random UID
     buffer = BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
@@ -63,29 +67,30 @@ def _set_dimension_organization(dataset: Dataset, uid: str) -> None:
         item.DimensionOrganizationUID = uid
 
 
-def tracking(report: Report, series_uid: str, label: int) -> tuple[str, str]:
-    """Name and UID of a lesion, the same in segmentation and report.
+def tracking_identifiers(report: Report, series_uid: str, label: int) -> tuple[str, str]:
+    """Return Tracking ID and Tracking UID of a lesion, for both segmentation and structured report.
 
-    The UID belongs to this analysis: nothing says that the next one's first lesion is the same.
+    The UID belongs to one analysis. It does not identify the same lesion in another analysis.
     """
     finding = report.findings[label - 1]
-    what = (series_uid, *analysis(report), finding.model_dump_json())
-    return f"Lesion {label}", derived_uid("lesion", *what)
+    uid = derived_uid("lesion", series_uid, *analysis_key(report), finding.model_dump_json())
+    return f"Lesion {label}", uid
 
 
-def analysis(report: Report) -> tuple[str, ...]:
-    """What tells one analysis of a series from another; a report of an older version names no precision."""
+def analysis_key(report: Report) -> tuple[str, ...]:
+    """Return the values that distinguish two analyses of one series: model, seed, code version and precision."""
     model = report.model
-    return (model.sha256, str(model.seed), report.code_version, *filter(None, (model.precision,)))
+    key = (model.sha256, str(model.seed), report.code_version)
+    return (*key, model.precision) if model.precision else key
 
 
 def device_uid(report: Report) -> str:
-    """The observer: this version of the code with these weights."""
+    """Return the UID of the observer: this version of the code with these weights."""
     return derived_uid("device", report.code_version, report.model.sha256)
 
 
-def parameters(report: Report) -> dict[str, str]:
-    """What decided the outcome beside the code: bundle, precision, seed, thresholds."""
+def algorithm_parameters(report: Report) -> dict[str, str]:
+    """Return the parameters that determine the result: bundle, precision, seed, thresholds."""
     precision = {"precision": report.model.precision} if report.model.precision else {}
     return {
         "bundle": report.model.id,
@@ -97,21 +102,21 @@ def parameters(report: Report) -> dict[str, str]:
     }
 
 
-def algorithm(report: Report) -> AlgorithmIdentificationSequence:
-    """Algorithm Identification Macro (PS3.3 table 10-19)."""
+def algorithm_identification(report: Report) -> AlgorithmIdentificationSequence:
+    """Return the Algorithm Identification Macro (PS3.3 table 10-19)."""
     return AlgorithmIdentificationSequence(
         name=MANUFACTURER,
         version=report.code_version,
         family=codes.DCM.ArtificialIntelligence,
         source=MANUFACTURER,
-        parameters=parameters(report),
+        parameters=algorithm_parameters(report),
     )
 
 
-def common(source: SourceSeries, report: Report) -> dict[str, Any]:
-    """What highdicom writes alike into every object.
+def shared_arguments(source: SourceSeries, report: Report) -> dict[str, Any]:
+    """Return the arguments that the highdicom constructors of both objects share.
 
-    Enhanced General Equipment (PS3.3 C.7.5.2): the bundle is the model, its hash the serial number.
+    They include Enhanced General Equipment (PS3.3 C.7.5.2): the model is the bundle, the serial number is its hash.
     """
     date, time = source.content_time
     return {
@@ -121,14 +126,15 @@ def common(source: SourceSeries, report: Report) -> dict[str, Any]:
         "content_date": date,
         "content_time": time,
         "content_qualification": "RESEARCH",
-        "specific_character_set": None,  # `complete` copies the source's: highdicom knows not all that are in use
+        # highdicom does not support every character set: `assign_uids` copies the source's.
+        "specific_character_set": None,
         "manufacturer": MANUFACTURER,
         "manufacturer_model_name": report.model.id,
         "software_versions": report.code_version,
-        "device_serial_number": report.model.sha256,  # 64 digits: as many as LO may have
+        "device_serial_number": report.model.sha256,  # 64 characters, the maximum of the value representation LO
     }
 
 
 def private_code(value: str, meaning: str) -> CodedConcept:
-    """A concept of our own scheme."""
+    """Return a concept of the private coding scheme."""
     return CodedConcept(value, CODING_SCHEME, meaning)

@@ -1,4 +1,4 @@
-"""The mask as a DICOM Segmentation (PS3.3 A.51), BINARY, one segment a lesion."""
+"""DICOM Segmentation (PS3.3 A.51) of type BINARY with one segment per lesion."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -8,7 +8,14 @@ from highdicom import CoordinateSystemNames, PixelMeasuresSequence, PlaneOrienta
 from highdicom.color import CIELabColor
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
 
-from app.export.dicom.identity import CATEGORY, SITE, TYPE, algorithm, common, tracking
+from app.export.dicom.identity import (
+    CATEGORY,
+    SITE,
+    TYPE,
+    algorithm_identification,
+    shared_arguments,
+    tracking_identifiers,
+)
 from app.export.dicom.source import SourceSeries
 from app.export.report import RESEARCH_USE_ONLY, Report
 from app.pipeline.findings import LabelArray
@@ -16,20 +23,20 @@ from app.pipeline.findings import LabelArray
 SERIES_NUMBER = 9001
 SERIES_DESCRIPTION = "Counterpart: lesions (research use only)"
 CONTENT_LABEL = "COUNTERPART"
-RED = (255, 64, 64)  # as in preview.png
+RED = (255, 64, 64)  # the colour of the mask in preview.png
 
 
 def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report) -> Segmentation:
-    """Make the segmentation, without UIDs of its own yet.
+    """Build the segmentation with placeholder UIDs.
 
     Parameters
     ----------
     source : SourceSeries
-        What the mask was made from.
+        Series of the scan.
     labels : (X, Y, Z) ndarray of integers
-        Label of a finding on the scan's grid, columns along X and rows along Y; 0 beside them.
+        Label of a finding on the scan's grid, 0 elsewhere. X runs along columns, Y along rows, Z along slices.
     report : Report
-        Names the findings and the model.
+        Contains the findings and the model.
     """
     segmentation = Segmentation(
         source_images=source.images,
@@ -40,22 +47,22 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
         content_label=CONTENT_LABEL,
         content_description=RESEARCH_USE_ONLY,
         series_description=SERIES_DESCRIPTION,
-        **common(source, report),
+        **shared_arguments(source, report),
         **_geometry(source, labels.shape[2]),
     )
-    segmentation.ContentCreatorName = None  # type 2, and nobody did
+    segmentation.ContentCreatorName = None  # type 2; there is no creator
     if source.frames:
-        _name_frames(segmentation, source.frames)
+        _reference_frames(segmentation, source.frames)
     return segmentation
 
 
 def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
-    """Where the frames lie: on the source's slices, or where the scan was resampled to."""
+    """Return the positions of the frames: those of the source's slices if they match, else those of the scan's grid."""
     if source.positions is not None:
-        return {"plane_positions": [_position(place) for place in source.positions]}
-    spacing = np.linalg.norm(source.lps[:3, :3], axis=0)
-    directions = source.lps[:3, :3] / spacing
-    origins = source.lps[:3, 3] + np.arange(count)[:, None] * source.lps[:3, 2]
+        return {"plane_positions": [_position(position) for position in source.positions]}
+    spacing = np.linalg.norm(source.lps_affine[:3, :3], axis=0)
+    directions = source.lps_affine[:3, :3] / spacing
+    origins = source.lps_affine[:3, 3] + np.arange(count)[:, None] * source.lps_affine[:3, 2]  # (count, 3)
     return {
         "plane_positions": [_position(origin.tolist()) for origin in origins],
         "plane_orientation": PlaneOrientationSequence(
@@ -69,29 +76,30 @@ def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
     }
 
 
-def _name_frames(segmentation: Segmentation, read: Collection[int]) -> None:
-    """Name of an enhanced image the frames that were read, and no others of the same place, as highdicom does."""
+def _reference_frames(segmentation: Segmentation, frames: Collection[int]) -> None:
+    """Refer only to the frames of an enhanced image that were read; highdicom refers to all at the same position."""
     for group in segmentation.PerFrameFunctionalGroupsSequence:
         for derivation in group.get("DerivationImageSequence", []):
-            named = [item for item in derivation.SourceImageSequence if int(item.ReferencedFrameNumber) in read]
-            derivation.SourceImageSequence = named
+            derivation.SourceImageSequence = [
+                item for item in derivation.SourceImageSequence if int(item.ReferencedFrameNumber) in frames
+            ]
 
 
-def _position(place: Sequence[float]) -> PlanePositionSequence:
-    return PlanePositionSequence(CoordinateSystemNames.PATIENT, image_position=place)
+def _position(position: Sequence[float]) -> PlanePositionSequence:
+    return PlanePositionSequence(CoordinateSystemNames.PATIENT, image_position=position)
 
 
 def _segment(source: SourceSeries, report: Report, label: int) -> SegmentDescription:
-    name, uid = tracking(report, source.uid, label)
+    tracking_id, tracking_uid = tracking_identifiers(report, source.uid, label)
     return SegmentDescription(
         segment_number=label,
-        segment_label=name,
+        segment_label=tracking_id,
         segmented_property_category=CATEGORY,
         segmented_property_type=TYPE,
         algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
-        algorithm_identification=algorithm(report),
-        tracking_id=name,
-        tracking_uid=uid,
+        algorithm_identification=algorithm_identification(report),
+        tracking_id=tracking_id,
+        tracking_uid=tracking_uid,
         anatomic_regions=[SITE],
         display_color=CIELabColor.from_rgb(*RED),
     )

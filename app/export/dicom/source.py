@@ -1,7 +1,7 @@
-"""What of the source series an object repeats: what the standard requires (type 1 and 2), and nothing else.
+"""Source series of the DICOM results: the required attributes (types 1 and 2) and the position of each slice.
 
-highdicom copies every patient and study attribute that it finds in a source. It is given data sets
-that hold no others than these.
+highdicom copies every patient and study attribute that it finds in a source. The data sets given to it contain only
+the attributes listed here.
 """
 
 import datetime as dt
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pydicom
 from pydicom.dataset import Dataset
 from pydicom.tag import Tag
@@ -26,30 +25,29 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import DA, TM, format_number_as_ds
 
+from app.dicom_attributes import functional_group
 from app.errors import UnsuitableSource
 from app.volume import Affine, Scan
-
-Vector = npt.NDArray[np.float64]
 
 PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
 STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber")
 SERIES = ("SeriesInstanceUID", "Modality", "FrameOfReferenceUID", "PositionReferenceIndicator")
 INSTANCE = ("SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Rows", "Columns")
-# Required of what is derived from a lossy image (PS3.3 C.7.6.1.1.5).
+# Required in an object that is derived from a lossy image (PS3.3 C.7.6.1.1.5).
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 COPIED = (*PATIENT, *STUDY, *SERIES, *INSTANCE, *LOSSY)
-# Read, but not copied as they stand.
-_PLACE = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
+# Read, but not copied unchanged.
+_GEOMETRY = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness")
 _GROUPS = ("NumberOfFrames", "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-# When the pixels came to be, best first; each pair is type 1 or 2 in some image that is read.
+# Time of the pixels, most specific first. Each supported image has at least one pair as type 1 or 2.
 _TIMES = (
     ("ContentDate", "ContentTime"),
     ("AcquisitionDate", "AcquisitionTime"),
     ("SeriesDate", "SeriesTime"),
     ("StudyDate", "StudyTime"),
 )
-_TAGS = [Tag(name) for name in (*COPIED, *_PLACE, *_GROUPS, *(name for pair in _TIMES for name in pair))]
-# Content Date is required: of a source without any date (an anonymised one) it says so by being absurd.
+_TAGS = [Tag(name) for name in (*COPIED, *_GEOMETRY, *_GROUPS, *(name for pair in _TIMES for name in pair))]
+# Content Date is required. An anonymised source without any date gets this obviously wrong one.
 NO_DATE = (DA("19000101"), TM("000000"))
 
 _SINGLE_FRAME = (CTImageStorage, MRImageStorage)
@@ -62,34 +60,34 @@ _MULTI_FRAME = (
 _REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-# Ingest takes slices that are up to 0.2 mm off a straight line and 0.05 mm off an even distance.
-SAME_PLACE_MM = 0.3
+# The reader accepts slices up to 0.2 mm off a straight line and 0.05 mm off an even distance.
+SAME_POSITION_MM = 0.3
 SAME_DIRECTION = 2e-3
 
 
 @dataclass(frozen=True, eq=False)
 class SourceSeries:
-    """A series as highdicom takes it, and where its slices lie in the scan.
+    """A series in the form that highdicom expects, and the position of its slices in the scan.
 
     Attributes
     ----------
     images : tuple of Dataset
-        One a slice, in the order of the scan's last axis; or the one multi-frame image.
+        One per slice, in the order of the scan's last axis, or one multi-frame image.
     positions : tuple of sequence, or None
-        ImagePositionPatient of each slice of the scan, as the source states it. None: the scan's
-        slices are not images or frames of the source (they were resampled, or are tiles of a mosaic).
+        ImagePositionPatient of each slice of the scan, with the source's own numbers. None if the scan's slices are
+        not images or frames of the source (resampled series, tiles of a mosaic).
     frames : frozenset of int
         Numbers, from 1, of the frames of a multi-frame image that were read.
-    lps : (4, 4) ndarray
+    lps_affine : (4, 4) ndarray of float64
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
-        The latest that the source states for its pixels: a clock would make every object another.
+        Latest time that the source gives for its pixels. The current time would change the bytes of each object.
     """
 
     images: tuple[Dataset, ...]
     positions: tuple[Sequence[float], ...] | None
     frames: frozenset[int]
-    lps: Affine
+    lps_affine: Affine
     content_time: tuple[dt.date, dt.time]
 
     @property
@@ -100,7 +98,7 @@ class SourceSeries:
 
 @dataclass(frozen=True, eq=False)
 class _Frame:
-    """One frame of a source file; the numbers stay as they are written."""
+    """One frame of a source file. Its numbers are not converted."""
 
     image: int
     position: Sequence[float]
@@ -110,26 +108,25 @@ class _Frame:
 
 
 def read_source(scan: Scan) -> SourceSeries:
-    """Read the headers of a scan's series again, and find each slice's frame.
+    """Read the headers of a scan's series again and match its slices to frames.
 
     Raises
     ------
     UnsuitableSource
-        Nothing can refer to the series: UIDs are missing, or its kind of image is unknown.
+        DICOM objects cannot refer to the series: UIDs are missing, or its SOP class is not supported.
     """
     headers = [_read(path) for path in scan.source.instances]
     _check(headers)
-    lps = RAS_TO_LPS @ scan.volume.affine
+    lps_affine = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
     read = [frames[index] for index in scan.source.frames] or frames
-    # A resampled slice may lie as near to one of the source as two of one place; it is another.
-    chosen = [] if scan.source.resampled else _match(read, headers[0], lps, scan.volume.shape)
-    images = _images(headers, frames, chosen, lps)
+    # The slices of a resampled scan are not images of the source, even at the same position.
+    matched = [] if scan.source.resampled else _match_frames(read, headers[0], lps_affine, scan.volume.shape)
     return SourceSeries(
-        images=tuple(images),
-        positions=tuple(frame.position for frame in chosen) if chosen else None,
+        images=tuple(_build_images(headers, frames, matched, lps_affine)),
+        positions=tuple(frame.position for frame in matched) if matched else None,
         frames=frozenset(index + 1 for index in scan.source.frames),
-        lps=lps,
+        lps_affine=lps_affine,
         content_time=_content_time(headers),
     )
 
@@ -142,38 +139,38 @@ def _check(headers: Sequence[Dataset]) -> None:
     missing = [name for name in _REQUIRED if not all(header.get(name) for header in headers)]
     if missing:
         raise _unsuitable(
-            f"The series does not state {', '.join(missing)} in every image.",
-            expected="an image that others can refer to: UIDs of study, series, instance and frame of reference.",
+            f"At least one image of the series has no {', '.join(missing)}.",
+            expected="the UIDs of study, series, instance and frame of reference in every image.",
         )
     classes = {UID(header.get("SOPClassUID", "")) for header in headers}
     if len(classes) > 1 or not classes <= {*_SINGLE_FRAME, *_MULTI_FRAME}:
-        names = ", ".join(sorted("unknown" if kind.is_private else kind.name for kind in classes))
-        raise _unsuitable(f"The images are of the kind {names}.", expected="CT or MR images, single-frame or enhanced.")
+        names = ", ".join(sorted("unknown" if uid.is_private else uid.name for uid in classes))
+        raise _unsuitable(f"The SOP class of the images is {names}.", expected="CT or MR images, classic or enhanced.")
     if classes <= {*_MULTI_FRAME} and len(headers) > 1:
         raise _unsuitable(
-            f"The volume is spread over {len(headers)} multi-frame images.",
+            f"The volume consists of {len(headers)} multi-frame images.",
             expected="one enhanced multi-frame image, or single-frame images.",
         )
     studies = {header.StudyInstanceUID for header in headers}
     if len(studies) > 1:
-        raise _unsuitable(f"The images name {len(studies)} studies.", expected="one study.")
+        raise _unsuitable(f"The images belong to {len(studies)} studies.", expected="one study.")
 
 
 def _unsuitable(found: str, *, expected: str) -> UnsuitableSource:
-    advice = "The other results stand. Export the series again from the original for DICOM results."
+    advice = "The other results are valid. For DICOM results, export the series again from the original."
     return UnsuitableSource(found, expected=expected, advice=advice)
 
 
 def _frames(index: int, header: Dataset) -> list[_Frame]:
-    """Frames of one image, in its own order."""
+    """Return the frames of one image, in the order of the file."""
     frames = []
     for number in range(int(header.get("NumberOfFrames") or 1)):
-        measures = _group(header, number, "PixelMeasuresSequence")
+        measures = functional_group(header, number, "PixelMeasuresSequence")
         thickness = measures.get("SliceThickness")
         frame = _Frame(
             image=index,
-            position=_group(header, number, "PlanePositionSequence").ImagePositionPatient,
-            orientation=_group(header, number, "PlaneOrientationSequence").ImageOrientationPatient,
+            position=functional_group(header, number, "PlanePositionSequence").ImagePositionPatient,
+            orientation=functional_group(header, number, "PlaneOrientationSequence").ImageOrientationPatient,
             spacing=measures.PixelSpacing,
             thickness=float(thickness) if thickness else None,
         )
@@ -181,27 +178,17 @@ def _frames(index: int, header: Dataset) -> list[_Frame]:
     return frames
 
 
-def _group(header: Dataset, frame: int, keyword: str) -> Dataset:
-    """Where a frame's attributes stand: its own group, the shared one, or the data set itself."""
-    for group in (
-        *header.get("PerFrameFunctionalGroupsSequence", [])[frame : frame + 1],
-        *header.get("SharedFunctionalGroupsSequence", [])[:1],
-    ):
-        if group.get(keyword):
-            item: Dataset = group[keyword][0]
-            return item
-    return header
+def _match_frames(
+    frames: Sequence[_Frame], header: Dataset, lps_affine: Affine, shape: tuple[int, int, int]
+) -> list[_Frame]:
+    """Return the frame at the position of each slice of the scan, or an empty list if the grids differ.
 
-
-def _match(frames: Sequence[_Frame], header: Dataset, lps: Affine, shape: tuple[int, int, int]) -> list[_Frame]:
-    """The frame at the place of each slice of the scan; empty where the grid is another.
-
-    By position alone, whatever order the reader left them in: a slice is never guessed.
+    Frames are matched by position only, so the order in which they were read does not matter.
     """
     if (int(header.Columns), int(header.Rows)) != shape[:2]:
         return []
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    cosines = (lps[:3, :2] / spacing[:2]).T.ravel()  # (6,): direction of columns, then of rows
+    spacing = np.linalg.norm(lps_affine[:3, :3], axis=0)
+    cosines = (lps_affine[:3, :2] / spacing[:2]).T.ravel()  # (6,): direction of columns, then of rows
     candidates = [
         frame
         for frame in frames
@@ -210,36 +197,36 @@ def _match(frames: Sequence[_Frame], header: Dataset, lps: Affine, shape: tuple[
     ]
     if not candidates:
         return []
-    places = np.array([frame.position for frame in candidates], dtype=float)  # (M, 3)
-    wanted = lps[:3, 3] + np.arange(shape[2])[:, None] * lps[:3, 2]  # (N, 3)
-    distances = np.linalg.norm(wanted[:, None] - places[None], axis=-1)  # (N, M)
+    available = np.array([frame.position for frame in candidates], dtype=float)  # (M, 3)
+    required = lps_affine[:3, 3] + np.arange(shape[2])[:, None] * lps_affine[:3, 2]  # (N, 3)
+    distances = np.linalg.norm(required[:, None] - available[None], axis=-1)  # (N, M)
     nearest = distances.argmin(axis=1)
-    if len(set(nearest)) < len(nearest) or distances.min(axis=1).max() > SAME_PLACE_MM:
+    if len(set(nearest)) < len(nearest) or distances.min(axis=1).max() > SAME_POSITION_MM:
         return []
     return [candidates[i] for i in nearest]
 
 
-def _images(
-    headers: Sequence[Dataset], frames: Sequence[_Frame], chosen: Sequence[_Frame], lps: Affine
+def _build_images(
+    headers: Sequence[Dataset], frames: Sequence[_Frame], matched: Sequence[_Frame], lps_affine: Affine
 ) -> list[Dataset]:
-    """Data sets with what is copied, and one orientation, spacing and thickness for all slices.
+    """Return data sets with the copied attributes and with the orientation, spacing and thickness of the first slice.
 
-    A segmentation states them once: those of the first slice. Other slices differ by less than
-    `ingest.stack` allows, and thickness may be absent.
+    A segmentation has one orientation, spacing and thickness for all slices. The reader accepts only small differences
+    between slices, and the thickness may be missing.
     """
-    reference = chosen[0] if chosen else frames[0]
-    between = float(np.linalg.norm(lps[:3, 2]))
+    reference = matched[0] if matched else frames[0]
+    slice_spacing = float(np.linalg.norm(lps_affine[:3, 2]))
     orientation = Dataset()
     orientation.ImageOrientationPatient = reference.orientation
     measures = Dataset()
     measures.PixelSpacing = reference.spacing
-    measures.SliceThickness = format_number_as_ds(reference.thickness or between)
-    measures.SpacingBetweenSlices = format_number_as_ds(between)
+    measures.SliceThickness = format_number_as_ds(reference.thickness or slice_spacing)
+    measures.SpacingBetweenSlices = format_number_as_ds(slice_spacing)
     if headers[0].SOPClassUID in _MULTI_FRAME:
-        return [_multi_frame(headers[0], frames, orientation, measures)]
+        return [_build_multi_frame(headers[0], frames, orientation, measures)]
     images = []
-    for frame in chosen or frames:
-        image = _copied(headers[frame.image])
+    for frame in matched or frames:
+        image = _copy_attributes(headers[frame.image])
         image.update(orientation)
         image.update(measures)
         image.ImagePositionPatient = frame.position
@@ -247,25 +234,25 @@ def _images(
     return images
 
 
-def _multi_frame(header: Dataset, frames: Sequence[_Frame], orientation: Dataset, measures: Dataset) -> Dataset:
-    image = _copied(header)
+def _build_multi_frame(header: Dataset, frames: Sequence[_Frame], orientation: Dataset, measures: Dataset) -> Dataset:
+    image = _copy_attributes(header)
     shared = Dataset()
     shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = [orientation], [measures]
     image.NumberOfFrames = len(frames)
     image.SharedFunctionalGroupsSequence = [shared]
-    image.PerFrameFunctionalGroupsSequence = [_at(frame.position) for frame in frames]
+    image.PerFrameFunctionalGroupsSequence = [_position_group(frame.position) for frame in frames]
     return image
 
 
-def _at(position: Sequence[float]) -> Dataset:
-    place, group = Dataset(), Dataset()
-    place.ImagePositionPatient = position
-    group.PlanePositionSequence = [place]
+def _position_group(position: Sequence[float]) -> Dataset:
+    plane, group = Dataset(), Dataset()
+    plane.ImagePositionPatient = position
+    group.PlanePositionSequence = [plane]
     return group
 
 
-def _copied(header: Dataset) -> Dataset:
-    """The attributes of `COPIED`; what is required and may be empty is empty where the source's value is wrong."""
+def _copy_attributes(header: Dataset) -> Dataset:
+    """Copy the attributes of `COPIED`; a required attribute that is missing or invalid is left empty."""
     image = Dataset()
     for name in COPIED:
         if name in header:
@@ -275,26 +262,29 @@ def _copied(header: Dataset) -> Dataset:
             setattr(image, name, None)
     if image.PatientSex not in ("M", "F", "O"):
         image.PatientSex = None
-    for name, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
-        if _parsed(kind, image[name].value) is None:
+    for name, value_type in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
+        if _parse(value_type, image[name].value) is None:
             setattr(image, name, None)
     return image
 
 
 def _content_time(headers: Sequence[Dataset]) -> tuple[dt.date, dt.time]:
-    """The latest moment of the best kind that is stated whole; else the best date, at midnight."""
-    for midnight in (None, TM("000000")):
-        for date, time in _TIMES:
-            stated = [(_parsed(DA, header.get(date)), _parsed(TM, header.get(time)) or midnight) for header in headers]
-            whole = [(day, moment) for day, moment in stated if day is not None and moment is not None]
-            if whole:
-                return max(whole)
+    """Return the latest date and time of the first pair in `_TIMES` with both, else of the first with a date."""
+    for default_time in (None, TM("000000")):
+        for date_name, time_name in _TIMES:
+            pairs = [
+                (_parse(DA, header.get(date_name)), _parse(TM, header.get(time_name)) or default_time)
+                for header in headers
+            ]
+            complete = [(date, time) for date, time in pairs if date is not None and time is not None]
+            if complete:
+                return max(complete)
     return NO_DATE
 
 
-def _parsed(kind: Any, value: object) -> Any:
-    """A date or a time, or None for what is none."""
+def _parse(value_type: Any, value: object) -> Any:
+    """Return a date or time, or None if the value is empty or invalid."""
     try:
-        return kind(str(value)) if value else None
+        return value_type(str(value)) if value else None
     except ValueError:
         return None

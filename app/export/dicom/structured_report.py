@@ -1,4 +1,4 @@
-"""The findings as a structured report by TID 1500, Measurement Report (PS3.16)."""
+"""DICOM Structured Report with the findings: TID 1500, Measurement Report (PS3.16)."""
 
 from collections.abc import Iterator
 
@@ -34,13 +34,13 @@ from app.export.dicom.identity import (
     MANUFACTURER,
     SITE,
     TYPE,
-    analysis,
-    common,
+    algorithm_parameters,
+    analysis_key,
     derived_uid,
     device_uid,
-    parameters,
     private_code,
-    tracking,
+    shared_arguments,
+    tracking_identifiers,
 )
 from app.export.dicom.source import SourceSeries
 from app.export.report import Finding, Report
@@ -66,25 +66,25 @@ DIFFERENCE = private_code("difference", "Difference from the imagined healthy co
 
 
 def build_structured_report(source: SourceSeries, segmentation: Dataset | None, report: Report) -> ComprehensiveSR:
-    """Make the report, without UIDs of its own yet.
+    """Build the report with placeholder UIDs.
 
     Parameters
     ----------
     source : SourceSeries
         Listed as evidence.
     segmentation : Dataset or None
-        Under its own UIDs; one segment a finding, numbered alike. None: nothing was found.
+        Complete, with its UIDs; its segment numbers are the labels of the findings. None if there is no finding.
     report : Report
-        The numbers.
+        Contains the numbers.
     """
-    lesions = [] if segmentation is None else [_lesion(source, segmentation, report, f) for f in report.findings]
+    lesions = [] if segmentation is None else [_lesion_group(source, segmentation, report, f) for f in report.findings]
     content = MeasurementReport(
         observation_context=ObservationContext(observer_device_context=_observer(report)),
         procedure_reported=codes.SCT.ImagingProcedure,
-        imaging_measurements=[_analysis(source, report), *lesions],
+        imaging_measurements=[_analysis_group(source, report), *lesions],
         title=codes.DCM.ImagingMeasurementReport,
     )
-    content[0].ContentSequence.append(_evaluations(report))
+    content[0].ContentSequence.append(_qualitative_evaluations(report))
     return ComprehensiveSR(
         evidence=[*source.images, *([] if segmentation is None else [segmentation])],
         content=content[0],
@@ -96,11 +96,12 @@ def build_structured_report(source: SourceSeries, segmentation: Dataset | None, 
                 CODING_SCHEME, name=CODING_SCHEME_NAME, responsible_organization=MANUFACTURER
             )
         ],
-        **common(source, report),
+        **shared_arguments(source, report),
     )
 
 
 def _observer(report: Report) -> ObserverContext:
+    """Return this software as the device that made the observations."""
     return ObserverContext(
         observer_type=codes.DCM.Device,
         observer_identifying_attributes=DeviceObserverIdentifyingAttributes(
@@ -114,22 +115,22 @@ def _observer(report: Report) -> ObserverContext:
 
 
 def _algorithm(report: Report) -> AlgorithmIdentification:
-    """TID 4019."""
+    """Return the Algorithm Identification (TID 4019)."""
+    # highdicom joins the parameters of a segmentation in the same way.
+    parameters = ",".join(f"{name}={value}" for name, value in algorithm_parameters(report).items())
     return AlgorithmIdentification(
         name=MANUFACTURER,
         version=report.code_version,
-        parameters=[
-            ",".join(f"{name}={value}" for name, value in parameters(report).items())
-        ],  # as highdicom joins them
+        parameters=[parameters],
         family=codes.DCM.ArtificialIntelligence,
         manufacturer=MANUFACTURER,
     )
 
 
-def _analysis(source: SourceSeries, report: Report) -> MeasurementsAndQualitativeEvaluations:
-    """TID 1501: what was analysed, and what came out as a whole."""
+def _analysis_group(source: SourceSeries, report: Report) -> MeasurementsAndQualitativeEvaluations:
+    """Return the measurements of the whole scan (TID 1501)."""
     low, high = report.analysed.z_mm
-    uid = derived_uid("analysis", source.uid, *analysis(report))
+    uid = derived_uid("analysis", source.uid, *analysis_key(report))
     return MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(uid=uid, identifier="Analysis"),
         finding_sites=[FindingSite(SITE)],
@@ -146,12 +147,12 @@ def _analysis(source: SourceSeries, report: Report) -> MeasurementsAndQualitativ
     )
 
 
-def _lesion(
+def _lesion_group(
     source: SourceSeries, segmentation: Dataset, report: Report, finding: Finding
 ) -> VolumetricROIMeasurementsAndQualitativeEvaluations:
-    """TID 1411: one lesion by its segment."""
-    name, uid = tracking(report, source.uid, finding.label)
-    # Not `from_segmentation`, which fails on a single segment (highdicom 0.28.2).
+    """Return the measurements of one lesion, which refer to its segment (TID 1411)."""
+    name, uid = tracking_identifiers(report, source.uid, finding.label)
+    # `ReferencedSegment.from_segmentation` fails for a single segment (highdicom 0.28.2).
     segment = ReferencedSegment(
         segmentation.SOPClassUID,
         segmentation.SOPInstanceUID,
@@ -173,8 +174,8 @@ def _lesion(
     )
 
 
-def _evaluations(report: Report) -> ContainerContentItem:
-    """TID 1500, rows 12 to 14: the answer in a word, and what a reader must know of it."""
+def _qualitative_evaluations(report: Report) -> ContainerContentItem:
+    """Return the result as Present or Absent, followed by comments (TID 1500, rows 12 to 14)."""
     container = ContainerContentItem(QUALITATIVE_EVALUATIONS, relationship_type=RelationshipTypeValues.CONTAINS)
     answer = codes.SCT.Present if report.findings else codes.SCT.Absent
     container.ContentSequence = ContentSequence(
@@ -184,6 +185,7 @@ def _evaluations(report: Report) -> ContainerContentItem:
 
 
 def _comments(report: Report) -> Iterator[TextContentItem]:
-    doubt = report.model.choice.doubt if report.model.choice else None
-    for text in (report.notice, *report.input.notes, *filter(None, [doubt])):
+    """Yield the notice, the notes of the reader and the warning of the model selection."""
+    warning = report.model.selection.warning if report.model.selection else None
+    for text in (report.notice, *report.input.notes, *([warning] if warning else [])):
         yield TextContentItem(codes.DCM.Comment, text, RelationshipTypeValues.CONTAINS)

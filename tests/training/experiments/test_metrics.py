@@ -1,17 +1,18 @@
-"""Counts in bins say what sorting every pixel says."""
+"""Binned score counts against statistics over every pixel."""
 
 import numpy as np
 import pytest
 
 from training.experiments.metrics import (
-    Counts,
+    ScoreCounts,
     auroc,
     average_precision,
     best_dice,
-    difference,
-    false_positive_rate,
-    interval,
+    bootstrap_interval,
+    exact_counts,
+    fpr_at_sensitivity,
     mean_interval,
+    paired_difference,
 )
 
 SUBJECTS = 7
@@ -24,49 +25,56 @@ def scores() -> tuple[list[np.ndarray], list[np.ndarray]]:
     return [rng.normal(t * 1.5, 1).astype(np.float32) for t in truths], truths
 
 
-def test_average_precision_and_dice_are_those_of_every_threshold(
+def test_average_precision_and_dice_equal_those_of_every_threshold(
     scores: tuple[list[np.ndarray], list[np.ndarray]],
 ) -> None:
-    counts = Counts.of(*scores)
     score, truth = (np.concatenate(part) for part in scores)
-    hits = np.cumsum(truth[np.argsort(-score)])
-    places = np.arange(1, len(score) + 1)
     ordered = truth[np.argsort(-score)]
-    assert counts.statistic(average_precision) == pytest.approx((hits / places)[ordered].mean(), abs=2e-3)
-    assert counts.statistic(best_dice) == pytest.approx((2 * hits / (places + truth.sum())).max(), abs=2e-3)
+    hits, places = np.cumsum(ordered), np.arange(1, len(score) + 1)
+    expected = {
+        average_precision: (hits / places)[ordered].mean(),
+        best_dice: (2 * hits / (places + truth.sum())).max(),
+    }
+    for statistic, value in expected.items():
+        assert statistic(*exact_counts(score, truth)) == pytest.approx(value)
+        assert ScoreCounts.from_scores(*scores).pooled(statistic) == pytest.approx(value, abs=2e-3)
 
 
-def test_auroc_is_the_chance_of_the_higher_score(scores: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
+def test_equal_scores_are_one_threshold() -> None:
+    score, truth = np.array([0.9, 0.5, 0.5, 0.1]), np.array([False, True, False, True])
+    positive, negative = exact_counts(score, truth)
+    assert (positive.tolist(), negative.tolist()) == ([1, 1, 0], [0, 1, 1])
+    assert average_precision(positive, negative) == pytest.approx(0.5 * (1 / 3) + 0.5 * (2 / 4))
+
+
+def test_auroc_is_the_probability_of_the_higher_score(scores: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
     score, truth = (np.concatenate(part) for part in scores)
     pairs = score[truth][:, None] - score[~truth][None, :]
     expected = (pairs > 0).mean() + (pairs == 0).mean() / 2
-    assert Counts.of(*scores).statistic(auroc) == pytest.approx(expected, abs=1e-3)
+    assert ScoreCounts.from_scores(*scores).pooled(auroc) == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_is_not_judged_is_never_found() -> None:
-    """NaN is the lowest score: a lesion there counts as missed."""
-    score = np.array([np.nan, 0.9, 0.8, 0.1], np.float32)
-    counts = Counts.of([score], [np.array([True, True, False, False])])
-    assert counts.statistic(best_dice) == pytest.approx(2 / 3)
-    assert counts.statistic(false_positive_rate(0.99)) == 1.0
-    assert counts.statistic(false_positive_rate(0.5)) == 0.0
+def test_nan_is_the_lowest_score() -> None:
+    score, truth = np.array([np.nan, 0.9, 0.8, 0.1], np.float32), np.array([True, True, False, False])
+    counts = ScoreCounts.from_scores([score], [truth])
+    assert counts.pooled(best_dice) == best_dice(*exact_counts(score, truth)) == pytest.approx(2 / 3)
+    assert counts.pooled(fpr_at_sensitivity(0.99)) == 1.0
+    assert counts.pooled(fpr_at_sensitivity(0.5)) == 0.0
 
 
-def test_a_difference_is_paired(scores: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
-    """The same method twice differs by nothing on every draw; a worse one by more than nothing on all."""
+def test_difference_is_paired(scores: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
     values, truths = scores
-    good = Counts.of(values, truths)
+    good = ScoreCounts.from_scores(values, truths)
     rng = np.random.default_rng(1)
-    poor = Counts.of([v + rng.normal(0, 2, len(v)).astype(np.float32) for v in values], truths)
-    same = difference(good, good, average_precision)
+    poor = ScoreCounts.from_scores([v + rng.normal(0, 2, len(v)).astype(np.float32) for v in values], truths)
+    same = paired_difference(good, good, average_precision)
     assert (same.value, same.low, same.high) == (0, 0, 0)
-    gap = difference(good, poor, average_precision)
+    gap = paired_difference(good, poor, average_precision)
     assert 0 < gap.low < gap.value < gap.high
-    own = interval(good, average_precision)
+    own = bootstrap_interval(good, average_precision)
     assert own.low < own.value < own.high
 
 
-def test_the_interval_of_a_mean_holds_it() -> None:
+def test_mean_leaves_out_nan() -> None:
     found = mean_interval([1.0, 2.0, 3.0, float("nan")])
-    assert found.value == 2.0
-    assert found.low < 2.0 < found.high
+    assert found.low < found.value == 2.0 < found.high

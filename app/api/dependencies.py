@@ -1,0 +1,101 @@
+"""Dependencies of the routes: the services, the token check and the job id."""
+
+import secrets
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Path, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.errors import CounterpartError, InternalError, Unauthorised, error_location
+from app.jobs.engine import Engine
+from app.jobs.queue import JobQueue
+from app.jobs.store import Store
+from app.settings import Settings
+
+JobId = Annotated[str, Path(description="Id of the job.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
+
+bearer = HTTPBearer(auto_error=False, description="COUNTERPART_TOKEN, if the operator set one.")
+
+
+@dataclass
+class Readiness:
+    """Result of loading the models: the only mutable part of the services.
+
+    Attributes
+    ----------
+    loading : bool
+        True until every model has passed its golden test.
+    error : CounterpartError or None
+        The error that stopped the loading.
+    """
+
+    loading: bool = True
+    error: CounterpartError | None = None
+
+    def load(self, engine: Engine) -> None:
+        """Load the models and keep an error for `check`."""
+        try:
+            engine.warm_up()
+        except CounterpartError as error:
+            self.error = error
+        except Exception as error:  # noqa: BLE001  # /livez and finished jobs must stay available
+            location = error_location(error)
+            self.error = InternalError(
+                f"Loading the models raised {location['exception']} in {location['where']}.",
+                expected="models that load.",
+                advice="Run `counterpart doctor`.",
+            )
+        self.loading = False
+
+    def check(self) -> None:
+        """Raise if the models could not be loaded.
+
+        Raises
+        ------
+        CounterpartError
+            The error that stopped the loading.
+        """
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of a running service that the routes use; `app.main` creates it."""
+
+    settings: Settings
+    engine: Engine
+    store: Store
+    queue: JobQueue
+    readiness: Readiness
+
+
+def get_services(request: Request) -> Services:
+    """Return the services of the application that received a request."""
+    return cast("Services", request.app.state.services)
+
+
+ServicesDependency = Annotated[Services, Depends(get_services)]
+
+
+def require_token(
+    services: ServicesDependency, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> None:
+    """Check the bearer token, in constant time. Accept every request if no token is set.
+
+    Raises
+    ------
+    Unauthorised
+        The token is missing or wrong.
+    """
+    token = services.settings.token
+    if token is None:
+        return
+    sent = credentials.credentials if credentials else ""
+    if not secrets.compare_digest(sent.encode(), token.get_secret_value().encode()):
+        raise Unauthorised(
+            "The request has no token, or a wrong token.",
+            expected="Authorization: Bearer <token>.",
+            advice="Ask the operator for the value of COUNTERPART_TOKEN.",
+        )

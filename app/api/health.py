@@ -1,0 +1,45 @@
+"""/livez, /readyz and /metrics: health and metrics of a process."""
+
+from fastapi import APIRouter, Depends, Response
+
+from app.api.dependencies import ServicesDependency, require_token
+from app.api.problems import problem_responses
+from app.api.schemas import Health, ReadyHealth
+from app.errors import NotReady, error_location
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/livez")
+async def get_liveness() -> Health:
+    """Confirm that the process answers."""
+    return Health(status="live")
+
+
+@router.get("/readyz", responses=problem_responses(503))
+def get_readiness(services: ServicesDependency) -> ReadyHealth:
+    """Confirm that all models passed a real inference, and that the store and the database answer."""
+    services.readiness.check()
+    if services.readiness.loading:
+        raise NotReady(
+            "The models are still loading.",
+            expected="loaded models.",
+            advice="Try again in a few seconds (see Retry-After).",
+        )
+    services.store.check()
+    try:
+        workers = services.queue.count_workers()
+    except Exception as error:  # noqa: BLE001  # each database driver raises classes of its own
+        raise NotReady(
+            f"The job database does not answer ({error_location(error)['exception']}).",
+            expected="a database that can be read.",
+            advice="Check COUNTERPART_DATABASE, and the disk of COUNTERPART_STORE.",
+        ) from None
+    models = tuple(m.id for m in services.engine.manifests)
+    return ReadyHealth(status="ready", provider=services.engine.provider, models=models, workers=workers)
+
+
+@router.get("/metrics", dependencies=[Depends(require_token)], response_class=Response)
+def get_metrics(services: ServicesDependency) -> Response:
+    """Return the Prometheus metrics of this process and of the queue."""
+    return Response(services.queue.metrics(), media_type="text/plain; version=0.0.4")

@@ -1,0 +1,44 @@
+"""/v1/models: list the installed models, show a model's manifest and card."""
+
+from fastapi import APIRouter, Depends
+
+from app.api.dependencies import ServicesDependency, require_token
+from app.api.problems import problem_responses
+from app.api.schemas import Model, ModelCard, ModelList
+from app.errors import NotFound
+from app.manifest import Manifest
+
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_token)])
+
+
+@router.get("", responses=problem_responses(401))
+def list_models(services: ServicesDependency) -> ModelList:
+    """List the installed models."""
+    return ModelList(models=tuple(_to_model(manifest) for manifest in services.engine.manifests))
+
+
+@router.get("/{model}", responses=problem_responses(401, 404))
+def get_model(services: ServicesDependency, model: str) -> ModelCard:
+    """Show a model's manifest and card."""
+    for manifest in services.engine.manifests:
+        if manifest.id == model:
+            return ModelCard(manifest=manifest, card=services.engine.card(model))
+    raise NotFound(
+        "No model has this id.",
+        expected=", ".join(m.id for m in services.engine.manifests) + ".",
+        advice="GET /v1/models lists the ids.",
+    )
+
+
+def _to_model(manifest: Manifest) -> Model:
+    return Model(
+        id=manifest.id,
+        name=manifest.name,
+        version=manifest.version,
+        title=manifest.title,
+        intended_use=manifest.intended_use,
+        modality=manifest.modality,
+        sequence=manifest.sequence,
+        licence=manifest.licence.licence,
+        link=f"/v1/models/{manifest.id}",
+    )

@@ -1,0 +1,274 @@
+"""Receive the body of a request: stream it to the disk in blocks, hash it, and check its format early."""
+
+import errno
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+from fastapi import Request
+from fastapi.concurrency import run_in_threadpool
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
+from app.ingest.reader import ACCEPTED_FORMATS, HEAD_BYTES, detect_format
+from app.jobs.store import Upload
+
+# Bytes that a thread writes at once. Starting a thread costs as much as hashing some kilobytes.
+BLOCK_BYTES = 1 << 20
+MIB = 1 << 20
+
+_FILE = {"schema": {"type": "string", "format": "binary"}}
+_FORM = {
+    "schema": {
+        "type": "object",
+        "required": ["file"],
+        "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+    }
+}
+# For the OpenAPI document.
+REQUEST_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "A NIfTI or MGH file, a zip of a DICOM series, a form of one or many files, or a "
+        "multipart/related message as DICOMweb sends it.",
+        "content": {
+            "application/octet-stream": _FILE,
+            "application/gzip": _FILE,
+            "multipart/form-data": _FORM,
+            "multipart/related": _FILE,
+        },
+    }
+}
+
+
+class BodyParser(Protocol):
+    """Parser for the body of one kind of request."""
+
+    def write(self, data: bytes) -> None:
+        """Parse the next block."""
+
+    def finish(self) -> None:
+        """Finish the body; raise if it contains no scan."""
+
+
+async def receive_upload(request: Request, upload: Upload, max_mb: int, max_files: int) -> None:
+    """Stream the body of a request into an upload.
+
+    Raises
+    ------
+    EmptyUpload
+        The body has no bytes, or the form has no file.
+    UploadTooLarge
+        The body exceeds a limit. It is refused as soon as this is known.
+    NotAnImageFormat
+        No file begins like a known image format.
+    BadRequest
+        The form is malformed.
+    StoreFull
+        The disk is full.
+    """
+    limit = max_mb * MIB
+    if declared_length(request) > limit:
+        raise _too_large(max_mb)
+    parser = _create_parser(request.headers.get("content-type", ""), upload, max_files)
+    try:
+        async for block in _read_blocks(request.stream(), limit, max_mb):
+            await run_in_threadpool(parser.write, block)
+        await run_in_threadpool(parser.finish)
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise StoreFull(
+            "The disk became full during the upload.",
+            expected="disk space for the scan and its results.",
+            advice="Send the scan again later. The operator must free disk space.",
+        ) from None
+
+
+def declared_length(request: Request) -> int:
+    """Return the Content-Length of a request, 0 if it has none."""
+    length = request.headers.get("content-length", "")
+    return int(length) if length.isdecimal() else 0
+
+
+async def _read_blocks(stream: AsyncIterator[bytes], limit: int, max_mb: int) -> AsyncIterator[bytes]:
+    """Yield the stream in blocks. The first block is small: just enough to detect the format."""
+    buffer = bytearray()
+    received, block_bytes = 0, HEAD_BYTES
+    async for chunk in stream:
+        received += len(chunk)
+        if received > limit:
+            raise _too_large(max_mb)
+        buffer += chunk
+        if len(buffer) >= block_bytes:
+            yield bytes(buffer)
+            buffer.clear()
+            block_bytes = BLOCK_BYTES
+    if buffer:
+        yield bytes(buffer)
+
+
+def _get_boundary(options: Mapping[bytes, bytes], media_type: str) -> bytes:
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise BadRequest(
+            "The Content-Type has no boundary.",
+            expected=f"Content-Type: {media_type}; boundary=...",
+            advice="Let the HTTP or DICOMweb library write this header.",
+        )
+    return boundary
+
+
+def _create_parser(content_type: str, upload: Upload, max_files: int) -> BodyParser:
+    media_type, options = parse_options_header(content_type)
+    if media_type == b"multipart/form-data":
+        return FormParser(_get_boundary(options, "multipart/form-data"), upload, max_files)
+    if media_type == b"multipart/related":
+        boundary = _get_boundary(options, 'multipart/related; type="application/dicom"')
+        return RelatedParser(boundary, upload, max_files)
+    if media_type.startswith(b"multipart/"):
+        raise NotAnImageFormat(
+            "The body has an unsupported multipart type.",
+            expected='multipart/form-data, multipart/related; type="application/dicom", or the scan as the body.',
+            advice="Use curl -F file=@scan.nii.gz, or curl --data-binary @scan.nii.gz.",
+        )
+    return SingleFileParser(upload)
+
+
+class SingleFileParser:
+    """Parser for a body that is the scan itself, with any other Content-Type."""
+
+    def __init__(self, upload: Upload) -> None:
+        self._upload = upload
+        self._format_checked = False
+
+    def write(self, data: bytes) -> None:
+        """Write a block. Raise if the file does not begin like a known image format."""
+        if not self._upload.heads:
+            self._upload.begin()
+        self._upload.write(data)
+        if not self._format_checked and len(self._upload.heads[0]) >= HEAD_BYTES:
+            self._check_format()
+
+    def finish(self) -> None:
+        """Close the file; raise if it is empty or too short to be an image."""
+        if not self._upload.heads:
+            raise _empty()
+        if not self._format_checked:
+            self._check_format()
+        self._upload.end()
+
+    def _check_format(self) -> None:
+        detect_format(self._upload.heads[0][:HEAD_BYTES])
+        self._format_checked = True
+
+
+class FormParser:
+    """Parser for multipart/form-data with one or many files. Starlette's parser would keep each file open."""
+
+    def __init__(self, boundary: bytes, upload: Upload, max_files: int) -> None:
+        self._upload = upload
+        self._max_files = max_files
+        self._header = (bytearray(), bytearray())
+        self._disposition = b""
+        self._ended = False
+        self._parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin_part,
+                "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._begin_file,
+                "on_part_data": lambda data, start, end: upload.write(data[start:end]),
+                "on_part_end": upload.end,
+                "on_end": self._end,
+            },
+        )
+
+    def write(self, data: bytes) -> None:
+        """Parse a block."""
+        try:
+            self._parser.write(data)
+        except FormParserError:
+            raise _malformed() from None
+
+    def finish(self) -> None:
+        """Check that at least one file begins like an image; `app.ingest` checks the others."""
+        if not self._upload.heads or not any(self._upload.heads):
+            raise _empty()
+        if not self._ended:
+            raise _malformed()
+        refusal: NotAnImageFormat | EmptyUpload | None = None
+        for head in self._upload.heads:
+            try:
+                detect_format(head[:HEAD_BYTES])
+            except (NotAnImageFormat, EmptyUpload) as error:
+                refusal = error if refusal is None or head else refusal
+            else:
+                return
+        assert refusal is not None
+        raise refusal
+
+    def _begin_part(self) -> None:
+        self._disposition = b""
+
+    def _end_header(self) -> None:
+        field, value = self._header
+        if field.lower() == b"content-disposition":
+            self._disposition = bytes(value)
+        field.clear()
+        value.clear()
+
+    def _begin_file(self) -> None:
+        self._check_part()
+        if len(self._upload.heads) >= self._max_files:
+            raise UploadTooLarge(
+                f"The form has more than {self._max_files} files.",
+                expected="the files of one series.",
+                advice="Send only that series, or raise COUNTERPART_MAX_FILES.",
+            )
+        self._upload.begin()
+
+    def _check_part(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        if b"filename" not in options:
+            raise BadRequest(
+                "The form has a field that is not a file.",
+                expected="only files in the form.",
+                advice="Send parameters in the query: POST /v1/scans?model=...",
+            )
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+class RelatedParser(FormParser):
+    """Parser for multipart/related as DICOMweb sends it (PS3.18 section 10.5): each part is a file without a name."""
+
+    def _check_part(self) -> None:
+        """Accept every part."""
+
+
+def _empty() -> EmptyUpload:
+    return EmptyUpload(
+        "The request contains no scan.",
+        expected=ACCEPTED_FORMATS,
+        advice="Send the file as the body (curl --data-binary @scan.nii.gz) or in a form (curl -F file=@scan.nii.gz).",
+    )
+
+
+def _too_large(max_mb: int) -> UploadTooLarge:
+    return UploadTooLarge(
+        f"The upload is larger than {max_mb} MiB.",
+        expected=f"at most {max_mb} MiB.",
+        advice="Send one series, compressed, or raise COUNTERPART_MAX_UPLOAD_MB.",
+    )
+
+
+def _malformed() -> BadRequest:
+    return BadRequest(
+        "The form is malformed, or it ends before its last boundary.",
+        expected="multipart/form-data (RFC 7578) or multipart/related (RFC 2387).",
+        advice="Let the HTTP library create the form, and send all of it.",
+    )

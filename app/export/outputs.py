@@ -1,0 +1,277 @@
+"""Registry of the result files of a scan.
+
+A new result file is one new entry in `OUTPUTS`: the export, the command line, the API, its OpenAPI document and the
+documentation read this registry.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from app.dicom_attributes import silence_libraries
+from app.errors import CounterpartError, NoBrainMask, NotFromDicom
+from app.export.nifti import write_nifti
+from app.export.preview import write_preview
+from app.export.report import RESEARCH_USE_ONLY, Report
+from app.manifest import Manifest
+from app.pipeline.findings import ScanResult
+from app.volume import BoolArray, Scan
+
+if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
+    from pydicom.dataset import Dataset
+
+Format = Literal["nifti", "mgh", "dicom"]
+ALL_FORMATS: tuple[Format, ...] = get_args(Format)
+
+BRAIN_NAME = "brain.nii.gz"
+SEGMENTATION_NAME = "segmentation.dcm"
+STRUCTURED_REPORT_NAME = "report.dcm"
+
+
+@dataclass(eq=False)
+class ExportContext:
+    """Everything that the writers of one scan's results share.
+
+    Attributes
+    ----------
+    scan : Scan
+    manifest : Manifest
+        Of the model that analysed the scan.
+    result : Result
+        Findings on the scan's own grid.
+    brain : (X, Y, Z) ndarray of bool or NoBrainMask
+        Brain mask on the scan's own grid, or the reason why no brain was extracted.
+    report : Report
+        Without `absent` and the duration of the export until report.json is written.
+    elapsed : callable
+        Returns the seconds since the start of the export.
+    absent : dict of str to CounterpartError
+        Why outputs do not exist, by name. `write_outputs` fills it.
+    """
+
+    scan: Scan
+    manifest: Manifest
+    result: ScanResult
+    brain: BoolArray | NoBrainMask
+    report: Report
+    elapsed: Callable[[], float]
+    absent: dict[str, CounterpartError] = field(default_factory=dict)
+
+    @cached_property
+    def dicom_objects(self) -> "dict[str, Dataset | CounterpartError]":
+        """Both DICOM objects by name, built together because the report contains the segmentation's UIDs."""
+        from app.export.dicom import build_dicom_objects  # noqa: PLC0415 - see TYPE_CHECKING above
+
+        with silence_libraries():
+            segmentation, structured_report = build_dicom_objects(self.scan, self.result.labels, self.report)
+        return {SEGMENTATION_NAME: segmentation, STRUCTURED_REPORT_NAME: structured_report}
+
+
+# Writes the file to the path, or returns the reason why the scan has no such file.
+Writer = Callable[[ExportContext, Path], CounterpartError | None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One kind of result file.
+
+    Attributes
+    ----------
+    name : str
+        File name, in the result folder and in the API.
+    media_type : str
+        Content-Type of the file.
+    description : str
+        One sentence for the OpenAPI document.
+    writer : callable
+    order : int
+        Outputs are written in ascending order. Outputs with the same number are written concurrently.
+    always : bool
+        The file exists for every scan.
+    formats : tuple of {"nifti", "mgh", "dicom"}
+        Formats of the scan for which the file can exist.
+    """
+
+    name: str
+    media_type: str
+    description: str
+    writer: Writer
+    order: int
+    always: bool = False
+    formats: tuple[Format, ...] = ALL_FORMATS
+
+
+def _write_mask(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, context.result.mask, "1 where the scan differs from its counterpart")
+
+
+def _write_anomaly(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, context.result.anomaly, "residual; NaN where not analysed")
+
+
+def _write_counterpart(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, context.result.counterpart, "imagined healthy counterpart")
+
+
+def _write_brain(context: ExportContext, path: Path) -> NoBrainMask | None:
+    if isinstance(context.brain, NoBrainMask):
+        return context.brain
+    _write_volume(context, path, context.brain.astype(np.uint8), "1 in the brain that was taken out of its head")
+    return None
+
+
+def _write_volume(context: ExportContext, path: Path, array: npt.NDArray[Any], content: str) -> None:
+    description = f"counterpart: {content}; research use only"
+    write_nifti(path, array, context.result.affine, context.scan.source.sform_code, description)
+
+
+def _write_preview(context: ExportContext, path: Path) -> None:
+    write_preview(path, context.result.detection, context.manifest, RESEARCH_USE_ONLY)
+
+
+def _write_segmentation(context: ExportContext, path: Path) -> CounterpartError | None:
+    return _write_dicom(context.dicom_objects[SEGMENTATION_NAME], path)
+
+
+def _write_structured_report(context: ExportContext, path: Path) -> CounterpartError | None:
+    return _write_dicom(context.dicom_objects[STRUCTURED_REPORT_NAME], path)
+
+
+def _write_dicom(dataset: "Dataset | CounterpartError", path: Path) -> CounterpartError | None:
+    if isinstance(dataset, CounterpartError):
+        return dataset
+    with silence_libraries():
+        dataset.save_as(path, enforce_file_format=True)
+    return None
+
+
+def _write_report(context: ExportContext, path: Path) -> None:
+    report = context.report
+    seconds = {**report.work.seconds, "export": round(context.elapsed(), 3)}
+    context.report = report.model_copy(
+        update={
+            "absent": {name: error.problem for name, error in context.absent.items()},
+            "work": report.work.model_copy(update={"seconds": seconds}),
+        }
+    )
+    path.write_text(context.report.model_dump_json(indent=1) + "\n")
+
+
+OUTPUTS: tuple[Output, ...] = (
+    Output(
+        "mask.nii.gz",
+        "application/gzip",
+        "Binary mask on the scan's grid: 1 where the scan differs from its healthy counterpart.",
+        _write_mask,
+        order=1,
+        always=True,
+    ),
+    Output(
+        "anomaly.nii.gz",
+        "application/gzip",
+        "Anomaly map on the scan's grid: weighted residual, NaN where the scan was not analysed.",
+        _write_anomaly,
+        order=1,
+        always=True,
+    ),
+    Output(
+        "counterpart.nii.gz",
+        "application/gzip",
+        "Generated healthy counterpart on the scan's grid, in the scan's own units.",
+        _write_counterpart,
+        # First and alone: the array is as large as the scan and is freed before the next writer starts.
+        order=0,
+        always=True,
+    ),
+    Output(
+        "report.json",
+        "application/json",
+        "Findings, scores, model and provenance.",
+        _write_report,
+        # Last: the report lists the absent outputs.
+        order=6,
+        always=True,
+    ),
+    Output(
+        "preview.png",
+        "image/png",
+        "Slices with the largest findings: scan, counterpart, anomaly map and mask side by side.",
+        _write_preview,
+        order=3,
+        always=True,
+    ),
+    Output(
+        BRAIN_NAME,
+        "application/gzip",
+        "Brain mask on the scan's grid, if the brain was extracted from a scan with skull.",
+        _write_brain,
+        order=2,
+    ),
+    Output(
+        SEGMENTATION_NAME,
+        "application/dicom",  # RFC 3240
+        "DICOM Segmentation with one segment per lesion, if the scan is DICOM and has a lesion.",
+        _write_segmentation,
+        order=4,
+        formats=("dicom",),
+    ),
+    Output(
+        STRUCTURED_REPORT_NAME,
+        "application/dicom",
+        "DICOM Structured Report (TID 1500) with the numbers of report.json, if the scan is DICOM.",
+        _write_structured_report,
+        order=5,
+        formats=("dicom",),
+    ),
+)
+REQUIRED_NAMES = tuple(output.name for output in OUTPUTS if output.always)
+OPTIONAL_NAMES = tuple(output.name for output in OUTPUTS if not output.always)
+DICOM_NAMES = tuple(output.name for output in OUTPUTS if output.formats == ("dicom",))
+
+
+def media_type(name: str) -> str:
+    """Return the Content-Type of an output."""
+    return next(output.media_type for output in OUTPUTS if output.name == name)
+
+
+def write_outputs(context: ExportContext, folder: Path) -> Report:
+    """Write all outputs of a scan into an existing folder; each file appears complete or not at all.
+
+    Returns
+    -------
+    Report
+        As written: with `absent` and the duration of the export.
+    """
+
+    def write(output: Output) -> CounterpartError | None:
+        if context.scan.source.format not in output.formats:
+            return _not_from_dicom()
+        part = folder / f"{output.name}.part"
+        reason = output.writer(context, part)
+        if reason is None:
+            part.replace(folder / output.name)
+        return reason
+
+    for _, group in groupby(sorted(OUTPUTS, key=lambda output: output.order), key=lambda output: output.order):
+        outputs = list(group)
+        with ThreadPoolExecutor(len(outputs)) as pool:  # igzip releases the interpreter lock
+            reasons = list(pool.map(write, outputs))
+        for output, reason in zip(outputs, reasons, strict=True):
+            if reason is not None:
+                context.absent[output.name] = reason
+    return context.report
+
+
+def _not_from_dicom() -> NotFromDicom:
+    return NotFromDicom(
+        "The scan was not sent as DICOM. DICOM results must refer to the patient, study and series of a DICOM scan.",
+        expected="a DICOM series.",
+        advice="Use mask.nii.gz and report.json, or send the original DICOM series.",
+    )

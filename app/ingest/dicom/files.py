@@ -1,0 +1,276 @@
+"""Read from DICOM files the header attributes that select and order their frames."""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydicom
+from pydicom.filereader import read_dataset, read_partial, read_preamble
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
+
+from app.dicom_attributes import functional_group, numbers, text, texts
+from app.errors import UnsafeArchive
+from app.ingest.dicom.geometry import AcquisitionKey, Plane
+from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
+from app.ingest.limits import CHUNK_BYTES, Limits
+
+# Only these are read: the header of a clinical file can be larger than its image.
+_KEYWORDS = (
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "SeriesInstanceUID",
+    "FrameOfReferenceUID",
+    "Modality",
+    "ImageType",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SliceThickness",
+    "ComplexImageComponent",
+    "EchoTime",
+    "DiffusionBValue",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
+_TAGS: list[BaseTag | int] = [*(Tag(keyword) for keyword in _KEYWORDS), *MOSAIC_TAGS]
+_LOCALIZERS = {"LOCALIZER", "SCOUT"}
+_SCREENSHOTS = {"SCREEN SAVE", "SCREENSHOT"}
+_COMPONENTS = {
+    **dict.fromkeys(("P", "PHASE", "PHASE MAP"), "phase"),
+    **dict.fromkeys(("R", "REAL"), "real"),
+    **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
+}
+META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
+
+
+@dataclass(frozen=True)
+class Header:
+    """Header of one DICOM file.
+
+    Attributes
+    ----------
+    path : Path
+    instance, series, frame_of_reference : str
+        SOPInstanceUID, SeriesInstanceUID and FrameOfReferenceUID; empty if absent.
+    modality, photometric : str
+        Modality and PhotometricInterpretation; empty if absent.
+    image_type : tuple of str
+        Values of ImageType in upper case.
+    rows, columns : int
+        Size of a frame, or of one tile of a Siemens mosaic.
+    samples : int
+        SamplesPerPixel: 1 for grey, 3 for colour.
+    planes : tuple of Plane or None
+        Position of each frame, or of each tile of a mosaic; None for a frame without a position.
+    tiles : int
+        Number of tiles along one side of a Siemens mosaic; 0 for every other image.
+    """
+
+    path: Path
+    instance: str
+    series: str
+    frame_of_reference: str
+    modality: str
+    image_type: tuple[str, ...]
+    rows: int
+    columns: int
+    photometric: str
+    samples: int
+    planes: tuple[Plane | None, ...]
+    tiles: int = 0
+
+    @property
+    def is_image(self) -> bool:
+        return self.rows > 0 and self.columns > 0 and len(self.planes) > 0
+
+    @property
+    def is_multi_frame(self) -> bool:
+        return len(self.planes) > 1 and not self.tiles
+
+    @property
+    def is_localizer(self) -> bool:
+        return not _LOCALIZERS.isdisjoint(self.image_type)
+
+    @property
+    def is_derived(self) -> bool:
+        return self.image_type[:1] == ("DERIVED",)
+
+    @property
+    def is_mosaic(self) -> bool:
+        return "MOSAIC" in self.image_type
+
+    @property
+    def is_grey(self) -> bool:
+        return self.samples == 1 and self.photometric in ("MONOCHROME1", "MONOCHROME2")
+
+    @property
+    def is_placed(self) -> bool:
+        return None not in self.planes and _SCREENSHOTS.isdisjoint(self.image_type)
+
+
+def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], list[str]]:
+    """Read the headers of DICOM files, up to the pixel data.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+    limits : Limits
+        Limits for a deflated file.
+
+    Returns
+    -------
+    headers : list of Header
+        Headers of the readable files.
+    damaged : list of str
+        One item for each file that ends inside its header or contains a value that DICOM does not allow: its
+        SeriesInstanceUID, or an empty string if that cannot be read.
+
+    Raises
+    ------
+    UnsafeArchive
+        If a deflated file inflates to more than the limit.
+    """
+    headers, damaged = [], []
+    for path in paths:
+        header = _read_header(path, limits)
+        if header is None:
+            damaged.append(_series_uid(path))
+        else:
+            headers.append(header)
+    return headers, damaged
+
+
+def _read_header(path: Path, limits: Limits) -> Header | None:
+    """Return the header of a file, or None if it is damaged."""
+    try:
+        _check_deflated(path, limits)
+        with path.open("rb") as file:
+            pixel_data = _PixelDataDetector()
+            dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
+        header = _parse_header(path, dataset)
+        # pydicom reads a truncated file without an error. The header of a truncated image has no pixel data.
+        is_complete = pixel_data.found or (header.is_image and header.is_placed) or not _is_image_class(dataset)
+    except UnsafeArchive:
+        raise
+    except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
+        return None
+    return header if is_complete else None
+
+
+class _PixelDataDetector:
+    """Detector for the group of the pixel data, called by pydicom for each element of a file."""
+
+    found = False
+
+    def is_reached(self, tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        self.found |= tag.group == PIXEL_GROUP
+        return self.found
+
+
+def _is_image_class(dataset: pydicom.FileDataset) -> bool:
+    """Return True if the SOP class is one of images, or is missing because the file ends before it."""
+    if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
+        return False
+    if not dataset.get("SOPInstanceUID"):  # it follows the SOP class
+        return True
+    sop_class = UID(text(dataset, "SOPClassUID"))
+    return not sop_class.is_private and (not sop_class.keyword or sop_class.keyword.endswith("ImageStorage"))
+
+
+def _series_uid(path: Path) -> str:
+    """Return the SeriesInstanceUID of a damaged file, or an empty string if it comes after the damage."""
+    try:
+        with path.open("rb") as file:
+            last = Tag("SeriesInstanceUID")
+            dataset = read_partial(file, stop_when=lambda tag, *_: tag > last, force=True, specific_tags=[last])
+            return text(dataset, "SeriesInstanceUID")
+    except Exception:  # noqa: BLE001 - as in `_read_header`
+        return ""
+
+
+def _check_deflated(path: Path, limits: Limits) -> None:
+    """Check the size of a deflated data set before pydicom inflates it in one piece.
+
+    Raises
+    ------
+    UnsafeArchive
+        If it inflates to more than `limits.max_inflated_bytes`.
+    """
+    with path.open("rb") as file:
+        read_preamble(file, force=True)
+        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_is_after_meta)
+        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
+            return
+        inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
+        while chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES):
+            count += len(inflater.decompress(chunk, CHUNK_BYTES))
+            if count > limits.max_inflated_bytes:
+                raise UnsafeArchive(
+                    f"A deflated DICOM file inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.",
+                    expected="a DICOM series.",
+                    advice="Export the series without compression.",
+                )
+
+
+def _is_after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+    return tag.group != META_GROUP
+
+
+def _parse_header(path: Path, dataset: pydicom.Dataset) -> Header:
+    image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
+    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    planes, tiles = _locate_frames(dataset), 0
+    if "MOSAIC" in image_type:
+        planes, tiles = locate_tiles(dataset) or ((None,), 0)
+        rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
+    return Header(
+        path=path,
+        instance=text(dataset, "SOPInstanceUID"),
+        series=text(dataset, "SeriesInstanceUID"),
+        frame_of_reference=text(dataset, "FrameOfReferenceUID"),
+        modality=text(dataset, "Modality"),
+        image_type=image_type,
+        rows=rows,
+        columns=columns,
+        photometric=text(dataset, "PhotometricInterpretation"),
+        samples=int(dataset.get("SamplesPerPixel") or 1),
+        planes=planes,
+        tiles=tiles,
+    )
+
+
+def _locate_frames(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
+    count = int(dataset.get("NumberOfFrames") or 1)
+    # Each frame of an enhanced image has its own item; without the items, no frame has a position.
+    items = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
+    return tuple(_locate_frame(dataset, frame) for frame in range(count)) if count in (1, items) else (None,)
+
+
+def _locate_frame(dataset: pydicom.Dataset, frame: int) -> Plane | None:
+    measures = functional_group(dataset, frame, "PixelMeasuresSequence")
+    position = numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
+    orientation = numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
+    spacing = numbers(measures, "PixelSpacing")
+    if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
+        return None
+    thickness = measures.get("SliceThickness")
+    key = _acquisition_key(dataset, frame)
+    return Plane(position, orientation, spacing, float(thickness) if thickness else None, key)
+
+
+def _acquisition_key(dataset: pydicom.Dataset, frame: int) -> AcquisitionKey:
+    echo = functional_group(dataset, frame, "MREchoSequence")
+    b_value = numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
+    echo_ms = numbers(echo, "EffectiveEchoTime") or numbers(echo, "EchoTime")
+    frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
+    # Single-frame images of Siemens and Philips state the component as the third or a later value of ImageType.
+    values = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
+    component = next((_COMPONENTS[value] for value in values if value in _COMPONENTS), "")
+    return AcquisitionKey(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)

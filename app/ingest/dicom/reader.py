@@ -1,0 +1,227 @@
+"""Read the one MR or CT series among DICOM files into a scan.
+
+highdicom derives the positions, pydicom decodes the pixels.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from app.dicom_attributes import silence_libraries
+from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, TruncatedFile, WrongModality
+from app.ingest.dicom.files import Header, read_headers
+from app.ingest.dicom.geometry import Arrangement, arrange_slices
+from app.ingest.dicom.pixels import Frame, read_frames
+from app.ingest.dicom.resample import plan_grid, resample
+from app.ingest.dicom.sequence import classify_sequence_file
+from app.ingest.dicom.series import Stack, select_stack
+from app.ingest.limits import Limits
+from app.volume import Geometry, Scan, Source, Volume
+
+_MODALITIES = ("MR", "CT")
+# Other modalities whose code may be repeated in a message. The attribute of a damaged file can contain any text.
+_KNOWN_MODALITIES = ("PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OPT", "SM", "ES", "SEG")
+
+_EXPECTED = "one MR or CT series of grey slices with a position in space."
+
+
+def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: Limits) -> Scan:
+    """Read the one series among DICOM files.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        DICOM files in any order. Files that are not slices of the series, and damaged files of other series, are
+        left out and counted in the notes.
+    series : str or None
+        SeriesInstanceUID of the series to read if there are several.
+    geometry : {"refuse", "resample"}
+        Refuse or resample slices that are missing, tilted or unevenly spaced.
+    limits : Limits
+
+    Raises
+    ------
+    SeveralSeries, UnknownSeries
+        If there are several series, or `series` is none of them.
+    WrongModality, NotAVolume, NoImageInArchive, InvalidGeometry, IrregularSlices
+        If the files are not a grey MR or CT volume of regular slices.
+    UnsupportedPixels, TruncatedFile, TooManyVoxels, UnsafeArchive
+        If the pixels cannot be decoded, or a file of the series is damaged.
+    InvalidVoxels, ConstantVoxels
+        If the voxels are not those of an image.
+    """
+    with silence_libraries():
+        readable, damaged = read_headers(paths, limits)
+        headers, left_out = _select_images(readable, len(damaged))
+        stack, excluded = select_stack(headers, series)
+        _refuse_several_mosaics(stack)
+        arrangement = arrange_slices(stack.planes)
+        if geometry == "refuse":
+            _check_complete(stack, arrangement, damaged)
+        head, grid = stack.head, None
+        if arrangement.faults:
+            grid = plan_grid([stack.planes[i] for i in arrangement.order], head.columns, head.rows)
+            _check_size(math.prod(grid.shape), limits)
+        _check_size(len(stack.frames) * head.rows * head.columns, limits)
+        sequence = classify_sequence_file(head.path, stack.frames[0][1])
+        frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arrangement.order]
+        array, pixel_notes = read_frames(frames, head.rows, head.columns)
+    affine = arrangement.affine
+    notes = [*left_out, *excluded, *_stack_notes(stack), *arrangement.notes, *pixel_notes]
+    if grid:
+        notes += [*arrangement.faults, grid.note]
+        array, affine = resample(array, grid), grid.affine
+    source = Source(
+        format="dicom",
+        modality=_modality(head),
+        sequences=sequence.weightings,
+        contrast_agent=sequence.contrast_agent,
+        instances=tuple(dict.fromkeys(frame.path for frame in frames)),
+        frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
+        series_uid=head.series,
+        resampled=grid is not None,
+        notes=tuple(notes),
+    )
+    return Scan(Volume(array, affine), source)
+
+
+def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str]) -> None:
+    """Raise an error if a file of the series is damaged, or its slices are not regular.
+
+    Raises
+    ------
+    TruncatedFile, IrregularSlices
+    """
+    lost = damaged.count(stack.head.series) if stack.head.series else 0
+    if lost:
+        files = lost + len({header.path for header, _, _ in stack.frames})
+        found = f"{lost} of {files} files of the series {'has' if lost == 1 else 'have'} a damaged header."
+        raise TruncatedFile(
+            " ".join([found, *arrangement.faults]),
+            expected="every file of the series complete.",
+            advice="Export the series again. To read the remaining slices, choose `--geometry resample` or "
+            "`?geometry=resample`.",
+        )
+    others = sum(not series for series in damaged)
+    hint = f"The missing slices may be among {others} damaged DICOM files." if others else ""
+    arrangement.check_regular(hint)
+
+
+def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[str]]:
+    """Return the grey MR and CT images with a position, and notes that count the others.
+
+    If no image passes one of the tests, the error of that test is raised.
+    """
+    images = [header for header in headers if header.is_image]
+    if damaged and not images:
+        raise TruncatedFile(
+            f"{damaged} of {damaged + len(headers)} DICOM files end inside the header, or the header contains a value "
+            "that DICOM does not allow. No other file is an image.",
+            expected=_EXPECTED,
+            advice="Export the series again, and check that every file arrived complete.",
+        )
+    if not images:
+        raise NoImageInArchive(
+            f"None of {len(headers)} DICOM files contains an image.",
+            expected=_EXPECTED,
+            advice="Export the images of the series, not only its reports or its directory.",
+        )
+    without = len(headers) - len(images)
+    remaining = images
+    left_out = Counter({"damaged DICOM files": damaged, "DICOM files without an image": without})
+    # Name in the notes of the images that fail a test, the test, and the error if all images fail it.
+    for name, test, error in (
+        ("images of other modalities", lambda h: h.modality in _MODALITIES, _wrong_modality),
+        ("colour images", lambda h: h.is_grey, _only_colour),
+        ("localizers", lambda h: not h.is_localizer, _only_localizers),
+        ("Siemens mosaics without their private header", lambda h: not h.is_mosaic or h.tiles > 0, _only_mosaics),
+        ("screenshots or images without a position", lambda h: h.is_placed, _no_position),
+    ):
+        passed = [header for header in remaining if test(header)]
+        if not passed:
+            raise error(remaining)
+        left_out[name] = len(remaining) - len(passed)
+        remaining = passed
+    unique = {header.instance or str(header.path): header for header in reversed(remaining)}
+    left_out["duplicates of other files"] = len(remaining) - len(unique)
+    notes = [f"Left out: {count} {name}." for name, count in left_out.items() if count]
+    return list(reversed(unique.values())), notes
+
+
+def _wrong_modality(headers: Sequence[Header]) -> WrongModality:
+    names = sorted({header.modality for header in headers if header.modality in _KNOWN_MODALITIES})
+    if not any(header.modality for header in headers):
+        found = "The images state no modality."
+    elif names:
+        found = f"The modality of the images is {', '.join(names)}, not MR or CT."
+    else:
+        found = "The modality of the images is not MR or CT."
+    return WrongModality(found, expected=_EXPECTED, advice="Send the MR or CT series.")
+
+
+def _only_colour(_headers: Sequence[Header]) -> NotAVolume:
+    return NotAVolume(
+        "All images are in colour.",
+        expected="one grey value for each pixel.",
+        advice="Send the acquired series, not a colour map or a screenshot of it.",
+    )
+
+
+def _only_mosaics(_headers: Sequence[Header]) -> NotAVolume:
+    return NotAVolume(
+        "All images are Siemens mosaics (many slices side by side). The private header of Siemens, which contains the "
+        "position of each slice, is missing. It was removed, or the software of the scanner (XA) does not write it.",
+        expected="the element (0029,1010) of the block SIEMENS CSA HEADER, or one slice for each image or frame.",
+        advice="Export the series without removing private elements. From software XA, export enhanced images or "
+        "single slices.",
+    )
+
+
+def _only_localizers(_headers: Sequence[Header]) -> NotAVolume:
+    return NotAVolume(
+        "All images are localizers.",
+        expected=_EXPECTED,
+        advice="Send the series that was planned on the localizers.",
+    )
+
+
+def _no_position(headers: Sequence[Header]) -> InvalidGeometry:
+    return InvalidGeometry(
+        f"None of {len(headers)} images states its position, orientation and pixel spacing.",
+        expected="ImagePositionPatient, ImageOrientationPatient and PixelSpacing in every slice.",
+        advice="Send the acquired series, not screenshots of it.",
+    )
+
+
+def _refuse_several_mosaics(stack: Stack) -> None:
+    """Raise `NotAVolume` for several mosaics, because each is a whole volume."""
+    count = len({header.path for header, _, _ in stack.frames})
+    if stack.head.tiles and count > 1:
+        raise NotAVolume(
+            f"The series is a time series: it contains {count} Siemens mosaics, and each is a whole volume of "
+            f"{len(stack.head.planes)} slices.",
+            expected="one mosaic, or one slice for each image.",
+            advice="Send the structural series of the examination, or one mosaic alone.",
+        )
+
+
+def _stack_notes(stack: Stack) -> Iterator[str]:
+    if stack.is_derived:
+        yield "The images are derived from other images (ImageType DERIVED). They are not as acquired."
+    if stack.head.tiles:
+        yield f"The image is a Siemens mosaic: it contains {len(stack.frames)} slices side by side."
+
+
+def _check_size(voxels: int, limits: Limits) -> None:
+    if voxels > limits.max_voxels:
+        raise TooManyVoxels(
+            f"The series has {voxels} voxels.",
+            expected=f"at most {limits.max_voxels} voxels.",
+            advice="Send the series of the head alone, or a series of lower resolution.",
+        )
+
+
+def _modality(header: Header) -> Literal["MR", "CT"]:
+    return "CT" if header.modality == "CT" else "MR"

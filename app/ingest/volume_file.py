@@ -1,0 +1,198 @@
+"""Reader for files that contain one whole volume (NIfTI, MGH), plain or gzipped, and checks of their headers."""
+
+import math
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from isal import igzip, isal_zlib
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from app.dicom_attributes import silence_libraries
+from app.errors import CounterpartError, InvalidHeader, NotAVolume, TooManyVoxels, TruncatedFile, UnsupportedPixels
+from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits
+from app.volume import FloatArray, Scan
+
+GZIP_SIGNATURE = b"\x1f\x8b"
+# The stub of isal does not declare its error class as an exception.
+InflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
+# nibabel raises these for an invalid header. Their text repeats the header's values, so it is never shown.
+HEADER_ERRORS = (HeaderDataError, ImageFileError, ValueError, KeyError, OverflowError)
+
+# Air around the patient in CT. Scanners fill the outside of a round field of view with lower values.
+AIR_HU = (-1050.0, -900.0)
+MIN_AIR_FRACTION = 0.02
+
+
+class VolumeFormat(Protocol):
+    """A module that reads one format of which a file is a whole volume (`app.ingest.nifti`, `app.ingest.mgh`)."""
+
+    def matches(self, head: bytes) -> bool:
+        """Return True if the first `HEAD_BYTES` bytes of a file are those of this format."""
+
+    def count_bytes(self, head: bytes, limits: Limits) -> int:
+        """Return the number of bytes from the start of the file to its last voxel, according to the header.
+
+        Raises
+        ------
+        TruncatedFile, InvalidHeader
+            If the header is incomplete or invalid.
+        NotAVolume, UnsupportedPixels
+            If the image is not one volume of grey values.
+        TooManyVoxels
+            If the image is larger than `limits`.
+        """
+
+    def load(self, file: BinaryIO, limits: Limits) -> Scan:
+        """Read an uncompressed file, with the errors of `read_volume_file`."""
+
+
+def read_volume_file(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Limits) -> Scan:
+    """Read a file that is one volume, plain or gzipped.
+
+    Parameters
+    ----------
+    path : Path
+        File of `volume_format`; its name does not matter.
+    volume_format : VolumeFormat
+    scratch : Path
+        Folder for the temporary file of a gzipped volume. It is created if it is missing.
+    limits : Limits
+
+    Raises
+    ------
+    TruncatedFile
+        If the file ends before its last voxel, or the gzip stream is damaged.
+    TooManyVoxels
+        If the header states a size beyond `limits`.
+    InvalidHeader, NotAVolume, UnsupportedPixels, InvalidVoxels, ConstantVoxels, InvalidGeometry
+        If the image is not one grey volume with a position in space.
+    """
+    with silence_libraries():
+        with path.open("rb") as file:
+            if file.read(len(GZIP_SIGNATURE)) != GZIP_SIGNATURE:
+                return volume_format.load(file, limits)
+        with _inflate(path, volume_format, scratch, limits) as file:
+            return volume_format.load(file, limits)
+
+
+def read_gzipped_head(path: Path) -> bytes:
+    """Return the first `HEAD_BYTES` bytes inside a gzipped file.
+
+    Raises
+    ------
+    TruncatedFile
+        If the gzip stream is damaged.
+    """
+    try:
+        with igzip.open(path) as stream:
+            return bytes(stream.read(HEAD_BYTES))
+    except (igzip.BadGzipFile, EOFError, InflateError):
+        raise _damaged_gzip() from None
+
+
+def _inflate(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Limits) -> BinaryIO:
+    """Inflate a gzipped file into a temporary file, up to the last voxel and no further."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    out = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - closed by the caller
+    try:
+        with igzip.open(path) as stream:
+            head = stream.read(HEAD_BYTES)
+            remaining = volume_format.count_bytes(head, limits) - len(head)
+            out.write(head)
+            while remaining > 0 and (chunk := stream.read(min(remaining, CHUNK_BYTES))):
+                out.write(chunk)
+                remaining -= len(chunk)
+            stream.read(1)  # at the end of the stream, its checksum is compared
+    except (OSError, EOFError, InflateError) as failure:
+        out.close()
+        if isinstance(failure, OSError) and not isinstance(failure, igzip.BadGzipFile):
+            raise  # a fault of the disk, not of the file
+        raise _damaged_gzip() from None
+    except CounterpartError:
+        out.close()
+        raise
+    out.seek(0)
+    return out
+
+
+# ---- checks of a header ------------------------------------------------------------------------
+
+
+def check_type(dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    """Raise an error unless a file has one grey value for each voxel and one volume.
+
+    Raises
+    ------
+    NotAVolume, UnsupportedPixels
+    """
+    if dtype.fields is not None or dtype.kind == "c":
+        raise NotAVolume(
+            "The voxels are colours." if dtype.fields is not None else "The voxels are complex numbers.",
+            expected="one grey value for each voxel.",
+            advice="Convert the image to grey values (complex data to its magnitude) and send that.",
+        )
+    if dtype.kind not in "iuf":
+        raise UnsupportedPixels(
+            "The data type of the voxels is not a number.",
+            expected="integers or floating-point numbers.",
+            advice="Save the image as int16 or float32.",
+        )
+    if len(shape) < 2 or min(shape) < 1 or math.prod(shape[3:]) != 1:
+        raise NotAVolume(
+            f"The image has the shape {tuple(shape)}.",
+            expected="three axes with at least one voxel each; a fourth axis must have the length 1.",
+            advice="Send one volume. Split a time series and choose one of its volumes.",
+        )
+
+
+def check_size(count: int, size: int, limits: Limits) -> None:
+    """Raise `TooManyVoxels` if a header states more voxels or bytes than `limits` allows."""
+    if count > limits.max_voxels or size > limits.max_inflated_bytes:
+        raise TooManyVoxels(
+            f"The header states {count} voxels in {size / 1e6:.0f} MB.",
+            expected=f"at most {limits.max_voxels} voxels and {limits.max_inflated_bytes / 1e6:.0f} MB.",
+            advice="Crop the scan to the head, or resample it to larger voxels.",
+        )
+
+
+def check_complete(file: BinaryIO, expected_bytes: int) -> None:
+    """Raise `TruncatedFile` if a file ends before its last voxel; else go to the start of the file."""
+    present = file.seek(0, 2)
+    if present < expected_bytes:
+        raise truncated(f"The file has {present} bytes, but its header states {expected_bytes} bytes.")
+    file.seek(0)
+
+
+def truncated(found: str) -> TruncatedFile:
+    """Return the error for a file that ends too early."""
+    return TruncatedFile(
+        found,
+        expected="a complete file.",
+        advice="Send the file again, and compare its size with the original.",
+    )
+
+
+def invalid_header() -> InvalidHeader:
+    """Return the error for a header that nibabel refuses."""
+    return InvalidHeader(
+        "The header contradicts itself or contains values that the standard does not allow.",
+        expected="a valid data type, shape, scaling and orientation.",
+        advice="Convert the original again with a current tool.",
+    )
+
+
+def looks_hounsfield(array: FloatArray) -> bool:
+    """Return True if at least 2 % of the voxels have the value of air in Hounsfield units.
+
+    NIfTI and MGH files do not state their modality. A CT without air (skull-stripped, or clipped at 0) is not
+    recognised.
+    """
+    low, high = AIR_HU
+    return bool(np.mean((array >= low) & (array <= high)) >= MIN_AIR_FRACTION)
+
+
+def _damaged_gzip() -> TruncatedFile:
+    return truncated("The gzip stream is incomplete or damaged.")

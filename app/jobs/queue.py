@@ -1,0 +1,371 @@
+"""Queue of analysis jobs: submit, find, list, cancel and erase them.
+
+Each job is a DBOS workflow. `app.jobs.workflow` runs the workflows, and only these two modules import DBOS.
+"""
+
+import hashlib
+import re
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import sqlalchemy as sa
+import structlog
+from dbos import DBOS, EnqueueOptions, PortableWorkflowError, WorkflowStatus
+
+from app import errors
+from app.analysis import AnalysisRequest
+from app.export.outputs import REQUIRED_NAMES
+from app.jobs.database import truncate_write_ahead_log, workflow_table
+from app.jobs.engine import Engine
+from app.jobs.job import Cursor, Job, JobFilter, Priority, State
+from app.jobs.metrics import Metrics
+from app.jobs.recovery import WorkerRegistry
+from app.jobs.retention import StorageLimits
+from app.jobs.store import Store, Upload
+
+log = structlog.get_logger("counterpart.jobs")
+
+WORKFLOW = "analyse_scan"
+QUEUE = "scans"
+JOB_ID = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")
+# The state of a job for each status of its DBOS workflow. A process has claimed a PENDING workflow.
+STATES: dict[str, State] = {
+    "DELAYED": "queued",
+    "ENQUEUED": "queued",
+    "PENDING": "running",
+    "SUCCESS": "succeeded",
+    "ERROR": "failed",
+    "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",  # set by older versions only
+    "CANCELLED": "cancelled",
+}
+QUEUED_STATUSES = [name for name, state in STATES.items() if state == "queued"]
+# A failed or cancelled job is never the answer to the same content again.
+REUSABLE_STATUSES = [name for name, state in STATES.items() if state not in ("failed", "cancelled")]
+# DBOS runs the smallest number first, and equal numbers in order of submission. The odd numbers above these belong
+# to jobs whose worker died: `WorkerRegistry.lower_priority`.
+PRIORITIES: dict[Priority, int] = {"stat": 2, "routine": 10}
+
+
+class JobQueue:
+    """The jobs of a service, from submission to erasure.
+
+    Every method blocks. Call none of them on an event loop.
+
+    Parameters
+    ----------
+    engine : Engine
+        Source of the installed models, which are part of a job's identity.
+    store : Store
+    database : sqlalchemy.Engine
+    registry : WorkerRegistry
+    metrics : Metrics
+    limits : StorageLimits
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        database: sa.Engine,
+        registry: WorkerRegistry,
+        metrics: Metrics,
+        limits: StorageLimits,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._database = database
+        self._registry = registry
+        self._metrics = metrics
+        self._limits = limits
+        self._table = workflow_table(database)
+
+    # ---- submit ----
+
+    def check_capacity(self, size: int) -> None:
+        """Refuse a scan if the queue is full or too little disk space would be left.
+
+        Parameters
+        ----------
+        size : int
+            Size of the upload in bytes, as far as it is known.
+
+        Raises
+        ------
+        StoreFull
+            Too little disk space would be left.
+        QueueFull
+            The number of waiting jobs has reached the limit.
+        """
+        self._limits.check_disk(self._store, size)
+        waiting = len(self.positions())
+        if waiting >= self._limits.queue_limit:
+            raise errors.QueueFull(
+                f"{waiting} scans are waiting.",
+                expected=f"fewer than {self._limits.queue_limit} waiting scans.",
+                advice="Send the scan again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
+            )
+
+    def submit(self, upload: Upload, request: AnalysisRequest, key: str | None, priority: Priority = "routine") -> str:
+        """Create a job for an upload, or return the existing job for the same content or key.
+
+        Parameters
+        ----------
+        upload : Upload
+            A complete upload. It is moved into the store if the job is new.
+        request : AnalysisRequest
+            Model and parameters.
+        key : str or None
+            The caller's Idempotency-Key. It identifies the job instead of the content.
+        priority : {"routine", "stat"}
+            Priority of a new job. An existing job keeps its priority.
+
+        Returns
+        -------
+        str
+            Id of the job. The scan and the job are on disk.
+
+        Raises
+        ------
+        IdempotencyKeyReused
+            The key belongs to a job with another content.
+        StoreFull, QueueFull
+            The job is new, and the capacity was exhausted during the upload.
+        """
+        content_hash = self._content_hash(upload.digest, request)
+        # A key can contain a patient's name, so only its hash is stored.
+        identity = content_hash if key is None else _sha256("key", key)
+        job = self._find_reusable(identity, content_hash)
+        if job is not None:
+            return job
+        self.check_capacity(0)  # a second time, because other scans may have come during the upload
+        job = f"{identity[:16]}-{secrets.token_hex(8)}"
+        self._store.commit_upload(upload, job)
+        options = EnqueueOptions(
+            workflow_name=WORKFLOW,
+            queue_name=QUEUE,
+            workflow_id=job,
+            deduplication_id=identity,
+            duplication_policy="return-existing",
+            priority=PRIORITIES[priority],
+            attributes={"content": content_hash, "model": request.model, "stage": None, "progress": 0.0},
+        )
+        queued_job = DBOS.enqueue_workflow_with_options(options, job, asdict(request)).workflow_id
+        if queued_job != job:  # the same scan was submitted twice at the same moment
+            self._store.erase(job)
+            _check_content(self.get(queued_job), content_hash)
+        return queued_job
+
+    def _content_hash(self, digest: str, request: AnalysisRequest) -> str:
+        """Return the hash of everything that determines the results: bytes, parameters and eligible models."""
+        models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
+        # A caller who names a model confirms a scan without a modality, and the report says which case it was.
+        named = "named" if request.model else "chosen"
+        return _sha256("content", digest, *models, named, repr(request.series), repr(request.seed), request.geometry)
+
+    def _find_reusable(self, identity: str, content_hash: str) -> str | None:
+        found = list_workflows(
+            workflow_id_prefix=identity[:16] + "-",
+            status=REUSABLE_STATUSES,
+            sort_desc=True,
+            limit=1,
+            load_output=False,
+        )
+        if not found:
+            return None
+        job = to_job(found[0])
+        _check_content(job, content_hash)
+        return job.id
+
+    # ---- find ----
+
+    def get(self, job: str) -> Job:
+        """Return a job.
+
+        Raises
+        ------
+        NotFound
+            No job has this id.
+        """
+        found = list_workflows(workflow_ids=[job]) if JOB_ID.fullmatch(job) else []
+        if not found:
+            raise errors.NotFound(
+                "No job has this id.",
+                expected="the id of a job from POST /v1/scans that was not erased.",
+                advice="List the jobs with GET /v1/scans, or send the scan again.",
+            )
+        return to_job(found[0])
+
+    def list_jobs(self, job_filter: JobFilter, limit: int, after: Cursor | None) -> Sequence[Job]:
+        """Return a page of jobs, newest first. New jobs do not shift the pages that follow.
+
+        Parameters
+        ----------
+        job_filter : JobFilter
+        limit : int
+            Largest number of jobs in the page.
+        after : Cursor or None
+            Last job of the previous page.
+        """
+        t = self._table.c
+        query = sa.select(t.workflow_uuid).where(t.name == WORKFLOW, *self._conditions(job_filter))
+        if after is not None:
+            # Many jobs can have the same time, which SQLite stores in seconds. Their ids break the tie.
+            last = (_milliseconds(after.created), after.id)
+            query = query.where(sa.tuple_(t.created_at, t.workflow_uuid) < last)
+        query = query.order_by(t.created_at.desc(), t.workflow_uuid.desc()).limit(limit)
+        with self._database.connect() as connection:
+            ids = list(connection.execute(query).scalars())
+        jobs = {job.id: job for job in (map(to_job, list_workflows(workflow_ids=ids)) if ids else ())}
+        return [jobs[job] for job in ids if job in jobs]
+
+    def positions(self) -> dict[str, int]:
+        """Return the position of each waiting job in the queue, starting with 1 for the next job."""
+        t = self._table.c
+        # This is the order in which DBOS dequeues.
+        query = sa.select(t.workflow_uuid).where(t.name == WORKFLOW, t.status.in_(QUEUED_STATUSES))
+        with self._database.connect() as connection:
+            waiting = connection.execute(query.order_by(t.priority, t.created_at)).scalars()
+            return {job: position for position, job in enumerate(waiting, start=1)}
+
+    def _conditions(self, job_filter: JobFilter) -> Iterator[sa.ColumnElement[bool]]:
+        t = self._table.c
+        if job_filter.states:
+            yield t.status.in_([name for name, state in STATES.items() if state in job_filter.states])
+        if job_filter.priority:
+            number = PRIORITIES[job_filter.priority]
+            yield t.priority.in_([number, number + 1])
+        if job_filter.model:
+            model = t.attributes["model"].as_string()
+            # A name matches all its versions. A version begins with a digit, so "t1" does not match "t1-flair".
+            versions = (model.startswith(f"{job_filter.model}-{digit}", autoescape=True) for digit in range(10))
+            yield sa.or_(model == job_filter.model, *versions)
+        if job_filter.code:
+            yield t.attributes["code"].as_string() == job_filter.code
+        if job_filter.created_after:
+            yield t.created_at >= _milliseconds(job_filter.created_after)
+        if job_filter.created_before:
+            yield t.created_at < _milliseconds(job_filter.created_before)
+
+    # ---- cancel and erase ----
+
+    def cancel(self, job: str) -> None:
+        """Cancel a job. To cancel it again is no error.
+
+        Raises
+        ------
+        AlreadyFinished
+            The job succeeded or failed before.
+        NotFound
+            No job has this id.
+        """
+        before = self.get(job).state
+        if before != "failed":
+            DBOS.cancel_workflow(job)
+        state = self.get(job).state
+        if state != "cancelled":
+            raise errors.AlreadyFinished(
+                f"The job has {state}.",
+                expected="a job that is queued or running.",
+                advice="Use DELETE to erase the job and its results.",
+            )
+        if before != "cancelled":
+            self._metrics.outcomes.labels("cancelled").inc()
+            log.info("job cancelled", job=job)
+        # If the store does not answer, the intermediate files go with the job at the latest.
+        with suppress(errors.StoreUnavailable):
+            self._store.discard_intermediate(job)
+
+    def erase(self, job: str) -> None:
+        """Erase a job in any state, with its scan, its results and its crash records.
+
+        Raises
+        ------
+        NotFound
+            No job has this id.
+        """
+        self.get(job)
+        # The row goes first, so that nobody who follows the job sees it as cancelled.
+        DBOS.delete_workflow(job)
+        # A worker that publishes at this moment finds its folder missing and cannot recreate it.
+        self._store.erase(job)
+        self._registry.delete_crash_records(job)
+        truncate_write_ahead_log(self._database)
+        log.info("job erased", job=job)
+
+    # ---- observe ----
+
+    def count_workers(self) -> int:
+        """Return the number of live workers on all machines."""
+        return len(self._registry.heartbeats())
+
+    def metrics(self) -> bytes:
+        """Return the Prometheus metrics, with the current state of the queue."""
+        waiting = list_workflows(status=QUEUED_STATUSES, load_output=False)
+        self._metrics.queued.set(len(waiting))
+        ages = [(datetime.now(UTC) - to_job(status).created).total_seconds() for status in waiting]
+        self._metrics.oldest.set(max([0.0, *ages]))
+        self._metrics.workers.set(self.count_workers())
+        self._metrics.running.set(len(list_workflows(status="PENDING", load_output=False)))
+        return self._metrics.text()
+
+
+def list_workflows(**filters: Any) -> list[WorkflowStatus]:
+    """Return the DBOS workflows of the jobs that match all filters of `DBOS.list_workflows`."""
+    return DBOS.list_workflows(name=WORKFLOW, load_input=False, **filters)
+
+
+def to_job(status: WorkflowStatus) -> Job:
+    """Convert the status, attributes and outcome of a workflow to a job."""
+    attributes = status.attributes or {}
+    state = STATES[status.status]
+    output = status.output if isinstance(status.output, dict) else {}
+    return Job(
+        id=status.workflow_id,
+        state=state,
+        stage=attributes.get("stage") if state == "running" else None,
+        progress=1.0 if state == "succeeded" else attributes.get("progress", 0.0),
+        model=output.get("model") or attributes.get("model"),
+        # A job of version 0.1.0 has no list of results. It has the files that existed then.
+        results=tuple(output.get("results") or REQUIRED_NAMES) if state == "succeeded" else (),
+        created=cast("datetime", _time(status.created_at)),
+        started=_time(status.dequeued_at),
+        ended=_time(status.completed_at),
+        problem=_problem(status) if state == "failed" else None,
+        content_hash=attributes.get("content", ""),
+        priority="stat" if (status.priority or 0) in {2, 3} else "routine",
+    )
+
+
+def _problem(status: WorkflowStatus) -> dict[str, str]:
+    if isinstance(status.error, PortableWorkflowError) and isinstance(status.error.data, dict):
+        return cast("dict[str, str]", status.error.data)
+    return errors.InternalError(
+        "The job ended without a result.",
+        expected="a result, or an error with a reason.",
+        advice="Send the scan again. If it fails again, report the id of the job.",
+    ).problem
+
+
+def _check_content(job: Job, content_hash: str) -> None:
+    if job.content_hash != content_hash:
+        raise errors.IdempotencyKeyReused(
+            "The Idempotency-Key was used for another scan, model or parameters.",
+            expected="one key for one scan with its parameters.",
+            advice="Send a new key, or no key. The same content gives the same job without a key.",
+        )
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _time(milliseconds: int | None) -> datetime | None:
+    return None if milliseconds is None else datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _milliseconds(time: datetime) -> int:
+    return round(time.timestamp() * 1000)

@@ -1,0 +1,280 @@
+"""Recovery from dead workers: heartbeats, crash records, the supervisor thread, and jobs of other versions.
+
+Two tables beside those of DBOS hold the heartbeats and the crash records. A worker increments the counter of its
+row. No clocks are compared: each observer notes by its own clock when a counter last changed, and considers a
+worker dead if its counter has not changed for the length of a lease.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from typing import Protocol
+
+import sqlalchemy as sa
+import structlog
+from sqlalchemy.exc import IntegrityError
+
+from app.errors import error_location
+from app.jobs.database import step_table, workflow_table
+
+# Seconds between two heartbeats, and without one until a worker is considered dead. A busy machine may miss some.
+HEARTBEAT_SECONDS = 2.0
+LEASE_SECONDS = 15.0
+# Seconds between two runs of the retention. The first comes at once.
+RETENTION_SECONDS = 600.0
+# A scan is quarantined after this many crashes if one of them is confirmed: the child process of the analysis ended and
+# its worker recorded it. If the worker itself died, the cause is unknown. The scan is then tried again with limited
+# memory (`app.jobs.child`), so that the next crash is confirmed. The second limit ends a row of unconfirmed crashes.
+MAX_CRASHES = 2
+MAX_UNCONFIRMED_CRASHES = 20
+# A worker name with this mark in a crash record stands for a confirmed crash.
+CONFIRMED_MARK = "/"
+CRASH_RECORD_SECONDS = 7 * 24 * 3600.0
+
+log = structlog.get_logger("counterpart.jobs")
+
+metadata = sa.MetaData()
+workers_table = sa.Table(
+    "counterpart_workers",
+    metadata,
+    sa.Column("worker", sa.Text, primary_key=True),
+    sa.Column("beats", sa.BigInteger, nullable=False),
+)
+crashes_table = sa.Table(
+    "counterpart_deaths",
+    metadata,
+    sa.Column("job", sa.Text, primary_key=True),
+    sa.Column("worker", sa.Text, primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+)
+
+
+class WorkerRegistry:
+    """Heartbeats of the workers and crash records of the jobs, in the database.
+
+    Parameters
+    ----------
+    database : sqlalchemy.Engine
+    """
+
+    def __init__(self, database: sa.Engine) -> None:
+        self._database = database
+        self._workflows = workflow_table(database)
+
+    def create_tables(self) -> None:
+        """Create the tables if they are missing. Two processes may do so at once."""
+        for table in metadata.sorted_tables:
+            try:
+                with self._database.begin() as connection:
+                    table.create(connection, checkfirst=True)
+            except sa.exc.DBAPIError:
+                if not sa.inspect(self._database).has_table(table.name):
+                    raise
+
+    def send_heartbeat(self, worker: str) -> None:
+        """Increment the counter of a worker. The first heartbeat creates its row."""
+        t = workers_table.c
+        with self._database.begin() as connection:
+            update = workers_table.update().where(t.worker == worker).values(beats=t.beats + 1)
+            if not connection.execute(update).rowcount:
+                connection.execute(workers_table.insert().values(worker=worker, beats=0))
+
+    def remove_worker(self, worker: str) -> None:
+        """Remove the row of a worker."""
+        with self._database.begin() as connection:
+            connection.execute(workers_table.delete().where(workers_table.c.worker == worker))
+
+    def heartbeats(self) -> dict[str, int]:
+        """Return the heartbeat counter of each registered worker."""
+        with self._database.connect() as connection:
+            return {row.worker: row.beats for row in connection.execute(sa.select(workers_table))}
+
+    def record_dead_worker(self, worker: str, jobs: Iterable[str]) -> None:
+        """Record that a worker died while it held these jobs. To record the same death again changes nothing."""
+        now = time.time()
+        for job in jobs:
+            try:
+                with self._database.begin() as connection:
+                    connection.execute(crashes_table.insert().values(job=job, worker=worker, at=now))
+            except IntegrityError:
+                continue
+        with self._database.begin() as connection:
+            connection.execute(crashes_table.delete().where(crashes_table.c.at < now - CRASH_RECORD_SECONDS))
+
+    def record_confirmed_crash(self, worker: str, job: str) -> None:
+        """Record that a job ended its child process while the worker observed it."""
+        self.record_dead_worker(f"{worker}{CONFIRMED_MARK}{secrets.token_hex(4)}", [job])
+
+    def count_crashes(self, job: str) -> int:
+        """Return the number of recorded crashes of a job."""
+        return self._count(crashes_table.c.job == job)
+
+    def crashes_if_quarantined(self, job: str) -> int:
+        """Return the number of recorded crashes of a job if it is quarantined, else 0."""
+        crashes = self.count_crashes(job)
+        confirmed = self._count(crashes_table.c.job == job, crashes_table.c.worker.contains(CONFIRMED_MARK))
+        return crashes if crashes >= (MAX_CRASHES if confirmed else MAX_UNCONFIRMED_CRASHES) else 0
+
+    def delete_crash_records(self, job: str) -> None:
+        """Delete the crash records of a job."""
+        with self._database.begin() as connection:
+            connection.execute(crashes_table.delete().where(crashes_table.c.job == job))
+
+    def lower_priority(self, jobs: Iterable[str]) -> None:
+        """Put jobs whose worker died behind all others of their priority class, because they may crash again.
+
+        DBOS has no call that changes the priority of an enqueued workflow.
+        """
+        t = self._workflows.c
+        with self._database.begin() as connection:
+            for job in jobs:
+                update = self._workflows.update().where(t.workflow_uuid == job)
+                lowered = sa.case((t.priority % 2 == 0, t.priority + 1), else_=t.priority)
+                connection.execute(update.values(priority=lowered))
+
+    def _count(self, *conditions: sa.ColumnElement[bool]) -> int:
+        with self._database.connect() as connection:
+            query = sa.select(sa.func.count()).select_from(crashes_table).where(*conditions)
+            return connection.execute(query).scalar_one()
+
+
+class HeartbeatMonitor:
+    """Times of the last change of each worker's heartbeat counter, by the clock of this process."""
+
+    def __init__(self) -> None:
+        self._last_change: dict[str, tuple[int, float]] = {}
+
+    def find_dead(self, heartbeats: dict[str, int], now: float) -> list[str]:
+        """Return the workers whose counter has not changed for longer than a lease.
+
+        Parameters
+        ----------
+        heartbeats : dict
+            Counter of each worker. A worker that holds a job but has no row has -1.
+        now : float
+            Monotonic time in seconds.
+        """
+        previous = self._last_change
+        self._last_change = {
+            worker: previous[worker] if previous.get(worker, (None, 0.0))[0] == count else (count, now)
+            for worker, count in heartbeats.items()
+        }
+        return [worker for worker, (_, since) in self._last_change.items() if now - since > LEASE_SECONDS]
+
+
+class JobRecovery(Protocol):
+    """Operations on jobs that the supervisor needs."""
+
+    def find_busy_workers(self) -> set[str]:
+        """Return the names of the workers that hold a job."""
+
+    def requeue_jobs(self, worker: str) -> list[str]:
+        """Put the jobs of a dead worker back into the queue, and return their ids."""
+
+    def enforce_retention(self) -> None:
+        """Erase expired jobs."""
+
+
+class Supervisor:
+    """A thread that sends this worker's heartbeats, recovers the jobs of dead workers and enforces the retention.
+
+    Parameters
+    ----------
+    registry : WorkerRegistry
+    recovery : JobRecovery
+    """
+
+    def __init__(self, registry: WorkerRegistry, recovery: JobRecovery) -> None:
+        self._registry = registry
+        self._recovery = recovery
+        self._monitor = HeartbeatMonitor()
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, worker: str | None, slot_prefix: str) -> None:
+        """Recover the jobs of earlier processes of this slot at once, then start the thread.
+
+        Parameters
+        ----------
+        worker : str or None
+            Name of this worker. None sends no heartbeats.
+        slot_prefix : str
+            Prefix of the names of all workers that have held this slot.
+        """
+        if worker:
+            self._registry.send_heartbeat(worker)
+        for name in self._registry.heartbeats().keys() | self._recovery.find_busy_workers():
+            if name.startswith(slot_prefix) and name != worker:
+                self._recover(name)
+        self._thread = threading.Thread(target=self._run, args=(worker,), name="supervisor", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread."""
+        self._stopped.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, worker: str | None) -> None:
+        last_retention = -RETENTION_SECONDS
+        while not self._stopped.wait(HEARTBEAT_SECONDS):
+            try:
+                if worker:
+                    self._registry.send_heartbeat(worker)
+                self._check_heartbeats()
+                if time.monotonic() - last_retention > RETENTION_SECONDS:
+                    last_retention = time.monotonic()
+                    self._recovery.enforce_retention()
+            except Exception as error:  # noqa: BLE001  # the database may answer again at the next heartbeat
+                log.warning("supervisor failed", **error_location(error))
+
+    def _check_heartbeats(self) -> None:
+        heartbeats = {**dict.fromkeys(self._recovery.find_busy_workers(), -1), **self._registry.heartbeats()}
+        for worker in self._monitor.find_dead(heartbeats, time.monotonic()):
+            self._recover(worker)
+
+    def _recover(self, worker: str) -> None:
+        jobs = self._recovery.requeue_jobs(worker)
+        self._registry.remove_worker(worker)
+        for job in jobs:
+            log.warning("job of a dead worker requeued", job=job)
+
+
+def restart_outdated_jobs(
+    database: sa.Engine, workflow: str, version: str, dead_worker: str | None = None
+) -> list[str]:
+    """Assign unfinished jobs of other versions of the steps to this version, and delete their recorded steps.
+
+    The jobs then start again from the first step. DBOS gives them to workers of this version only.
+
+    Parameters
+    ----------
+    database : sqlalchemy.Engine
+    workflow : str
+        Name of the workflow.
+    version : str
+        Version of the steps of this code.
+    dead_worker : str or None
+        Take the jobs that this dead worker held, too. By default, only jobs in the queue are taken. A live worker
+        of another version keeps its jobs.
+
+    Returns
+    -------
+    list of str
+        Ids of the jobs. If two processes call this at once, each job is returned to one of them.
+    """
+    workflows, steps = workflow_table(database), step_table(database)
+    available = workflows.c.status == "ENQUEUED"
+    if dead_worker is not None:
+        held = sa.and_(workflows.c.status == "PENDING", workflows.c.executor_id == dead_worker)
+        available = sa.or_(available, held)
+    outdated = workflows.c.application_version != version  # null for a job that no worker has started
+    update = workflows.update().where(workflows.c.name == workflow, available, outdated)
+    with database.begin() as connection:
+        # The update locks the rows, so that no worker of the other version can claim them in the meantime.
+        restarted = update.values(application_version=version).returning(workflows.c.workflow_uuid)
+        jobs = list(connection.execute(restarted).scalars())
+        if jobs:
+            connection.execute(steps.delete().where(steps.c.workflow_uuid.in_(jobs)))
+    return jobs

@@ -1,0 +1,248 @@
+"""Engine in a child process, so that a crash or a lack of memory ends one scan and not its worker.
+
+The worker owns the queue and the store. The child process reads, infers and exports. If the child process crashes
+or is killed, the worker records which scan it analysed. If memory ran out, the child process is ended to release
+its memory. The computation does not block the threads of the worker, which may also serve the API. See decision 12.
+
+Both sides exchange JSON messages over a pair of sockets::
+
+    worker -> child   {"warm_up": true}, {"scan", "out", "request", "limit_memory"} for an inference,
+                      the same with "inferred" for an export, {"stop": true}
+    child -> worker   {"progress": [stage, fraction]}, {"ready": true}, {"inferred": true}, {"report"},
+                      {"problem"}, {"error_location"}
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing import Pipe
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from app.analysis import AnalysisRequest, Progress
+from app.errors import NotReady, OutOfMemory, UnexpectedError, from_problem
+from app.export.report import Report
+from app.jobs.engine import ChildProcessDied, Engine
+from app.manifest import Manifest
+
+# Seconds between two calls of the progress callback, which checks for cancellation, while the child sends nothing.
+POLL_SECONDS = 0.1
+# A stopped child process ends the scan after the current network evaluation, or is killed after this time.
+STOP_SECONDS = 0.3
+EXIT_SECONDS = 5.0
+
+
+class SubprocessEngine:
+    """An engine that runs another engine in a child process, and replaces the child process if it has died.
+
+    Parameters
+    ----------
+    local : Engine
+        Engine in this process for everything except inference. It loads no models.
+    factory : str
+        Callable that makes the engine of the child process, as "module:name".
+    arguments : dict
+        Keyword arguments of the factory, which JSON can represent.
+    """
+
+    def __init__(self, local: Engine, factory: str, arguments: dict[str, Any]) -> None:
+        self._local = local
+        self._command = (factory, json.dumps(arguments))
+        self._child: ChildProcess | None = None
+        self._memory_limited = False
+        # Serialises scans and model loading.
+        self._lock = Lock()
+
+    @property
+    def provider(self) -> str:
+        """Return the execution provider of the networks, "cpu" or "cuda"."""
+        return self._local.provider
+
+    @property
+    def manifests(self) -> Sequence[Manifest]:
+        """Return the manifests of the installed models."""
+        return self._local.manifests
+
+    def card(self, model: str) -> str | None:
+        """Return the model card of a model id in Markdown, or None if the model has no card."""
+        return self._local.card(model)
+
+    def warm_up(self) -> None:
+        """Load every model in the child process and run a real inference with it.
+
+        Raises
+        ------
+        NotReady
+            The child process ended.
+        CounterpartError
+            A model cannot be used.
+        """
+        with self._lock:
+            child = self._running_child()
+            child.send({"warm_up": True})
+            try:
+                while (message := child.receive(None)) != {"ready": True}:
+                    _raise_error(message)
+            except ChildProcessDied as died:
+                raise NotReady(
+                    f"The inference process ended while it loaded the models ({died}).",
+                    expected="models that load.",
+                    advice="Run `counterpart doctor`. The machine may be short of memory.",
+                ) from None
+
+    def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
+        """Run the inference of a scan in the child process. See `Engine.infer`.
+
+        Raises
+        ------
+        ChildProcessDied
+            The child process ended during the scan.
+        UnexpectedError
+            The child process raised an exception that is no `CounterpartError`.
+        """
+        self._run({"scan": str(scan), "out": str(out), "request": asdict(request)}, "read", progress)
+
+    def export(self, scan: Path, inferred: Path, out: Path, request: AnalysisRequest, progress: Progress) -> Report:
+        """Write the results in the child process. See `Engine.export`.
+
+        Raises
+        ------
+        ChildProcessDied, UnexpectedError
+            See `infer`.
+        """
+        task = {"scan": str(scan), "inferred": str(inferred), "out": str(out), "request": asdict(request)}
+        return Report.model_validate(self._run(task, "export", progress)["report"])
+
+    def limit_memory(self, *, enabled: bool) -> None:
+        """Enable or disable the limit of the child process to the memory that is free when the next scan starts."""
+        # With CUDA, the driver reserves address space that says nothing about used memory.
+        self._memory_limited = enabled and self.provider == "cpu"
+
+    def close(self) -> None:
+        """End the child process."""
+        self._end_child()
+
+    def _run(self, task: dict[str, Any], stage: str, progress: Progress) -> dict[str, Any]:
+        """Return the child's answer to a task. Report `stage` until the child sends its first progress."""
+        while not self._lock.acquire(timeout=POLL_SECONDS):
+            progress(stage, 0.0)
+        try:
+            return self._wait_for_answer(
+                self._running_child(), {**task, "limit_memory": self._memory_limited}, stage, progress
+            )
+        except OutOfMemory:
+            self._end_child()  # onnxruntime and Python do not return freed memory to the system
+            raise
+        finally:
+            self._lock.release()
+
+    def _wait_for_answer(
+        self, child: "ChildProcess", task: dict[str, Any], stage: str, progress: Progress
+    ) -> dict[str, Any]:
+        child.send(task)
+        fraction = 0.0
+        while True:
+            message = child.receive(POLL_SECONDS)
+            if "report" in message or "inferred" in message:
+                return message
+            if message and "progress" not in message:
+                _raise_error(message)
+            stage, fraction = message.get("progress", (stage, fraction))
+            try:
+                progress(stage, fraction)
+            except BaseException:
+                if not child.stop_task():
+                    self._end_child()
+                raise
+
+    def _running_child(self) -> "ChildProcess":
+        if self._child is None or not self._child.is_running():
+            self._end_child()
+            self._child = ChildProcess(self._command)
+        return self._child
+
+    def _end_child(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+
+class ChildProcess:
+    """The parent's side of a child process.
+
+    Parameters
+    ----------
+    command : sequence of str
+        Arguments of `app.jobs.child`, without the socket.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._connection, childs_end = Pipe()
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        arguments = [sys.executable, "-P", "-m", "app.jobs.child", str(childs_end.fileno()), *command]
+        # The child process has no log, because libraries can print patient data.
+        null = subprocess.DEVNULL
+        self._process = subprocess.Popen(  # noqa: S603  # this interpreter with fixed arguments
+            arguments, env=environ, pass_fds=[childs_end.fileno()], stdin=null, stdout=null, stderr=null
+        )
+        childs_end.close()
+
+    def is_running(self) -> bool:
+        """Return whether the process has not ended."""
+        return self._process.poll() is None
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message. If the process has ended, `receive` raises the error."""
+        with suppress(OSError):
+            self._connection.send_bytes(json.dumps(message).encode())
+
+    def receive(self, seconds: float | None) -> dict[str, Any]:
+        """Return the next message, or an empty one if none comes within a time. None waits without a limit.
+
+        Raises
+        ------
+        ChildProcessDied
+        """
+        try:
+            if not self._connection.poll(seconds):
+                return {}
+            message: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            raise ChildProcessDied(self._exit_status()) from None
+        return message
+
+    def stop_task(self) -> bool:
+        """Ask the process to stop its task, and return whether it did so in time."""
+        self.send({"stop": True})
+        try:
+            while message := self.receive(STOP_SECONDS):
+                if "progress" not in message:
+                    return True
+        except ChildProcessDied:
+            pass
+        return False
+
+    def kill(self) -> None:
+        """Kill the process. It holds no data that anyone needs."""
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+    def _exit_status(self) -> int:
+        """Return the exit status of the process, whose end of the connection is closed."""
+        try:
+            return self._process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+
+def _raise_error(message: dict[str, Any]) -> None:
+    if "problem" in message:
+        raise from_problem(message["problem"])
+    raise UnexpectedError(message["error_location"])

@@ -1,0 +1,279 @@
+"""Worker: one attempt at the steps of a job, with progress, cancellation and draining."""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+import structlog
+
+from app.analysis import AnalysisRequest, Progress
+from app.errors import Cancelled, CounterpartError, InternalError, WorkerLost, error_location, scan_out_of_memory
+from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
+from app.jobs.engine import INFERENCE_FILE, ChildProcessDied, Engine
+from app.jobs.metrics import Metrics
+from app.jobs.store import Store
+
+log = structlog.get_logger("counterpart.jobs")
+
+# Seconds between two checks for cancellation. A cancelled scan frees its worker within a second: this time plus the
+# waits in `app.jobs.subprocess_engine`.
+CHECK_SECONDS = 0.2
+# Seconds between two records of the progress, each of which writes to the database.
+PROGRESS_SECONDS = 1.0
+# Start and end of each stage as fractions of the whole job. The inference takes nearly all of the time.
+STAGE_RANGES = {"read": (0.0, 0.05), "infer": (0.05, 0.95), "export": (0.95, 1.0)}
+# The recorded output of a step.
+StepOutput = dict[str, object]
+
+
+class Interrupted(BaseException):
+    """Stop of a step without an output, because its job was cancelled or erased, or continues at the next start.
+
+    Not an Exception, so that neither the pipeline nor the workflow treats it as a failure.
+    """
+
+
+class JobState(Protocol):
+    """State of the jobs that the worker reads and updates."""
+
+    def is_assigned(self, job: str) -> bool:
+        """Return whether this worker still has the job: it was not cancelled, erased or given to another worker."""
+
+    def record_progress(self, job: str, stage: str, progress: float) -> None:
+        """Record the stage of a job and its progress, 0 to 1."""
+
+    def has_crashed(self, job: str) -> bool:
+        """Return whether a worker has died while it held this job."""
+
+    def record_crash(self, job: str) -> int:
+        """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
+
+
+class Worker:
+    """Runs one job at a time until the process shuts down.
+
+    Parameters
+    ----------
+    engine : Engine
+    store : Store
+    state : JobState
+    metrics : Metrics
+    """
+
+    def __init__(self, engine: Engine, store: Store, state: JobState, metrics: Metrics) -> None:
+        self._engine = engine
+        self._store = store
+        self._state = state
+        self._metrics = metrics
+        self._draining = Event()
+        self._stopping = Event()
+        self._idle = Event()
+        self._idle.set()
+
+    @contextmanager
+    def start_attempt(self, job: str, request: AnalysisRequest) -> Iterator["Attempt"]:
+        """Yield an attempt at a job, and remove its local files at the end.
+
+        Raises
+        ------
+        Interrupted
+            The process shuts down, so no new attempt starts.
+        """
+        if self._draining.is_set():
+            # As long as this worker holds the job, the queue does not give it the next one.
+            self._stopping.wait()
+            raise Interrupted
+        self._idle.clear()
+        attempt = Attempt(job, request, self._engine, self._store, self._state, self._metrics, self._stopping)
+        try:
+            yield attempt
+        finally:
+            attempt.cleanup()
+            self._idle.set()
+
+    def stop(self, drain_seconds: float) -> None:
+        """Wait for the running job for a while, then interrupt it. It continues at the next start."""
+        self._draining.set()
+        self._idle.wait(drain_seconds)
+        self._stopping.set()
+        # A network evaluation cannot be interrupted. It ends within seconds.
+        self._idle.wait(CHECK_SECONDS + 5)
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One worker's attempt at the remaining steps of a job.
+
+    Attributes
+    ----------
+    job : str
+    request : AnalysisRequest
+    engine, store, state, metrics
+        See `Worker`.
+    stopping : Event
+        Set when the attempt must stop.
+    scan, work : Path or None
+        Path of the scan and folder of the results. If both steps run in this attempt, they share the folder, and the
+        engine exports from memory.
+    """
+
+    job: str
+    request: AnalysisRequest
+    engine: Engine
+    store: Store
+    state: JobState
+    metrics: Metrics
+    stopping: Event
+    scan: Path | None = None
+    work: Path | None = None
+
+    def infer(self) -> StepOutput:
+        """Run the inference and save its result in the store.
+
+        Returns
+        -------
+        dict
+            `inferred`, the name of the inference result in the store, or `problem`, a `CounterpartError.problem`.
+
+        Raises
+        ------
+        Interrupted
+            The step has no output.
+        """
+        return self._run_step(self._infer)
+
+    def export(self, inferred: str) -> StepOutput:
+        """Write the results into a folder from which any worker can publish them.
+
+        Parameters
+        ----------
+        inferred : str
+            Name of the inference result, from this or another worker.
+
+        Returns
+        -------
+        dict
+            `work`, the name of the folder, `model`, the id of the model, and `results`, the names of the files,
+            or `problem`.
+
+        Raises
+        ------
+        Interrupted
+            The step has no output.
+        """
+        return self._run_step(lambda: self._export(inferred))
+
+    def cleanup(self) -> None:
+        """Remove the files of this attempt, which can include an unpacked scan."""
+        if self.work is not None:
+            shutil.rmtree(self.work, ignore_errors=True)
+        self.work = self.scan = None
+        self.store.cleanup(self.job)
+
+    def _run_step(self, step: Callable[[], StepOutput]) -> StepOutput:
+        """Return the output of a step or its problem. Repeat the step if the child process died."""
+        start = time.perf_counter()
+        while True:
+            try:
+                return step()
+            except Cancelled:
+                raise Interrupted from None
+            except ChildProcessDied as died:
+                self.cleanup()
+                log.warning("child process died", job=self.job, code=str(died))
+                if crashes := self.state.record_crash(self.job):
+                    return {"problem": quarantine_problem(self.job, crashes)}
+            except Exception as error:  # noqa: BLE001  # no exception may stop the queue
+                if not self.state.is_assigned(self.job):
+                    raise Interrupted from None
+                return {"problem": self._failure_problem(error, time.perf_counter() - start)}
+
+    def _prepare(self) -> tuple[Path, Path]:
+        """Return the path of the scan and the folder of this attempt."""
+        if self.work is None or self.scan is None:
+            self.work = self.store.create_work_folder(self.job)
+            self.scan = self.store.scan_path(self.job)
+        self.engine.limit_memory(enabled=self.state.has_crashed(self.job))
+        return self.scan, self.work
+
+    def _infer(self) -> StepOutput:
+        start = time.perf_counter()
+        scan, work = self._prepare()
+        self.engine.infer(scan, work, self.request, self._progress())
+        name = self.store.save_intermediate(self.job, work / INFERENCE_FILE)
+        # A cancellation discards intermediate files after it changed the state. This check comes after the save, so
+        # that one of both removes the file.
+        if not self.state.is_assigned(self.job):
+            self.store.discard_intermediate(self.job, name)
+            raise Interrupted
+        log.info("inference finished", job=self.job, seconds=round(time.perf_counter() - start, 2))
+        return {"inferred": name}
+
+    def _export(self, inferred: str) -> StepOutput:
+        start = time.perf_counter()
+        path = self.store.load_intermediate(self.job, inferred)
+        if path is None:  # for example, the store's backup is older than the database's
+            inferred = str(self._infer()["inferred"])
+            path = self.store.load_intermediate(self.job, inferred)
+        assert path is not None, "it was saved just now"
+        scan, work = self._prepare()
+        report = self.engine.export(scan, path, work, self.request, self._progress())
+        staged = self.store.stage(self.job, work)
+        self.work = None  # now owned by the publish step
+        for stage, seconds in report.work.seconds.items():
+            self.metrics.stage_seconds.labels(stage).observe(seconds)
+        seconds = round(time.perf_counter() - start, 2)
+        log.info("export finished", job=self.job, model=report.model.id, seconds=seconds)
+        results = [name for name in (*REQUIRED_NAMES, *OPTIONAL_NAMES) if name not in report.absent]
+        return {"work": staged, "model": report.model.id, "results": results}
+
+    def _failure_problem(self, error: Exception, seconds: float) -> dict[str, str]:
+        if isinstance(error, MemoryError):
+            error = scan_out_of_memory()
+        if isinstance(error, CounterpartError):
+            log.info("job failed", job=self.job, code=error.code, seconds=round(seconds, 2))
+            return error.problem
+        location = error_location(error)
+        internal = InternalError(
+            f"The analysis met an unexpected {location['exception']}.",
+            expected="a result, or an error with a reason.",
+            advice="Send the scan again. If it fails again, report the id of the job: the log has the location.",
+        )
+        log.error("job failed", job=self.job, code=internal.code, seconds=round(seconds, 2), **location)
+        return internal.problem
+
+    def _progress(self) -> Progress:
+        """Return a callback that checks for cancellation and records the progress, both at limited rates."""
+        current_stage, last_check, last_record = "", 0.0, 0.0
+
+        def progress(stage: str, fraction: float) -> None:
+            nonlocal current_stage, last_check, last_record
+            if self.stopping.is_set():
+                raise Interrupted
+            now, is_new_stage = time.monotonic(), stage != current_stage
+            if is_new_stage or now - last_check >= CHECK_SECONDS:
+                last_check = now
+                if not self.state.is_assigned(self.job):
+                    raise Interrupted
+            if is_new_stage or now - last_record >= PROGRESS_SECONDS:
+                current_stage, last_record = stage, now
+                begin, end = STAGE_RANGES[stage]
+                done = begin + (end - begin) * min(max(fraction, 0.0), 1.0)
+                self.state.record_progress(self.job, stage, round(done, 3))
+
+        return progress
+
+
+def quarantine_problem(job: str, crashes: int) -> dict[str, str]:
+    """Log and return the problem of a job that is quarantined after a number of crashes."""
+    log.error("job failed", job=job, code=WorkerLost.code)
+    return WorkerLost(
+        f"{crashes} workers died while they analysed this scan.",
+        expected="a result, or an error with a reason.",
+        advice="The machine may be short of memory. Report the id of the job. Other scans are not affected.",
+    ).problem

@@ -1,0 +1,400 @@
+"""Diffusion model on latents: noise schedule, keyed noise, KL map, latent mask and inpainting.
+
+The method is that of Pinaya et al. 2022 (arXiv 2206.03461); docs/method.md describes it with its differences. DDPM is
+Ho et al. 2020 (arXiv 2006.11239), DDIM is Song et al. 2021 (arXiv 2010.02502). Symbols are those of the papers. Time
+steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z0 itself, where alpha_bar is 1.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from app.manifest import Manifest, NoiseSchedule
+from app.pipeline.networks import Denoiser, Networks
+from app.volume import BoolArray, FloatArray, IntArray
+
+Times = int | IntArray
+Float64Array = npt.NDArray[np.float64]
+Mean = Literal["arithmetic", "geometric"]
+
+CLEAN = -1
+
+# 8-connectivity within a slice. Slices are processed independently, so components never span slices.
+IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
+IN_PLANE[1] = True
+
+# Lower bound of a sum of weights before it divides. A foreground value always has a larger weight in its own sum.
+MIN_WEIGHT = 1e-6
+
+
+# ---- noise schedule ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Noise schedule of a diffusion process (docs/method.md, "Notation").
+
+    Attributes
+    ----------
+    beta : (T,) ndarray of float64
+        Variance of the noise that is added at each step.
+    """
+
+    beta: Float64Array
+
+    @classmethod
+    def linear(cls, steps: int, beta_start: float, beta_end: float) -> "Schedule":
+        """Make a schedule whose beta is linear in t."""
+        return cls(np.linspace(beta_start, beta_end, steps, dtype=np.float64))
+
+    @classmethod
+    def from_settings(cls, settings: NoiseSchedule) -> "Schedule":
+        """Make the schedule of a manifest or of a training configuration."""
+        return cls.linear(settings.steps, settings.beta_start, settings.beta_end)
+
+    @property
+    def alpha_bar(self) -> Float64Array:
+        """Cumulative product of 1 - beta, (T,): the share of the variance of z0 that is left at t."""
+        return np.asarray(np.cumprod(1 - self.beta), dtype=np.float64)
+
+    def alpha_bar_at(self, t: Times) -> Float64Array:
+        """Return alpha_bar_t, shaped to multiply (N, C, h, w). It is 1 at `CLEAN`."""
+        with_clean = np.append(self.alpha_bar, 1.0)  # index -1 is CLEAN
+        value = np.asarray(with_clean[np.asarray(t)])
+        return value.reshape(-1, 1, 1, 1) if value.ndim else value
+
+    def diffuse(self, z0: FloatArray, noise: FloatArray, t: Times) -> FloatArray:
+        """Return z_t ~ q(z_t | z0) for a given standard normal noise, (N, C, h, w) (DDPM, eq. 4)."""
+        a = self.alpha_bar_at(t)
+        return _to_float32(np.sqrt(a) * z0 + np.sqrt(1 - a) * noise)
+
+    def predict_z0(self, z_t: FloatArray, epsilon: FloatArray, t: Times) -> FloatArray:
+        """Return the z0 that a predicted noise implies, (N, C, h, w) (DDPM, eq. 15)."""
+        a = self.alpha_bar_at(t)
+        return _to_float32((z_t - np.sqrt(1 - a) * epsilon) / np.sqrt(a))
+
+    def kl_weight(self, t: int) -> float:
+        """Return the factor of (epsilon - epsilon_theta)^2 in L_{t-1}, both variances fixed to beta-tilde_t.
+
+        It is beta_t / (2 alpha_t (1 - alpha_bar_{t-1})): DDPM, eq. 12 with sigma_t^2 = beta-tilde_t. It is undefined
+        at t = 0, because the posterior has no variance there.
+        """
+        assert t > 0, "the posterior of the first step has no variance"
+        beta = float(self.beta[t])
+        return beta / (2 * (1 - beta) * (1 - float(self.alpha_bar_at(t - 1))))
+
+    def ddim_step(self, z_t: FloatArray, epsilon: FloatArray, t: int, t_next: int) -> FloatArray:
+        """Take one deterministic step (eta = 0) from t to any earlier t_next, (N, C, h, w) (DDIM, eq. 12).
+
+        If t_next is `CLEAN`, return the predicted z0.
+        """
+        assert t_next < t, "a reverse step goes to an earlier time"
+        return self.diffuse(self.predict_z0(z_t, epsilon, t), epsilon, t_next)
+
+
+# ---- keyed noise -------------------------------------------------------------------------------
+
+
+class Purpose(IntEnum):
+    """Purpose of a draw. It is part of the key, so no two draws share numbers."""
+
+    KL = 1
+    START = 2
+    KNOWN = 3
+
+
+PURPOSES = len(Purpose) + 1
+
+
+@dataclass(frozen=True)
+class KeyedNoise:
+    """Standard normal noise for latents (docs/method.md, "Reproducible noise").
+
+    Each slice has a generator of its own, keyed by (seed, purpose and view, t, slice). Results therefore do not depend
+    on which slices are skipped, on the batch size or on its halving.
+
+    Attributes
+    ----------
+    seed : int
+        Seed of the manifest or of the caller.
+    shape : tuple of int
+        (C, h, w) of the latent of one slice.
+    view : int
+        Index of the view in the manifest. View 0 is the plain one.
+    """
+
+    seed: int
+    shape: tuple[int, int, int]
+    view: int = 0
+
+    def __call__(self, purpose: Purpose, slices: IntArray, t: int) -> FloatArray:
+        """Draw the noise of some slices at one time step.
+
+        Parameters
+        ----------
+        purpose : Purpose
+        slices : (N,) ndarray of int
+            Indices of the slices in the stack of the scan.
+        t : int
+
+        Returns
+        -------
+        (N, C, h, w) ndarray of float32
+        """
+        drawn = np.empty((len(slices), *self.shape), dtype=np.float32)
+        for row, index in enumerate(slices):
+            # View and purpose share one number. With a fifth number, the key could equal that of a seed that takes
+            # two words of 32 bits.
+            key = [self.seed, int(purpose) + PURPOSES * self.view, t, int(index)]
+            generator = np.random.default_rng(key)
+            generator.standard_normal(out=drawn[row], dtype=np.float32)
+        return drawn
+
+
+# ---- encoded view ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """Diffusion model with the noise of one view of one scan.
+
+    Attributes
+    ----------
+    schedule : Schedule
+    denoise : Denoiser
+    noise : KeyedNoise
+    """
+
+    schedule: Schedule
+    denoise: Denoiser
+    noise: KeyedNoise
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedView:
+    """Slices of one view and their latents.
+
+    Attributes
+    ----------
+    x : (K, 1, H, W) ndarray
+        Slices in [0, 1].
+    foreground : (K, H, W) ndarray of bool
+    slice_indices : (K,) ndarray of int
+        Indices of the slices in the stack of the scan. They are keys of the noise.
+    z0 : (K, C, h, w) ndarray
+        Latents.
+    foreground_latents : (K, h, w) ndarray of bool
+    diffusion : Diffusion
+        Diffusion model with the noise of this view.
+    """
+
+    x: FloatArray
+    foreground: BoolArray
+    slice_indices: IntArray
+    z0: FloatArray
+    foreground_latents: BoolArray
+    diffusion: Diffusion
+
+
+def encode_view(
+    x: FloatArray, foreground: BoolArray, slice_indices: IntArray, networks: Networks, diffusion: Diffusion
+) -> EncodedView:
+    """Encode the slices of one view (docs/method.md, "Notation").
+
+    Parameters
+    ----------
+    x : (K, 1, H, W) ndarray
+    foreground : (K, H, W) ndarray of bool
+    slice_indices : (K,) ndarray of int
+    networks : Networks
+    diffusion : Diffusion
+    """
+    z0 = networks.encode(x)
+    latents = latent_foreground(foreground, x.shape[-1] // z0.shape[-1])
+    return EncodedView(x, foreground, slice_indices, z0, latents, diffusion)
+
+
+def latent_foreground(foreground: BoolArray, downsampling: int) -> BoolArray:
+    """Mark the latents of which at least half the pixels are foreground, (N, H, W) -> (N, h, w)."""
+    n, height, width = foreground.shape
+    f = downsampling
+    cells = foreground.reshape(n, height // f, f, width // f, f)
+    half: BoolArray = cells.mean(axis=(2, 4)) >= 0.5
+    return half
+
+
+# ---- KL map ------------------------------------------------------------------------------------
+
+
+def kl_map(
+    z0: FloatArray,
+    slices: IntArray,
+    diffusion: Diffusion,
+    timesteps: tuple[int, ...],
+    mean: Mean = "arithmetic",
+) -> FloatArray:
+    """Compute the KL divergence of the true reverse step from the predicted one (docs/method.md, "KL map").
+
+    Pinaya et al. 2022, section 2. The divergence is L_{t-1} = KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)).
+
+    Parameters
+    ----------
+    z0 : (N, C, h, w) ndarray
+        Latents.
+    slices : (N,) ndarray of int
+        Indices of the slices in the stack: keys of the noise.
+    diffusion : Diffusion
+    timesteps : tuple of int
+        Set S of noise levels. Each takes one evaluation of the denoiser.
+    mean : {"arithmetic", "geometric"}
+        Mean over S. The factor of L_{t-1} falls by orders of magnitude from small to large t. With the geometric mean
+        (ANDi, arXiv 2312.01904) no noise level outweighs the others.
+
+    Returns
+    -------
+    (N, h, w) ndarray
+        Divergence in nats, mean over channels and over S.
+    """
+    total = np.zeros((len(z0), *z0.shape[2:]), dtype=np.float32)
+    forward, back = (_safe_log, np.exp) if mean == "geometric" else (np.asarray, np.asarray)
+    for t in timesteps:
+        epsilon = diffusion.noise(Purpose.KL, slices, t)
+        z_t = diffusion.schedule.diffuse(z0, epsilon, t)
+        predicted = diffusion.denoise(z_t, np.full(len(z0), t, dtype=np.int64))
+        level = diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
+        total += forward(level)
+    return np.asarray(back(total / len(timesteps)), dtype=np.float32)
+
+
+def _safe_log(level: FloatArray) -> FloatArray:
+    """Return the logarithm. An exact prediction has a level of 0, which is raised to the smallest float32."""
+    return np.asarray(np.log(np.maximum(level, np.finfo(np.float32).tiny)), dtype=np.float32)
+
+
+def smooth_kl(kl: FloatArray, foreground: BoolArray, sigma: tuple[float, float, float]) -> FloatArray:
+    """Smooth a KL map with a Gaussian over the foreground latents of the stack, (N, h, w).
+
+    The noise of neighbouring slices is independent, and a lesion spans several slices. Smoothing therefore raises the
+    contrast of a lesion.
+
+    Parameters
+    ----------
+    kl : (N, h, w) ndarray
+    foreground : (N, h, w) ndarray of bool
+    sigma : tuple of float
+        Standard deviation in slices, rows and columns of latents.
+    """
+    if not any(sigma):
+        return kl
+    inside = foreground.astype(np.float32)
+    weight = ndimage.gaussian_filter(inside, sigma)
+    total = ndimage.gaussian_filter(kl * inside, sigma)
+    return np.asarray(np.where(foreground, total / np.maximum(weight, MIN_WEIGHT), kl), dtype=np.float32)
+
+
+def smoothed_kl_map(view: EncodedView, manifest: Manifest) -> FloatArray:
+    """Compute the KL map of one view and smooth it with the settings of the manifest, (K, h, w), in nats."""
+    kl = kl_map(view.z0, view.slice_indices, view.diffusion, manifest.kl.timesteps, manifest.kl.mean)
+    return smooth_kl(kl, view.foreground_latents, manifest.kl_sigma)
+
+
+# ---- latent mask and inpainting ----------------------------------------------------------------
+
+
+def latent_mask(kl: FloatArray, foreground: BoolArray, threshold: float, min_component: int, grow: int) -> BoolArray:
+    """Mark the latents that the reverse process may change (docs/method.md, "Latent mask").
+
+    Pinaya et al. 2022, section 2. The mask holds the foreground latents above the threshold. Small connected components
+    are removed, then the rest is dilated inside the foreground.
+
+    Parameters
+    ----------
+    kl : (N, h, w) ndarray
+        KL map in nats.
+    foreground : (N, h, w) ndarray of bool
+    threshold : float
+        Nats.
+    min_component : int
+        Smallest connected component that is kept, in latents.
+    grow : int
+        Number of dilations.
+
+    Returns
+    -------
+    (N, h, w) ndarray of bool
+    """
+    mask = (kl > threshold) & foreground
+    if min_component > 1:
+        labels, count = ndimage.label(mask, structure=IN_PLANE)
+        sizes = np.bincount(labels.ravel(), minlength=count + 1)
+        sizes[0] = 0
+        mask = sizes[labels] >= min_component
+    if grow:
+        mask = ndimage.binary_dilation(mask, structure=IN_PLANE, iterations=grow, mask=foreground)
+    return mask
+
+
+def inpaint(
+    z0: FloatArray, mask: BoolArray, slices: IntArray, diffusion: Diffusion, timesteps: tuple[int, ...]
+) -> FloatArray:
+    """Diffuse latents part of the way and reverse them inside a mask (docs/method.md, "Partial reverse process").
+
+    Pinaya et al. 2022, section 2, with DDIM steps. Outside the mask, each step replaces the latents by z0 at the same
+    noise level.
+
+    Parameters
+    ----------
+    z0 : (N, C, h, w) ndarray
+    mask : (N, h, w) ndarray of bool
+        True where the counterpart may differ.
+    slices : (N,) ndarray of int
+        Indices of the slices in the stack: keys of the noise.
+    diffusion : Diffusion
+    timesteps : tuple of int
+        Descending times of a DDIM sub-sequence. The last step goes to z0.
+
+    Returns
+    -------
+    (N, C, h, w) ndarray
+        Latents of the counterpart. Outside the mask they equal z0 bit by bit.
+    """
+    m = mask[:, None]
+    schedule, noise = diffusion.schedule, diffusion.noise
+    z = schedule.diffuse(z0, noise(Purpose.START, slices, timesteps[0]), timesteps[0])
+    for t, t_next in zip(timesteps, (*timesteps[1:], CLEAN), strict=True):
+        predicted = diffusion.denoise(z, np.full(len(z), t, dtype=np.int64))
+        inside = schedule.ddim_step(z, predicted, t, t_next)
+        outside = z0 if t_next == CLEAN else schedule.diffuse(z0, noise(Purpose.KNOWN, slices, t_next), t_next)
+        z = np.where(m, inside, outside)
+    return z
+
+
+def decode_counterpart(
+    view: EncodedView, mask: BoolArray, chosen: IntArray, networks: Networks, timesteps: tuple[int, ...]
+) -> FloatArray:
+    """Inpaint the latents of some slices of a view and decode them (docs/method.md, "Partial reverse process").
+
+    Parameters
+    ----------
+    view : EncodedView
+    mask : (K, h, w) ndarray of bool
+    chosen : (F,) ndarray of int
+        Positions of the slices in the view, 0 ... K - 1.
+    networks : Networks
+    timesteps : tuple of int
+
+    Returns
+    -------
+    (F, H, W) ndarray
+        Healthy counterpart of the slices, in [0, 1].
+    """
+    counterpart = inpaint(view.z0[chosen], mask[chosen], view.slice_indices[chosen], view.diffusion, timesteps)
+    return networks.decode(counterpart)[:, 0]
+
+
+def _to_float32(array: npt.NDArray[np.floating]) -> FloatArray:
+    return np.asarray(array, dtype=np.float32)

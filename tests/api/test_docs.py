@@ -1,0 +1,54 @@
+"""docs/api.md and the OpenAPI document describe the same routes, parameters and results."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+
+from app.api.results import RESULT_NAMES
+from app.main import create_app
+from app.settings import Settings
+from tests.api.support import FakeEngine
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> FastAPI:
+    return create_app(Settings(store=str(tmp_path_factory.mktemp("store"))), FakeEngine())
+
+
+def test_every_route_is_documented_and_no_other(app: FastAPI) -> None:
+    documented = set(re.findall(r"^\| `([A-Z]+ /[^`]*)` \|", PAGE, re.MULTILINE))
+    routes = {f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods}
+    assert documented == routes
+
+
+def test_every_parameter_is_documented(app: FastAPI) -> None:
+    operations = [operation for methods in app.openapi()["paths"].values() for operation in methods.values()]
+    parameters = {p["name"] for operation in operations for p in operation.get("parameters", []) if p["in"] != "path"}
+    documented = {name.lower() for name in re.findall(r"`([\w-]+)`", PAGE)}
+    assert {name.lower() for name in parameters} - documented == {"if-none-match"}
+
+
+def test_every_result_is_documented_and_no_other() -> None:
+    table = PAGE.partition("## Results")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)) == RESULT_NAMES
+
+
+def test_openapi_describes_the_upload(app: FastAPI) -> None:
+    upload = app.openapi()["paths"]["/v1/scans"]["post"]
+    assert set(upload["requestBody"]["content"]) == {
+        "application/octet-stream",
+        "application/gzip",
+        "multipart/form-data",
+        "multipart/related",
+    }
+    statuses = {200, 202, 400, 401, 403, 409, 413, 415, 422, 429, 500, 503, 507}
+    assert set(upload["responses"]) == {str(status) for status in statuses}
+
+
+def test_worker_serves_only_health_and_metrics(tmp_path: Path) -> None:
+    app = create_app(Settings(store=str(tmp_path)), FakeEngine(), api=False)
+    assert set(app.openapi()["paths"]) == {"/livez", "/readyz", "/metrics"}

@@ -1,0 +1,98 @@
+"""Receive an upload: body, form, DICOMweb message, and their limits."""
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.api.support import URL, WAIT, FakeEngine, fake_scan
+
+MIB = 1 << 20
+FORM = "multipart/form-data; boundary=x"
+RELATED = 'multipart/related; type="application/dicom"; boundary=x'
+
+
+def related(*parts: bytes) -> bytes:
+    """Return a multipart/related body."""
+    head = b"--x\r\nContent-Type: application/dicom\r\n\r\n"
+    return b"".join(head + part + b"\r\n" for part in parts) + b"--x--\r\n"
+
+
+def form(*parts: bytes) -> bytes:
+    """Return a multipart/form-data body."""
+    head = b'--x\r\nContent-Disposition: form-data; name="f"; filename="f"\r\n\r\n'
+    return b"".join(head + part + b"\r\n" for part in parts) + b"--x--\r\n"
+
+
+@pytest.mark.parametrize(
+    ("media_type", "body", "status", "code"),
+    [
+        pytest.param("", b"", 400, "empty_upload", id="empty body"),
+        pytest.param(FORM, b"--x--\r\n", 400, "empty_upload", id="empty form"),
+        pytest.param(FORM, form(b""), 400, "empty_upload", id="empty file"),
+        pytest.param(RELATED, b"--x--\r\n", 400, "empty_upload", id="empty message"),
+        pytest.param("application/gzip", b"hello" * 5, 415, "not_an_image_format", id="short text"),
+        pytest.param("application/gzip", b"hello" * 5000, 415, "not_an_image_format", id="long text"),
+        pytest.param(FORM, form(b"hello" * 5), 415, "not_an_image_format", id="short text in a form"),
+        pytest.param(FORM, form(b"hello" * 5000), 415, "not_an_image_format", id="long text in a form"),
+        pytest.param(RELATED, related(b"hello" * 200), 415, "not_an_image_format", id="text in a message"),
+        pytest.param("multipart/mixed; boundary=x", b"--x--\r\n", 415, "not_an_image_format", id="multipart/mixed"),
+        pytest.param("", fake_scan() + bytes(MIB), 413, "upload_too_large", id="too many bytes"),
+        pytest.param(
+            FORM, form(*[fake_scan(i=i) for i in range(4)]), 413, "upload_too_large", id="too many files in a form"
+        ),
+        pytest.param(
+            RELATED, related(*[fake_scan(i=i) for i in range(4)]), 413, "upload_too_large", id="too many in a message"
+        ),
+        pytest.param("multipart/form-data", b"--x--\r\n", 400, "bad_request", id="form without boundary"),
+        pytest.param("multipart/related", related(fake_scan()), 400, "bad_request", id="message without boundary"),
+        pytest.param(FORM, b"no boundary at all", 400, "bad_request", id="not a form"),
+        pytest.param(FORM, form(fake_scan())[:-8], 400, "bad_request", id="truncated form"),
+        pytest.param(RELATED, related(fake_scan())[:-6], 400, "bad_request", id="truncated message"),
+        pytest.param(
+            FORM,
+            b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nt1\r\n--x--\r\n',
+            400,
+            "bad_request",
+            id="form with a field",
+        ),
+    ],
+)
+def test_bad_upload_is_refused(client: TestClient, media_type: str, body: bytes, status: int, code: str) -> None:
+    answer = client.post(URL, content=body, headers={"Content-Type": media_type} if media_type else {})
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    store = client.app.state.services.store.root  # type: ignore[attr-defined]
+    assert list((store / "incoming").iterdir()) == []
+
+
+def test_upload_without_content_length_is_limited(client: TestClient) -> None:
+    body = fake_scan() + bytes(MIB)
+    answer = client.post(URL, content=iter([body[:1000], body[1000:]]))
+    assert (answer.status_code, answer.json()["code"]) == (413, "upload_too_large")
+
+
+def test_form_of_many_files_is_one_scan(client: TestClient, engine: FakeEngine) -> None:
+    files = [
+        ("file", ("a", fake_scan(part=1))),
+        ("file", ("b", fake_scan(part=2))),
+        ("x", ("DICOMDIR", b"not an image")),
+    ]
+    answer = client.post(URL, files=files, headers=WAIT)
+    assert answer.status_code == 200
+    folder, _ = engine.inferences[-1]
+    assert [path.name for path in sorted(folder.iterdir())] == ["000000", "000001", "000002"]
+    assert (folder / "000001").read_bytes() == fake_scan(part=2)
+    # The job does not depend on the order of the slices.
+    assert client.post(URL, files=files[::-1]).json()["id"] == answer.json()["id"]
+
+
+def test_form_of_one_file_is_that_file(client: TestClient, engine: FakeEngine) -> None:
+    answer = client.post(URL, files={"file": fake_scan(alone=True)}, headers=WAIT)
+    assert answer.status_code == 200
+    assert engine.inferences[-1][0].read_bytes() == fake_scan(alone=True)
+
+
+def test_dicomweb_message_is_split_into_its_parts(client: TestClient, engine: FakeEngine) -> None:
+    parts = [fake_scan(related=1), fake_scan(related=2) + b"\r\n--xy\r\n"]
+    answer = client.post(URL, content=related(*parts), headers={"Content-Type": RELATED, **WAIT})
+    assert answer.status_code == 200
+    folder, _ = engine.inferences[-1]
+    assert [path.read_bytes() for path in sorted(folder.iterdir())] == parts

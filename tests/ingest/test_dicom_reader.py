@@ -1,0 +1,176 @@
+"""DICOM files: which of them are read, which are refused, and that no patient's value leaves the reader."""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pydicom import dcmread, uid
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import MediaStorageDirectoryStorage
+
+from app.errors import (
+    CounterpartError,
+    InvalidGeometry,
+    NoImageInArchive,
+    NotAVolume,
+    TooManyVoxels,
+    TruncatedFile,
+    UnsafeArchive,
+    UnsupportedPixels,
+    WrongModality,
+)
+from app.ingest.reader import Limits
+from app.volume import Volume
+from tests.ingest.conftest import Read
+from tests.support.dicom import SECRET, Series, make_datasets, reorient, save, write_series
+
+Change = Callable[[list[FileDataset]], object]
+
+
+def test_instances_are_in_slice_order(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    paths = write_series(tmp_path / "s", volume)
+    assert paths != sorted(paths)
+    assert read_scan(tmp_path / "s").source.instances == tuple(paths)
+
+
+def test_fractional_values_are_rounded_to_the_stored_step(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    fractional = Volume((volume.array / 7 - 20).astype(np.float32), volume.affine)
+    write_series(tmp_path / "s", fractional)
+    step = float(np.ptp(fractional.array)) / (2**16 - 1)
+    expected = reorient(fractional, "axial")[0]
+    np.testing.assert_allclose(read_scan(tmp_path / "s").volume.array, expected, atol=step / 2 + 1e-4)
+
+
+def test_files_that_are_not_slices_are_left_out_and_counted(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume)
+    localizers = make_datasets(volume, Series(name="scout", plane="sagittal"))[:3]
+    for dataset in localizers:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+    report, screenshot, colour = (make_datasets(volume, Series(name=name))[0] for name in ("report", "shot", "colour"))
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = uid.ComprehensiveSRStorage
+    del report.Rows, report.PixelData
+    del screenshot.ImagePositionPatient
+    colour.SamplesPerPixel, colour.PhotometricInterpretation = 3, "RGB"
+    paths = save(tmp_path / "s", [*slices, *localizers, report, screenshot, colour])
+    shutil.copy(paths[4], tmp_path / "s" / "copy")
+    (tmp_path / "s" / "notes.txt").write_text("hello")
+    scan = read_scan(tmp_path / "s")
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
+    assert scan.source.notes == (
+        "Left out: 1 DICOM files without an image.",
+        "Left out: 1 colour images.",
+        "Left out: 3 localizers.",
+        "Left out: 1 screenshots or images without a position.",
+        "Left out: 1 duplicates of other files.",
+    )
+
+
+def test_a_disc_with_its_directory_is_read(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    save(tmp_path / "disc" / "DICOM" / "PAT00001", make_datasets(volume))
+    directory = make_datasets(volume)[0]
+    for element in list(directory):
+        del directory[element.tag]
+    directory.SOPClassUID = directory.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
+    directory.FileSetID, directory.DirectoryRecordSequence = "DISC", [Dataset()]
+    directory.DirectoryRecordSequence[0].ReferencedFileID = ["DICOM", "PAT00001", "IM00001"]
+    directory.save_as(tmp_path / "disc" / "DICOMDIR")
+    (tmp_path / "disc" / "AUTORUN.INF").write_text("[autorun]")
+    (tmp_path / "disc" / "VIEWER").mkdir()
+    shutil.copy("/bin/true", tmp_path / "disc" / "VIEWER" / "VIEWER.EXE")
+    scan = read_scan(tmp_path / "disc")
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
+    assert scan.source.notes == ("Left out: 1 DICOM files without an image.",)
+
+
+def set_in_all(**values: object) -> Change:
+    """Return a change that sets attributes in every slice; None deletes the attribute."""
+
+    def change(slices: list[FileDataset]) -> None:
+        for dataset in slices:
+            for name, value in values.items():
+                delattr(dataset, name) if value is None else setattr(dataset, name, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "keyword"),
+    [
+        (set_in_all(Modality="PT"), WrongModality, "PT"),
+        (set_in_all(Modality="SECRET"), WrongModality, r"is not MR or CT\."),
+        (set_in_all(SamplesPerPixel=3, PhotometricInterpretation="RGB"), NotAVolume, "colour"),
+        (set_in_all(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), NotAVolume, "localizers"),
+        (set_in_all(ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]), NotAVolume, "mosaics"),
+        (set_in_all(ImagePositionPatient=None), InvalidGeometry, "position"),
+        (set_in_all(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), InvalidGeometry, "orientation"),
+        (set_in_all(ImageOrientationPatient=[0, 0, 0, 0, 0, 0]), InvalidGeometry, "orientation"),
+        (set_in_all(PixelSpacing=[0, 1]), InvalidGeometry, "spacing"),
+        (set_in_all(Rows=None), NoImageInArchive, "14 DICOM files"),
+        (set_in_all(PixelData=None), NoImageInArchive, "Slice 1 of 14"),
+        (lambda s: setattr(s[8], "PixelData", bytes(100)), TruncatedFile, "slice 9 of 14"),
+        (set_in_all(BitsAllocated=12), TruncatedFile, "slice 1 of 14"),
+    ],
+)
+def test_unsuitable_series_are_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume, change: Change, error: type[CounterpartError], keyword: str
+) -> None:
+    slices = make_datasets(volume)
+    change(slices)
+    save(tmp_path / "s", slices)
+    with pytest.raises(error, match=keyword):
+        read_scan(tmp_path / "s")
+
+
+def test_a_compression_without_a_decoder_is_refused(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume, Series(syntax=uid.RLELossless))
+    for dataset in slices:
+        dataset.file_meta.TransferSyntaxUID = uid.MPEG2MPML
+    save(tmp_path / "s", slices)
+    with pytest.raises(UnsupportedPixels, match="MPEG2"):
+        read_scan(tmp_path / "s")
+
+
+def test_too_many_voxels_are_refused(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    write_series(tmp_path / "s", volume)
+    with pytest.raises(TooManyVoxels, match="15232"):
+        read_scan(tmp_path / "s", limits=Limits(max_voxels=15_231))
+
+
+def test_a_deflated_bomb_is_refused(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    (dataset,) = make_datasets(volume, Series(syntax=uid.DeflatedExplicitVRLittleEndian))[:1]
+    dataset.PixelData = bytes(3_000_000)
+    (bomb,) = save(tmp_path / "bomb", [dataset])
+    assert bomb.stat().st_size < 10_000
+    with pytest.raises(UnsafeArchive):
+        read_scan(bomb, limits=Limits(max_inflated_bytes=1_000_000))
+
+
+def test_no_value_of_the_patient_leaves_the_reader(
+    tmp_path: Path,
+    read_scan: Read,
+    volume: Volume,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    paths = write_series(tmp_path / "good", volume)
+    scan = read_scan(tmp_path / "good")
+    assert SECRET not in repr(scan.source.notes)
+    whole, texts = paths[3].read_bytes(), []
+    for tag in ("Rows", "ImagePositionPatient", "PixelSpacing", "NumberOfFrames"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            broken = dcmread(paths[3])
+            broken.add_new(tag, "LO", SECRET)
+            broken.save_as(paths[3])
+        with pytest.raises(TruncatedFile) as refused:
+            read_scan(tmp_path / "good")
+        texts.append(f"{refused.value}{refused.value!r}{refused.value.__cause__!r}")
+        paths[3].write_bytes(whole)
+    assert not any(SECRET in text for text in texts)
+    assert SECRET not in caplog.text
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,188 @@
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.analysis import AnalysisRequest
+from app.errors import NotReady, OutOfDistribution, OutOfMemory, UnexpectedError, error_location
+from app.export.outputs import REQUIRED_NAMES
+from app.jobs.child import NICENESS, free_memory
+from app.jobs.engine import INFERENCE_FILE, ChildProcessDied
+from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.worker import Interrupted
+from tests.api.support import FakeEngine, fake_scan
+from tests.jobs.support import problem_of, running_service, submit, wait_for_state
+
+GIB = 1 << 30
+
+
+class SmallMemoryEngine(FakeEngine):
+    """An engine whose process may use only some more memory than at its start."""
+
+    def __init__(self, spare: int) -> None:
+        super().__init__()
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + spare, resource.RLIM_INFINITY))
+
+
+class KilledInWarmUpEngine(FakeEngine):
+    def warm_up(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def engine() -> Iterator[SubprocessEngine]:
+    engine = SubprocessEngine(FakeEngine(), f"{__name__}:SmallMemoryEngine", {"spare": GIB})
+    yield engine
+    engine.close()
+
+
+def analyse(
+    engine: SubprocessEngine, folder: Path, *, stop_after: float = 1e9, **orders: object
+) -> list[tuple[str, float]]:
+    """Run both steps with orders for the fake engine, and return the reported progress."""
+    (folder / "scan").write_bytes(fake_scan(**orders))
+    reported = []
+    start = time.monotonic()
+
+    def progress(stage: str, fraction: float) -> None:
+        reported.append((stage, fraction))
+        if time.monotonic() - start > stop_after:
+            raise Interrupted
+
+    engine.infer(folder / "scan", folder, AnalysisRequest(seed=5), progress)
+    report = engine.export(folder / "scan", folder / INFERENCE_FILE, folder, AnalysisRequest(seed=5), progress)
+    assert (report.model.id, report.model.seed, report.lesion_volume_ml) == ("tiny-0.0.1", 5, 2.5)
+    return reported
+
+
+def child_pid(engine: SubprocessEngine) -> int:
+    assert engine._child is not None
+    return engine._child._process.pid
+
+
+def test_scan_is_analysed_by_another_process(engine: SubprocessEngine, tmp_path: Path) -> None:
+    engine.warm_up()
+    pid = child_pid(engine)
+    reported = analyse(engine, tmp_path, seconds=0.2)
+    # The last progress is repeated while the child process is silent.
+    assert [step for step in dict.fromkeys(reported) if step not in {("read", 0.0), ("export", 0.0)}] == [
+        ("read", 1.0),
+        *[("infer", step / 4) for step in range(4)],
+        ("export", 1.0),
+    ]
+    assert (tmp_path / REQUIRED_NAMES[0]).read_bytes() == REQUIRED_NAMES[0].encode() * 10
+    assert child_pid(engine) == pid != os.getpid()
+    assert os.getpriority(os.PRIO_PROCESS, pid) == min(os.nice(0) + NICENESS, 19)
+
+
+def test_errors_of_the_child_are_raised_in_the_parent(engine: SubprocessEngine, tmp_path: Path) -> None:
+    with pytest.raises(OutOfDistribution, match=r"^Found\. Expected: expected\. Advice\.$"):
+        analyse(engine, tmp_path, raise_error="OutOfDistribution")
+    with pytest.raises(UnexpectedError) as caught:
+        analyse(engine, tmp_path, raise_value_error="Zweistein")
+    location = error_location(caught.value)
+    assert location["exception"] == "ValueError"
+    assert location["where"].startswith("support.py:")
+    assert "Zweistein" not in str(caught.value)
+
+
+def test_out_of_memory_ends_one_scan_and_frees_its_memory(engine: SubprocessEngine, tmp_path: Path) -> None:
+    analyse(engine, tmp_path, allocate_bytes=GIB // 2)
+    pid = child_pid(engine)
+    with pytest.raises(OutOfMemory):
+        analyse(engine, tmp_path, allocate_bytes=2 * GIB)
+    assert not Path(f"/proc/{pid}").exists()
+    analyse(engine, tmp_path, name="the next")
+    used = int(Path(f"/proc/{child_pid(engine)}/statm").read_text().split()[1]) * resource.getpagesize()
+    assert used < GIB // 2
+
+
+def test_dead_child_is_reported_and_replaced(engine: SubprocessEngine, tmp_path: Path) -> None:
+    with pytest.raises(ChildProcessDied, match="status 9"):
+        analyse(engine, tmp_path, exit_process=True)
+    analyse(engine, tmp_path, name="the next")
+    os.kill(child_pid(engine), signal.SIGKILL)  # between two scans
+    time.sleep(0.2)
+    analyse(engine, tmp_path, name="the one after")
+
+
+def test_child_that_dies_in_warm_up_is_not_ready() -> None:
+    engine = SubprocessEngine(FakeEngine(), f"{__name__}:KilledInWarmUpEngine", {})
+    with pytest.raises(NotReady, match="signal 9"):
+        engine.warm_up()
+    engine.close()
+
+
+def test_interrupted_scan_stops_at_once(engine: SubprocessEngine, tmp_path: Path) -> None:
+    engine.warm_up()
+    pid = child_pid(engine)
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        analyse(engine, tmp_path, seconds=60, stop_after=0.3)
+    # The child process stopped by itself, and keeps its models.
+    assert child_pid(engine) == pid
+    with pytest.raises(Interrupted):
+        analyse(engine, tmp_path, ignore_messages_seconds=60, stop_after=0.3)
+    assert engine._child is None
+    assert time.monotonic() - start < 30
+    analyse(engine, tmp_path, name="the next")
+
+
+def test_child_exits_when_its_parent_exits(engine: SubprocessEngine) -> None:
+    engine.warm_up()
+    assert engine._child is not None
+    os.kill(child_pid(engine), signal.SIGTERM)  # ignored, because a process supervisor signals all processes
+    engine.warm_up()
+    engine._child._connection.close()  # as the system does when the parent exits
+    assert engine._child._process.wait(30) == 0
+
+
+def test_memory_limit_keeps_a_scan_from_using_all_memory(tmp_path: Path) -> None:
+    engine = SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {})
+    try:
+        engine.limit_memory(enabled=True)
+        analyse(engine, tmp_path, allocate_bytes=GIB // 8)
+        with pytest.raises(OutOfMemory):
+            analyse(engine, tmp_path, allocate_bytes=int(0.9 * free_memory()))
+        engine.limit_memory(enabled=False)
+        analyse(engine, tmp_path, allocate_bytes=int(0.9 * free_memory()))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "max"}, 8000),
+        ({}, 8000),
+        ({"memory.max": "4096000", "memory.current": "3072000", "memory.stat": "anon 9\ninactive_file 512000"}, 1500),
+        ({"memory.max": "4096000", "memory.current": "5000000", "memory.stat": "anon 9"}, 0),
+    ],
+)
+def test_free_memory_respects_the_limit_of_the_container(tmp_path: Path, files: dict[str, str], expected: int) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable: 8000 kB\n")
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path, tmp_path) == expected * 1024
+
+
+def test_scan_that_crashes_twice_is_quarantined_and_victims_of_kills_are_not(tmp_path: Path) -> None:
+    engine = SubprocessEngine(FakeEngine(), f"{__name__}:SmallMemoryEngine", {"spare": GIB})
+    with running_service(tmp_path, engine) as service:
+        crashing = submit(service, tmp_path, exit_process=True, seconds=1)
+        victim = submit(service, tmp_path, name="victim")
+        for number in range(5):
+            service._registry.record_dead_worker(f"killed by hand {number}", [victim])
+        problem = problem_of(service, crashing)
+        assert problem["code"] == "worker_lost"
+        assert problem["found"].startswith("2 workers")
+        wait_for_state(service, victim, "succeeded")
+        assert engine._memory_limited
+        hungry = submit(service, tmp_path, allocate_bytes=2 * GIB)
+        assert problem_of(service, hungry)["code"] == "out_of_memory"
+        assert not engine._memory_limited

@@ -1,0 +1,105 @@
+"""Contract of a detection method. Every entry of the registry must fulfil it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from nibabel import affines
+
+from app.manifest import Manifest
+from app.pipeline.detect import Detection
+from app.pipeline.methods import METHODS, run_method
+from app.pipeline.networks import Networks
+from app.volume import Volume
+from tests.support.phantom import LESION_MM
+
+ARRAYS = ("kl", "latent_mask", "counterpart", "anomaly", "analysed")
+
+
+@pytest.fixture(scope="module", params=sorted(METHODS))
+def own(request: pytest.FixtureRequest, manifest: Manifest) -> Manifest:
+    """Return the tiny manifest with each method in turn."""
+    return manifest.model_copy(update={"method": request.param})
+
+
+@pytest.fixture(scope="module")
+def detection(sick: Volume, networks: Networks, own: Manifest) -> Detection:
+    return run_method(sick, networks, own)
+
+
+def content(d: Detection) -> bytes:
+    arrays = [getattr(d, name).tobytes() for name in ARRAYS]
+    return b"".join(arrays) + repr(replace(d.scores, slices=d.scores.slices.tolist())).encode()
+
+
+def test_default_method_is_registered(manifest: Manifest) -> None:
+    assert manifest.method in METHODS
+
+
+def test_maps_have_the_shape_of_the_slices(detection: Detection, own: Manifest) -> None:
+    d, count = detection, len(detection.slices.x)
+    assert d.slices.x.shape == (count, 1, *own.preprocessing.shape)
+    assert d.slices.x.dtype == d.kl.dtype == d.counterpart.dtype == d.anomaly.dtype == np.float32
+    assert d.analysed.shape == (count,)
+    assert d.kl.shape == d.latent_mask.shape == (count, *own.latent_shape[1:])
+    assert d.counterpart.shape == d.anomaly.shape == (count, *own.preprocessing.shape)
+    assert d.scores.slices.shape == (int(d.analysed.sum()),)
+    assert len(d.scores.median_kl_range) == len(own.ood.timesteps)
+    assert len(d.reversed) == len(own.views)
+    assert all(0 <= n <= d.analysed.sum() for n in d.reversed)
+
+
+def test_slices_that_are_not_analysed_are_nan(detection: Detection) -> None:
+    d = detection
+    assert 0 < d.analysed.sum() < len(d.analysed)
+    for values in (d.kl, d.counterpart, d.anomaly):
+        assert np.isnan(values[~d.analysed]).all()
+    assert not d.latent_mask[~d.analysed].any()
+    assert not np.isfinite(d.anomaly[~d.slices.foreground]).any()
+    assert np.isfinite(d.counterpart[d.analysed]).all()
+
+
+def test_lesion_is_found(detection: Detection) -> None:
+    above = np.argwhere(np.nan_to_num(detection.anomaly) > 0.5 * np.nanmax(detection.anomaly))
+    centroid = affines.apply_affine(detection.slices.grid.affine, above).mean(axis=0)
+    assert centroid == pytest.approx(LESION_MM, abs=5.0)
+
+
+def test_counterpart_equals_the_slices_where_nothing_was_changed(detection: Detection) -> None:
+    d = detection
+    changed = d.latent_mask.any(axis=(1, 2))
+    assert changed.any()
+    same = d.analysed & ~changed
+    np.testing.assert_array_equal(d.counterpart[same], d.slices.x[same, 0])
+    outside = ~d.slices.foreground & d.analysed[:, None, None]
+    np.testing.assert_array_equal(d.counterpart[outside], d.slices.x[:, 0][outside])
+    assert np.nanmin(d.counterpart) >= 0
+    assert np.nanmax(d.counterpart) <= 1
+
+
+def test_result_is_deterministic(sick: Volume, networks: Networks, own: Manifest, detection: Detection) -> None:
+    assert content(run_method(sick, networks, own)) == content(detection)
+    assert content(run_method(sick, networks, own, seed=own.seed)) == content(detection)
+
+
+def test_result_does_not_depend_on_the_batch_size(
+    sick: Volume, networks: Networks, own: Manifest, detection: Detection
+) -> None:
+    """The noise of a slice must be keyed by its index."""
+    for size in (1, 7, 16):
+        batched = networks.in_batches(size, lambda _: None)
+        assert content(run_method(sick, batched, own)) == content(detection)
+
+
+def test_seed_of_the_caller_replaces_that_of_the_manifest(
+    sick: Volume, networks: Networks, own: Manifest, detection: Detection
+) -> None:
+    other = run_method(sick, networks, own, seed=0)
+    assert content(other) != content(detection)
+    assert other.scores.scan == pytest.approx(detection.scores.scan, rel=0.1)
+
+
+def test_scan_is_not_changed(sick: Volume, networks: Networks, own: Manifest) -> None:
+    before = sick.array.copy()
+    run_method(sick, networks, own)
+    np.testing.assert_array_equal(sick.array, before)

@@ -1,0 +1,125 @@
+"""Tests of coarse noise, simulated scanners and the augmentation of a batch."""
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+torch = pytest.importorskip("torch")
+
+from app.volume import FloatArray  # noqa: E402
+from training.augment import add_coarse_noise, augment, simulate_scanner  # noqa: E402
+from training.config import ROOT, AugmentationConfig, CoarseNoiseConfig, Config, ScannerConfig  # noqa: E402
+
+pytestmark = pytest.mark.training
+
+COARSE = Config.load(ROOT / "training" / "configs" / "t1.toml").coarse_noise
+SCANNER = ScannerConfig(probability=0.5, max_noise_sd=0.0, max_blur_sd_pixels=0.5, max_sharpening=1.0)
+
+
+def discs(count: int) -> FloatArray:
+    """Return uniform discs on a black background, (N, 1, 96, 80)."""
+    rows, columns = np.mgrid[-1:1:96j, -1:1:80j]
+    disc = np.where(rows**2 + columns**2 < 0.7, 0.5, 0).astype(np.float32)
+    return np.repeat(disc[None, None], count, axis=0)
+
+
+def striped_discs() -> FloatArray:
+    """Return discs with stripes of two pixels, (4, 96, 80)."""
+    stripes = 0.5 + 0.1 * ((np.arange(80) // 2) % 2)
+    return np.where(discs(4)[:, 0] > 0, stripes, 0).astype(np.float32)
+
+
+def with_coarse_noise(x: FloatArray, config: CoarseNoiseConfig, seed: int) -> FloatArray:
+    changed: FloatArray = add_coarse_noise(torch.from_numpy(x), config, torch.Generator().manual_seed(seed)).numpy()
+    return changed
+
+
+def changed_fraction(config: CoarseNoiseConfig) -> FloatArray:
+    """Return the changed fraction of each of 300 discs."""
+    x = discs(300)
+    y = with_coarse_noise(x, config, 5)
+    assert y.dtype == np.float32
+    assert y.min() >= 0
+    assert y.max() <= 1
+    assert not y[x == 0].any(), "the background is unchanged"
+    return np.asarray(((np.abs(y - x) > 0.05) & (x > 0)).sum(axis=(1, 2, 3)) / (x > 0).sum(axis=(1, 2, 3)))
+
+
+def test_coarse_noise_leaves_some_slices_unchanged() -> None:
+    unchanged = np.mean(changed_fraction(COARSE) == 0)
+    assert unchanged == pytest.approx(1 - COARSE.probability, abs=0.12)  # some changes are below 0.05
+    assert np.all(changed_fraction(COARSE.model_copy(update={"probability": 0.0})) == 0)
+
+
+def test_patches_are_bright_and_dark_and_small() -> None:
+    x = discs(300)
+    change = with_coarse_noise(x, COARSE, 6) - x
+    assert (change > 0.1).any(axis=(1, 2, 3)).mean() > 0.2
+    assert (change < -0.1).any(axis=(1, 2, 3)).mean() > 0.2
+    assert np.median(changed_fraction(COARSE)) < 0.2
+
+
+def test_coarse_noise_depends_on_the_seed_only() -> None:
+    x = discs(8)
+    first, second, other = (with_coarse_noise(x, COARSE, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, other)
+    np.testing.assert_array_equal(x, discs(8))
+
+
+def test_coarse_noise_covers_the_configured_fraction() -> None:
+    """Two sets of patches each cover 1 to 12 % of the head."""
+    update = {"probability": 1.0, "edge_sd_pixels": (0.01, 0.01), "modulation_sd": 0.0}
+    config = COARSE.model_copy(update=update)
+    x = discs(300)
+    covered = (np.abs(with_coarse_noise(x, config, 7) - x) > 0.04).sum(axis=(1, 2, 3)) / (x > 0).sum(axis=(1, 2, 3))
+    low, high = (2 * fraction for fraction in config.covered_fraction)
+    assert low - 0.01 < covered.min()
+    assert covered.max() < high + 0.01
+    assert covered.mean() == pytest.approx((low + high) / 2, abs=0.015)
+
+
+def test_coarse_noise_leaves_an_empty_slice_empty() -> None:
+    x = np.zeros((3, 1, 96, 80), np.float32)
+    np.testing.assert_array_equal(with_coarse_noise(x, COARSE, 8), x)
+
+
+def detail(x: FloatArray) -> float:
+    """Return the mean amount that a small Gaussian removes, well inside the disc."""
+    inner = ndimage.binary_erosion(x > 0, iterations=4, structure=np.ones((1, 3, 3)))
+    return float(np.abs(x - ndimage.gaussian_filter(x, (0, 1, 1)))[inner].mean())
+
+
+def test_scanner_is_smoother_or_sharper_within_the_configuration() -> None:
+    x = striped_discs()
+    ratios = [detail(simulate_scanner(x, SCANNER, np.random.default_rng(i))) / detail(x) for i in range(60)]
+    assert 0.75 < min(ratios) < 0.85
+    assert 1.5 < max(ratios) < 2.1
+    assert np.mean(np.array(ratios) <= 1) == pytest.approx(0.5, abs=0.2)
+
+
+def test_scanner_noise_has_the_configured_strength() -> None:
+    config = ScannerConfig(probability=1.0, max_noise_sd=0.04, max_blur_sd_pixels=0.0, max_sharpening=0.0)
+    x = striped_discs()
+    strengths = [float((simulate_scanner(x, config, np.random.default_rng(i)) - x)[x > 0].std()) for i in range(60)]
+    assert max(strengths) == pytest.approx(0.04, rel=0.1)
+    assert np.mean(strengths) == pytest.approx(0.02, rel=0.2)
+
+
+def test_scanner_keeps_background_and_edge() -> None:
+    x = discs(4)[:, 0]
+    config = ScannerConfig(probability=1.0, max_noise_sd=0.0, max_blur_sd_pixels=1.0, max_sharpening=1.0)
+    for i in range(10):
+        np.testing.assert_allclose(simulate_scanner(x, config, np.random.default_rng(i)), x, atol=1e-5)
+
+
+def test_augmentation_simulates_scanners_for_some_slices_and_depends_on_the_seed_only() -> None:
+    still = AugmentationConfig(
+        max_rotation_degrees=0, max_scale=0, max_shift_pixels=0, max_gain=0, max_log_gamma=0, scanner=SCANNER
+    )
+    x = torch.from_numpy(np.repeat(striped_discs()[:1], 200, axis=0)[:, None])
+    y = augment(x, still, np.random.default_rng(3))
+    assert torch.equal(y, augment(x, still, np.random.default_rng(3)))
+    unchanged = [torch.allclose(a, x[0], atol=1e-4) or torch.allclose(a, x[0].flip(-1), atol=1e-4) for a in y]
+    # A Gaussian of a fraction of a pixel changes nothing either.
+    assert np.mean(unchanged) == pytest.approx(0.5 + 0.25 * 0.3, abs=0.1)

@@ -1,0 +1,162 @@
+"""Augmentation of healthy slices: geometry and intensity, simulated scanners, and coarse noise.
+
+Coarse noise is added to the input of the denoiser only; the target stays the healthy latent (decision 8). White noise
+hides nothing that is larger than a latent, so a denoiser trained with it alone keeps lesions. Noise with structure at
+several scales is better for anomaly detection (AnoDDPM, Wyatt et al. 2022), and coarse noise alone already teaches a
+denoising network to remove lesions (Kascenas et al. 2022). Here the noise lies in patches of random shape.
+"""
+
+import math
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch.nn import functional as F
+
+from app.volume import FloatArray
+from training.config import AugmentationConfig, CoarseNoiseConfig, ScannerConfig
+
+# Standard deviation of the Gaussian of unsharp masking, in pixels.
+UNSHARP_SD_PIXELS = 0.8
+# Bounds of the modulation of the coarse noise, as shares of its amplitude.
+MODULATION_BOUNDS = (0.2, 1.8)
+
+
+def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generator) -> torch.Tensor:
+    """Apply a random mirror, small affine, gain, gamma and simulated scanner to each slice.
+
+    Parameters
+    ----------
+    x : (B, 1, H, W) tensor in [0, 1]
+    config : AugmentationConfig
+    rng : Generator
+
+    Returns
+    -------
+    (B, 1, H, W) tensor in [0, 1]
+    """
+    n, _, height, width = x.shape
+    angle = np.deg2rad(rng.uniform(-1, 1, n) * config.max_rotation_degrees)
+    scale = 1 + rng.uniform(-1, 1, n) * config.max_scale
+    mirror = rng.choice([-1.0, 1.0], n)
+    aspect = height / width
+    theta = np.zeros((n, 2, 3))
+    theta[:, 0, 0] = np.cos(angle) * scale * mirror
+    theta[:, 0, 1] = -np.sin(angle) * scale * aspect
+    theta[:, 1, 0] = np.sin(angle) * scale * mirror / aspect
+    theta[:, 1, 1] = np.cos(angle) * scale
+    theta[:, :, 2] = rng.uniform(-1, 1, (n, 2)) * config.max_shift_pixels * 2 / [width, height]
+    grid = F.affine_grid(torch.from_numpy(theta).float(), [n, 1, height, width], align_corners=False)
+    moved = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
+    gain = torch.from_numpy(1 + rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_gain).float()
+    gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_log_gamma)).float()
+    augmented = (moved.clamp(0, 1) ** gamma * gain).clamp(0, 1).numpy()
+    for i in np.flatnonzero(rng.random(n) < config.scanner.probability):
+        augmented[i] = simulate_scanner(augmented[i], config.scanner, rng)
+    return torch.from_numpy(augmented)
+
+
+def simulate_scanner(x: FloatArray, config: ScannerConfig, rng: np.random.Generator) -> FloatArray:
+    """Return slices of one head as another scanner might image them: noisier, and smoother or sharper.
+
+    A model that was trained on one scanner takes the noise of another one for an anomaly.
+
+    Parameters
+    ----------
+    x : (N, H, W) ndarray in [0, 1]
+        The background is 0 and stays 0.
+    config : ScannerConfig
+    rng : Generator
+
+    Returns
+    -------
+    (N, H, W) ndarray in [0, 1]
+    """
+    noise = rng.uniform(0, config.max_noise_sd) * rng.standard_normal(x.shape, dtype=np.float32)
+    amount = rng.uniform(-1, 1)
+    # Scanners smooth and sharpen their noise together with the image.
+    noisy = x + np.where(x > 0, noise.astype(np.float32), np.float32(0))
+    if amount < 0:
+        changed = _blur_foreground(noisy, -amount * config.max_blur_sd_pixels)
+    else:
+        detail = noisy - _blur_foreground(noisy, UNSHARP_SD_PIXELS)
+        changed = noisy + np.float32(amount * config.max_sharpening) * detail
+    return np.where(x > 0, np.clip(changed, 0, 1), np.float32(0))
+
+
+def _blur_foreground(x: FloatArray, sd: float) -> FloatArray:
+    """Blur each slice (N, H, W); normalise by the foreground so that the background does not darken its edge."""
+    inside = (x > 0).astype(np.float32)
+    weight = ndimage.gaussian_filter(inside, (0, sd, sd))
+    return np.asarray(ndimage.gaussian_filter(x, (0, sd, sd)) / np.maximum(weight, np.float32(1e-6)), np.float32)
+
+
+def add_coarse_noise(x: torch.Tensor, config: CoarseNoiseConfig, rng: torch.Generator) -> torch.Tensor:
+    """Add patches of coarse noise to the foreground of some slices.
+
+    Parameters
+    ----------
+    x : (B, 1, H, W) tensor in [0, 1]
+    config : CoarseNoiseConfig
+    rng : torch.Generator
+        On the device of `x`.
+
+    Returns
+    -------
+    (B, 1, H, W) tensor in [0, 1]
+        A share of 1 - `probability` of the slices is unchanged.
+    """
+    head = x[:, 0] > 0
+    is_changed = _uniform((0.0, 1.0), len(x), rng) < config.probability
+    change = torch.where(head & is_changed, _coarse_noise(head, config, rng), 0.0)
+    return (x + change[:, None]).clamp(0, 1)
+
+
+def _coarse_noise(head: torch.Tensor, config: CoarseNoiseConfig, rng: torch.Generator) -> torch.Tensor:
+    """Draw the change of each slice, (B, H, W): two sets of patches, each brighter or darker."""
+    count = len(head)
+    position = _smooth_field(head.shape, _log_uniform(config.patch_scale_pixels, count, rng), rng)
+    modulation_scale = _uniform(config.modulation_scale_pixels, count, rng)
+    modulation = 1 + config.modulation_sd * _smooth_field(head.shape, modulation_scale, rng)
+    change = torch.zeros_like(position)
+    for field in (position, -position):
+        patch = field > _quantile(field, head, 1 - _uniform(config.covered_fraction, count, rng))
+        # Log-uniform, because faint patches are the hard ones.
+        amplitude = _log_uniform(config.amplitude, count, rng)
+        sign = _uniform((-1.0, 1.0), count, rng).sign()
+        change += amplitude * sign * _blur(patch.float(), _uniform(config.edge_sd_pixels, count, rng))
+    return change * modulation.clamp(*MODULATION_BOUNDS)
+
+
+def _uniform(span: tuple[float, float], count: int, rng: torch.Generator) -> torch.Tensor:
+    """Draw one number for each slice, (B, 1, 1)."""
+    low, high = span
+    return low + (high - low) * torch.rand(count, 1, 1, generator=rng, device=rng.device)
+
+
+def _log_uniform(span: tuple[float, float], count: int, rng: torch.Generator) -> torch.Tensor:
+    return _uniform((math.log(span[0]), math.log(span[1])), count, rng).exp()
+
+
+def _smooth_field(shape: torch.Size, sd: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """Draw a smooth Gaussian field of unit variance for each slice, (B, H, W)."""
+    field = _blur(torch.randn(shape, generator=rng, device=rng.device), sd)
+    return (field - field.mean((1, 2), keepdim=True)) / field.std((1, 2), keepdim=True)
+
+
+def _blur(values: torch.Tensor, sd: torch.Tensor) -> torch.Tensor:
+    """Blur each slice (B, H, W) with its own Gaussian (B, 1, 1) and periodic edges, in the Fourier domain."""
+    height, width = values.shape[1:]
+    rows = torch.fft.fftfreq(height, device=values.device)[:, None]
+    columns = torch.fft.rfftfreq(width, device=values.device)
+    spectrum = torch.exp(-2 * (math.pi * sd) ** 2 * (rows**2 + columns**2))
+    blurred: torch.Tensor = torch.fft.irfft2(torch.fft.rfft2(values) * spectrum, s=(height, width))
+    return blurred
+
+
+def _quantile(values: torch.Tensor, inside: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return the quantile q (B, 1, 1) of each slice's values inside a mask; -inf if the mask is empty."""
+    ordered, _ = values.masked_fill(~inside, -torch.inf).flatten(1).sort(1)
+    count = inside.flatten(1).sum(1)
+    rank = ordered.shape[1] - count + (q[:, 0, 0] * (count - 1).clamp(min=0)).long()
+    return ordered.gather(1, rank.clamp(max=ordered.shape[1] - 1)[:, None])[..., None]

@@ -1,0 +1,224 @@
+"""Archives of 2-D images (MedNIST head CT, TCGA-LGG FLAIR), read as stacks of slices.
+
+The images carry no pixel size. The head box of the preprocessing makes an assumed size harmless within the plane
+(decision 15). Images that are not healthy are listed in a CSV file beside the split.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from app.volume import Affine, BoolArray, FloatArray, Volume
+from training.config import SPLITS_FOLDER, Config, ImageArchiveConfig, data_root
+
+UInt8Array = npt.NDArray[np.uint8]
+# MedNIST does not mark patients: so many consecutive files count as one subject.
+SUBJECT_FILES = 40
+# An image with a smaller share of pixels above the middle of the window counts as empty.
+EMPTY_SHARE = 0.02
+# In TCGA-LGG, slices closer than this to a slice with a tumour may show its edge or tumour that was not outlined.
+TUMOUR_DISTANCE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class ImageArchive:
+    """All images of an archive.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Unique name of each image.
+    subjects : tuple of str
+        Subject of each image.
+    grey : (N, H, W) ndarray of uint8
+    healthy : (N,) ndarray of bool
+        False for an image with known disease.
+    """
+
+    names: tuple[str, ...]
+    subjects: tuple[str, ...]
+    grey: UInt8Array
+    healthy: BoolArray
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStack:
+    """Images of one subject as a volume, and which of its slices are healthy, inferior to superior."""
+
+    volume: Volume
+    healthy: BoolArray
+
+
+@dataclass(frozen=True, eq=False)
+class TumourScan:
+    """Images of one patient with the outlined tumour.
+
+    Attributes
+    ----------
+    subject : str
+    volume : Volume
+        (X, Y, Z), inferior to superior. Pixel size and slice spacing are assumed.
+    truth : (X, Y, Z) ndarray of bool
+        Outlined tumour on the grid of the volume.
+    healthy : (Z,) ndarray of bool
+        Slices without a tumour in them or beside them.
+    """
+
+    subject: str
+    volume: Volume
+    truth: BoolArray
+    healthy: BoolArray
+
+
+def archive_settings(config: Config) -> ImageArchiveConfig:
+    """Return the image-archive section of a configuration that has one."""
+    assert config.data.image_archive is not None, "this configuration is trained on volumes"
+    return config.data.image_archive
+
+
+def archive_path(config: Config) -> Path:
+    """Return the path of the archive."""
+    return data_root() / config.data.folder / config.data.pattern
+
+
+def open_archive(config: Config) -> ImageArchive:
+    """Return all images of a configuration's archive; the file is read once."""
+    return _read_archive(archive_path(config), archive_settings(config))
+
+
+@cache
+def _read_archive(path: Path, settings: ImageArchiveConfig) -> ImageArchive:
+    excluded = read_exclusions(settings.exclusions) if settings.exclusions else frozenset()
+    return read_mednist(path, excluded) if settings.kind == "mednist" else read_lgg(path, excluded)
+
+
+def read_exclusions(name: str) -> frozenset[str]:
+    """Read the names of excluded images from a CSV file (`name,reason`) in training/splits."""
+    with (SPLITS_FOLDER / name).open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names), "an image is excluded twice"
+    assert all(row["reason"] for row in rows), "an exclusion has no reason"
+    return frozenset(names)
+
+
+def load_stack(config: Config, subject: str) -> ImageStack:
+    """Stack the images of one subject.
+
+    MedNIST's images are in no anatomical order. Excluded and almost empty ones are left out, because the slices on both
+    sides of a gap would be analysed as two heads.
+    """
+    settings, archive = archive_settings(config), open_archive(config)
+    indices = [i for i, s in enumerate(archive.subjects) if s == subject]
+    if settings.kind == "mednist":
+        middle = (settings.window_low_grey + settings.window_high_grey) / 2
+        shown = (archive.grey[indices] > middle).mean(axis=(1, 2)) >= EMPTY_SHARE
+        indices = [i for i, enough in zip(indices, shown, strict=True) if enough and archive.healthy[i]]
+    values = to_model_units(archive.grey[indices], config)
+    return ImageStack(Volume(values.transpose(2, 1, 0), stack_affine(config)), archive.healthy[indices])
+
+
+def to_model_units(grey: UInt8Array, config: Config) -> FloatArray:
+    """Convert grey values to Hounsfield units if the model has a CT window, else to float32."""
+    settings, window = archive_settings(config), config.preprocessing.window
+    if window is None:
+        return grey.astype(np.float32)
+    low, high = settings.window_low_grey, settings.window_high_grey
+    share = (grey.astype(np.float32) - low) / (high - low)
+    return np.asarray(window[0] + share * (window[1] - window[0]), dtype=np.float32)
+
+
+def stack_affine(config: Config) -> Affine:
+    """Return the affine of a stack: columns run to the left, rows to posterior, images to superior (RAS+ mm)."""
+    pixel_mm = archive_settings(config).pixel_mm
+    return np.diag([-pixel_mm, -pixel_mm, config.preprocessing.spacing_mm[0], 1.0])
+
+
+def archive_hash(config: Config, subjects: tuple[str, ...]) -> str:
+    """Return the SHA-256 of the archive, the subjects, and which of their images are healthy."""
+    archive = open_archive(config)
+    chosen = [
+        (n, bool(h)) for n, s, h in zip(archive.names, archive.subjects, archive.healthy, strict=True) if s in subjects
+    ]
+    digest = hashlib.sha256(archive_path(config).read_bytes())
+    digest.update(json.dumps([subjects, chosen]).encode())
+    return digest.hexdigest()
+
+
+def read_jpegs(path: Path) -> dict[str, UInt8Array]:
+    """Read the JPEG files of a tar archive as grey values (H, W), by member name and in the archive's order."""
+    found = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.name.endswith(".jpeg") else None
+            if file is not None:
+                found[member.name] = np.asarray(Image.open(io.BytesIO(file.read())).convert("L"))
+    return found
+
+
+def read_mednist(path: Path, excluded: frozenset[str]) -> ImageArchive:
+    """Read a tar archive of JPEG files that are named by number; `SUBJECT_FILES` of them are one subject."""
+    found = {Path(name).name: grey for name, grey in read_jpegs(path).items()}
+    names = tuple(sorted(found))
+    subjects = tuple(block_name(int(name.split(".")[0])) for name in names)
+    healthy = np.array([name not in excluded for name in names])
+    return ImageArchive(names, subjects, np.stack([found[name] for name in names]), healthy)
+
+
+def block_name(number: int) -> str:
+    """Return the subject of a MedNIST file: the first and the last file number of its block."""
+    first = number // SUBJECT_FILES * SUBJECT_FILES
+    return f"{first:06d}-{first + SUBJECT_FILES - 1:06d}"
+
+
+def read_lgg(path: Path, excluded: frozenset[str]) -> ImageArchive:
+    """Read an npz file of FLAIR slices with their patient, slice number and size of the outlined tumour."""
+    with np.load(path, allow_pickle=False) as data:
+        patients, numbers, tumour = data["patient"], data["slice_no"], data["tumour_px_256"]
+        order = np.lexsort((numbers, patients))
+        patients, numbers, tumour, grey = patients[order], numbers[order], tumour[order], data["images"][order]
+    names = tuple(f"{p}_{n:02d}" for p, n in zip(patients, numbers, strict=True))
+    healthy = np.array([name not in excluded for name in names])
+    for i, (patient, number) in enumerate(zip(patients, numbers, strict=True)):
+        near = (patients == patient) & (np.abs(numbers.astype(int) - int(number)) < TUMOUR_DISTANCE)
+        healthy[i] &= not tumour[near].any()
+    return ImageArchive(names, tuple(str(p) for p in patients), grey, healthy)
+
+
+def load_tumour_scan(config: Config, subject: str) -> TumourScan:
+    """Load all images of one patient of a TCGA-LGG archive with the outlined tumour."""
+    stack = load_stack(config, subject)
+    truth = _read_outlines(archive_path(config))[subject].transpose(2, 1, 0)
+    assert truth.shape == stack.volume.shape, "every image has one outline"
+    return TumourScan(subject, stack.volume, truth, stack.healthy)
+
+
+def tumour_scans(config: Config, subjects: Sequence[str]) -> Iterator[TumourScan]:
+    """Yield the scans of several patients."""
+    return (load_tumour_scan(config, subject) for subject in subjects)
+
+
+@cache
+def _read_outlines(path: Path) -> dict[str, BoolArray]:
+    """Read the outlines of each patient by slice number, (Z, H, W); the archive stores them as packed bits."""
+    with np.load(path, allow_pickle=False) as data:
+        patients, numbers, packed = data["patient"], data["slice_no"], data["masks"]
+        height, width = data["images"].shape[1:]
+    order = np.lexsort((numbers, patients))
+    patients, packed = patients[order], packed[order]
+    return {
+        str(patient): np.unpackbits(packed[patients == patient], axis=1, count=height * width)
+        .reshape(-1, height, width)
+        .astype(np.bool_)
+        for patient in np.unique(patients)
+    }
