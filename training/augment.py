@@ -18,12 +18,14 @@ from training.config import AugmentationConfig, CoarseNoiseConfig, ScannerConfig
 
 # Standard deviation of the Gaussian of unsharp masking, in pixels.
 UNSHARP_SD_PIXELS = 0.8
+# Smallest distance between two tissue levels after their shift.
+MIN_LEVEL_STEP = 0.02
 # Bounds of the modulation of the coarse noise, as shares of its amplitude.
 MODULATION_BOUNDS = (0.2, 1.8)
 
 
 def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generator) -> torch.Tensor:
-    """Apply a random mirror, small affine, gain, gamma and simulated scanner to each slice.
+    """Apply a random mirror, small affine, contrast, bias field, gain, gamma, mask and simulated scanner to each slice.
 
     Parameters
     ----------
@@ -50,10 +52,65 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
     moved = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
     gain = torch.from_numpy(1 + rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_gain).float()
     gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_log_gamma)).float()
-    augmented = (moved.clamp(0, 1) ** gamma * gain).clamp(0, 1).numpy()
+    contrast = shift_tissues(moved.clamp(0, 1), config, rng) * _bias_field(n, (height, width), config, rng)
+    augmented = ((contrast / config.anchor).clamp(min=0) ** gamma * config.anchor * gain).clamp(0, 1).numpy()
+    _erode_some(augmented, config.erosion_probability, rng)
     for i in np.flatnonzero(rng.random(n) < config.scanner.probability):
         augmented[i] = simulate_scanner(augmented[i], config.scanner, rng)
     return torch.from_numpy(augmented)
+
+
+def shift_tissues(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generator) -> torch.Tensor:
+    """Map each slice by its own monotonic curve, which shifts the levels of the tissues.
+
+    Scanners and sequences differ mainly in the relative intensity of the tissues (Meyer et al. 2021 remap them by a
+    Gaussian mixture; this is the piecewise linear form).
+
+    Parameters
+    ----------
+    x : (B, 1, H, W) tensor in [0, 1]
+        0 is background and stays 0.
+    config : AugmentationConfig
+    rng : Generator
+
+    Returns
+    -------
+    (B, 1, H, W) tensor
+        The anchor value is unchanged.
+    """
+    if not config.tissue_shift_sd:
+        return x
+    knots = np.array([0.0, *config.tissue_levels, 1.0])
+    is_tissue = (knots > 0) & (knots < 1)
+    levels = knots + rng.normal(0, config.tissue_shift_sd, (len(x), len(knots))) * is_tissue
+    levels = np.maximum.accumulate(np.clip(levels, 0, 1) + MIN_LEVEL_STEP * np.arange(len(knots)), axis=1)
+    mapped = x.numpy().copy()
+    for image, row in zip(mapped, levels, strict=True):
+        scale = config.anchor / np.interp(config.anchor, knots, row)
+        image[:] = np.where(image > 0, np.interp(image, knots, row * scale), 0)
+    return torch.from_numpy(mapped)
+
+
+def _bias_field(
+    count: int, shape: tuple[int, int], config: AugmentationConfig, rng: np.random.Generator
+) -> torch.Tensor:
+    """Draw a smooth multiplicative field of second order for each slice, (B, 1, H, W)."""
+    if not config.bias_field_sd:
+        return torch.ones(1)
+    rows, columns = np.linspace(-1, 1, shape[0])[:, None], np.linspace(-1, 1, shape[1])[None]
+    terms = np.stack(np.broadcast_arrays(rows, columns, rows * columns, rows**2 - 1 / 3, columns**2 - 1 / 3))
+    coefficients = rng.normal(0, config.bias_field_sd, (count, len(terms)))
+    field = np.exp(np.einsum("nk,khw->nhw", coefficients, terms))
+    return torch.from_numpy(field.astype(np.float32))[:, None]
+
+
+def _erode_some(x: FloatArray, probability: float, rng: np.random.Generator) -> None:
+    """Remove the rim of some slices in place, (B, 1, H, W): brain masks of other methods are tighter."""
+    if not probability:
+        return
+    draws = rng.random(len(x))
+    for i in np.flatnonzero(draws < probability):
+        x[i, 0] *= ndimage.binary_erosion(x[i, 0] > 0, iterations=1 if draws[i] > probability / 3 else 2)
 
 
 def simulate_scanner(x: FloatArray, config: ScannerConfig, rng: np.random.Generator) -> FloatArray:

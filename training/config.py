@@ -34,6 +34,14 @@ class ImageArchiveConfig(FrozenModel):
     exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")
 
 
+class AdditionalDataConfig(FrozenModel):
+    """Data set of another scanner, whose subjects are in the same split."""
+
+    folder: str = Field(description="Folder of the volumes, below the data root.")
+    pattern: str = Field(description="File name with {subject}.")
+    mask_pattern: str = Field(description="Path of the brain mask with {subject}, relative to the folder.")
+
+
 class DataConfig(FrozenModel):
     """Healthy scans, their split and their augmented copies."""
 
@@ -42,7 +50,11 @@ class DataConfig(FrozenModel):
     splits: str = Field(description="File of the frozen split in training/splits.")
     tilted_copies: int = Field(description="Tilted and scaled copies of each training scan, in addition to itself.")
     tilt_sd_degrees: float = Field(description="Standard deviation of the tilt about each axis.")
+    pitch_sd_degrees: float | None = Field(
+        default=None, description="Standard deviation of the tilt about the left-right axis, if it differs."
+    )
     scale_sd: float = Field(description="Standard deviation of the logarithm of the scale.")
+    additional: tuple[AdditionalDataConfig, ...] = Field(default=(), description="Data sets of other scanners.")
     image_archive: ImageArchiveConfig | None = Field(default=None, description="Set if the slices are 2-D images.")
 
     @model_validator(mode="after")
@@ -69,6 +81,18 @@ class AugmentationConfig(FrozenModel):
     max_shift_pixels: float
     max_gain: float
     max_log_gamma: float
+    anchor: float = Field(
+        default=1.0, description="Slice value that gamma and tissue shifts keep: preprocessing scales scans to it."
+    )
+    tissue_levels: tuple[float, ...] = Field(default=(), description="Slice values of the tissues that are shifted.")
+    tissue_shift_sd: float = Field(default=0.0, description="Standard deviation of the shift of each tissue level.")
+    bias_field_sd: float = Field(
+        default=0.0, description="Standard deviation of each coefficient of the logarithmic bias field."
+    )
+    erosion_probability: float = Field(
+        default=0.0,
+        description="Share of slices whose brain mask is eroded by one pixel, or by two in a third of them.",
+    )
     scanner: ScannerConfig
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from app.manifest import FrozenModel, Preprocessing
 from app.pipeline.preprocess import Slices, analysed_slices, foreground_cm2, to_slices
 from app.volume import BoolArray, Volume
-from training.config import NON_PIXEL_FIELDS, SPLITS_FOLDER, Config, data_root
+from training.config import NON_PIXEL_FIELDS, SPLITS_FOLDER, AdditionalDataConfig, Config, DataConfig, data_root
 from training.image_archive import archive_hash, load_stack
 
 UInt16Array = npt.NDArray[np.uint16]
@@ -59,11 +59,26 @@ def unpack_archive(archive: Path, folder: Path) -> None:
 
 
 def subject_path(config: Config, subject: str) -> Path:
-    """Return the path of a subject's scan, in `volumes/` or beside it."""
-    folder = data_root() / config.data.folder
-    name = config.data.pattern.format(subject=subject)
-    inner = folder / "volumes" / name
-    return inner if inner.exists() else folder / name
+    """Return the path of a subject's scan: in the folder of its data set, or in `volumes/` below it.
+
+    Raises
+    ------
+    FileNotFoundError
+        No data set of the configuration has the subject.
+    """
+    sources: tuple[DataConfig | AdditionalDataConfig, ...] = (config.data, *config.data.additional)
+    for source in sources:
+        folder, name = data_root() / source.folder, source.pattern.format(subject=subject)
+        for path in (folder / "volumes" / name, folder / name):
+            if path.exists():
+                return path
+    raise FileNotFoundError(f"no data set of {config.name} has the subject {subject}")
+
+
+def _mask_path(config: Config, subject: str) -> Path | None:
+    """Return the path of a subject's brain mask; None if its scan is skull-stripped."""
+    paths = (data_root() / s.folder / s.mask_pattern.format(subject=subject) for s in config.data.additional)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def load_volume(path: Path) -> Volume:
@@ -108,7 +123,11 @@ class HealthyScan:
 def load_scan(config: Config, subject: str) -> HealthyScan:
     """Load the scan of a subject, or the stack of its images."""
     if config.data.image_archive is None:
-        return HealthyScan(load_volume(subject_path(config, subject)))
+        volume, mask = load_volume(subject_path(config, subject)), _mask_path(config, subject)
+        if mask is not None:
+            brain = np.where(load_volume(mask).array > 0, volume.array, np.float32(0))
+            volume = Volume(brain, volume.affine)
+        return HealthyScan(volume)
     stack = load_stack(config, subject)
     return HealthyScan(stack.volume, stack.healthy)
 
@@ -127,7 +146,10 @@ def data_hash(config: Config, subjects: tuple[str, ...]) -> str:
 def tilt(volume: Volume, config: Config, rng: np.random.Generator) -> Volume:
     """Return the volume with a random tilt and scale in its affine; the array is shared."""
     transform = np.eye(4)
-    rotation = Rotation.from_euler("xyz", rng.normal(0, config.data.tilt_sd_degrees, 3), degrees=True).as_matrix()
+    pitch = config.data.pitch_sd_degrees
+    tilt_sd = config.data.tilt_sd_degrees
+    angles = rng.normal(0, [tilt_sd if pitch is None else pitch, tilt_sd, tilt_sd])
+    rotation = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
     transform[:3, :3] = rotation * np.exp(rng.normal(0, config.data.scale_sd))
     return Volume(volume.array, transform @ volume.affine)
 

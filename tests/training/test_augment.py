@@ -7,7 +7,7 @@ from scipy import ndimage
 torch = pytest.importorskip("torch")
 
 from app.volume import FloatArray  # noqa: E402
-from training.augment import add_coarse_noise, augment, simulate_scanner  # noqa: E402
+from training.augment import add_coarse_noise, augment, shift_tissues, simulate_scanner  # noqa: E402
 from training.config import ROOT, AugmentationConfig, CoarseNoiseConfig, Config, ScannerConfig  # noqa: E402
 
 pytestmark = pytest.mark.training
@@ -123,3 +123,38 @@ def test_augmentation_simulates_scanners_for_some_slices_and_depends_on_the_seed
     unchanged = [torch.allclose(a, x[0], atol=1e-4) or torch.allclose(a, x[0].flip(-1), atol=1e-4) for a in y]
     # A Gaussian of a fraction of a pixel changes nothing either.
     assert np.mean(unchanged) == pytest.approx(0.5 + 0.25 * 0.3, abs=0.1)
+
+
+OTHER_SCANNERS = AugmentationConfig(
+    max_rotation_degrees=0,
+    max_scale=0,
+    max_shift_pixels=0,
+    max_gain=0,
+    max_log_gamma=0.3,
+    anchor=0.75,
+    tissue_levels=(0.2, 0.48, 0.75),
+    tissue_shift_sd=0.05,
+    bias_field_sd=0.05,
+    erosion_probability=0.5,
+    scanner=SCANNER.model_copy(update={"probability": 0.0}),
+)
+
+
+def test_tissue_shift_is_monotonic_and_keeps_anchor_and_background() -> None:
+    ramp = np.tile(np.linspace(0, 1, 81, dtype=np.float32), (50, 1, 1, 1))
+    shifted = shift_tissues(torch.from_numpy(ramp), OTHER_SCANNERS, np.random.default_rng(0)).numpy()
+    assert (np.diff(shifted, axis=-1) >= 0).all()
+    assert not shifted[..., 0].any()
+    np.testing.assert_allclose(shifted[..., 60], 0.75, atol=1e-6)
+    assert shifted[..., 38].std() == pytest.approx(0.05, abs=0.03)
+
+
+def test_other_scanners_keep_the_background_and_erode_some_masks() -> None:
+    x = discs(100)
+    changed = augment(torch.from_numpy(x.copy()), OTHER_SCANNERS, np.random.default_rng(1)).numpy()
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    assert changed[x == 0].max() < 0.01  # interpolation at the edge
+    area = (changed > 0.05).sum(axis=(1, 2, 3)) / (x > 0).sum(axis=(1, 2, 3))
+    assert np.mean(area < 1) == pytest.approx(0.5, abs=0.15)
+    assert area.min() > 0.85
