@@ -115,7 +115,7 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
     noise = KeyedNoise(manifest.seed if seed is None else seed, manifest.latent_shape)
     diffusion = Diffusion(Schedule.from_settings(manifest.schedule), networks.denoise, noise)
 
-    # 1. Resample the scan to slices ("Notation").
+    # 1. Resample the scan to slices ("Preprocessing").
     slices = to_slices(volume, manifest.preprocessing)
     indices = analysed_slices(slices, manifest.preprocessing)
     x, foreground = slices.x[indices], slices.foreground[indices]
