@@ -53,6 +53,6 @@ def test_denoiser_in_int8_is_removed(tmp_path: Path) -> None:
 
 def test_bundle_with_a_wrong_golden_pair_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "FLOAT16_TOLERANCE", 1e-6)
-    with pytest.raises(DamagedBundle, match="golden pair of headct-f16"):
+    with pytest.raises(DamagedBundle, match="headct-f16"):
         convert(HEADCT, tmp_path)
     assert list(tmp_path.iterdir()) == []
