@@ -37,7 +37,7 @@ PARTS = {
     "ellipses": ("2b", "Synthetic lesions in head CT", "stacks of healthy CT pictures (MedNIST) with ellipses"),
     "tumours": ("3a", "Gliomas in FLAIR", "patients with an outlined lower-grade glioma (TCGA-LGG)"),
     "ms-t1": ("3b", "Multiple sclerosis in T1", "skull-stripped, with outlined lesions; too few for a claim"),
-    "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained on FLAIR with the skull and does not know these"),
+    "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained only on FLAIR with the skull"),
 }
 KINDS = ("near", *FAR)
 # Grades whose ablation gains are shown, and the kind of real lesions beside them.
