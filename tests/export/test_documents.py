@@ -23,7 +23,7 @@ def section() -> str:
 
 
 def test_copied_attributes_are_listed(section: str) -> None:
-    text = section.split("### What is copied")[1].split("###", maxsplit=1)[0]
+    text = section.split("### Attributes copied")[1].split("###", maxsplit=1)[0]
     listed = {word for word in re.findall(r"\b[A-Z][A-Za-z]+\b", text) if pydicom.datadict.tag_for_keyword(word)}
     assert listed == set(COPIED) - NOT_LISTED
 

@@ -12,7 +12,7 @@ from tests.ingest.test_pixels import CHARACTER_SETS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "dicom.md").read_text()
-READ = TEXT[TEXT.index("## What is read") :].partition("\n## ")[0]
+READ = TEXT[TEXT.index("## Supported input") :].partition("\n## ")[0]
 
 
 def rows(heading: str, number: int = 0) -> list[list[str]]:
@@ -54,11 +54,11 @@ def test_sop_classes_have_their_names() -> None:
 
 
 def test_exclusion_rules_match_the_code() -> None:
-    assert [row[1] for row in rows("Which stack is read")] == [name for name, _ in series.EXCLUSION_RULES]
+    assert [row[1] for row in rows("Selection of the stack")] == [name for name, _ in series.EXCLUSION_RULES]
 
 
 def test_sequences_match_the_code() -> None:
-    table = rows("Which model", 1)
+    table = rows("Selection of the model", 1)
     assert [row[0] for row in table] == list(sequence.NAME_PATTERNS)
     assert {row[1]: row[0] for row in table if row[1]} == sequence.CONTRAST_CODES
     for name, _, words, _, _ in table:

@@ -76,7 +76,8 @@ def at_least(text: str, least: float, found: Interval | None) -> Target:
     """Compare a number with the least that is asked."""
     text = f"{text} >= {least:.2f}"
     if found is None or not math.isfinite(found.value):
-        return Target(text, "no result")    return Target(text, f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]", found.value >= least)
+        return Target(text, "no result")
+    return Target(text, f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]", found.value >= least)
 
 
 def _image_level(results: ImageLevelResults | None) -> Iterator[Target]:
