@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     drain_seconds: int = Field(
         5,
         ge=0,
-        description="Seconds for a running scan to finish at shutdown. After them, it resumes at the next start.",
+        description="Seconds for a running scan to finish at shutdown. After that, it returns to the queue.",
     )
 
     def __init__(self, **arguments: Any) -> None:

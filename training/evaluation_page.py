@@ -80,7 +80,7 @@ def heads_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the number of refused scans of each kind, and the error codes."""
-    lines = ["| scans | refused | answers |", "| --- | --- | --- |"]
+    lines = ["| scans | refused | outcomes |", "| --- | --- | --- |"]
     for kind, outcomes in {row["kind"]: row["outcomes"] for row in rows}.items():
         total = sum(outcomes.values())
         refused = total - outcomes.get("analysed", 0)
@@ -94,18 +94,18 @@ def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
     names = {
         "shipped_pooled": "Dice at the shipped threshold",
         "best_pooled": "best-achievable Dice, one threshold for all",
-        "best_pooled_tumour_slices": "the same, slices with a tumour alone",
+        "best_pooled_tumour_slices": "the same, only slices with a tumour",
         "best_per_slice": "best-achievable Dice, a threshold for each slice with a tumour",
         "auprc": "AUPRC",
     }
     methods = {r["method"]: r for r in rows if "method" in r}
-    lines = ["| over all test patients | this bundle | FLAIR's intensity |", "| --- | --- | --- |"]
+    lines = ["| over all test patients | this bundle | intensity threshold |", "| --- | --- | --- |"]
     for key, name in names.items():
         cells = ["{:.3f} ({:.3f} to {:.3f})".format(*m[key]) if key in m else "" for m in methods.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| patient | outcome | slices | analysed | tumour not analysed | Dice, shipped | best Dice | intensity, best |",
+        "| patient | outcome | slices | analysed | tumour not analysed | Dice, shipped | best Dice | best Dice, intensity threshold |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
@@ -125,11 +125,11 @@ PARTS = (
         lesion_table,
     ),
     ("heads", "Heads of other scanners after brain extraction", heads_table),
-    ("foreign", "Scans of another kind", foreign_table),
+    ("foreign", "Scans outside the training distribution", foreign_table),
     ("single", "Single images of healthy test subjects", foreign_table),
     (
         "tumours",
-        "Outlined tumours of test patients in all slices; tumour that is not analysed counts as missed",
+        "Outlined tumours of test patients in all slices (a tumour that is not analysed counts as missed)",
         tumour_table,
     ),
 )
@@ -149,7 +149,7 @@ def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str) -
     lines = [
         f"# Evaluation of {manifest.id}",
         "",
-        "Written by `python -m training.evaluate`; brackets are bootstrap 95 % intervals.",
+        "Written by `python -m training.evaluate CONFIG`. Brackets are bootstrap 95 % intervals.",
         "",
     ]
     for key, title, table in PARTS:

@@ -23,7 +23,9 @@ def test_parts_of_an_earlier_bundle_are_marked() -> None:
     rows = [{"kind": "T2", "outcomes": {"out_of_distribution": 2}}]
     head = {"kind": "UIH", "name": "d", "outcome": "analysed", "found_ml": 1.0}
     document = {"foreign": {"bundle_sha256": "a", "rows": rows}, "heads": {"bundle_sha256": "b", "rows": [head]}}
-    heads, foreign = evaluation_page(document, tiny_manifest(), "a").split("### Scans of another kind")
+    heads, foreign = evaluation_page(document, tiny_manifest(), "a").split(
+        "### Scans outside the training distribution"
+    )
     assert EARLIER in heads
     assert EARLIER not in foreign
     assert "| T2 | 2 of 2 | out_of_distribution 2 |" in foreign

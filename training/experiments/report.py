@@ -34,7 +34,7 @@ EVALUATION = ROOT / "docs" / "evaluation"
 BUNDLES = ("t1", "headct", "flair")
 PARTS = {
     "shapes": ("2a", "Synthetic lesions in T1", "healthy T1 brains (ds002748) with real shapes of MS lesions"),
-    "ellipses": ("2b", "Synthetic lesions in head CT", "stacks of healthy CT pictures (MedNIST) with ellipses"),
+    "ellipses": ("2b", "Synthetic lesions in head CT", "stacks of healthy CT images (MedNIST) with ellipses"),
     "tumours": ("3a", "Gliomas in FLAIR", "patients with an outlined lower-grade glioma (TCGA-LGG)"),
     "ms-t1": ("3b", "Multiple sclerosis in T1", "skull-stripped, with outlined lesions; too few for a claim"),
     "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained only on FLAIR with the skull"),
@@ -138,7 +138,15 @@ def make_summary(stored: Stored) -> str:
                 f"{format_interval(leads[closest], signed=True)}, {METHODS[closest].title}" if closest else "",
             ]
         )
-    header = ["model", "lesions", "scans", "AUPRC", "Dice, best-achievable", "Dice, as shipped", "lead"]
+    header = [
+        "model",
+        "lesions",
+        "scans",
+        "AUPRC",
+        "Dice, best-achievable",
+        "Dice, as shipped",
+        "difference to the best baseline",
+    ]
     return table(header, rows)
 
 
@@ -266,7 +274,7 @@ def make_test_subjects(stored: Stored) -> dict[str, str]:
     names = list(stored.evaluation)
     foreign = [[kind, *(row.get(name, "") for name in names)] for kind, row in refused.items()]
     return {
-        "healthy": table(["model", "healthy test scans", "false positives, ml", "refused by mistake"], healthy),
+        "healthy": table(["model", "healthy test scans", "false positives, ml", "false refusals"], healthy),
         "large_lesions": bullets(large) or NOT_MEASURED,
         "foreign": table(["scans", *names], foreign),
     }
@@ -301,7 +309,7 @@ def make_curve(bundles: dict[str, CurveScores]) -> dict[str, str]:
         knee = found.points[find_knee(found.points)]
         shipped = found.points[found.shipped].evaluations_per_slice
         knees.append(
-            f"{found.provenance.bundle}, {knee.cases} scans: the knee is at {knee.evaluations_per_slice:.1f} "
+            f"{found.provenance.bundle}, {knee.cases} scans: the cheapest sufficient setting has {knee.evaluations_per_slice:.1f} "
             f"evaluations per slice, {shipped:.1f} are shipped."
         )
         settings |= found.points

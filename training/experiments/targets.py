@@ -91,7 +91,7 @@ def _image_level(results: ImageLevelResults | None) -> Iterator[Target]:
 
 def _leads(part: str, results: SegmentationResults) -> Iterator[Target]:
     for kind, rows in results.kinds.items():
-        text = f"{part}, {kind}: ahead of every baseline"
+        text = f"{part}, {kind}: better than every baseline"
         if COUNTERPART not in rows:
             yield Target(text, "no result of Counterpart")
             continue
@@ -99,7 +99,7 @@ def _leads(part: str, results: SegmentationResults) -> Iterator[Target]:
         behind = [METHODS[name].title for name, lead in others.items() if lead is None or not lead.is_above_zero]
         missing = [info.title for name, info in METHODS.items() if name not in rows]
         found = f"{len(others) - len(behind)} of {len(others)}"
-        found += f"; not of: {', '.join(behind)}" if behind else ""
+        found += f"; not than: {', '.join(behind)}" if behind else ""
         found += f"; no result: {', '.join(missing)}" if missing else ""
         yield Target(text, found, False if behind else None if missing else True)
 
