@@ -36,7 +36,11 @@ PARTS = {
     "shapes": ("2a", "Synthetic lesions in T1", "healthy T1 brains (ds002748) with real shapes of MS lesions"),
     "ellipses": ("2b", "Synthetic lesions in head CT", "stacks of healthy CT images (MedNIST) with ellipses"),
     "tumours": ("3a", "Gliomas in FLAIR", "patients with an outlined lower-grade glioma (TCGA-LGG)"),
-    "ms-t1": ("3b", "Multiple sclerosis in T1", "skull-stripped, with outlined lesions; too few for a claim"),
+    "ms-t1": (
+        "3b",
+        "Multiple sclerosis in T1",
+        "skull-stripped scans with outlined lesions. Two scans are too few for a claim",
+    ),
     "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained only on FLAIR with the skull"),
 }
 KINDS = ("near", *FAR)
@@ -309,8 +313,8 @@ def make_curve(bundles: dict[str, CurveScores]) -> dict[str, str]:
         knee = found.points[find_knee(found.points)]
         shipped = found.points[found.shipped].evaluations_per_slice
         knees.append(
-            f"{found.provenance.bundle}, {knee.cases} scans: the cheapest sufficient setting has {knee.evaluations_per_slice:.1f} "
-            f"evaluations per slice, {shipped:.1f} are shipped."
+            f"{found.provenance.bundle}, {knee.cases} scans: the cheapest sufficient setting has "
+            f"{knee.evaluations_per_slice:.1f} evaluations per slice, {shipped:.1f} are shipped."
         )
         settings |= found.points
 
@@ -367,13 +371,13 @@ def make_provenance(stored: Stored) -> str:
     """Make the table of what the results belong to."""
     found: dict[str, Sequence[Provenance]] = {}
     if stored.image_level:
-        found["1"] = [row.provenance for row in stored.image_level.methods.values()]
+        found["1, `image_level`"] = [row.provenance for row in stored.image_level.methods.values()]
     for part, results in stored.segmented.items():
-        found[PARTS[part][0]] = [run.provenance for run in results.methods.values()]
-    found["oracle ablation"] = [each.provenance for each in stored.oracle.values()]
-    found["evaluations"] = [each.provenance for each in stored.curve.values()]
-    found["large lesions"] = [each.provenance for each in stored.ood.values()]
-    found["ablation"] = [each.provenance for each in stored.ablation.values()]
+        found[f"{PARTS[part][0]}, `{part}`"] = [run.provenance for run in results.methods.values()]
+    found["upper bounds, `oracle_ablation`"] = [each.provenance for each in stored.oracle.values()]
+    found["evaluations, `accuracy_vs_evaluations`"] = [each.provenance for each in stored.curve.values()]
+    found["large lesions, `ood`"] = [each.provenance for each in stored.ood.values()]
+    found["ablation, `ablation`"] = [each.provenance for each in stored.ablation.values()]
     rows = []
     for part, every in found.items():
         columns = [
@@ -382,4 +386,4 @@ def make_provenance(stored: Stored) -> str:
             [f"`{p.code}`" for p in every],
         ]
         rows.append([part, *(", ".join(dict.fromkeys(column)) for column in columns)])
-    return table(["part", "measured with", "data", "code"], rows)
+    return table(["part, and its name on the command line", "measured with", "data", "code"], rows)
