@@ -105,8 +105,7 @@ def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "| patient | outcome | slices | analysed | tumour not analysed | Dice, shipped | best Dice "
-        "| best Dice, intensity threshold |",
+        "| patient | outcome | slices | analysed | tumour not analysed | Dice, shipped | best Dice | best, intensity |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [

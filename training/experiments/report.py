@@ -43,6 +43,18 @@ PARTS = {
     ),
     "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained only on FLAIR with the skull"),
 }
+# For the table of numbers: the test scans of each bundle, and the lesions that are inserted or outlined in them.
+TEST_SCANS = {
+    "t1": "test scans of ds002748 (one scanner, not named)",
+    "headct": "test stacks of MedNIST (scanners unknown)",
+    "flair": "test patients of TCGA-LGG (several hospitals, scanners unknown)",
+}
+INSERTED = {"t1": "five lesion shapes", "headct": "ellipses of 8, 12 and 16 mm radius"}
+INSERTED_PARTS = {
+    "shapes": "one lesion shape each",
+    "ellipses": "ellipses of 15 to 30 mm radius",
+    "tumours": "tumours in analysed slices",
+}
 KINDS = ("near", *FAR)
 # Grades whose ablation gains are shown, and the kind of real lesions beside them.
 POOLED, TUMOURS = "grade 2 and grade 3", "tumours"
@@ -112,6 +124,7 @@ def write(path: Path = PAGE) -> None:
         "target_counts": f"{verdicts[True]} are met, {verdicts[False]} missed and {verdicts[None]} not measured",
         "targets": table(["target", "measured", ""], [[t.text, t.found, t.verdict] for t in targets]),
         **make_image_level(stored.image_level),
+        "number_guide": make_number_guide(stored),
         "segmentation": make_segmentation(stored.segmented),
         **make_costs(stored.segmented),
         **make_dice(stored),
@@ -152,6 +165,49 @@ def make_summary(stored: Stored) -> str:
         "difference to the best baseline",
     ]
     return table(header, rows)
+
+
+def make_number_guide(stored: Stored) -> str:
+    """Make the table of the numbers of other pages: their scans, statistics and commands."""
+    experiment = {part: f"`python -m training.experiments {part}`, this page" for part in PARTS}
+
+    def evaluation(name: str, part: str) -> str:
+        return f"`python -m training.evaluate training/configs/{name}.toml {part}`, [{name}](evaluation/{name}.md)"
+
+    rows = []
+    for name, document in stored.evaluation.items():
+        if ml := false_positives(document):
+            number = f"{np.median(ml):.2f} ml of false findings"
+            rows.append(
+                [name, number, f"{len(ml)} {TEST_SCANS[name]}, healthy slices", "median", evaluation(name, "healthy")]
+            )
+        found = [row["found_ml"] for row in document.get("heads", {}).get("rows", []) if _is_ixi(row)]
+        if found:
+            scans = f"{len(found)} analysed heads of IXI, other scanners"
+            rows.append(
+                [name, f"{np.median(found):.0f} ml of false findings", scans, "median", evaluation(name, "heads")]
+            )
+        if (inserted := document.get("lesions", {}).get("rows", [])) and name in ("t1", "headct"):
+            number = f"Dice {np.median([row['dice'] for row in inserted]):.2f}, grade 3"
+            scans = f"{len(inserted)} insertions of {INSERTED[name]} into {TEST_SCANS[name]}"
+            rows.append([name, number, scans, "median, shipped threshold", evaluation(name, "lesions")])
+    for part, bundle, kind, scores in stored.own_scores():
+        own = scores[COUNTERPART]
+        if part in INSERTED_PARTS and own.mean_shipped_dice is not None:
+            name = bundle.rpartition("-")[0]
+            scans = f"{own.cases} {TEST_SCANS[name]} with {INSERTED_PARTS[part]}"
+            number = f"Dice {own.mean_shipped_dice.value:.2f}" + (f", {kind}" if kind != part else "")
+            rows.append([name, number, scans, "mean, shipped threshold", experiment[part]])
+    if stored.tumour_row:
+        number = f"Dice {stored.tumour_row['shipped_pooled'][0]:.2f}"
+        patients = sum("subject" in row for row in stored.evaluation["flair"]["tumours"]["rows"])
+        scans = f"{patients} {TEST_SCANS['flair']}, tumours in all slices"
+        rows.append(["flair", number, scans, "pooled, shipped threshold", evaluation("flair", "tumours")])
+    return table(["model", "number", "scans", "statistic", "command and page"], rows)
+
+
+def _is_ixi(row: dict[str, Any]) -> bool:
+    return row["kind"] == "IXI" and row["outcome"] == "analysed"
 
 
 def make_image_level(results: ImageLevelResults | None) -> dict[str, str]:
