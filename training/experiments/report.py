@@ -207,7 +207,7 @@ def make_number_guide(stored: Stored) -> str:
 
 
 def _is_ixi(row: dict[str, Any]) -> bool:
-    return row["kind"] == "IXI" and row["outcome"] == "analysed"
+    return bool(row["kind"] == "IXI" and row["outcome"] == "analysed")
 
 
 def make_image_level(results: ImageLevelResults | None) -> dict[str, str]:
