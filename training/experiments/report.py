@@ -58,6 +58,15 @@ INSERTED_PARTS = {
 KINDS = ("near", *FAR)
 # Grades whose ablation gains are shown, and the kind of real lesions beside them.
 POOLED, TUMOURS = "grade 2 and grade 3", "tumours"
+# Labels of stored results, as the page shows them.
+SHOWN_LABELS = {
+    "healthy and every foreign class": "healthy and all other body parts",
+    "KL of the plain view": "KL of the first view",
+    "over local contrast": "divided by local contrast",
+    ", as it is ": ", not smoothed ",
+    "in one picture of 3": "in every third image",
+    "in one picture of 2": "in every second image",
+}
 # A setting within this of the best Dice and AUPRC is as good.
 CLOSE = 0.01
 NOT_MEASURED = "Not measured."
@@ -134,6 +143,8 @@ def write(path: Path = PAGE) -> None:
         **make_ablation(stored.ablation),
         "provenance": make_provenance(stored),
     }
+    for stored_label, shown in SHOWN_LABELS.items():
+        values = {name: text.replace(stored_label, shown) for name, text in values.items()}
     path.write_text(fill_template(TEMPLATE.read_text(), values))
 
 
