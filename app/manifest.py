@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # Arithmetic of a denoiser, mainly of its convolutions. Its inputs and outputs are float32.
 Precision = Literal["float32", "float16", "int8"]
 
+DEFAULT_METHOD = "coarse-patch-diffusion"
+
 
 class FrozenModel(BaseModel):
     """Base of every part of a manifest. It rejects unknown fields, NaN and infinity, and cannot be changed."""
@@ -288,7 +290,7 @@ class Manifest(FrozenModel):
     modality: Literal["MR", "CT"]
     sequence: str = Field(description="T1, FLAIR, ... It is shown to users and selects the bundle for a scan.")
     method: str = Field(
-        default="coarse-patch-diffusion", description="Name of the detection method (`app.pipeline.methods.METHODS`)."
+        default=DEFAULT_METHOD, description="Name of the detection method (`app.pipeline.methods.METHODS`)."
     )
     preprocessing: Preprocessing
     latent: Latent
@@ -310,6 +312,11 @@ class Manifest(FrozenModel):
         default="float32",
         description="Arithmetic of `files.denoiser`. Its inputs and outputs are float32.",
     )
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json. The default method is not written, as in earlier bundles."""
+        exclude = {"method"} if self.method == DEFAULT_METHOD else None
+        return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property
     def id(self) -> str:

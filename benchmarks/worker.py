@@ -77,11 +77,11 @@ class RowBenchmark:
             self._prepare_sample(inputs.sample or row.sample)
 
     def _prepare_volume(self, networks: Any) -> None:
-        """Time `detect` on the whole volume, from the volume in memory, with resampling."""
-        from app.pipeline.detect import detect
+        """Time the method of the bundle on the whole volume, from the volume in memory, with resampling."""
+        from app.pipeline.methods import run_method
 
         batched = networks.in_batches(self.row.batch, lambda _: None)
-        self.detect = lambda volume: detect(volume, batched, self.manifest)
+        self.detect = lambda volume: run_method(volume, batched, self.manifest)
 
         def work() -> None:
             self.slices = self.sample = int(self.detect(self.volume).analysed.sum())

@@ -1,14 +1,16 @@
 """Configuration of one bundle: a TOML file with everything from its data to its calibration."""
 
 import argparse
+import hashlib
 import os
 import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from app.manifest import FrozenModel, NoiseSchedule, Preprocessing, View
+from app.manifest import DEFAULT_METHOD, FrozenModel, NoiseSchedule, Preprocessing, View
+from app.pipeline.methods import METHODS
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +154,9 @@ class ExportConfig(FrozenModel):
 class DetectionConfig(FrozenModel):
     """Decisions of the detection method; thresholds are calibrated from them on healthy scans."""
 
+    method: str = Field(
+        default=DEFAULT_METHOD, description="Name in `app.pipeline.methods.METHODS`. The manifest gets it."
+    )
     kl_timesteps: tuple[int, ...]
     kl_mean: Literal["arithmetic", "geometric"]
     kl_smoothing_mm: float
@@ -178,6 +183,13 @@ class DetectionConfig(FrozenModel):
     ood_max_outlier_slice_fraction: float | None = Field(
         default=None, description="Share of slices whose score may be out of range; null disables this check."
     )
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"no detection method has this name. Expected one of {', '.join(sorted(METHODS))}")
+        return name
 
 
 class EvaluationConfig(FrozenModel):
@@ -241,6 +253,12 @@ class Config(FrozenModel):
         """Shape (C, h, w) of the latents of one slice."""
         rows, columns = self.preprocessing.shape
         return self.vqvae.embedding_dim, rows // self.downsampling, columns // self.downsampling
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of all values. The default method is left out, so that earlier configurations keep their hash."""
+        exclude = {"detection": {"method"}} if self.detection.method == DEFAULT_METHOD else None
+        return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
 
     @property
     def run_folder(self) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel
 
-from app.manifest import Manifest, Range, View
+from app.manifest import DEFAULT_METHOD, Manifest, Range, View
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -124,6 +124,7 @@ def detection_hash(manifest: Manifest) -> str:
         _effective(manifest.reverse, REVERSE),
         _effective(manifest.residual, RESIDUAL),
         manifest.precision,
+        *([manifest.method] if manifest.method != DEFAULT_METHOD else []),
     )
 
 

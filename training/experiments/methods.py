@@ -26,7 +26,7 @@ class MethodInfo:
     depends_on: DependsOn = "cases"
 
 
-METHODS = {
+METHOD_INFO = {
     COUNTERPART: MethodInfo(
         "Counterpart",
         "the shipped bundle. A latent diffusion model trained with coarse noise patches "

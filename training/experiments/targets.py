@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config import ROOT, Config
-from training.experiments.methods import COUNTERPART, ENSEMBLE, METHODS, TRANSFORMER
+from training.experiments.methods import COUNTERPART, ENSEMBLE, METHOD_INFO, TRANSFORMER
 from training.experiments.metrics import Interval, mean_interval
 from training.experiments.results import ImageLevelResults, SegmentationResults
 
@@ -95,9 +95,9 @@ def _leads(part: str, results: SegmentationResults) -> Iterator[Target]:
         if COUNTERPART not in rows:
             yield Target(text, "no result of Counterpart")
             continue
-        others = {name: rows[name].lead for name in METHODS if name in rows and name != COUNTERPART}
-        behind = [METHODS[name].title for name, lead in others.items() if lead is None or not lead.is_above_zero]
-        missing = [info.title for name, info in METHODS.items() if name not in rows]
+        others = {name: rows[name].lead for name in METHOD_INFO if name in rows and name != COUNTERPART}
+        behind = [METHOD_INFO[name].title for name, lead in others.items() if lead is None or not lead.is_above_zero]
+        missing = [info.title for name, info in METHOD_INFO.items() if name not in rows]
         found = f"{len(others) - len(behind)} of {len(others)}"
         found += f"; not of: {', '.join(behind)}" if behind else ""
         found += f"; no result: {', '.join(missing)}" if missing else ""
@@ -136,7 +136,7 @@ def _tumours(measured: Measured) -> Iterator[Target]:
 def _times(part: str, results: SegmentationResults | None) -> Iterator[Target]:
     runs = results.methods if results else {}
     for name in (TRANSFORMER, ENSEMBLE):
-        text = f"{part}, {METHODS[name].title}: {TIMES:.0f} times Counterpart's time"
+        text = f"{part}, {METHOD_INFO[name].title}: {TIMES:.0f} times Counterpart's time"
         if name not in runs or COUNTERPART not in runs:
             yield Target(text, "no result")
             continue
