@@ -1,7 +1,7 @@
 """Registry of the result files of a scan.
 
-A new result file is one new entry in `OUTPUTS`: the export, the command line, the API, its OpenAPI document and the
-documentation read this registry.
+A new result file is one new entry in `OUTPUTS`. The export, the command line, the API and its OpenAPI document read
+this registry. Also add a row to docs/api.md. A test compares it.
 """
 
 from collections.abc import Callable

@@ -46,12 +46,12 @@ BRIGHT_LEVEL = 0.1
 # ---- extraction has failed ---------------------------------------------------------------------
 # Brains of adults with their fluid measure 1,000 to 2,000 ml. Half of a brain is still worth analysing.
 VOLUME_ML = (500.0, 2300.0)
-# Dice of the two networks, which take the head at different sizes. It is 0.98 on T1 of adults, and mostly less than
-# 0.92 on other images (decision 11).
+# Dice of the two networks, which take the head at different sizes. Decision 11 lists it for T1 and for other images. A
+# FLAIR template also exceeds this limit.
 MIN_AGREEMENT = 0.95
 # Fraction of the outlined voxels in the largest connected component.
 MIN_CONNECTED = 0.95
-# Cross-section of the brain at the border of the field of view. A complete cut through a brain measures up to 200 cm2.
+# Cross-section of the brain at the border of the field of view. If it is larger, a large part of the brain is missing.
 MAX_CUT_CM2 = 100.0
 MIN_WARNED_CUT_CM2 = 1.0
 
