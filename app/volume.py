@@ -83,7 +83,7 @@ class Source:
     modality : {"MR", "CT"} or None
         None if the format does not state it (NIfTI, MGH).
     sequences : tuple of str
-        Sequences that the header of an MR scan states, such as "T1" or "FLAIR", the most trusted one first. There are
+        Sequences that the header of an MR scan states, such as "T1" or "FLAIR", in order of priority. There are
         several if the header contradicts itself, and none if it states no sequence (NIfTI, MGH).
     contrast_agent : bool
         The header states a contrast agent.

@@ -24,7 +24,7 @@ class Target:
     Attributes
     ----------
     text, found : str
-        What is required and what was measured.
+        Target and measured value.
     met : bool or None
         None if it was not measured.
     """

@@ -29,7 +29,7 @@ from training.networks import build_denoiser, build_vqvae
 STAGES = ("vqvae", "denoiser")
 PART_BYTES = 15 << 20
 WORKERS = 4
-# Slices travel in 8 bits: images have no more, and in volumes the noise is larger than a step.
+# Slices are packed in 8 bits. Images have no more, and in volumes the noise is larger than a step.
 STEP = 257
 
 Packed = dict[str, Any]

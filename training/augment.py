@@ -1,9 +1,10 @@
 """Augmentation of healthy slices: geometry and intensity, simulated scanners, and coarse noise.
 
-Coarse noise is added to the input of the denoiser only; the target stays the healthy latent (decision 8). White noise
-hides nothing that is larger than a latent, so a denoiser trained with it alone keeps lesions. Noise with structure at
-several scales is better for anomaly detection (AnoDDPM, Wyatt et al. 2022), and coarse noise alone already teaches a
-denoising network to remove lesions (Kascenas et al. 2022). Here the noise lies in patches of random shape.
+Coarse noise is added only to the input of the denoiser. The target stays the healthy latent (decision 8). White noise
+does not change anything that is larger than a latent, so a denoiser trained only with white noise reproduces lesions.
+Noise with structure at several scales is better for anomaly detection (AnoDDPM, Wyatt et al. 2022), and coarse noise is
+enough to train a denoising network that removes lesions (Kascenas et al. 2022). Here the noise lies in patches of
+random shape.
 """
 
 import math

@@ -30,7 +30,7 @@ class ImageArchiveConfig(FrozenModel):
     """Archive of 2-D images in place of volumes (`training.image_archive`)."""
 
     kind: Literal["mednist", "lgg"] = Field(description="File format of the archive.")
-    pixel_mm: float = Field(description="Assumed pixel size: the images carry none.")
+    pixel_mm: float = Field(description="Assumed pixel size, because the images have none.")
     window_low_grey: float = Field(default=0.0, description="Grey value at the lower end of a CT window.")
     window_high_grey: float = Field(default=255.0, description="Grey value at the upper end of a CT window.")
     exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")

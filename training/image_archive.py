@@ -1,7 +1,7 @@
 """Archives of 2-D images (MedNIST head CT, TCGA-LGG FLAIR), read as stacks of slices.
 
-The images carry no pixel size. The head box of the preprocessing makes an assumed size harmless within the plane
-(decision 15). Images that are not healthy are listed in a CSV file beside the split.
+The images have no pixel size. The head box of the preprocessing makes an assumed size harmless within the plane
+(decision 15). Images that are not healthy are listed in a CSV file in the folder of the split.
 """
 
 import csv

@@ -19,7 +19,7 @@ from training.train_vqvae import load_vqvae
 
 VALIDATION_SLICES = 192
 VALIDATE_EVERY = 500
-# Time steps at which the validation loss is reported: a mean over all levels hides where it improves.
+# Time steps at which the validation loss is reported. A mean over all levels would not show at which level it improves.
 LEVELS = (10, 50, 200, 400, 600, 900)
 # Low noise levels, at which the loss with coarse noise is reported too.
 COARSE_LEVELS = (10, 50)

@@ -89,7 +89,7 @@ class BrainExtraction:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences that a reader of the results must know."""
+        """Sentences that the report and the terminal show with the results."""
         if self.cut_cm2 < MIN_WARNED_CUT_CM2:
             return ()
         return (

@@ -141,7 +141,7 @@ def check_in_distribution(scores: ScanScores, manifest: Manifest) -> None:
             "The scan as a whole differs from the scans that the model was calibrated on: " + "; ".join(reasons) + ".",
             expected="the sequence, body part and preparation that the model card names.",
             advice=("Send the whole series: a few slices are not enough for this check. " if few else "")
-            + "Check that the right series was sent and prepared as the model card says, or choose another model.",
+            + "Check that the right series was sent and prepared as the model card describes, or choose another model.",
         )
 
 

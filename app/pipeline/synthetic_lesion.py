@@ -15,7 +15,9 @@ ROBUST_PERCENTILES = (2, 98)
 def insert_lesion(
     array: FloatArray, brain: BoolArray, shape: FloatArray, spacing_mm: npt.NDArray[np.float64], contrast: float
 ) -> tuple[FloatArray, BoolArray]:
-    """Change the intensity of a healthy scan under a shape, inside the brain only (docs/method.md, "Synthetic lesions").
+    """Change the intensity of a healthy scan under a shape (docs/method.md, "Synthetic lesions").
+
+    Only the brain is changed.
 
     Parameters
     ----------

@@ -111,7 +111,7 @@ def _select_by_name(installed: Sequence[Manifest], source: Source, model: str) -
             expected=f"{selected.modality}, which {selected.id} was trained on.",
             advice="Send another series, or choose another model.",
         )
-    # If the scan does not state its sequence, the caller is trusted. If it states another one, there is a warning.
+    # If the scan does not state its sequence, the caller's choice is accepted without a warning.
     unstated = source.modality is None or not source.sequences
     return ModelSelection(selected, "caller", "" if unstated else _warning(selected, source))
 
@@ -129,7 +129,7 @@ def _with_modality(installed: Sequence[Manifest], source: Source) -> list[Manife
 
 
 def _with_sequence(fitting: Sequence[Manifest], source: Source) -> list[Manifest]:
-    """Return the models for the most trusted sequence that any model has, with the same contrast agent if possible."""
+    """Return the models for the first stated sequence that any model has, if possible with the same contrast agent."""
     for name in source.sequences:
         known = [m for m in fitting if m.sequence in (name, name + WITH_AGENT)]
         same_agent = [m for m in known if _has_agent(m) == source.contrast_agent]
@@ -178,7 +178,7 @@ def _list_models(manifests: Sequence[Manifest]) -> str:
         return "no model: none is installed"
 
     def describe(manifest: Manifest) -> str:
-        restriction = "; only when asked for by name" if manifest.licence.non_commercial else ""
+        restriction = "; only if named" if manifest.licence.non_commercial else ""
         return f"{manifest.id} ({manifest.modality}, {manifest.sequence}{restriction})"
 
     return ", ".join(map(describe, manifests))

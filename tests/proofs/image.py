@@ -98,7 +98,8 @@ class Build:
         self._lower, self._work = lower, work
         self._arguments = {"PROVIDER": provider}
         self.stages: dict[str, Stage] = {}
-        # The real path: a virtual environment that is made through a link looks for the library beside the link.
+        # The real path, because a virtual environment that is made through a link searches the library in the folder of
+        # the link.
         self._python = Path(sys.executable).resolve() if lower == Path("/") else Path("/usr/bin/python3")
         self._path = f"{self._python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         self._stage = Stage(lower, self._path)

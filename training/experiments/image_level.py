@@ -1,4 +1,4 @@
-"""Experiment 1: tell images that are not healthy from healthy ones by one score for each image."""
+"""Experiment 1: separation of healthy images from other images by one score for each image."""
 
 import time
 import warnings

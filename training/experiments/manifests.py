@@ -25,11 +25,11 @@ def changed(model: ModelT, **changes: Any) -> ModelT:
 
 
 def without_ood_check(manifest: Manifest) -> Manifest:
-    """Return a manifest that accepts every scan: the experiments compare maps."""
-    gate = manifest.ood
+    """Return a manifest that accepts every scan, because the experiments compare maps."""
+    check = manifest.ood
     accepting = changed(
-        gate,
-        median_kl_range=(EVERYTHING,) * len(gate.median_kl_range),
+        check,
+        median_kl_range=(EVERYTHING,) * len(check.median_kl_range),
         reconstruction_range=EVERYTHING,
         max_outlier_fraction=1.0,
         max_outlier_slice_fraction=None,
@@ -43,7 +43,7 @@ def only_ood_check(manifest: Manifest) -> Manifest:
 
 
 def without_size_check(manifest: Manifest) -> Manifest:
-    """Return a manifest that prepares images of any size, so that the networks judge them."""
+    """Return a manifest that prepares images of any size, so that every image is scored."""
     preparation = changed(manifest.preprocessing, extent_mm=ANY_EXTENT_MM, min_foreground_cm2=0.0)
     return changed(manifest, preprocessing=preparation)
 

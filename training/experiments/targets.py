@@ -27,7 +27,7 @@ class Target:
     Attributes
     ----------
     text, found : str
-        What is asked, and what was measured or why nothing was.
+        Target and measured value, or the reason why nothing was measured.
     met : bool or None
         None if it was not measured.
     """
@@ -73,7 +73,7 @@ def compare_targets(measured: Measured) -> list[Target]:
 
 
 def at_least(text: str, least: float, found: Interval | None) -> Target:
-    """Compare a number with the least that is asked."""
+    """Compare a number with the smallest value that meets the target."""
     text = f"{text} >= {least:.2f}"
     if found is None or not math.isfinite(found.value):
         return Target(text, "no result")
@@ -83,7 +83,7 @@ def at_least(text: str, least: float, found: Interval | None) -> Target:
 def _image_level(results: ImageLevelResults | None) -> Iterator[Target]:
     own = results.methods.get(COUNTERPART) if results else None
     kinds = own.kinds if own else {}
-    # The targets do not say of which score, so both are compared.
+    # The targets do not name a score, so two are compared.
     for score, attribute in (("chosen score", "auroc"), ("mean KL", "mean_kl_auroc")):
         for kind, least in (*((kind, FAR_AUROC) for kind in FAR), ("near", NEAR_AUROC)):
             yield at_least(f"{kind}, {score}: AUROC", least, getattr(kinds.get(kind), attribute, None))
