@@ -55,7 +55,7 @@ class Check:
         With a warning, the service still works.
     found : str
     fix : str
-        What to do; empty if the status is "ok".
+        Advice. Empty if the status is "ok".
     """
 
     name: str
@@ -185,7 +185,7 @@ def check_shared(settings: Settings) -> Iterator[Check]:
 
 
 def print_checks(checks: list[Check], console: Console) -> None:
-    """Print each check, with its fix on a line of its own."""
+    """Print each check, with its fix on a separate line."""
     for check in checks:
         text = _wrap(f"{check.status:4} {check.name}: {check.found}", console)
         text.stylize(COLOURS[check.status], 0, len(check.status))

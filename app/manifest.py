@@ -135,7 +135,9 @@ class View(FrozenModel):
 class KlMap(FrozenModel):
     """Settings of the KL map and of the latent mask."""
 
-    timesteps: tuple[int, ...] = Field(description="Noise levels t, each one evaluation of the denoiser a slice.")
+    timesteps: tuple[int, ...] = Field(
+        description="Noise levels t, each with one evaluation of the denoiser per slice."
+    )
     alpha_bar: tuple[float, float] = Field(description="alpha_bar at the first and last of these noise levels.")
     mean: Literal["arithmetic", "geometric"] = Field(default="arithmetic", description="Mean over the noise levels.")
     smoothing_mm: float = Field(default=0.0, description="Standard deviation of the Gaussian over the KL map.")
@@ -199,7 +201,7 @@ class OodCheck(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """Healthy ranges that the report gives beside the scores of a scan."""
+    """Healthy ranges that the report gives together with the scores of a scan."""
 
     subjects: tuple[str, ...] = Field(description="Healthy validation subjects that all thresholds come from.")
     slice_score: Range = Field(description="Mean KL of a slice, in nats.")
@@ -243,7 +245,7 @@ class Provenance(FrozenModel):
 
     code_version: str
     config_sha256: str
-    data_sha256: str = Field(description="Over the names and bytes of the training scans.")
+    data_sha256: str = Field(description="SHA-256 of the names and bytes of the training scans.")
     split: str
     train_subjects: int
     validation_subjects: int
@@ -269,7 +271,9 @@ class ExtractorManifest(FrozenModel):
     version: str
     licence: str = Field(description="SPDX expression of code and weights.")
     attribution: str
-    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the package with the weights.")
+    source_sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the package that contains the weights."
+    )
     files: ExtractorFiles
 
 

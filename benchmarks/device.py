@@ -92,7 +92,7 @@ def move_to_device(
     Parameters
     ----------
     networks : TorchNetworks
-        Not modified.
+        Networks. They are not modified.
     device : {"cpu", "cuda"}
     size : int
         Slices in a batch.

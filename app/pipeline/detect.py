@@ -161,7 +161,7 @@ def compare_view(view: EncodedView, kl: FloatArray, networks: Networks, manifest
     """Compare the slices of one view with their healthy counterpart.
 
     docs/method.md, "Latent mask", "Partial reverse process" and "Residual". A slice with an empty mask has a residual
-    of 0, so it is neither reversed nor decoded.
+    of 0, so it is not reversed and not decoded.
 
     Parameters
     ----------

@@ -125,7 +125,7 @@ def train(budget: Budget, config: Config, healthy: HealthySlices | None = None) 
     Parameters
     ----------
     healthy : HealthySlices, optional
-        By default those of the configuration.
+        Slices. By default those of the configuration.
     """
     healthy = healthy or HealthySlices.of(config)
     torch.manual_seed(config.seed)

@@ -1,4 +1,4 @@
-"""Changed copies of a bundle's manifest, and hashes of the values in it that decide a result."""
+"""Changed copies of a bundle's manifest, and hashes of the values in it that determine a result."""
 
 import hashlib
 import json
@@ -99,19 +99,19 @@ def _sha256(*values: Any) -> str:
 
 
 def cases_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides the slices that every method gets, and where they are evaluated."""
+    """Return the SHA-256 of the settings that determine the slices of every method and the evaluated pixels."""
     preparation = manifest.preprocessing
     slices, box = _effective(preparation, SLICES), _effective(preparation.head_box, HEAD_BOX)
     return _sha256(slices, box, manifest.residual.erosion)
 
 
 def codes_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides those slices and their codes in the bundle's VQ-VAE."""
+    """Return the SHA-256 of the settings that determine those slices and their codes in the VQ-VAE of the bundle."""
     return _sha256(cases_hash(manifest), manifest.files.encoder.sha256, manifest.files.decoder.sha256)
 
 
 def detection_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides the anomaly map and the mask of a scan that is accepted."""
+    """Return the SHA-256 of the settings that determine the anomaly map and the mask of an accepted scan."""
     files = {name: getattr(manifest.files, name, None) for name in NETWORKS}
     return _sha256(
         cases_hash(manifest),
@@ -129,6 +129,6 @@ def detection_hash(manifest: Manifest) -> str:
 
 
 def ood_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides whether a scan is accepted, beside what decides its KL map."""
+    """Return the SHA-256 of the settings that determine if a scan is accepted, without those of its KL map."""
     decides = list(manifest.ood.model_dump(mode="json").values())
     return _sha256(decides, manifest.calibration.slice_score.model_dump(mode="json"))

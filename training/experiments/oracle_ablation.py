@@ -1,6 +1,6 @@
 """Oracle ablation: which step loses a lesion, the latent mask, the counterpart under it, or the autoencoder.
 
-Cases are synthetic lesions in healthy slices of validation subjects, where the truth and the healthy slice are known.
+Cases are synthetic lesions in healthy slices of validation subjects, so that the truth and the healthy slice are known.
 Each step gets more of the truth than the one before.
 """
 
@@ -74,7 +74,7 @@ def compute_maps(case: Case, healthy: FloatArray, models: Networks, manifest: Ma
     Parameters
     ----------
     healthy : (K, 1, H, W) ndarray
-        Of `load_healthy_slices`.
+        Slices, as returned by `load_healthy_slices`.
     """
     schedule = Schedule.from_settings(manifest.schedule)
     residuals: dict[str, list[FloatArray]] = {step: [] for step in STEPS if step != NO_EDGES}

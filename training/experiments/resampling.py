@@ -43,10 +43,10 @@ class CodeResampler:
     vqvae : TorchNetworks
         The bundle's networks.
     network : DecoderOnlyTransformer
-        Trained on the codes.
+        Network that was trained on the codes.
     seed : int
     parallel_map : callable
-        As `map`, possibly in several processes.
+        Function like `map` that may use several processes.
     """
 
     def __init__(

@@ -129,12 +129,12 @@ class KindScores(Record):
     Attributes
     ----------
     auroc, auprc : Interval
-        Of the score that validation chose.
+        AUROC and AUPRC of the score that was chosen on validation images.
     false_positive_rate : dict of str to float
-        By sensitivity.
+        False-positive rate for each sensitivity.
     auroc_by_score : dict of str to float
     mean_kl_auroc : Interval, optional
-        Of the mean KL over the head, for Counterpart.
+        AUROC of the mean KL over the head, for Counterpart.
     """
 
     auroc: Interval

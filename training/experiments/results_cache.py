@@ -51,9 +51,9 @@ class Outcome:
     Attributes
     ----------
     counts : dict of str to ScoreCounts
-        By kind of case. A row is a case.
+        Counts for each kind of case. A row is a case.
     scans : dict of str to ScanScores
-        By kind of case.
+        Scores for each kind of case.
     choice : Choice
     seconds_per_slice : float
     parameters : int

@@ -56,7 +56,7 @@ class ComparedMethod:
     smoothing : tuple of str
         Names of `FILTERS` to choose from.
     parameters : int
-        Of its networks.
+        Number of parameters of the networks of the method.
     time_per_slice : callable, optional
         Cases -> seconds, if timing the maps would measure cached work.
     """

@@ -50,7 +50,7 @@ class Measured:
     ----------
     image_level : ImageLevelResults, optional
     segmented : dict of str to SegmentationResults
-        By part.
+        Results of each part.
     tumours : dict, optional
         Row of docs/evaluation/flair.json over all tumour patients: intervals as [value, low, high].
     """

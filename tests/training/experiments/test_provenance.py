@@ -1,4 +1,4 @@
-"""Code versions, and the hashes of what decides a result."""
+"""Code versions, and the hashes of the settings that determine a result."""
 
 import json
 import shutil
@@ -63,7 +63,7 @@ CHANGES: dict[str, Callable[[Manifest], Manifest]] = {
     "slices": lambda m: changed(m, preprocessing=changed(m.preprocessing, intensity_level=0.5)),
     "edge": lambda m: changed(m, residual=changed(m.residual, erosion=3)),
 }
-# What changes: cases, codes, detection, out-of-distribution check.
+# Hashes that change: cases, codes, detection, out-of-distribution check.
 EXPECTED = {
     "version": "",
     "advice": "",
@@ -86,7 +86,7 @@ HASHES: dict[str, Callable[[Manifest], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_hashes_change_with_what_decides_them(change: str) -> None:
+def test_hashes_change_with_their_settings(change: str) -> None:
     manifest = tiny_manifest()
     other = CHANGES[change](manifest)
     differ = [name for name, hash_of in HASHES.items() if hash_of(other) != hash_of(manifest)]
