@@ -135,9 +135,7 @@ class View(FrozenModel):
 class KlMap(FrozenModel):
     """Settings of the KL map and of the latent mask."""
 
-    timesteps: tuple[int, ...] = Field(
-        description="Noise levels t, each with one evaluation of the denoiser per slice."
-    )
+    timesteps: tuple[int, ...] = Field(description="Noise levels t. Each takes one denoiser evaluation per slice.")
     alpha_bar: tuple[float, float] = Field(description="alpha_bar at the first and last of these noise levels.")
     mean: Literal["arithmetic", "geometric"] = Field(default="arithmetic", description="Mean over the noise levels.")
     smoothing_mm: float = Field(default=0.0, description="Standard deviation of the Gaussian over the KL map.")
@@ -271,9 +269,7 @@ class ExtractorManifest(FrozenModel):
     version: str
     licence: str = Field(description="SPDX expression of code and weights.")
     attribution: str
-    source_sha256: str = Field(
-        pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the package that contains the weights."
-    )
+    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the package with the weights.")
     files: ExtractorFiles
 
 

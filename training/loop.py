@@ -27,7 +27,7 @@ SMOOTHING = 0.98
 # Steps between two updates of the shown losses: each update waits for the GPU.
 SHOW_EVERY = 20
 
-# Sections of the configuration that determine the weights of a run. After a change elsewhere, its checkpoint remains valid.
+# Sections of the configuration that determine the weights of a run. Other changes keep its checkpoint.
 SLICES = {"seed", "data", "preprocessing", "augmentation"}
 SECTIONS = {
     "vqvae": SLICES | {"vqvae"},
