@@ -158,7 +158,7 @@ def _check_affine(affine: Affine) -> None:
                 return
     raise InvalidGeometry(
         "The matrix from voxel indices to millimetres is not finite or not invertible.",
-        expected="three independent axes of more than "
-        f"{SMALLEST_VOXEL_MM} mm a voxel (sform or qform of NIfTI, orientation of DICOM).",
+        expected="three axes that are not parallel, with voxels larger than "
+        f"{SMALLEST_VOXEL_MM} mm (sform or qform of NIfTI, orientation of DICOM).",
         advice="Export the scan again, including its orientation.",
     )

@@ -31,9 +31,9 @@ from training.features import (
 COMPONENT_SIZES = range(1, 40)
 # Percentiles of the KL of healthy latents; the out-of-distribution check counts the latents outside.
 LATENT_PERCENTILES = (0.1, 99.9)
-# Percentiles of the healthy slices' mean KL, which is reported beside a scan's own.
+# Percentiles of the healthy slices' mean KL, which is reported together with that of a scan.
 SLICE_PERCENTILES = (0.5, 99.5)
-# Random stream of the simulated scanners, beside the seed of the configuration.
+# Random stream of the simulated scanners, in addition to the seed of the configuration.
 SCANNER_STREAM = 6
 # Halvings of a threshold's range: finer than the digits that are stored.
 BISECTIONS = 20
@@ -124,7 +124,7 @@ def calibrate_ood(scans: list[ScanFeatures], models: Networks, config: Config) -
 def _scanner_scores(
     scan: ScanFeatures, subject: int, models: Networks, config: Config
 ) -> list[list[tuple[float, float]]]:
-    """Return the scores of one healthy scan as it is and on each simulated scanner."""
+    """Return the scores of one healthy scan, unchanged and on each simulated scanner."""
     original, rng = scan.unchanged.encoded, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
     encoded = [original]
     for _ in range(config.detection.ood_simulated_scanners):

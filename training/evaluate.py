@@ -183,7 +183,7 @@ def outcome(volume: Volume, bundle: Bundle) -> str:
 
 
 def evaluate_foreign(config: Config, bundle: Bundle, _split: Split) -> list[Row]:
-    """Count the outcomes of scans of another kind."""
+    """Count the outcomes of scans outside the training distribution."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     for scan in tqdm(foreign_scans(config), desc="foreign", unit="scan"):
         outcomes[scan.kind][outcome(scan.volume, bundle)] += 1

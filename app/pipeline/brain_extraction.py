@@ -268,7 +268,7 @@ def _too_small(volume: Volume, field: npt.NDArray[np.float64]) -> NoBrainMask:
     shape = " x ".join(str(n) for n in volume.shape)
     return NoBrainMask(
         f"The scan has {shape} voxels over {field[0]:.0f} x {field[1]:.0f} x {field[2]:.0f} mm. This is too small for "
-        "brain extraction, so the scan was analysed as it is.",
+        "brain extraction, so the scan was analysed without it.",
         expected=f"at least {MIN_VOXELS} voxels and {MIN_FIELD_MM:.0f} mm along each axis.",
         advice="Send the whole volume.",
     )

@@ -242,5 +242,5 @@ def run_proof(prove: Callable[..., bool], description: str | None) -> int:
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory(prefix="counterpart-proof-") as folder:
         holds = prove(Path(folder), **options)
-    print("PROVED" if holds else "FAILED")
+    print("PASSED" if holds else "FAILED")
     return 0 if holds else 1

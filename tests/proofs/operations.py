@@ -4,7 +4,7 @@
     python -m tests.proofs.operations --shared
 
 Drain, upgrade from an older version, back up, restore elsewhere, and recover from a killed process: on SQLite and a
-folder, or with --shared on PostgreSQL and a bucket. The commands come from the document, where a line
+folder, or with --shared on PostgreSQL and a bucket. The commands come from the document. A line
 `<!-- tried: name -->` precedes each of them.
 """
 

@@ -40,7 +40,7 @@ from training.lesion_insertion import insert_ellipses
 
 HEALTHY, NEAR = "healthy", "near"
 NEAR_GRADE = "grade 2"
-# The image-level score of `docs/method.md`, and the score of report.json, which uses the plain view alone.
+# The image-level score of `docs/method.md`, and the score of report.json, which uses only the unchanged view.
 MEAN_KL = "KL, mean over the head"
 REPORTED = "KL of the plain view, mean over the head"
 # Noise levels beside the bundle's own; the paper's begin at 400.
@@ -82,7 +82,7 @@ class ScoredImages:
 
 def load_healthy_and_near(config: Config, manifest: Manifest, part: Part) -> tuple[Images, Images]:
     """Load images of healthy subjects, and the same with an ellipse of grade 2 (near-OOD)."""
-    assert config.data.image_archive is not None, "the experiment needs a bundle of pictures"
+    assert config.data.image_archive is not None, "the experiment needs a bundle of 2-D images"
     split = load_split(config.data.splits)
     healthy, near = [], []
     for i, subject in enumerate(split.validation if part == "validation" else split.test):

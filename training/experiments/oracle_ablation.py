@@ -1,4 +1,4 @@
-"""Oracle ablation: which step loses a lesion, the latent mask, the counterpart under it, or the autoencoder.
+"""Oracle ablation: upper bounds with known truth, to show which step loses a lesion: mask, counterpart or VQ-VAE.
 
 Cases are synthetic lesions in healthy slices of validation subjects, so that the truth and the healthy slice are known.
 Each step gets more of the truth than the one before.

@@ -40,7 +40,7 @@ PARTS = {
     "stripped": ("3c", "Skull-stripped FLAIR", "`flair` was trained on FLAIR with the skull and does not know these"),
 }
 KINDS = ("near", *FAR)
-# Grades whose ablation gains are shown, and the kind of real lesions beside them.
+# Grades whose ablation gains are shown, and the kind of real lesions that is shown with them.
 POOLED, TUMOURS = "grade 2 and grade 3", "tumours"
 # A setting within this of the best Dice and AUPRC is as good.
 CLOSE = 0.01
@@ -294,7 +294,7 @@ def find_knee(points: dict[str, PointScores]) -> str:
 
 
 def make_curve(bundles: dict[str, CurveScores]) -> dict[str, str]:
-    """Make the table of Dice and AUPRC against evaluations, and where the knees are."""
+    """Make the table of Dice and AUPRC against evaluations, and the sentences about the knees."""
     knees = []
     settings: dict[str, PointScores] = {}
     for found in bundles.values():

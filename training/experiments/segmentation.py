@@ -79,7 +79,7 @@ def counterpart_map(models: Networks, manifest: Manifest) -> AnomalyMap:
 
 
 def mask_map(values: FloatArray, case: Case) -> FloatArray:
-    """Set a map to NaN where it is not evaluated, (K, H, W)."""
+    """Set a map to NaN in pixels that are not evaluated, (K, H, W)."""
     return np.where(case.evaluated, values, np.float32(np.nan))
 
 
