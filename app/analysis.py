@@ -1,4 +1,4 @@
-"""Read, analyse and export one scan: the steps that the command line and the worker share."""
+"""Analysis of one scan: read, detect and export. The command line and the worker share these steps."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence

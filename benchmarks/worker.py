@@ -100,7 +100,7 @@ class RowBenchmark:
         self.slices, self.sample = len(analysed), len(chosen)
         method, encode = self.baselines.method(self.row, self.row.stride), self.baselines.networks.encode
         self.work = lambda: method(x, foreground)
-        # The methods evaluate networks hundreds of times. The encoder alone is enough to allocate memory.
+        # The methods evaluate networks hundreds of times. One evaluation of the encoder is enough to allocate memory.
         self.allocate = lambda: encode(x)
 
     def warm_up(self) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def shift_tissues(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Ge
     """Map each slice by its own monotonic curve, which shifts the levels of the tissues.
 
     Scanners and sequences differ mainly in the relative intensity of the tissues (Meyer et al. 2021 remap them by a
-    Gaussian mixture; this is the piecewise linear form).
+    Gaussian mixture). This is the piecewise linear form.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def simulate_scanner(x: FloatArray, config: ScannerConfig, rng: np.random.Genera
 
 
 def _blur_foreground(x: FloatArray, sd: float) -> FloatArray:
-    """Blur each slice (N, H, W); normalise by the foreground so that the background does not darken its edge."""
+    """Blur each slice (N, H, W), normalised by the foreground so that the background does not darken its edge."""
     inside = (x > 0).astype(np.float32)
     weight = ndimage.gaussian_filter(inside, (0, sd, sd))
     return np.asarray(ndimage.gaussian_filter(x, (0, sd, sd)) / np.maximum(weight, np.float32(1e-6)), np.float32)

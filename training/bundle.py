@@ -193,7 +193,7 @@ def _weighting(manifest: Manifest) -> str:
 
 
 def _head_box(manifest: Manifest) -> str:
-    """Return the card's text on the head box; empty without one."""
+    """Return the card's text on the head box. It is empty if there is no head box."""
     box = manifest.preprocessing.head_box
     if box is None:
         return ""

@@ -29,7 +29,7 @@ from training.features import (
 
 # Candidates for the smallest connected component of a latent mask.
 COMPONENT_SIZES = range(1, 40)
-# Percentiles of the KL of healthy latents; the out-of-distribution check counts the latents outside.
+# Percentiles of the KL of healthy latents. The out-of-distribution check counts the latents outside them.
 LATENT_PERCENTILES = (0.1, 99.9)
 # Percentiles of the healthy slices' mean KL, which is reported together with that of a scan.
 SLICE_PERCENTILES = (0.5, 99.5)
@@ -68,7 +68,7 @@ def latent_mask(view: ViewFeatures, threshold: float, min_component: int, grow: 
 
 
 def round_significant(value: float) -> float:
-    """Round to six significant digits; more would suggest a precision that a calibration does not have."""
+    """Round to six significant digits. More would suggest a precision that a calibration does not have."""
     return float(f"{value:.6g}")
 
 
@@ -142,7 +142,7 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
     Parameters
     ----------
     maps : list of (K, H, W) ndarray
-        Anomaly maps of healthy scans; NaN outside the valid mask.
+        Anomaly maps of healthy scans. NaN outside the valid mask.
     settings : Residual
         Smallest finding, and the ratio of the extent threshold to the threshold.
     false_positive_ml : float
@@ -169,7 +169,7 @@ def calibrate_residual(
     Parameters
     ----------
     scans : list of ScanFeatures
-    models : Models
+    models : Networks
     config : Config
     threshold : float
         KL threshold.

@@ -1,6 +1,7 @@
-"""Evaluate the finished bundle on test subjects, which were not used for any decision.
+"""Evaluation of a finished bundle on test subjects, which were not used for any decision.
 
-Writes docs/evaluation/NAME.json and NAME.md. Without named parts, all parts of the configuration are measured.
+The command writes docs/evaluation/NAME.json and NAME.md. Without named parts, all parts of the
+configuration are measured.
 """
 
 import argparse
@@ -145,8 +146,8 @@ def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     return rows
 
 
-def as_served(volume: Volume, bundle: Bundle) -> Volume:
-    """Return the volume that serving analyses: the extracted brain if the bundle needs one."""
+def extract_brain_if_needed(volume: Volume, bundle: Bundle) -> Volume:
+    """Return the volume that the service analyses. It is the extracted brain if the bundle needs one."""
     if bundle.extractor is None:
         return volume
     brain = extract_brain(volume, bundle.extractor.networks)
@@ -159,7 +160,7 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     for head in tqdm(other_scanner_heads(), desc="heads", unit="scan"):
         row: Row = {"kind": head.kind, "name": head.name}
         try:
-            volume = as_served(head.volume, bundle)
+            volume = extract_brain_if_needed(head.volume, bundle)
             detection, result, _ = run_detection(volume, bundle)
             row |= {
                 "outcome": "analysed",
@@ -176,7 +177,7 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
 def outcome(volume: Volume, bundle: Bundle) -> str:
     """Return "analysed", or the error code of the refusal."""
     try:
-        run_detection(as_served(volume, bundle), bundle)
+        run_detection(extract_brain_if_needed(volume, bundle), bundle)
     except CounterpartError as error:
         return error.code
     return "analysed"

@@ -1,4 +1,4 @@
-"""Scores of the anomaly maps on outlined tumours of test patients, beside a threshold on the FLAIR intensity."""
+"""Scores of the anomaly maps on outlined tumours of test patients, compared with a threshold on the FLAIR intensity."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ def intensity_map(scan: TumourScan, bundle: Bundle) -> FloatArray:
 
 
 def count_patient(scan: TumourScan, bundle: Bundle) -> PatientCounts:
-    """Run the detection on one patient; a refused scan has an empty map, so that the tumour counts as missed."""
+    """Run the detection on one patient. A refused scan has an empty map, so that the tumour counts as missed."""
     row: Row = {"subject": scan.subject, "tumour_voxels": int(scan.truth.sum()), "slices": scan.volume.shape[2]}
     try:
         models = bundle.networks.in_batches(BATCH, lambda _: None)

@@ -63,7 +63,7 @@ def alpha_bars(config: Config) -> torch.Tensor:
 def encode_pair(
     vqvae: VQVAE, latent: dict[str, torch.Tensor], x: torch.Tensor, config: Config, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode healthy slices (B, 1, H, W), and the same slices with coarse noise; both (B, C, h, w)."""
+    """Encode healthy slices (B, 1, H, W), and the same slices with coarse noise, both (B, C, h, w)."""
     both = torch.cat([x, add_coarse_noise(x, config.coarse_noise, rng)]).to(memory_format=torch.channels_last)
     z0: torch.Tensor = (vqvae.encoder(both) - latent["shift"]) / latent["scale"]
     return z0[: len(x)], z0[len(x) :]
@@ -72,7 +72,7 @@ def encode_pair(
 def diffuse_pair(
     clean: torch.Tensor, coarse: torch.Tensor, alpha_bar: torch.Tensor, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Diffuse latents with coarse noise; epsilon is the whole difference from the healthy latents.
+    """Diffuse latents with coarse noise. Epsilon is the whole difference from the healthy latents.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Diffusion model on latents: noise schedule, keyed noise, KL map, latent mask and inpainting.
 
-The method is that of Pinaya et al. 2022 (arXiv 2206.03461); docs/method.md describes it with its differences. DDPM is
+The method is that of Pinaya et al. 2022 (arXiv 2206.03461). docs/method.md describes it with its differences. DDPM is
 Ho et al. 2020 (arXiv 2006.11239), DDIM is Song et al. 2021 (arXiv 2010.02502). Symbols are those of the papers. Time
 steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z0 itself, for which alpha_bar is 1.
 """

@@ -62,7 +62,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     if installed and not fitting:
         raise WrongModality(
             f"{_describe_modality(source)}, and no model was trained on it.",
-            expected=f"a scan for one of {_list_models(installed)}.",
+            expected=f"a scan that one of these models accepts: {_list_models(installed)}.",
             advice="Send another series, or install a model for this modality.",
         )
     fitting = [m for m in fitting if not m.licence.non_commercial]
@@ -71,7 +71,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     names = {m.name for m in fitting}
     if len(names) != 1:
         raise UnknownModel(
-            f"{len(names)} models fit the scan.",
+            "Several models are suitable for the scan." if names else "No model is suitable for the scan.",
             expected=f"one of {_list_models(installed)}.",
             advice="Name one with ?model= (or --model).",
         )
@@ -137,7 +137,7 @@ def _with_sequence(fitting: Sequence[Manifest], source: Source) -> list[Manifest
             return same_agent or known
     raise WrongSequence(
         f"The sequence of the scan is {' or '.join(source.sequences)}, and no model was trained on it.",
-        expected=f"a scan for one of {_list_models(fitting)}.",
+        expected=f"a scan that one of these models accepts: {_list_models(fitting)}.",
         advice="Send that series of the examination. If the header is wrong, name the model (?model=, --model).",
     )
 

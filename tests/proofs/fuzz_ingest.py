@@ -174,7 +174,7 @@ def fuzz(originals: Sequence[Path], count: int, seed: int, keep: Path | None = N
 
 
 class _Child:
-    """Process that reads one path from each line of its input; restarted if it exits."""
+    """Process that reads one path from each line of its input. It is restarted if it exits."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -272,7 +272,7 @@ def main() -> None:
         print(f"{count:6d} {code}")
     seconds = time.perf_counter() - start
     print(
-        f"{options.count} mutants of seed {options.seed} in {seconds:.0f} s; memory grew by {outcome.growth_mb:.0f} MB"
+        f"{options.count} mutants of seed {options.seed} in {seconds:.0f} s, memory grew by {outcome.growth_mb:.0f} MB"
     )
     for finding in outcome.findings:
         print(f"FOUND {finding}")

@@ -1,4 +1,4 @@
-"""Build and run the Docker image without Docker: the Dockerfile's own steps in throw-away copies of a root folder.
+"""Build and run of the Docker image without Docker: the Dockerfile's own steps in throw-away copies of a root folder.
 
 Each stage runs in an overlay on a root folder: that of a bare Debian (`--root`, made by debootstrap) or that of this
 machine. Nothing that is written outlives the program. Then the image's command runs as the image's user, in a network
@@ -224,7 +224,7 @@ def main() -> None:
         run_image(Stage(**{**stage, "root": Path(stage["root"])}), options.scan)
         return
     if os.geteuid() != 0:
-        sys.exit("This program needs root and a mount namespace of its own. See --help.")
+        sys.exit("This program needs root and a separate mount namespace. See --help.")
     with tempfile.TemporaryDirectory(prefix="image-") as work:
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", work], check=True)

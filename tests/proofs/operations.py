@@ -141,7 +141,7 @@ def run_steps(folder: Path, live: Environment, fresh: Environment) -> None:
         before += digests_when_succeeded(services[0], third)
         for service in services:
             service.kill()
-        print_row("back up", "while 3 scans waited or ran, with one scan after it; then kill -9")
+        print_row("back up", "while 3 scans waited or ran, then one more scan and kill -9")
 
     if not live.shared:
         shutil.rmtree(live.settings["store"])

@@ -1,4 +1,4 @@
-"""Make a mosaic of a volume as a Siemens scanner writes it, with its private header in the layout CSA2."""
+"""Writer of a mosaic of a volume as a Siemens scanner writes it, with its private header in the layout CSA2."""
 
 import math
 import struct

@@ -38,7 +38,7 @@ IDENTITY = np.eye(CHANNELS, dtype=np.float32)
 
 
 def chain(path: Path, weights: dict[str, npt.NDArray[np.float32]] | None = None) -> Path:
-    """Write three convolutions of one pixel in sequence; by default identity, `MIDDLE`, identity."""
+    """Write three convolutions of one pixel in sequence, by default identity, `MIDDLE`, identity."""
     weights = weights or {"first": IDENTITY, "middle": MIDDLE, "last": IDENTITY}
     names = ["z_t", "a", "b", "epsilon"]
     nodes = [

@@ -1,4 +1,4 @@
-"""Run experiments and write docs/RESULTS.md: `python -m training.experiments all`, some parts, or `report`.
+"""Command that runs experiments and writes docs/RESULTS.md: `python -m training.experiments all`, parts, or `report`.
 
 `report` writes the page and redraws the two diagrams from stored results, without measuring anything. A part measures
 only what has no valid result below docs/results.

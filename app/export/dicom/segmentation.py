@@ -77,7 +77,10 @@ def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
 
 
 def _reference_frames(segmentation: Segmentation, frames: Collection[int]) -> None:
-    """Refer only to the frames of an enhanced image that were read; highdicom refers to all at the same position."""
+    """Refer only to the frames of an enhanced image that were read.
+
+    highdicom refers to all frames at the same position.
+    """
     for group in segmentation.PerFrameFunctionalGroupsSequence:
         for derivation in group.get("DerivationImageSequence", []):
             derivation.SourceImageSequence = [
