@@ -346,7 +346,7 @@ class OutOfMemory(CounterpartError):
 
 
 class InternalError(CounterpartError):
-    """A fault of the service itself. The text of the exception is not shown: it may contain patient data."""
+    """A fault of the service. The text of the exception is not shown, because it may contain patient data."""
 
     code = "internal_error"
     title = "Internal error"
@@ -389,7 +389,7 @@ class UnexpectedError(Exception):
 
 
 def error_location(error: BaseException) -> dict[str, str]:
-    """Return the class and the source location of an exception, without its text, which can hold patient data.
+    """Return the class and the source location of an exception, without its text, which can contain patient data.
 
     Returns
     -------

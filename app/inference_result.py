@@ -23,7 +23,7 @@ from app.volume import BoolArray
 
 @dataclass(frozen=True, eq=False)
 class ExtractedBrain:
-    """A brain that was extracted from a scan with skull.
+    """Brain that was extracted from a scan with skull.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""A head CT series of a size that is usual today: 200 DICOM files of 512 x 512 pixels in one zip archive."""
+"""Head CT series of a size that is usual today: 200 DICOM files of 512 x 512 pixels in one zip archive."""
 
 from itertools import product
 from pathlib import Path

@@ -54,7 +54,7 @@ def count_evaluations(networks: Networks, counts: Counter[str]) -> Networks:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time in one phase.
+    """Time span in one phase.
 
     Attributes
     ----------

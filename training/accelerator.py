@@ -78,7 +78,7 @@ def train(path: Path, out: Path, seconds: Iterable[float], workers: int = WORKER
 
 
 def _refuse_runs(config: Config) -> None:
-    """Raise SystemExit if there is a run of this version: it must not be overwritten or resumed."""
+    """Raise SystemExit if there is a run of this version, because it must not be overwritten or resumed."""
     for stage in STAGES:
         path = config.run_folder / f"{stage}.pt"
         if path.exists():

@@ -106,7 +106,7 @@ def _bias_field(
 
 
 def _erode_some(x: FloatArray, probability: float, rng: np.random.Generator) -> None:
-    """Remove the rim of some slices in place, (B, 1, H, W): brain masks of other methods are tighter."""
+    """Remove the rim of some slices in place, (B, 1, H, W), because brain masks of other methods are tighter."""
     if not probability:
         return
     draws = rng.random(len(x))
@@ -115,7 +115,7 @@ def _erode_some(x: FloatArray, probability: float, rng: np.random.Generator) -> 
 
 
 def simulate_scanner(x: FloatArray, config: ScannerConfig, rng: np.random.Generator) -> FloatArray:
-    """Return slices of one head as another scanner might image them: noisier, and smoother or sharper.
+    """Return slices of one head as another scanner might image them, with more noise, and smoother or sharper.
 
     A model that was trained on one scanner takes the noise of another one for an anomaly.
 

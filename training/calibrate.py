@@ -78,7 +78,7 @@ def make_range(low: float, high: float) -> Range:
 
 
 def prediction_interval(values: npt.NDArray[np.float64], outside: float) -> Range:
-    """Return the range that holds the score of a new healthy scan on a new scanner, except for a share `outside`.
+    """Return the range that contains the score of a new healthy scan on a new scanner, except for a share `outside`.
 
     Prediction interval of a one-way layout on logarithms, because scores are positive and skewed. The variances between
     subjects and between scanners add up (Searle, Casella & McCulloch 1992, chapter 3), and Student's t uses the degrees
@@ -101,7 +101,7 @@ def prediction_interval(values: npt.NDArray[np.float64], outside: float) -> Rang
 
 
 def calibrate_ood(scans: list[ScanFeatures], models: Networks, config: Config) -> OodCheck:
-    """Calibrate the out-of-distribution check: all scores together refuse the configured share of healthy scans."""
+    """Calibrate the out-of-distribution check. All scores together refuse the configured share of healthy scans."""
     d = config.detection
     low, high = np.percentile(np.concatenate([s.foreground_kl for s in scans]), LATENT_PERCENTILES)
     # (subjects, scanners, time steps + 1, 2): the smallest and the largest value of each score in a scan.

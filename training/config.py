@@ -1,4 +1,4 @@
-"""Configuration of one bundle: a TOML file with everything from its data to its calibration."""
+"""Configuration of one bundle: a TOML file with all settings from its data to its calibration."""
 
 import argparse
 import hashlib

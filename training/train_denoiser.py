@@ -100,7 +100,7 @@ def loss_weight(alpha_bar: torch.Tensor, min_snr_gamma: float) -> torch.Tensor:
 
 
 def capture_cuda_graphs(network: nn.Module, examples: tuple[torch.Tensor, ...]) -> nn.Module:
-    """Make the network run its training steps as CUDA graphs in bfloat16 on a GPU; do nothing on a CPU.
+    """Make the network run its training steps as CUDA graphs in bfloat16 on a GPU. On a CPU, nothing changes.
 
     Without graphs, nine tenths of a step are spent on launching the two thousand kernels of this network.
     """

@@ -31,7 +31,7 @@ class ModelSelectionReport(FrozenModel):
 
 
 class ModelUsed(FrozenModel):
-    """The model of one analysis."""
+    """Model of one analysis."""
 
     id: str
     sha256: str = Field(description="Hash of the bundle's manifest, which contains the hashes of the bundle's files.")
@@ -45,7 +45,7 @@ class ModelUsed(FrozenModel):
 
 
 class Input(FrozenModel):
-    """The scan as it was read."""
+    """Properties of the scan after it was read."""
 
     format: Literal["nifti", "mgh", "dicom"]
     modality: str | None
@@ -57,7 +57,7 @@ class Input(FrozenModel):
 
 
 class Extent(FrozenModel):
-    """The analysed part of the scan. The results are only valid there."""
+    """Analysed part of the scan. The results are only valid there."""
 
     volume_ml: float = Field(description="Volume in which the anomaly map has a value.")
     slices: int = Field(description="Number of slices on the model's grid.")
@@ -136,7 +136,7 @@ class Report(FrozenModel):
 
 
 class ReportSummary(BaseModel):
-    """The part of a report that all versions since 0.1.0 can provide."""
+    """Part of a report that all versions since 0.1.0 can provide."""
 
     findings: tuple[Finding, ...]
     lesion_volume_ml: float

@@ -147,7 +147,7 @@ def make_scans(folder: Path, count: int) -> list[bytes]:
 
 
 def submit(client: httpx2.Client, scan: bytes, key: str, deadline: float) -> str:
-    """Submit a scan until it is accepted: again after 429, 503 or no answer, as a client should."""
+    """Submit a scan until it is accepted. Repeat after 429, 503 or no answer, as a client should."""
     while time.monotonic() < deadline:
         try:
             answer = client.post(URL, content=scan, headers={"Idempotency-Key": key})

@@ -39,7 +39,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 @dataclass
 class Stage:
-    """A stage of the build.
+    """Stage of the build.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ def parse_dockerfile(text: str) -> list[tuple[str, str]]:
 
 
 class Build:
-    """A build in overlays.
+    """Build in overlays.
 
     Parameters
     ----------

@@ -69,7 +69,7 @@ def feed(count: int) -> dict[str, npt.NDArray[Any]]:
 
 @pytest.fixture
 def quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Quantise from another working directory, which must stay empty: onnxruntime writes files to it."""
+    """Quantise from another working directory, which must stay empty, because onnxruntime writes files to it."""
     target, elsewhere = tmp_path / "int8.onnx", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

@@ -35,7 +35,7 @@ VALIDATION_CASES = 12
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A scan as every method gets it, and the outline of its lesion.
+    """Scan for all methods, and the outline of its lesion.
 
     Attributes
     ----------

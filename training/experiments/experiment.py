@@ -1,4 +1,4 @@
-"""One bundle with everything that is compared with it, and the provenance of its results."""
+"""One bundle with all methods that are compared with it, and the provenance of its results."""
 
 import hashlib
 import shutil
@@ -50,7 +50,7 @@ class Experiment:
 
     @cached_property
     def float32_networks(self) -> Networks:
-        """The networks in float32: the ranges of int8 hold for the bundle's own noise levels only."""
+        """The networks in float32. The ranges of int8 are valid only at the noise levels of the bundle."""
         return load_bundle(self.config.bundle_folder, quantised=False).networks.in_batches(BATCH, lambda _: None)
 
     def method(self, name: str) -> ComparedMethod:
@@ -73,7 +73,7 @@ class Experiment:
 
     @cached_property
     def validation(self) -> list[Case]:
-        """Cases that choose a method's variant and smoothing."""
+        """Validation cases, on which the variant and smoothing of a method are chosen."""
         return for_choices(self.config, self.manifest)
 
     def provenance(self, part: Part = "test") -> Provenance:

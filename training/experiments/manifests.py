@@ -18,7 +18,7 @@ ANY_EXTENT_MM = ((0.0, 0.0, 0.0), (1e6, 1e6, 1e6))
 
 
 def changed(model: ModelT, **changes: Any) -> ModelT:
-    """Return a copy with some fields changed. `model_copy` alone would accept a field that does not exist."""
+    """Return a copy with some fields changed. `model_copy` would also accept a field that does not exist."""
     unknown = changes.keys() - type(model).model_fields.keys()
     assert not unknown, f"{type(model).__name__} has no {', '.join(sorted(unknown))}"
     return model.model_copy(update=changes)

@@ -11,7 +11,7 @@ DependsOn = Literal["detection", "codes", "cases"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method of the tables.
+    """Method of the tables.
 
     Attributes
     ----------

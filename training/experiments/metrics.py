@@ -25,7 +25,7 @@ Statistic = Callable[[IntArray, IntArray], float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its bootstrap 95 % interval."""
+    """Number with its bootstrap 95 % interval."""
 
     value: float
     low: float

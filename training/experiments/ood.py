@@ -22,7 +22,7 @@ from training.lesion_insertion import LesionedScan, insert_ellipses, insert_lesi
 PART = "ood"
 BUNDLES = ("t1", "headct")
 LARGE_ML = 20.0
-# In stacks of images: the largest ellipse in every third or second picture, 25 to 200 ml in a head.
+# In stacks of images: the largest ellipse in every third or second image, 25 to 200 ml in a head.
 IMAGES_EVERY = (3, 2)
 # Balls, because the lesion shapes are scattered: volume, and centre in white matter in MNI space.
 BALLS_ML = (30.0, 60.0)

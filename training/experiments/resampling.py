@@ -27,7 +27,7 @@ from training.experiments.methods import ENSEMBLE, TRANSFORMER
 from training.experiments.segmentation import BATCH, AnomalyMap, ComparedMethod
 from training.networks import TorchNetworks
 
-# Slices that a process resamples at once.
+# Slices that a process resamples together.
 CHUNK = 4
 # Slices that are resampled to measure the time.
 TIMED_SLICES = 12

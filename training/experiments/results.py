@@ -10,13 +10,13 @@ RowT = TypeVar("RowT")
 
 
 class Record(BaseModel):
-    """An immutable part of a document. Unknown fields are errors."""
+    """Immutable part of a document. Unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Provenance(Record):
-    """The bundle, data and code that results belong to.
+    """Bundle, data and code that results belong to.
 
     The three hashes of the bundle are those of `training.experiments.manifests`.
     """
@@ -64,7 +64,7 @@ class ScanScores(Record):
 
 
 class Gain(Record):
-    """A paired difference in AUPRC and in best-achievable Dice."""
+    """Paired difference in AUPRC and in best-achievable Dice."""
 
     auprc: Interval
     dice: Interval
@@ -215,7 +215,7 @@ class CurveScores(Record):
 
 
 class LargeLesion(Record):
-    """The answer to one scan with a large lesion: "analysed" or an error code."""
+    """Outcome of one scan with a large lesion: "analysed" or an error code."""
 
     subject: str
     shape: str
@@ -260,6 +260,6 @@ class AblationScores(Record):
 
 
 class ByBundle(Record, Generic[RowT]):
-    """A document with one entry for each bundle."""
+    """Document with one entry for each bundle."""
 
     bundles: dict[str, RowT]

@@ -45,7 +45,7 @@ FILTERS: dict[str, Callable[[FloatArray], FloatArray]] = {
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """A method that can run.
+    """Method that can run.
 
     Attributes
     ----------

@@ -24,7 +24,7 @@ class Size(NamedTuple):
 TRAINED = Size(128, 6, 4)
 # Of the authors' published code (GitHub, Ashayp31/vqvae_transformer_anomaly_detection: experimentsC1/
 # multi_cropped_vis/adaptive_vqvae/anomaly_detection/pet_challenge_data/ad_coordconv_spatial_cond_nembd_256.sh).
-# Its attention is a linear approximation; here it is exact.
+# Its attention is a linear approximation. Here it is exact.
 PUBLISHED = Size(256, 12, 8)
 # Codes below this quantile of the log-likelihood of healthy slices are resampled.
 QUANTILE = 0.025
@@ -39,7 +39,7 @@ def build_transformer(codes: int, length: int, size: Size = TRAINED) -> DecoderO
 
 
 class CachedTransformer:
-    """A transformer that is fed a batch of sequences piece by piece, with a key-value cache."""
+    """Transformer that is fed a batch of sequences piece by piece, with a key-value cache."""
 
     def __init__(self, network: DecoderOnlyTransformer, batch: int) -> None:
         self._network = network

@@ -57,7 +57,7 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
 
 
 def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
-    """Return the positions of the frames: those of the source's slices if they match, else those of the scan's grid."""
+    """Return the positions of the frames: those of the source slices if they match, else those of the grid."""
     if source.positions is not None:
         return {"plane_positions": [_position(position) for position in source.positions]}
     spacing = np.linalg.norm(source.lps_affine[:3, :3], axis=0)
