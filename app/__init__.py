@@ -1,3 +1,3 @@
-"""Counterpart: what differs between a brain scan and its imagined healthy counterpart."""
+"""Counterpart: what differs between a brain scan and its generated healthy counterpart."""
 
 __version__ = "0.1.0"

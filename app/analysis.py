@@ -1,4 +1,4 @@
-"""Read, analyse and export one scan: the steps that the command line and the worker share."""
+"""Analysis of one scan: read, detect and export. The command line and the worker share these steps."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +171,7 @@ def _run_extractor(volume: Volume, bundle: Bundle) -> tuple[Volume, ExtractedBra
         return volume, NoBrainMask(
             f"{bundle.manifest.id} analyses scans without brain extraction.",
             expected="a model that needs brain extraction.",
-            advice="The analysed region is where anomaly.nii.gz has a value.",
+            advice="The analysed region is the set of voxels that have a value in anomaly.nii.gz.",
         )
     brain = extract_brain(volume, bundle.extractor.networks)
     if isinstance(brain, NoBrainMask):

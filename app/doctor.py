@@ -55,7 +55,7 @@ class Check:
         With a warning, the service still works.
     found : str
     fix : str
-        What to do; empty if the status is "ok".
+        Advice. Empty if the status is "ok".
     """
 
     name: str
@@ -92,7 +92,7 @@ def check_runtime(settings: Settings) -> Check:
 
 
 def check_provider(settings: Settings) -> Iterator[Check]:
-    """Check the provider of a real session: onnxruntime also lists providers that it cannot use."""
+    """Check the provider of a real session, because onnxruntime also lists providers that it cannot use."""
     for path in find_bundles(settings.models or shipped_models())[:1]:
         try:
             session = open_session(path / read_manifest(path).files.encoder.name, settings.provider, settings.threads)
@@ -175,7 +175,7 @@ def check_shared(settings: Settings) -> Iterator[Check]:
         database = connect(settings.database_url)
         try:
             WorkerRegistry(database).create_tables()
-        except Exception as error:  # noqa: BLE001  # any class of the driver; its text may contain the password
+        except Exception as error:  # noqa: BLE001  # any class of the driver, and its text may contain the password
             fix = f"Check {PREFIX}DATABASE, and that its user may log in and create tables."
             yield Check("database", "fail", f"no answer ({type(error).__name__})", fix)
         else:
@@ -185,7 +185,7 @@ def check_shared(settings: Settings) -> Iterator[Check]:
 
 
 def print_checks(checks: list[Check], console: Console) -> None:
-    """Print each check, with its fix on a line of its own."""
+    """Print each check, with its fix on a separate line."""
     for check in checks:
         text = _wrap(f"{check.status:4} {check.name}: {check.found}", console)
         text.stylize(COLOURS[check.status], 0, len(check.status))

@@ -1,6 +1,6 @@
 """Errors with a known cause, one class per cause.
 
-Each error describes what was found, what was expected and what the caller can do. It never contains a patient's value.
+Each error describes what was found, what was expected and what the caller can do. It never contains patient data.
 The HTTP status of each class is in `app.api.problems`.
 """
 
@@ -15,11 +15,11 @@ class CounterpartError(Exception):
     Parameters
     ----------
     found : str
-        What was found: a sentence without patient data.
+        Cause, as a sentence without patient data.
     expected : str
-        What is accepted: a phrase that completes "Expected:".
+        Accepted input, as a phrase that follows "Expected:".
     advice : str
-        What the caller can do: a sentence.
+        Next step of the caller, as a sentence.
 
     Attributes
     ----------
@@ -346,7 +346,7 @@ class OutOfMemory(CounterpartError):
 
 
 class InternalError(CounterpartError):
-    """A fault of the service itself. The text of the exception is not shown: it may contain patient data."""
+    """A fault of the service. The text of the exception is not shown, because it may contain patient data."""
 
     code = "internal_error"
     title = "Internal error"
@@ -389,7 +389,7 @@ class UnexpectedError(Exception):
 
 
 def error_location(error: BaseException) -> dict[str, str]:
-    """Return the class and the source location of an exception, without its text, which can hold patient data.
+    """Return the class and the source location of an exception, without its text, which can contain patient data.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """Result of the inference of one scan, in memory or in a file.
 
-Together with the scan it contains everything that the export needs. Reading the scan again gives the same scan, so
+The export needs only this result and the scan. Reading the scan again gives the same scan, so
 the results have the same bytes if the export runs from memory, from this file, in another process or on another
 machine.
 """
@@ -23,12 +23,12 @@ from app.volume import BoolArray
 
 @dataclass(frozen=True, eq=False)
 class ExtractedBrain:
-    """A brain that was extracted from a scan with skull.
+    """Brain that was extracted from a scan with skull.
 
     Attributes
     ----------
     mask : (X, Y, Z) ndarray of bool
-        On the scan's own grid.
+        Brain mask on the scan's own grid.
     report : BrainReport
         Method and measurements.
     """
@@ -39,12 +39,12 @@ class ExtractedBrain:
 
 @dataclass(frozen=True, eq=False)
 class InferenceResult:
-    """Everything that the networks computed for one scan.
+    """Result of the networks for one scan.
 
     Attributes
     ----------
     manifest : Manifest
-        Of the model. The export needs its thresholds, not its networks.
+        Manifest of the model. The export needs its thresholds, not its networks.
     model : ModelUsed
         Description of the model for the report.
     detection : Detection
@@ -63,7 +63,7 @@ class InferenceResult:
 
 
 class Metadata(FrozenModel):
-    """Everything in the file that is not an array."""
+    """Values in the file that are not arrays."""
 
     manifest: Manifest
     model: ModelUsed

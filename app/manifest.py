@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 # Arithmetic of a denoiser, mainly of its convolutions. Its inputs and outputs are float32.
 Precision = Literal["float32", "float16", "int8"]
 
+DEFAULT_METHOD = "coarse-patch-diffusion"
+
 
 class FrozenModel(BaseModel):
     """Base of every part of a manifest. It rejects unknown fields, NaN and infinity, and cannot be changed."""
@@ -17,7 +19,7 @@ class FrozenModel(BaseModel):
 class HeadBox(FrozenModel):
     """Box that the largest axial slice of every head is scaled to (decision 15).
 
-    A model of pictures whose pixel size is unknown needs it.
+    A model of images whose pixel size is unknown needs it.
     """
 
     rows: float = Field(gt=0, description="Height of the box, posterior to anterior, in pixels.")
@@ -133,7 +135,7 @@ class View(FrozenModel):
 class KlMap(FrozenModel):
     """Settings of the KL map and of the latent mask."""
 
-    timesteps: tuple[int, ...] = Field(description="Noise levels t, each one evaluation of the denoiser a slice.")
+    timesteps: tuple[int, ...] = Field(description="Noise levels t. Each takes one denoiser evaluation per slice.")
     alpha_bar: tuple[float, float] = Field(description="alpha_bar at the first and last of these noise levels.")
     mean: Literal["arithmetic", "geometric"] = Field(default="arithmetic", description="Mean over the noise levels.")
     smoothing_mm: float = Field(default=0.0, description="Standard deviation of the Gaussian over the KL map.")
@@ -197,7 +199,7 @@ class OodCheck(FrozenModel):
 
 
 class Calibration(FrozenModel):
-    """Healthy ranges that the report gives beside the scores of a scan."""
+    """Healthy ranges that the report gives together with the scores of a scan."""
 
     subjects: tuple[str, ...] = Field(description="Healthy validation subjects that all thresholds come from.")
     slice_score: Range = Field(description="Mean KL of a slice, in nats.")
@@ -241,7 +243,7 @@ class Provenance(FrozenModel):
 
     code_version: str
     config_sha256: str
-    data_sha256: str = Field(description="Over the names and bytes of the training scans.")
+    data_sha256: str = Field(description="SHA-256 of the names and bytes of the training scans.")
     split: str
     train_subjects: int
     validation_subjects: int
@@ -267,7 +269,7 @@ class ExtractorManifest(FrozenModel):
     version: str
     licence: str = Field(description="SPDX expression of code and weights.")
     attribution: str
-    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the package with the weights.")
+    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the package with the weights.")
     files: ExtractorFiles
 
 
@@ -288,7 +290,7 @@ class Manifest(FrozenModel):
     modality: Literal["MR", "CT"]
     sequence: str = Field(description="T1, FLAIR, ... It is shown to users and selects the bundle for a scan.")
     method: str = Field(
-        default="coarse-patch-diffusion", description="Name of the detection method (`app.pipeline.methods.METHODS`)."
+        default=DEFAULT_METHOD, description="Name of the detection method (`app.pipeline.methods.METHODS`)."
     )
     preprocessing: Preprocessing
     latent: Latent
@@ -296,7 +298,7 @@ class Manifest(FrozenModel):
     seed: int = Field(description="Default seed of the keyed noise.")
     views: tuple[View, ...] = Field(
         default=(View(),),
-        description="Test-time augmentations, the plain view first. Residuals and counterparts are averaged over them.",
+        description="Test-time augmentations, the identity first. Residuals and counterparts are averaged over them.",
     )
     kl: KlMap
     reverse: Reverse
@@ -310,6 +312,11 @@ class Manifest(FrozenModel):
         default="float32",
         description="Arithmetic of `files.denoiser`. Its inputs and outputs are float32.",
     )
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json. The default method is not written, as in earlier bundles."""
+        exclude = {"method"} if self.method == DEFAULT_METHOD else None
+        return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property
     def id(self) -> str:
@@ -336,7 +343,7 @@ class Manifest(FrozenModel):
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")
         if not self.views or self.views[0] != View():
-            raise ValueError("the first view must be the plain one")
+            raise ValueError("the first view must be the identity")
         if len(self.ood.timesteps) != len(self.ood.median_kl_range):
             raise ValueError("the out-of-distribution check needs one range for each of its time steps")
         if self.preprocessing.window is not None and self.modality != "CT":

@@ -20,7 +20,7 @@ from app.volume import Affine, FloatArray
 TEMPLATE = Path("datasets", "data", "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
 MNI_SPACE = 4  # NIfTI code
 
-# The template is an average of 152 heads in a space that is larger than a head: its brain has 1.89 litres, the healthy
+# The template is an average of 152 heads in a space that is larger than a head. Its brain has 1.89 litres, the healthy
 # scans of ds002748 have 1.1 to 1.55. This factor reduces it to 1.47 litres.
 SCALE = 0.92
 # The template has less tissue contrast than a scan. With this exponent its percentiles 2, 10, 25, 50, 75 and 90, as
@@ -31,7 +31,7 @@ BRIGHT = 98  # percentile
 # the scan after a 1 mm Gaussian has a standard deviation of 5.7 % of the robust range, as in ds002748 (5.3 to 6.0 %).
 NOISE_SD = 0.02
 
-# An ellipsoid of about 6 ml in the centrum semiovale; at least 90 % of it is white matter.
+# An ellipsoid of about 6 ml in the centrum semiovale. At least 90 % of it is white matter.
 CENTRE_MM = (23.0, 0.0, 33.0)
 SEMI_AXES_MM = (9.0, 16.0, 10.0)
 JITTER_MM = 1.5

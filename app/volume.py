@@ -83,7 +83,7 @@ class Source:
     modality : {"MR", "CT"} or None
         None if the format does not state it (NIfTI, MGH).
     sequences : tuple of str
-        Sequences that the header of an MR scan states, such as "T1" or "FLAIR", the most trusted one first. There are
+        Sequences that the header of an MR scan states, such as "T1" or "FLAIR", in order of priority. There are
         several if the header contradicts itself, and none if it states no sequence (NIfTI, MGH).
     contrast_agent : bool
         The header states a contrast agent.
@@ -158,7 +158,7 @@ def _check_affine(affine: Affine) -> None:
                 return
     raise InvalidGeometry(
         "The matrix from voxel indices to millimetres is not finite or not invertible.",
-        expected="three independent axes of more than "
-        f"{SMALLEST_VOXEL_MM} mm a voxel (sform or qform of NIfTI, orientation of DICOM).",
+        expected="three axes that are not parallel, with voxels larger than "
+        f"{SMALLEST_VOXEL_MM} mm (sform or qform of NIfTI, orientation of DICOM).",
         advice="Export the scan again, including its orientation.",
     )

@@ -1,1 +1,1 @@
-"""Benchmark of the service beside other methods: `python -m benchmarks`. It is not part of the wheel."""
+"""Benchmark that compares the service with other methods: `python -m benchmarks`. It is not part of the wheel."""

@@ -1,9 +1,9 @@
-"""Measure Counterpart beside other methods and write docs/BENCHMARKS.md with its JSON and figure.
+"""Command that compares Counterpart with other methods and writes docs/BENCHMARKS.md with its JSON and figure.
 
 A run measures all parts (rows, waterfall, volume, ct), which takes about 15 minutes on two cores.
 """
 
-# Each row runs in a spawned process that imports this module again: heavy imports stay inside `main`.
+# Each row runs in a spawned process that imports this module again, so heavy imports stay inside `main`.
 import argparse
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, help="number of slices to time in sampled rows (default: set by row)")
     parser.add_argument("--cases", type=int, default=4, help="number of synthetic lesions, 0 skips the accuracy")
     parser.add_argument("--rows", nargs="*", help="names of the rows to measure (default: all)")
-    parser.add_argument("--parts", nargs="*", help="parts to measure; the others keep their earlier results")
+    parser.add_argument("--parts", nargs="*", help="parts to measure (the others keep their earlier results)")
     parser.add_argument("--quick", action="store_true", help="measure as little as possible, to test the benchmark")
     parser.add_argument("--thorough", action="store_true", help="also measure the accuracy of slow rows")
     parser.add_argument("--render", action="store_true", help="write the page from the JSON without measuring")

@@ -88,7 +88,7 @@ def healthy_threshold(config: Config, manifest: Manifest, latent_kl: Callable[[F
     for subject in load_split(config.data.splits).validation[:HEALTHY_SUBJECTS]:
         slices = to_slices(load_volume(subject_path(config, subject)), manifest.preprocessing)
         analysed = analysed_slices(slices, manifest.preprocessing)
-        # Without the first and the last slice.
+        # The first and the last slice are left out.
         evenly = np.unique(np.linspace(0, len(analysed) - 1, HEALTHY_SLICES + 2).round().astype(int))[1:-1]
         chosen = analysed[evenly]
         latents = latent_foreground(slices.foreground[chosen], manifest.latent.downsampling)

@@ -1,4 +1,4 @@
-"""A head CT series of current size: 512 x 512 pixels, 200 slices, one DICOM file per slice, in one zip archive."""
+"""Head CT series of a size that is usual today: 200 DICOM files of 512 x 512 pixels in one zip archive."""
 
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,7 @@ from app.volume import Volume
 from tests.support.dicom import Series, write_series, zip_files
 from training.data import unpack_archive
 
-HEAD = Path("dicom", "ge_ct_head_human_28.tar.xz")
+HEAD_ARCHIVE = Path("dicom", "ge_ct_head_human_28.tar.xz")
 SHAPE = (512, 512, 200)
 AIR_HU = -1024.0
 SEED = 0
@@ -54,9 +54,9 @@ def make_series(data: Path, folder: Path) -> Path:
     MissingDataError
         The head is not in the data folder.
     """
-    if not (data / HEAD).is_file():
-        raise MissingDataError(f"{HEAD} is missing: set COUNTERPART_DATA to the folder of the data")
+    if not (data / HEAD_ARCHIVE).is_file():
+        raise MissingDataError(f"{HEAD_ARCHIVE} is missing: set COUNTERPART_DATA to the folder of the data")
     with TemporaryDirectory() as made:
-        unpack_archive(data / HEAD, Path(made) / "head")
+        unpack_archive(data / HEAD_ARCHIVE, Path(made) / "head")
         head = read_scan(Path(made) / "head", scratch=Path(made), geometry="resample").volume
         return zip_files(folder / "ct.zip", write_series(Path(made) / "series", make_volume(head), CT))

@@ -14,7 +14,7 @@ from training.networks import TorchNetworks
 
 
 class Float16Denoiser(nn.Module):
-    """A denoiser in float16 with float32 inputs and outputs."""
+    """Denoiser in float16 with float32 inputs and outputs."""
 
     def __init__(self, denoiser: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Float16Denoiser(nn.Module):
 
 
 class FixedBatchNetwork:
-    """A network for batches of one size with inputs at fixed addresses, optionally captured as a CUDA graph.
+    """Network for batches of one size with inputs at fixed addresses, optionally captured as a CUDA graph.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def move_to_device(
     Parameters
     ----------
     networks : TorchNetworks
-        Not modified.
+        Networks. They are not modified.
     device : {"cpu", "cuda"}
     size : int
         Slices in a batch.

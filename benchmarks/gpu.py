@@ -3,7 +3,7 @@
 The networks run in torch and, if it was built for CUDA, in onnxruntime, with and without CUDA graphs, in float32 and
 float16. Each result is compared with that of onnxruntime on the CPU and written to FOLDER/gpu.json.
 
-A machine without a network needs the output of `--pack FOLDER` beside the checkout:
+A machine without a network needs the output of `--pack FOLDER` in addition to the checkout:
 
     python3 -m pip install --no-index --no-deps --target /tmp/site FOLDER/wheels/*.whl
     PYTHONPATH=/tmp/site python3 -m benchmarks.gpu --scan FOLDER/scan.nii.gz --out OUT
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("numpy", "scipy", "PIL", "packaging", "tqdm", "nibabel", "pydantic", "onnxruntime", "onnx", "torch", "monai")
-# Another order of summation moves single voxels across a threshold. A fault moves lesions.
+# Another order of summation moves single voxels across a threshold. A fault changes whole lesions.
 MIN_DICE = 0.95
 # Largest difference of 99.9 % of the voxels of two anomaly maps, whose range is 1. float16 is the coarsest.
 MAX_DIFFERENCE = 0.02
@@ -73,7 +73,7 @@ def reason_to_skip(variant: Variant, provider: str) -> str | None:
     if variant.runtime == "torch":
         return "torch finds no CUDA device" if provider == "cuda" and not torch.cuda.is_available() else None
     if provider == "cpu":
-        return "it is the reference"
+        return "the CPU result is the reference"
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return f"onnxruntime {onnxruntime.__version__} was built without CUDA: install onnxruntime-gpu"
     return None

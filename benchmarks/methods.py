@@ -42,7 +42,7 @@ class TorchBaselines:
 
     Attributes
     ----------
-    networks : Models
+    networks : Networks
         Counted networks of the bundle in torch.
     threshold : float
         KL in nats above which the paper's method resamples a latent. With 0, all foreground latents are resampled,

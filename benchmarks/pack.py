@@ -15,7 +15,7 @@ from app.pipeline.synthetic_lesion import insert_lesion
 NEEDED = ("nibabel", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection", "monai")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 MIB = 1 << 20
-# Ball beside the centre of the brain. Without a lesion, two empty masks would agree.
+# Ball near the centre of the brain. Without a lesion, two empty masks would agree.
 RADIUS_MM, OFFSET_MM, CONTRAST = 8.0, 30.0, 0.5
 
 

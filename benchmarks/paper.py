@@ -50,7 +50,7 @@ DDIM_50 = Plan(KL_TIMES, tuple(range(START, 0, -10)), "ddim")
 
 @dataclass(frozen=True, eq=False)
 class Process:
-    """A diffusion model in torch.
+    """Diffusion model in torch.
 
     Attributes
     ----------

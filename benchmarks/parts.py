@@ -1,4 +1,4 @@
-"""Parts of the benchmark. Each measures one key of the JSON and can be repeated alone."""
+"""Parts of the benchmark. Each measures one key of the JSON and can be repeated separately."""
 
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -49,7 +49,7 @@ class Plan:
 
 
 def measure_rows(plan: Plan) -> Results:
-    """Time all rows and the start of the command line in turns; then measure memory and accuracy."""
+    """Time all rows and the start of the command line in turns, then measure memory and accuracy."""
     processes: dict[str, RowProcess] = {}
     try:
         for row in tqdm(plan.rows, desc="starting rows"):
@@ -84,7 +84,7 @@ def _time_in_turns(plan: Plan, processes: dict[str, RowProcess]) -> Results:
 
 
 def measure_phases(plan: Plan) -> Results:
-    """Measure the waterfall in a process of its own, whose memory and torch threads end with it."""
+    """Measure the waterfall in a separate process, whose memory and torch threads end with it."""
     inputs = plan.inputs
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         arguments = (inputs.bundle, inputs.config, inputs.scan, plan.repeats)

@@ -31,7 +31,7 @@ def render(document: dict[str, Any], figure: str) -> str:
 
 
 def _provenance(document: dict[str, Any]) -> str:
-    """List where and when the parts were measured, and which failed or are missing."""
+    """List the machine and the time of each part, and the parts that failed or are missing."""
     lines = [f"Version {document['version']}, `{document['bundle']}` on `{document['scan']}`, {document['machine']}."]
     for name, part in document["parts"].items():
         if "measured" in part:

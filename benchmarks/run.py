@@ -1,4 +1,4 @@
-"""A run: measure the parts one after the other, save the JSON after each, then write figure and page."""
+"""Run of the benchmark. It measures the parts in sequence, saves the JSON after each, then writes figure and page."""
 
 import argparse
 import json

@@ -24,7 +24,7 @@ class Target:
     Attributes
     ----------
     text, found : str
-        What is required and what was measured.
+        Target and measured value.
     met : bool or None
         None if it was not measured.
     """
@@ -80,8 +80,8 @@ def _accuracy_kept(document: dict[str, Any], reference: str, title: str) -> Iter
             yield Target(text)
             continue
         ours, theirs = float(np.mean(found[key])), float(np.mean(expected[key]))
-        told = f"{ours:.3f} against {theirs:.3f} ({len(found[key])} lesions)"
-        yield Target(text, told, ours >= theirs - MAX_ACCURACY_LOSS)
+        text_found = f"{ours:.3f} against {theirs:.3f} ({len(found[key])} lesions)"
+        yield Target(text, text_found, ours >= theirs - MAX_ACCURACY_LOSS)
 
 
 def _seconds(document: dict[str, Any]) -> Iterator[Target]:

@@ -1,4 +1,4 @@
-"""Instruments: count the evaluations of networks, and trace the time of one scan by phase."""
+"""Instruments: counter of network evaluations, and a trace of the time of one scan by phase."""
 
 import time
 from collections import Counter, defaultdict
@@ -54,7 +54,7 @@ def count_evaluations(networks: Networks, counts: Counter[str]) -> Networks:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of time in one phase.
+    """Time span in one phase.
 
     Attributes
     ----------
@@ -147,7 +147,7 @@ def trace_scan(bundle: Bundle, scan: Path, out: Path, networks: Networks | None 
     scan : Path
     out : Path
         Existing folder for the results.
-    networks : Models, optional
+    networks : Networks, optional
         Networks that replace those of the bundle.
     """
     from app.analysis import AnalysisRequest, analyse  # rows import this module, and their memory is measured

@@ -77,11 +77,11 @@ class RowBenchmark:
             self._prepare_sample(inputs.sample or row.sample)
 
     def _prepare_volume(self, networks: Any) -> None:
-        """Time `detect` on the whole volume, from the volume in memory, with resampling."""
-        from app.pipeline.detect import detect
+        """Time the method of the bundle on the whole volume, from the volume in memory, with resampling."""
+        from app.pipeline.methods import run_method
 
         batched = networks.in_batches(self.row.batch, lambda _: None)
-        self.detect = lambda volume: detect(volume, batched, self.manifest)
+        self.detect = lambda volume: run_method(volume, batched, self.manifest)
 
         def work() -> None:
             self.slices = self.sample = int(self.detect(self.volume).analysed.sum())
@@ -100,7 +100,7 @@ class RowBenchmark:
         self.slices, self.sample = len(analysed), len(chosen)
         method, encode = self.baselines.method(self.row, self.row.stride), self.baselines.networks.encode
         self.work = lambda: method(x, foreground)
-        # The methods evaluate networks hundreds of times. The encoder alone is enough to allocate memory.
+        # The methods evaluate networks hundreds of times. One evaluation of the encoder is enough to allocate memory.
         self.allocate = lambda: encode(x)
 
     def warm_up(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def run(tiny_models: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def scan(tmp_path: Path) -> Path:
-    """A phantom with a lesion, and truth.nii.gz beside it."""
+    """A phantom with a lesion, and truth.nii.gz in the same folder."""
     healthy = brain()
     path = tmp_path / "scan.nii.gz"
     write_nifti(path, with_lesion(healthy, LESION_MM, RADIUS_MM).array, grid(), 1, "phantom")

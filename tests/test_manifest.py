@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.manifest import Manifest, Range
+from app.runtime.bundle import shipped_models
 from tests.support.bundle import tiny_manifest
 
 Change = Callable[[dict[str, Any]], object]
@@ -96,7 +97,7 @@ REFUSED: dict[str, Change] = {
     "no reverse steps": lambda m: m["reverse"].update(timesteps=[]),
     "reverse steps that ascend": lambda m: m["reverse"].update(timesteps=[100, 500]),
     "a repeated reverse step": lambda m: m["reverse"].update(timesteps=[500, 500, 100]),
-    "a shape that is no multiple of the down-sampling": lambda m: m["preprocessing"].update(shape=[63, 56]),
+    "a shape that is not a multiple of the down-sampling": lambda m: m["preprocessing"].update(shape=[63, 56]),
     "a reversed range": lambda m: m["ood"].update(reconstruction_range={"low": 2.0, "high": 1.0}),
     "a noise level without a range": lambda m: m["ood"].update(timesteps=[400, 500]),
     "no intensity mapping": lambda m: m["preprocessing"].update(intensity_level=None),
@@ -116,3 +117,11 @@ REFUSED: dict[str, Change] = {
 def test_invalid_manifest_is_refused(name: str) -> None:
     with pytest.raises(ValidationError):
         read_changed(REFUSED[name])
+
+
+def test_default_method_is_not_written() -> None:
+    """A bundle that was written before methods were registered keeps its bytes."""
+    path = next(shipped_models().glob("headct-*/manifest.json"))
+    assert Manifest.model_validate_json(path.read_text()).to_json() == path.read_text()
+    other = tiny_manifest().model_copy(update={"method": "another"})
+    assert Manifest.model_validate_json(other.to_json()) == other

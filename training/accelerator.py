@@ -1,4 +1,4 @@
-"""Training on a machine that is lent by the minute and has neither the scans nor a network.
+"""Training on a machine that is lent by the minute and has no scans and no network connection.
 
     python -m training.accelerator pack training/configs/t1.toml FOLDER       # here: slices and start weights
     python -m training.accelerator train FOLDER/t1.xz OUT 90 240              # there: seconds of VQ-VAE and denoiser
@@ -29,7 +29,7 @@ from training.networks import build_denoiser, build_vqvae
 STAGES = ("vqvae", "denoiser")
 PART_BYTES = 15 << 20
 WORKERS = 4
-# Slices travel in 8 bits: images have no more, and in volumes the noise is larger than a step.
+# Slices are packed in 8 bits. Images have no more, and in volumes the noise is larger than a step.
 STEP = 257
 
 Packed = dict[str, Any]
@@ -78,7 +78,7 @@ def train(path: Path, out: Path, seconds: Iterable[float], workers: int = WORKER
 
 
 def _refuse_runs(config: Config) -> None:
-    """Raise SystemExit if there is a run of this version: it must be neither overwritten nor resumed."""
+    """Raise SystemExit if there is a run of this version, because it must not be overwritten or resumed."""
     for stage in STAGES:
         path = config.run_folder / f"{stage}.pt"
         if path.exists():
@@ -155,7 +155,7 @@ def unpack_slices(packed: Packed) -> HealthySlices:
 
 
 def _start_weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
-    """Return the start weights of a stage, those of the denoiser in half precision; empty without a warm start."""
+    """Return the start weights of a stage, those of the denoiser in half precision. Empty without a warm start."""
     settings = getattr(config, stage)
     is_trained = config.vqvae.steps or config.denoiser.steps
     if not settings.warm_start or not is_trained:
@@ -167,7 +167,7 @@ def _start_weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
 
 
 def save_start_weights(config: Config, stage: str, weights: dict[str, torch.Tensor]) -> None:
-    """Write weights to the run of the earlier version, where `load_start_weights` reads them."""
+    """Write weights to the run of the earlier version, from which `load_start_weights` reads them."""
     earlier = config.model_copy(update={"version": getattr(config, stage).warm_start})
     path = earlier.run_folder / f"{stage}.pt"
     if not path.exists():
@@ -191,7 +191,7 @@ def main() -> None:
     command = commands.add_parser("train")
     command.add_argument("packed", type=Path)
     command.add_argument("out", type=Path)
-    command.add_argument("seconds", type=float, nargs=len(STAGES), help="of VQ-VAE and denoiser")
+    command.add_argument("seconds", type=float, nargs=len(STAGES), help="training time of the VQ-VAE and of the denoiser")
     command = commands.add_parser("unpack")
     command.add_argument("parts", type=Path, nargs="+")
     options = parser.parse_args()

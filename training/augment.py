@@ -1,9 +1,10 @@
 """Augmentation of healthy slices: geometry and intensity, simulated scanners, and coarse noise.
 
-Coarse noise is added to the input of the denoiser only; the target stays the healthy latent (decision 8). White noise
-hides nothing that is larger than a latent, so a denoiser trained with it alone keeps lesions. Noise with structure at
-several scales is better for anomaly detection (AnoDDPM, Wyatt et al. 2022), and coarse noise alone already teaches a
-denoising network to remove lesions (Kascenas et al. 2022). Here the noise lies in patches of random shape.
+Coarse noise is added only to the input of the denoiser. The target stays the healthy latent (decision 8). White noise
+does not change anything that is larger than a latent, so a denoiser trained only with white noise reproduces lesions.
+Noise with structure at several scales is better for anomaly detection (AnoDDPM, Wyatt et al. 2022), and coarse noise is
+enough to train a denoising network that removes lesions (Kascenas et al. 2022). Here the noise lies in patches of
+random shape.
 """
 
 import math
@@ -64,7 +65,7 @@ def shift_tissues(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Ge
     """Map each slice by its own monotonic curve, which shifts the levels of the tissues.
 
     Scanners and sequences differ mainly in the relative intensity of the tissues (Meyer et al. 2021 remap them by a
-    Gaussian mixture; this is the piecewise linear form).
+    Gaussian mixture). This is the piecewise linear form.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def _bias_field(
 
 
 def _erode_some(x: FloatArray, probability: float, rng: np.random.Generator) -> None:
-    """Remove the rim of some slices in place, (B, 1, H, W): brain masks of other methods are tighter."""
+    """Remove the rim of some slices in place, (B, 1, H, W), because brain masks of other methods are tighter."""
     if not probability:
         return
     draws = rng.random(len(x))
@@ -114,7 +115,7 @@ def _erode_some(x: FloatArray, probability: float, rng: np.random.Generator) -> 
 
 
 def simulate_scanner(x: FloatArray, config: ScannerConfig, rng: np.random.Generator) -> FloatArray:
-    """Return slices of one head as another scanner might image them: noisier, and smoother or sharper.
+    """Return slices of one head as another scanner might image them, with more noise, and smoother or sharper.
 
     A model that was trained on one scanner takes the noise of another one for an anomaly.
 
@@ -142,7 +143,7 @@ def simulate_scanner(x: FloatArray, config: ScannerConfig, rng: np.random.Genera
 
 
 def _blur_foreground(x: FloatArray, sd: float) -> FloatArray:
-    """Blur each slice (N, H, W); normalise by the foreground so that the background does not darken its edge."""
+    """Blur each slice (N, H, W), normalised by the foreground so that the background does not darken its edge."""
     inside = (x > 0).astype(np.float32)
     weight = ndimage.gaussian_filter(inside, (0, sd, sd))
     return np.asarray(ndimage.gaussian_filter(x, (0, sd, sd)) / np.maximum(weight, np.float32(1e-6)), np.float32)

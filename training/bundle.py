@@ -44,6 +44,7 @@ def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -
         intended_use=b.intended_use,
         modality=b.modality,
         sequence=b.sequence,
+        method=config.detection.method,
         preprocessing=config.preprocessing,
         latent=Latent(channels=config.vqvae.embedding_dim, downsampling=config.downsampling),
         schedule=config.schedule,
@@ -53,7 +54,7 @@ def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -
         licence=Licence(data=b.data, licence=b.licence, attribution=b.attribution, non_commercial=b.non_commercial),
         provenance=Provenance(
             code_version=__version__,
-            config_sha256=hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+            config_sha256=config.sha256,
             data_sha256=provenance["vqvae"]["data"],
             split=config.data.splits,
             train_subjects=len(split.train),
@@ -83,7 +84,7 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
     for name in bundle_files(config).values():
         shutil.copyfile(graphs_folder(config) / name, folder / name)
     manifest = make_manifest(config, folder, provenance)
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
+    (folder / MANIFEST).write_text(manifest.to_json())
     (folder / CARD).write_text(model_card(config, manifest, parity))
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > MAX_BYTES:
@@ -192,7 +193,7 @@ def _weighting(manifest: Manifest) -> str:
 
 
 def _head_box(manifest: Manifest) -> str:
-    """Return the card's text on the head box; empty without one."""
+    """Return the card's text on the head box. It is empty if there is no head box."""
     box = manifest.preprocessing.head_box
     if box is None:
         return ""

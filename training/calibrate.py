@@ -29,11 +29,11 @@ from training.features import (
 
 # Candidates for the smallest connected component of a latent mask.
 COMPONENT_SIZES = range(1, 40)
-# Percentiles of the KL of healthy latents; the out-of-distribution check counts the latents outside.
+# Percentiles of the KL of healthy latents. The out-of-distribution check counts the latents outside them.
 LATENT_PERCENTILES = (0.1, 99.9)
-# Percentiles of the healthy slices' mean KL, which is reported beside a scan's own.
+# Percentiles of the healthy slices' mean KL, which is reported together with that of a scan.
 SLICE_PERCENTILES = (0.5, 99.5)
-# Random stream of the simulated scanners, beside the seed of the configuration.
+# Random stream of the simulated scanners, in addition to the seed of the configuration.
 SCANNER_STREAM = 6
 # Halvings of a threshold's range: finer than the digits that are stored.
 BISECTIONS = 20
@@ -68,7 +68,7 @@ def latent_mask(view: ViewFeatures, threshold: float, min_component: int, grow: 
 
 
 def round_significant(value: float) -> float:
-    """Round to six significant digits; more would suggest a precision that a calibration does not have."""
+    """Round to six significant digits. More would suggest a precision that a calibration does not have."""
     return float(f"{value:.6g}")
 
 
@@ -78,7 +78,7 @@ def make_range(low: float, high: float) -> Range:
 
 
 def prediction_interval(values: npt.NDArray[np.float64], outside: float) -> Range:
-    """Return the range that holds the score of a new healthy scan on a new scanner, except for a share `outside`.
+    """Return the range that contains the score of a new healthy scan on a new scanner, except for a share `outside`.
 
     Prediction interval of a one-way layout on logarithms, because scores are positive and skewed. The variances between
     subjects and between scanners add up (Searle, Casella & McCulloch 1992, chapter 3), and Student's t uses the degrees
@@ -101,7 +101,7 @@ def prediction_interval(values: npt.NDArray[np.float64], outside: float) -> Rang
 
 
 def calibrate_ood(scans: list[ScanFeatures], models: Networks, config: Config) -> OodCheck:
-    """Calibrate the out-of-distribution check: all scores together refuse the configured share of healthy scans."""
+    """Calibrate the out-of-distribution check. All scores together refuse the configured share of healthy scans."""
     d = config.detection
     low, high = np.percentile(np.concatenate([s.foreground_kl for s in scans]), LATENT_PERCENTILES)
     # (subjects, scanners, time steps + 1, 2): the smallest and the largest value of each score in a scan.
@@ -124,7 +124,7 @@ def calibrate_ood(scans: list[ScanFeatures], models: Networks, config: Config) -
 def _scanner_scores(
     scan: ScanFeatures, subject: int, models: Networks, config: Config
 ) -> list[list[tuple[float, float]]]:
-    """Return the scores of one healthy scan as it is and on each simulated scanner."""
+    """Return the scores of one healthy scan, unchanged and on each simulated scanner."""
     original, rng = scan.unchanged.encoded, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
     encoded = [original]
     for _ in range(config.detection.ood_simulated_scanners):
@@ -142,7 +142,7 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
     Parameters
     ----------
     maps : list of (K, H, W) ndarray
-        Anomaly maps of healthy scans; NaN outside the valid mask.
+        Anomaly maps of healthy scans. NaN outside the valid mask.
     settings : Residual
         Smallest finding, and the ratio of the extent threshold to the threshold.
     false_positive_ml : float
@@ -169,7 +169,7 @@ def calibrate_residual(
     Parameters
     ----------
     scans : list of ScanFeatures
-    models : Models
+    models : Networks
     config : Config
     threshold : float
         KL threshold.

@@ -1,14 +1,16 @@
-"""Configuration of one bundle: a TOML file with everything from its data to its calibration."""
+"""Configuration of one bundle: a TOML file with all settings from its data to its calibration."""
 
 import argparse
+import hashlib
 import os
 import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from app.manifest import FrozenModel, NoiseSchedule, Preprocessing, View
+from app.manifest import DEFAULT_METHOD, FrozenModel, NoiseSchedule, Preprocessing, View
+from app.pipeline.methods import METHODS
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +22,7 @@ EvaluationPart = Literal["healthy", "lesions", "heads", "foreign", "single", "tu
 
 
 def data_root() -> Path:
-    """Return the folder of the real scans: `COUNTERPART_DATA` if set, else `shared/data` beside the checkout."""
+    """Return the folder of the real scans: `COUNTERPART_DATA`, or `shared/data` next to the checkout."""
     return Path(os.environ.get(DATA_VARIABLE, ROOT.parent / "shared" / "data"))
 
 
@@ -28,7 +30,7 @@ class ImageArchiveConfig(FrozenModel):
     """Archive of 2-D images in place of volumes (`training.image_archive`)."""
 
     kind: Literal["mednist", "lgg"] = Field(description="File format of the archive.")
-    pixel_mm: float = Field(description="Assumed pixel size: the images carry none.")
+    pixel_mm: float = Field(description="Assumed pixel size, because the images have none.")
     window_low_grey: float = Field(default=0.0, description="Grey value at the lower end of a CT window.")
     window_high_grey: float = Field(default=255.0, description="Grey value at the upper end of a CT window.")
     exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")
@@ -60,7 +62,7 @@ class DataConfig(FrozenModel):
     @model_validator(mode="after")
     def _check_copies(self) -> Self:
         if self.image_archive is not None and self.tilted_copies:
-            raise ValueError("2-D images cannot be tilted: set tilted_copies = 0")
+            raise ValueError("2-D images cannot be tilted. Set tilted_copies = 0")
         return self
 
 
@@ -111,7 +113,7 @@ class CoarseNoiseConfig(FrozenModel):
 class VqvaeConfig(FrozenModel):
     """Architecture and training of the VQ-VAE."""
 
-    warm_start: str = Field(description="Version of this bundle whose VQ-VAE training starts from; empty for none.")
+    warm_start: str = Field(description="Version of this bundle whose VQ-VAE training starts from. Empty for none.")
     channels: tuple[int, ...]
     residual_layers: int
     embedding_dim: int
@@ -128,7 +130,7 @@ class VqvaeConfig(FrozenModel):
 class DenoiserConfig(FrozenModel):
     """Architecture and training of the denoising network."""
 
-    warm_start: str = Field(description="Version of this bundle whose denoiser training starts from; empty for none.")
+    warm_start: str = Field(description="Version of this bundle whose denoiser training starts from. Empty for none.")
     channels: tuple[int, ...]
     residual_blocks: int
     attention_levels: tuple[bool, ...]
@@ -150,14 +152,17 @@ class ExportConfig(FrozenModel):
 
 
 class DetectionConfig(FrozenModel):
-    """Decisions of the detection method; thresholds are calibrated from them on healthy scans."""
+    """Decisions of the detection method. Thresholds are calibrated from them on healthy scans."""
 
+    method: str = Field(
+        default=DEFAULT_METHOD, description="Name in `app.pipeline.methods.METHODS`. The manifest gets it."
+    )
     kl_timesteps: tuple[int, ...]
     kl_mean: Literal["arithmetic", "geometric"]
     kl_smoothing_mm: float
     kl_percentile: float
     empty_slice_fraction: float = Field(
-        description="Share of healthy slices whose latent mask must be empty; 0 keeps components of every size."
+        description="Share of healthy slices whose latent mask must be empty. 0 keeps components of every size."
     )
     grow: int
     reverse_timesteps: tuple[int, ...]
@@ -165,7 +170,7 @@ class DetectionConfig(FrozenModel):
     contrast_floor: float
     weighted_by_intensity: bool = False
     erosion: int
-    median_pixels: int = Field(default=1, description="Side of the median filter over the anomaly map; 1 for none.")
+    median_pixels: int = Field(default=1, description="Side of the median filter over the anomaly map. 1 for none.")
     smoothing_mm: float
     false_positive_ml: float = Field(description="Median volume of findings allowed in healthy scans.")
     extent_share: float = Field(description="A finding extends to voxels above this share of the threshold.")
@@ -176,8 +181,15 @@ class DetectionConfig(FrozenModel):
     ood_refused_share: float = Field(description="Share of healthy scans that all scores together may refuse.")
     ood_max_outlier_fraction: float
     ood_max_outlier_slice_fraction: float | None = Field(
-        default=None, description="Share of slices whose score may be out of range; null disables this check."
+        default=None, description="Share of slices whose score may be out of range. Null disables this check."
     )
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, name: str) -> str:
+        if name not in METHODS:
+            raise ValueError(f"no detection method has this name. Expected one of {', '.join(sorted(METHODS))}")
+        return name
 
 
 class EvaluationConfig(FrozenModel):
@@ -197,7 +209,7 @@ class BundleConfig(FrozenModel):
     licence: str
     attribution: str
     non_commercial: bool = Field(default=False, description="The data allow neither published images nor services.")
-    card: str = Field(description="Sections of the model card in Markdown; {m} is the manifest, {spacing} in mm.")
+    card: str = Field(description="Sections of the model card in Markdown. {m} is the manifest, {spacing} in mm.")
 
 
 class Config(FrozenModel):
@@ -220,16 +232,16 @@ class Config(FrozenModel):
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read a configuration; raise pydantic's ValidationError for an unknown or a missing key."""
+        """Read a configuration. An unknown or a missing key raises pydantic's ValidationError."""
         return cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
 
     @property
     def training_preprocessing(self) -> Preprocessing:
-        """Preprocessing of the training scans: that of serving, but 2-D images have no height to cut at."""
-        fit = self.preprocessing.head_box
-        if self.data.image_archive is None or fit is None:
+        """Preprocessing of the training scans. It is that of serving, but 2-D images have no height to cut at."""
+        head_box = self.preprocessing.head_box
+        if self.data.image_archive is None or head_box is None:
             return self.preprocessing
-        return self.preprocessing.model_copy(update={"head_box": fit.model_copy(update={"reach_mm": None})})
+        return self.preprocessing.model_copy(update={"head_box": head_box.model_copy(update={"reach_mm": None})})
 
     @property
     def downsampling(self) -> int:
@@ -243,8 +255,14 @@ class Config(FrozenModel):
         return self.vqvae.embedding_dim, rows // self.downsampling, columns // self.downsampling
 
     @property
+    def sha256(self) -> str:
+        """SHA-256 of all values. The default method is left out, so that earlier configurations keep their hash."""
+        exclude = {"detection": {"method"}} if self.detection.method == DEFAULT_METHOD else None
+        return hashlib.sha256(self.model_dump_json(exclude=exclude).encode()).hexdigest()
+
+    @property
     def run_folder(self) -> Path:
-        """Folder of checkpoints, cached slices and training curves; ignored by git."""
+        """Folder of checkpoints, cached slices and training curves. Git ignores it."""
         return ROOT / "runs" / f"{self.name}-{self.version}"
 
     @property

@@ -1,4 +1,4 @@
-"""Splits, healthy scans and cached slices; slices are made by the preprocessing of the service."""
+"""Splits, healthy scans and cached slices. Slices are made by the preprocessing of the service."""
 
 import hashlib
 import json
@@ -144,7 +144,7 @@ def data_hash(config: Config, subjects: tuple[str, ...]) -> str:
 
 
 def tilt(volume: Volume, config: Config, rng: np.random.Generator) -> Volume:
-    """Return the volume with a random tilt and scale in its affine; the array is shared."""
+    """Return the volume with a random tilt and scale in its affine. The array is shared."""
     transform = np.eye(4)
     pitch = config.data.pitch_sd_degrees
     tilt_sd = config.data.tilt_sd_degrees

@@ -1,6 +1,7 @@
-"""Evaluate the finished bundle on test subjects, which were not used for any decision.
+"""Evaluation of a finished bundle on test subjects, which were not used for any decision.
 
-Writes docs/evaluation/NAME.json and NAME.md. Without named parts, all parts of the configuration are measured.
+The command writes docs/evaluation/NAME.json and NAME.md. Without named parts, all parts of the
+configuration are measured.
 """
 
 import argparse
@@ -18,8 +19,9 @@ from tqdm import tqdm
 
 from app.errors import CounterpartError
 from app.pipeline.brain_extraction import BrainExtraction, extract_brain
-from app.pipeline.detect import Detection, detect, network_evaluations
+from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult, dice, to_scan_result
+from app.pipeline.methods import run_method
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config, EvaluationPart
@@ -53,7 +55,7 @@ def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, ScanResult
     """Return detection, result and seconds of one scan."""
     start = time.perf_counter()
     models = bundle.networks.in_batches(BATCH, lambda _: None)
-    detection = detect(volume, models, bundle.manifest)
+    detection = run_method(volume, models, bundle.manifest)
     return detection, to_scan_result(volume, detection, bundle.manifest), time.perf_counter() - start
 
 
@@ -144,8 +146,8 @@ def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     return rows
 
 
-def as_served(volume: Volume, bundle: Bundle) -> Volume:
-    """Return the volume that serving analyses: the extracted brain if the bundle needs one."""
+def extract_brain_if_needed(volume: Volume, bundle: Bundle) -> Volume:
+    """Return the volume that the service analyses. It is the extracted brain if the bundle needs one."""
     if bundle.extractor is None:
         return volume
     brain = extract_brain(volume, bundle.extractor.networks)
@@ -158,7 +160,7 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     for head in tqdm(other_scanner_heads(), desc="heads", unit="scan"):
         row: Row = {"kind": head.kind, "name": head.name}
         try:
-            volume = as_served(head.volume, bundle)
+            volume = extract_brain_if_needed(head.volume, bundle)
             detection, result, _ = run_detection(volume, bundle)
             row |= {
                 "outcome": "analysed",
@@ -175,14 +177,14 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
 def outcome(volume: Volume, bundle: Bundle) -> str:
     """Return "analysed", or the error code of the refusal."""
     try:
-        run_detection(as_served(volume, bundle), bundle)
+        run_detection(extract_brain_if_needed(volume, bundle), bundle)
     except CounterpartError as error:
         return error.code
     return "analysed"
 
 
 def evaluate_foreign(config: Config, bundle: Bundle, _split: Split) -> list[Row]:
-    """Count the outcomes of scans of another kind."""
+    """Count the outcomes of scans outside the training distribution."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     for scan in tqdm(foreign_scans(config), desc="foreign", unit="scan"):
         outcomes[scan.kind][outcome(scan.volume, bundle)] += 1

@@ -1,4 +1,4 @@
-"""Scores of the anomaly maps on outlined tumours of test patients, beside a threshold on the FLAIR intensity."""
+"""Scores of the anomaly maps on outlined tumours of test patients, compared with a threshold on the FLAIR intensity."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from app.errors import CounterpartError
 from app.pipeline import residual
-from app.pipeline.detect import detect
 from app.pipeline.findings import dice, to_scan_result
+from app.pipeline.methods import run_method
 from app.pipeline.preprocess import analysed_slices, to_slices
 from app.runtime.bundle import Bundle
 from app.volume import BoolArray, FloatArray
@@ -24,7 +24,7 @@ BATCH = 16
 # Bins of v / (1 + v): a residual divided by the local contrast has no upper limit.
 BINS = 2000
 BOOTSTRAP = 1000
-METHODS = ("counterpart", "intensity")
+METHOD_NAMES = ("counterpart", "intensity")
 
 Row = dict[str, Any]
 IntArray = npt.NDArray[np.int64]
@@ -117,11 +117,11 @@ def intensity_map(scan: TumourScan, bundle: Bundle) -> FloatArray:
 
 
 def count_patient(scan: TumourScan, bundle: Bundle) -> PatientCounts:
-    """Run the detection on one patient; a refused scan has an empty map, so that the tumour counts as missed."""
+    """Run the detection on one patient. A refused scan has an empty map, so that the tumour counts as missed."""
     row: Row = {"subject": scan.subject, "tumour_voxels": int(scan.truth.sum()), "slices": scan.volume.shape[2]}
     try:
         models = bundle.networks.in_batches(BATCH, lambda _: None)
-        detection = detect(scan.volume, models, bundle.manifest)
+        detection = run_method(scan.volume, models, bundle.manifest)
         result = to_scan_result(scan.volume, detection, bundle.manifest)
         values, mask, row["outcome"] = result.anomaly, result.mask > 0, "analysed"
     except CounterpartError as error:
@@ -150,7 +150,7 @@ def evaluate_tumours(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     rows = [patient.row for patient in patients]
     rows += [
         {"method": method, **patient_intervals([patient.histograms[method] for patient in patients], draws)}
-        for method in METHODS
+        for method in METHOD_NAMES
     ]
     overlaps = np.array([patient.overlap for patient in patients])
     resampled = [_overlap_dice(overlaps[drawn]) for drawn in draws]

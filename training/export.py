@@ -144,7 +144,9 @@ def write_int8(config: Config) -> None:
 
 
 def int8_error(config: Config) -> float | None:
-    """Return the error that int8 adds at the worst noise level of serving (see `Parity`); None without int8.
+    """Return the error that int8 adds at the worst noise level of serving (see `Parity`).
+
+    Return None if the bundle has no int8 denoiser.
 
     Raises
     ------

@@ -13,7 +13,7 @@ from training.config import Config, data_root
 from training.data import load_volume, unpack_archive
 from training.image_archive import SUBJECT_FILES, UInt8Array, read_jpegs, stack_affine, to_model_units
 
-# Field of view of images without a pixel size: that of a head, because a wrong size alone must not cause a refusal.
+# Field of view of images without a pixel size: that of a head, because a wrong size by itself must not cause a refusal.
 FIELD_OF_VIEW_MM = 200.0
 PER_CLASS = 40
 OTHER_CLASSES = "mednist_ood_5x400"
@@ -100,7 +100,7 @@ def other_volumes() -> Iterator[ExternalScan]:
 
 
 def foreign_scans(config: Config) -> Iterator[ExternalScan]:
-    """Yield every scan of another kind, whole volumes first.
+    """Yield every scan outside the training distribution, whole volumes first.
 
     For a model of MedNIST, its other classes also come in stacks with the field of view of a head.
     """

@@ -1,4 +1,6 @@
-"""Convert the brain-extraction networks of deepbet to ONNX graphs, so that the service needs no torch (decision 11).
+"""Conversion of the brain-extraction networks of deepbet to ONNX graphs (decision 11).
+
+The service then needs no torch.
 
     pip download --no-deps --dest var deepbet==1.0.2
     python -m training.extractor var/deepbet-1.0.2-py3-none-any.whl

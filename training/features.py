@@ -40,7 +40,7 @@ class ViewFeatures:
 
     Attributes
     ----------
-    encoded : Seen
+    encoded : EncodedView
         Slices and latents.
     kl : (K, h, w) ndarray
         Smoothed KL map, in nats.
@@ -105,7 +105,7 @@ def extract_features(scan: HealthyScan, models: Networks, config: Config) -> Sca
 
 
 def decode_view(view: ViewFeatures, mask: BoolArray, models: Networks, timesteps: tuple[int, ...]) -> FloatArray:
-    """Return the decoded counterpart of one view, (K, H, W); D(z0) for a slice with an empty mask."""
+    """Return the decoded counterpart of one view, (K, H, W). A slice with an empty mask has D(z0)."""
     masked = np.flatnonzero(mask.any(axis=(1, 2)))
     counterpart = view.reconstruction.copy()
     if masked.size:

@@ -1,7 +1,7 @@
-"""Write a copy of a bundle for GPUs whose denoiser computes in float16.
+"""Conversion of a bundle for GPUs: its denoiser computes in float16.
 
-Inputs and outputs stay in float32. So do encoder and decoder: they take a hundredth of the time, and in float16 one
-latent in ten would be assigned to another code. The thresholds are those of the bundle. A denoiser in int8 is removed.
+Inputs and outputs stay in float32. The encoder and the decoder also stay in float32, because rounding in float16 would
+assign some latents to another code. The thresholds are those of the bundle. A denoiser in int8 is removed.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def convert(bundle: Path, out: Path) -> Path:
     written = Manifest.model_validate(
         manifest.model_copy(update={"name": name, "files": files, "precision": "float16"}).model_dump()
     )
-    (folder / MANIFEST).write_text(written.model_dump_json(indent=1) + "\n")
+    (folder / MANIFEST).write_text(written.to_json())
     try:
         load_bundle(folder)
     except DamagedBundle:

@@ -1,7 +1,7 @@
 """Archives of 2-D images (MedNIST head CT, TCGA-LGG FLAIR), read as stacks of slices.
 
-The images carry no pixel size. The head box of the preprocessing makes an assumed size harmless within the plane
-(decision 15). Images that are not healthy are listed in a CSV file beside the split.
+The images have no pixel size. The head box of the preprocessing makes an assumed size harmless within the plane
+(decision 15). Images that are not healthy are listed in a CSV file in the folder of the split.
 """
 
 import csv
@@ -71,7 +71,7 @@ class TumourScan:
     truth : (X, Y, Z) ndarray of bool
         Outlined tumour on the grid of the volume.
     healthy : (Z,) ndarray of bool
-        Slices without a tumour in them or beside them.
+        Slices without a tumour in them or in a neighbouring slice.
     """
 
     subject: str
@@ -92,7 +92,7 @@ def archive_path(config: Config) -> Path:
 
 
 def open_archive(config: Config) -> ImageArchive:
-    """Return all images of a configuration's archive; the file is read once."""
+    """Return all images of a configuration's archive. The file is read once."""
     return _read_archive(archive_path(config), archive_settings(config))
 
 
@@ -210,7 +210,7 @@ def tumour_scans(config: Config, subjects: Sequence[str]) -> Iterator[TumourScan
 
 @cache
 def _read_outlines(path: Path) -> dict[str, BoolArray]:
-    """Read the outlines of each patient by slice number, (Z, H, W); the archive stores them as packed bits."""
+    """Read the outlines of each patient by slice number, (Z, H, W). The archive stores them as packed bits."""
     with np.load(path, allow_pickle=False) as data:
         patients, numbers, packed = data["patient"], data["slice_no"], data["masks"]
         height, width = data["images"].shape[1:]

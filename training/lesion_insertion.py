@@ -16,7 +16,7 @@ from training.config import data_root
 # Bounds of the brain in the space of the lesion masks, RAS+ mm: mean of the skull-stripped test patients. The bounds
 # of a scan are mapped to them axis by axis.
 SHAPE_BRAIN_MM = ((-64.0, -97.5, -54.0), (64.5, 57.0, 67.5))
-# MS patients that are test cases of their own; their masks are not used as shapes.
+# MS patients that are separate test cases. Their masks are not used as shapes.
 MS_TEST_PATIENTS = ("patient07", "patient19")
 # Largest random displacement of a shape along each axis.
 JITTER_MM = 4.0

@@ -27,12 +27,12 @@ SMOOTHING = 0.98
 # Steps between two updates of the shown losses: each update waits for the GPU.
 SHOW_EVERY = 20
 
-# Sections of the configuration that determine the weights of a run: a change elsewhere keeps its checkpoint.
+# Sections of the configuration that determine the weights of a run. Other changes keep its checkpoint.
 SLICES = {"seed", "data", "preprocessing", "augmentation"}
 SECTIONS = {
     "vqvae": SLICES | {"vqvae"},
     "denoiser": SLICES | {"vqvae", "coarse_noise", "schedule", "denoiser"},
-    # The baseline of training/experiments that is trained on the codes of the VQ-VAE; all others use slices alone.
+    # The baseline of training/experiments that is trained on the codes of the VQ-VAE. All others use only slices.
     "baseline-transformer": SLICES | {"vqvae"},
 }
 
@@ -284,7 +284,7 @@ def load_start_weights(config: Config, version: str, name: str, module: nn.Modul
     Raises
     ------
     SystemExit
-        There is neither a run nor a bundle of that version.
+        There is no run and no bundle of that version.
     """
     if not version:
         return

@@ -144,7 +144,7 @@ def load_networks(folder: Path, config: Config) -> TorchNetworks:
     vqvae, denoiser = build_vqvae(config), build_denoiser(config)
     encoder, decoder = (_initializers(onnx.load(folder / f"{name}.onnx").graph) for name in ("encoder", "decoder"))
     codebook = {name: w for name, w in vqvae.state_dict().items() if name.startswith("quantizer.")}
-    # The exporter stores the codebook transposed under a generic name; only its shape is unique.
+    # The exporter stores the codebook transposed under a generic name. Only its shape is unique.
     shape = (config.vqvae.embedding_dim, config.vqvae.codes)
     codes = [w for w in decoder.values() if tuple(w.shape) == shape]
     if len(codes) != 1:
@@ -198,7 +198,7 @@ def _initializers(graph: onnx.GraphProto) -> Weights:
 
 
 def _load_strictly(network: nn.Module, weights: Weights, folder: Path) -> None:
-    """Load parameters by name; raise SystemExit if one is missing or has another shape."""
+    """Load parameters by name. Raise SystemExit if one is missing or has another shape."""
     state = network.state_dict()
     wrong = [name for name, w in state.items() if name not in weights or weights[name].shape != w.shape]
     if wrong:
@@ -243,7 +243,7 @@ def _consumers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 
 
 def _next_layer(consumers: dict[str, list[onnx.NodeProto]], start: onnx.NodeProto, parameters: set[str]) -> str:
-    """Return the name of the first layer with a named parameter, at a node or downstream of it; empty if none."""
+    """Return the name of the first layer with a named parameter, at a node or after it, or an empty string."""
     queue = [start]
     for node in queue:
         for name in node.input:

@@ -1,6 +1,7 @@
-"""Quantise the denoiser's convolutions to int8 for CPUs: static, per channel, calibrated on healthy training slices.
+"""Quantisation of the denoiser's convolutions to int8 for CPUs.
 
-Encoder and decoder stay in float32, because rounded latents would be assigned to other codes (decision 17).
+It is static and per channel, and is calibrated on healthy training slices. Encoder and decoder stay in float32, because
+rounded latents would be assigned to other codes (decision 17).
 """
 
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ class Float32Layers:
     last: int
 
 
-# Fewer would be a tenth faster with ten times the error: the layers at both ends process the noise itself.
+# Fewer layers would increase the error, because the layers at both ends process the noise itself (decision 17).
 FLOAT32_LAYERS = Float32Layers(4, 7)
 
 
@@ -118,7 +119,7 @@ def quantise(source: Path, target: Path, feeds: Iterable[Feed], layers: Float32L
 
     with TemporaryDirectory() as scratch:
         shaped = Path(scratch) / "shaped.onnx"
-        # Symbolic shape inference is incomplete for the denoiser; plain shape inference is sufficient.
+        # Symbolic shape inference is incomplete for the denoiser. Plain shape inference is sufficient.
         quant_pre_process(source, shaped, skip_symbolic_shape=True)
         quantization.quantize_static(
             shaped,

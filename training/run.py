@@ -1,6 +1,6 @@
-"""Run all five stages of one bundle; a module of its own because it is a command (`make train`).
+"""Command that runs all stages of the training of a bundle (`make train`). It does not run the evaluation.
 
-Each stage is also a command of its own, e.g. `python -m training.train_vqvae CONFIG`. An interrupted stage resumes from
+Each stage is also a separate command, e.g. `python -m training.train_vqvae CONFIG`. An interrupted stage resumes from
 its checkpoint, and a finished one takes a few seconds.
 """
 

@@ -19,7 +19,7 @@ from training.train_vqvae import load_vqvae
 
 VALIDATION_SLICES = 192
 VALIDATE_EVERY = 500
-# Time steps at which the validation loss is reported: a mean over all levels hides where it improves.
+# Time steps at which the validation loss is reported. A mean over all levels would not show at which level it improves.
 LEVELS = (10, 50, 200, 400, 600, 900)
 # Low noise levels, at which the loss with coarse noise is reported too.
 COARSE_LEVELS = (10, 50)
@@ -63,7 +63,7 @@ def alpha_bars(config: Config) -> torch.Tensor:
 def encode_pair(
     vqvae: VQVAE, latent: dict[str, torch.Tensor], x: torch.Tensor, config: Config, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode healthy slices (B, 1, H, W), and the same slices with coarse noise; both (B, C, h, w)."""
+    """Encode healthy slices (B, 1, H, W), and the same slices with coarse noise, both (B, C, h, w)."""
     both = torch.cat([x, add_coarse_noise(x, config.coarse_noise, rng)]).to(memory_format=torch.channels_last)
     z0: torch.Tensor = (vqvae.encoder(both) - latent["shift"]) / latent["scale"]
     return z0[: len(x)], z0[len(x) :]
@@ -72,7 +72,7 @@ def encode_pair(
 def diffuse_pair(
     clean: torch.Tensor, coarse: torch.Tensor, alpha_bar: torch.Tensor, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Diffuse latents with coarse noise; epsilon is the whole difference from the healthy latents.
+    """Diffuse latents with coarse noise. Epsilon is the whole difference from the healthy latents.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def loss_weight(alpha_bar: torch.Tensor, min_snr_gamma: float) -> torch.Tensor:
 
 
 def capture_cuda_graphs(network: nn.Module, examples: tuple[torch.Tensor, ...]) -> nn.Module:
-    """Make the network run its training steps as CUDA graphs in bfloat16 on a GPU; do nothing on a CPU.
+    """Make the network run its training steps as CUDA graphs in bfloat16 on a GPU. On a CPU, nothing changes.
 
     Without graphs, nine tenths of a step are spent on launching the two thousand kernels of this network.
     """

@@ -14,7 +14,7 @@ from training.networks import build_vqvae
 
 VALIDATION_SLICES = 256
 VALIDATE_EVERY = 250
-# A latent whose cell has a mean intensity above this shows tissue; only these determine the scale of the latents.
+# A latent whose cell has a mean intensity above this shows tissue. Only these determine the scale of the latents.
 TISSUE_LEVEL = 0.1
 STATISTICS_SLICES = 1024
 STATISTICS_BATCH = 64

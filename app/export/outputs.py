@@ -1,7 +1,7 @@
 """Registry of the result files of a scan.
 
-A new result file is one new entry in `OUTPUTS`: the export, the command line, the API, its OpenAPI document and the
-documentation read this registry.
+A new result file is one new entry in `OUTPUTS`. The export, the command line, the API and its OpenAPI document read
+this registry. Also add a row to docs/api.md. A test compares it.
 """
 
 from collections.abc import Callable
@@ -37,23 +37,23 @@ STRUCTURED_REPORT_NAME = "report.dcm"
 
 @dataclass(eq=False)
 class ExportContext:
-    """Everything that the writers of one scan's results share.
+    """Data that the writers of the results of one scan share.
 
     Attributes
     ----------
     scan : Scan
     manifest : Manifest
-        Of the model that analysed the scan.
-    result : Result
+        Manifest of the model that analysed the scan.
+    result : ScanResult
         Findings on the scan's own grid.
     brain : (X, Y, Z) ndarray of bool or NoBrainMask
         Brain mask on the scan's own grid, or the reason why no brain was extracted.
     report : Report
-        Without `absent` and the duration of the export until report.json is written.
+        Report. `absent` and the duration of the export are empty until report.json is written.
     elapsed : callable
         Returns the seconds since the start of the export.
     absent : dict of str to CounterpartError
-        Why outputs do not exist, by name. `write_outputs` fills it.
+        Reason for each output that does not exist, by name. `write_outputs` fills it.
     """
 
     scan: Scan
@@ -186,7 +186,7 @@ OUTPUTS: tuple[Output, ...] = (
         "application/gzip",
         "Generated healthy counterpart on the scan's grid, in the scan's own units.",
         _write_counterpart,
-        # First and alone: the array is as large as the scan and is freed before the next writer starts.
+        # It is written first and not together with other files, because the array is as large as the scan.
         order=0,
         always=True,
     ),
@@ -195,7 +195,7 @@ OUTPUTS: tuple[Output, ...] = (
         "application/json",
         "Findings, scores, model and provenance.",
         _write_report,
-        # Last: the report lists the absent outputs.
+        # The report is the last output, because it lists the absent ones.
         order=6,
         always=True,
     ),
@@ -242,12 +242,12 @@ def media_type(name: str) -> str:
 
 
 def write_outputs(context: ExportContext, folder: Path) -> Report:
-    """Write all outputs of a scan into an existing folder; each file appears complete or not at all.
+    """Write all outputs of a scan into an existing folder. Files are written under a temporary name and renamed.
 
     Returns
     -------
     Report
-        As written: with `absent` and the duration of the export.
+        Report with `absent` and the duration of the export.
     """
 
     def write(output: Output) -> CounterpartError | None:

@@ -1,4 +1,4 @@
-"""Preview picture of the findings, drawn with Pillow.
+"""Preview image of the findings, drawn with Pillow.
 
 It follows the radiological convention, as the letters in each panel show: the patient's right is on the viewer's left,
 anterior is up.
@@ -43,7 +43,7 @@ def write_preview(path: Path, detection: Detection, manifest: Manifest, notice: 
     manifest : Manifest
         Contains the thresholds.
     notice : str
-        Text at the bottom of the picture.
+        Text at the bottom of the image.
     """
     labels, _ = label_findings(detection.anomaly, manifest.residual, manifest.preprocessing.voxel_ml)
     mask = labels > 0

@@ -23,15 +23,15 @@ class ModelSelectionReport(FrozenModel):
     """Reason for the selection of the model (`app.runtime.selection`)."""
 
     by: Literal["caller", "sequence", "modality", "default"] = Field(
-        description="The caller named the model; the scan's sequence matched; its modality matched; "
-        "or no other model is installed."
+        description="The caller named the model (caller), the sequence or the modality of the scan matched, or no "
+        "other model is installed (default)."
     )
     certain: bool = Field(description="False if the model may be unsuitable for this scan.")
-    warning: str | None = Field(description="Why the model may be unsuitable for this scan. Null if `certain`.")
+    warning: str | None = Field(description="Reason why the model may be unsuitable for this scan. Null if `certain`.")
 
 
 class ModelUsed(FrozenModel):
-    """The model of one analysis."""
+    """Model of one analysis."""
 
     id: str
     sha256: str = Field(description="Hash of the bundle's manifest, which contains the hashes of the bundle's files.")
@@ -45,17 +45,19 @@ class ModelUsed(FrozenModel):
 
 
 class Input(FrozenModel):
-    """The scan as it was read."""
+    """Properties of the scan after it was read."""
 
     format: Literal["nifti", "mgh", "dicom"]
     modality: str | None
     shape: tuple[int, int, int]
     spacing_mm: Point
-    notes: tuple[str, ...] = Field(description="What was left out, resampled or assumed when the scan was read.")
+    notes: tuple[str, ...] = Field(
+        description="Sentences about parts of the upload that were left out, resampled or assumed."
+    )
 
 
 class Extent(FrozenModel):
-    """The analysed part of the scan. The results are only valid there."""
+    """Analysed part of the scan. The results are only valid there."""
 
     volume_ml: float = Field(description="Volume in which the anomaly map has a value.")
     slices: int = Field(description="Number of slices on the model's grid.")
@@ -80,14 +82,16 @@ class ScoreReport(FrozenModel):
 
     scan: float = Field(description="Mean KL over the foreground latents, in nats.")
     healthy_scan: Range = Field(description="Range of this score in healthy validation scans.")
-    slices: tuple[float | None, ...] = Field(description="The same score for each slice; null if not analysed.")
+    slices: tuple[float | None, ...] = Field(
+        description="The same score for each slice. Null if the slice was not analysed."
+    )
     healthy_slice: Range = Field(description="Range of the slice score in healthy validation scans.")
     reconstruction: float = Field(description="Mean |x - D(z0)| as a fraction of the intensity range.")
     outlier_fraction: float = Field(description="Fraction of foreground latents outside the healthy range of a latent.")
 
 
 class Finding(FrozenModel):
-    """One connected lesion. Positions are RAS+ millimetres; scores are values of the anomaly map."""
+    """One connected lesion. Positions are RAS+ millimetres. Scores are values of the anomaly map."""
 
     label: int
     volume_ml: float
@@ -98,7 +102,7 @@ class Finding(FrozenModel):
     key_slice: int = Field(description="Index along the scan's last axis of the slice with the largest area.")
 
 
-class Work(FrozenModel):
+class Cost(FrozenModel):
     """Cost of the analysis."""
 
     seconds: dict[str, float] = Field(description="Wall-clock seconds of each stage.")
@@ -107,7 +111,7 @@ class Work(FrozenModel):
 
 
 class Report(FrozenModel):
-    """Everything that is reported about one analysis."""
+    """Report of one analysis."""
 
     format_version: Literal[1] = 1
     notice: str = RESEARCH_USE_ONLY
@@ -117,7 +121,7 @@ class Report(FrozenModel):
     model: ModelUsed
     input: Input
     brain: BrainReport | None = Field(
-        default=None, description="Null if no brain was extracted; `absent` contains the reason."
+        default=None, description="Null if no brain was extracted. `absent` contains the reason."
     )
     analysed: Extent
     scores: ScoreReport
@@ -128,11 +132,11 @@ class Report(FrozenModel):
     absent: dict[str, dict[str, str]] = Field(
         default={}, description="Result files that this scan does not have, by name, with the reason as a problem."
     )
-    work: Work
+    work: Cost
 
 
 class ReportSummary(BaseModel):
-    """The part of a report that all versions since 0.1.0 can provide."""
+    """Part of a report that all versions since 0.1.0 can provide."""
 
     findings: tuple[Finding, ...]
     lesion_volume_ml: float
@@ -170,11 +174,11 @@ def build_report(
     Parameters
     ----------
     scan : Scan
-    result : Result
+    result : ScanResult
         Findings on the scan's own grid.
     model : ModelUsed
     manifest : Manifest
-        Of the same model.
+        Manifest of the model.
     brain : BrainReport or None
         None if no brain was extracted.
     seconds : mapping of str to float
@@ -183,7 +187,7 @@ def build_report(
     Returns
     -------
     Report
-        Without `absent`.
+        Report without the field `absent`.
     """
     detection = result.detection
     analysed = np.flatnonzero(detection.analysed)
@@ -195,7 +199,7 @@ def build_report(
             format=scan.source.format,
             modality=scan.source.modality,
             shape=scan.volume.shape,
-            spacing_mm=_rounded(scan.volume.spacing),
+            spacing_mm=_round_point(scan.volume.spacing),
             notes=scan.source.notes,
         ),
         brain=brain,
@@ -210,7 +214,7 @@ def build_report(
         extent_threshold=manifest.residual.extent_threshold,
         lesion_volume_ml=round(float(result.mask.sum()) * scan.volume.voxel_ml, 3),
         findings=build_findings(result),
-        work=Work(
+        work=Cost(
             seconds={stage: round(value, 3) for stage, value in seconds.items()},
             slices_reversed=detection.reversed[0],
             network_evaluations=network_evaluations(manifest, len(analysed), detection.reversed),
@@ -248,6 +252,6 @@ def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:
     )
 
 
-def _rounded(values: npt.NDArray[np.float64]) -> Point:
+def _round_point(values: npt.NDArray[np.float64]) -> Point:
     x, y, z = (round(float(v), 4) for v in values)
     return x, y, z

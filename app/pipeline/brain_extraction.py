@@ -3,7 +3,8 @@
 The method and its networks are those of deepbet: L. Fisch et al., deepbet: Fast brain extraction of T1-weighted MRI
 using Convolutional Neural Networks, Computers in Biology and Medicine 179 (2024) 108845. The scan is reoriented to RAS+
 and resampled to a cube, in which a first network locates the brain. The box around it is resampled to a finer cube, in
-which a second network outlines the brain. The checks before and after the extraction are ours (decision 11).
+which a second network outlines the brain. The checks before and after the extraction are not part of
+deepbet (decision 11).
 """
 
 from collections.abc import Callable
@@ -39,19 +40,19 @@ MIN_FIELD_MM = 100.0
 MIN_VOXELS = 16
 # Fraction of the bright voxels outside the brain. Skull, scalp and face make up 0.57 to 0.73 of a head. In a
 # skull-stripped scan only a rim of 0.09 to 0.22 is left.
-MAX_OUTSIDE_IF_STRIPPED = 0.3
+MAX_BRIGHT_FRACTION_OUTSIDE = 0.3
 # A voxel is bright above this fraction of the intensity range, which is below fluid on T1.
 BRIGHT_LEVEL = 0.1
 
 # ---- extraction has failed ---------------------------------------------------------------------
-# Brains of adults with their fluid measure 1,000 to 2,000 ml. Half of a brain is still worth analysing.
+# Brains of adults with their fluid measure 1,000 to 2,000 ml. Half of a brain is still accepted.
 VOLUME_ML = (500.0, 2300.0)
-# Dice of the two networks, which take the head at different sizes. It is 0.98 on T1 of adults, and mostly less than
-# 0.92 on other images (decision 11).
+# Dice of the two networks, which take the head at different sizes. Decision 11 lists it for T1 and for other images. A
+# FLAIR template also exceeds this limit.
 MIN_AGREEMENT = 0.95
 # Fraction of the outlined voxels in the largest connected component.
 MIN_CONNECTED = 0.95
-# Cross-section of the brain at the border of the field of view. A complete cut through a brain measures up to 200 cm2.
+# Cross-section of the brain at the border of the field of view. If it is larger, a large part of the brain is missing.
 MAX_CUT_CM2 = 100.0
 MIN_WARNED_CUT_CM2 = 1.0
 
@@ -89,7 +90,7 @@ class BrainExtraction:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Sentences that a reader of the results must know."""
+        """Sentences that the report and the terminal show with the results."""
         if self.cut_cm2 < MIN_WARNED_CUT_CM2:
             return ()
         return (
@@ -121,11 +122,11 @@ def extract_brain(volume: Volume, networks: ExtractionNetworks) -> BrainExtracti
         return _too_small(volume, field)
     orientation = nib.orientations.io_orientation(volume.affine)
     head, cube, located, low, high = locate_brain(volume, networks)
-    if outside_fraction(cube, located, low, high) <= MAX_OUTSIDE_IF_STRIPPED:
+    if compute_outside_fraction(cube, located, low, high) <= MAX_BRIGHT_FRACTION_OUTSIDE:
         return _skull_stripped()
 
     box = _box_around(located, head.shape)
-    fine = _run(networks.fine, _resample(head[box], (FINE_SIDE,) * 3), low, high) > 0
+    fine = _run_network(networks.fine, _resample(head[box], (FINE_SIDE,) * 3), low, high) > 0
     outlined, connected = _largest_component(_resample(fine, head[box].shape))
     found = np.zeros(head.shape, dtype=bool)
     found[box] = ndimage.binary_fill_holes(outlined)
@@ -158,17 +159,17 @@ def locate_brain(
     low, high = (float(np.quantile(cube, q)) for q in QUANTILES)
     if high <= low:
         raise _not_extracted("nothing is brighter than the background")
-    located, _ = _largest_component(_run(networks.coarse, cube, low, high) > 0)
+    located, _ = _largest_component(_run_network(networks.coarse, cube, low, high) > 0)
     return head, cube, located, low, high
 
 
-def outside_fraction(cube: FloatArray, located: BoolArray, low: float, high: float) -> float:
+def compute_outside_fraction(cube: FloatArray, located: BoolArray, low: float, high: float) -> float:
     """Return the fraction of the bright voxels that lies outside the brain. It is 1 if there is no brain."""
     bright = cube > low + BRIGHT_LEVEL * (high - low)
     return float((bright & ~located).sum() / bright.sum()) if located.any() else 1.0
 
 
-def _run(network: ExtractionNetwork, cube: FloatArray, low: float, high: float) -> FloatArray:
+def _run_network(network: ExtractionNetwork, cube: FloatArray, low: float, high: float) -> FloatArray:
     """Normalise intensities as in the training of deepbet and run one network, (I, J, K) -> (I, J, K)."""
     x = np.clip((cube - low) / (high - low), 0, 1)
     x = DEVIATION * (x - x.mean()) / x.std() + MEAN
@@ -241,7 +242,7 @@ def _check_plausible(brain: BrainExtraction, connected: float) -> None:
         reasons.append(f"only {connected:.0%} of the outlined region is connected")
     if brain.cut_cm2 > MAX_CUT_CM2:
         reasons.append(
-            f"the border of the field of view cuts it off over {brain.cut_cm2:.0f} cm2, "
+            f"the border of the field of view cuts the brain: {brain.cut_cm2:.0f} cm2 of its cross-section, "
             f"at most {MAX_CUT_CM2:.0f} are accepted"
         )
     if reasons:
@@ -258,9 +259,9 @@ def _not_extracted(why: str) -> BrainNotExtracted:
 
 def _skull_stripped() -> NoBrainMask:
     return NoBrainMask(
-        "The scan is already skull-stripped; brain extraction was skipped.",
+        "The scan is already skull-stripped. Brain extraction was skipped.",
         expected="a scan of a head.",
-        advice="In anomaly.nii.gz, every analysed voxel has a value.",
+        advice="Use the mask of the software that stripped the skull.",
     )
 
 
@@ -268,7 +269,7 @@ def _too_small(volume: Volume, field: npt.NDArray[np.float64]) -> NoBrainMask:
     shape = " x ".join(str(n) for n in volume.shape)
     return NoBrainMask(
         f"The scan has {shape} voxels over {field[0]:.0f} x {field[1]:.0f} x {field[2]:.0f} mm. This is too small for "
-        "brain extraction, so the scan was analysed as it is.",
+        "brain extraction, so the scan was analysed without it.",
         expected=f"at least {MIN_VOXELS} voxels and {MIN_FIELD_MM:.0f} mm along each axis.",
         advice="Send the whole volume.",
     )

@@ -62,18 +62,19 @@ class Detection:
     analysed : (N,) ndarray of bool
         Slices with enough foreground to be analysed.
     kl : (N, h, w) ndarray
-        KL map of the plain view in nats. NaN outside the analysed foreground.
+        KL map of the unchanged view in nats. NaN outside the analysed foreground.
     latent_mask : (N, h, w) ndarray of bool
-        Latents that the reverse process was free to change in the plain view.
+        Latents that the reverse process was free to change in the unchanged view.
     counterpart : (N, H, W) ndarray
-        Healthy counterpart in [0, 1], mean over views. It equals x where nothing was changed, and is NaN in slices that
-        were not analysed.
+        Healthy counterpart in [0, 1], mean over views. It equals x in pixels that were not changed, and is NaN in
+        slices that were not analysed.
     anomaly : (N, H, W) ndarray
-        Post-processed residual, mean over views. NaN where nothing was analysed, because 0 would read as healthy.
+        Post-processed residual, mean over views. NaN in pixels that were not analysed, because 0 would mean
+        healthy tissue.
     scores : ScanScores
         Scores of the whole scan.
     reversed : tuple of int
-        Number of slices that went through the reverse process, one a view.
+        Number of slices that went through the reverse process, one number per view.
     """
 
     slices: Slices
@@ -161,7 +162,7 @@ def compare_view(view: EncodedView, kl: FloatArray, networks: Networks, manifest
     """Compare the slices of one view with their healthy counterpart.
 
     docs/method.md, "Latent mask", "Partial reverse process" and "Residual". A slice with an empty mask has a residual
-    of 0, so it is neither reversed nor decoded.
+    of 0, so it is not reversed and not decoded.
 
     Parameters
     ----------
@@ -180,14 +181,14 @@ def compare_view(view: EncodedView, kl: FloatArray, networks: Networks, manifest
         decoded = decode_counterpart(view, mask, chosen, networks, manifest.reverse.timesteps)
         difference = masked_residual(x, decoded, mask[chosen])
         residual[chosen] = weight_residual(difference, decoded, manifest.residual.contrast_floor)
-        # The up-sampled mask reaches beyond the foreground, where nothing may change.
+        # The up-sampled mask reaches beyond the foreground, which must not change.
         share = upsample(mask[chosen], view.x.shape[2:]) * view.foreground[chosen]
         counterpart[chosen] += share * (decoded - x)
     return ViewResult(mask, counterpart, residual)
 
 
 def network_evaluations(manifest: Manifest, analysed: int, reversed_slices: Sequence[int]) -> int:
-    """Count the evaluations of the denoiser on a slice, over a whole scan.
+    """Count the evaluations of the denoiser, summed over the slices of a scan.
 
     Parameters
     ----------
@@ -195,7 +196,7 @@ def network_evaluations(manifest: Manifest, analysed: int, reversed_slices: Sequ
     analysed : int
         Number of analysed slices.
     reversed_slices : sequence of int
-        Number of slices with a latent mask that is not empty, one a view.
+        Number of slices with a latent mask that is not empty, one number per view.
     """
     ood = len(sample_slices(analysed)) * len(manifest.ood.timesteps)
     kl = len(manifest.views) * analysed * len(manifest.kl.timesteps)

@@ -1,8 +1,8 @@
 """Diffusion model on latents: noise schedule, keyed noise, KL map, latent mask and inpainting.
 
-The method is that of Pinaya et al. 2022 (arXiv 2206.03461); docs/method.md describes it with its differences. DDPM is
+The method is that of Pinaya et al. 2022 (arXiv 2206.03461). docs/method.md describes it with its differences. DDPM is
 Ho et al. 2020 (arXiv 2006.11239), DDIM is Song et al. 2021 (arXiv 2010.02502). Symbols are those of the papers. Time
-steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z0 itself, where alpha_bar is 1.
+steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z0 itself, for which alpha_bar is 1.
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ PURPOSES = len(Purpose) + 1
 class KeyedNoise:
     """Standard normal noise for latents (docs/method.md, "Reproducible noise").
 
-    Each slice has a generator of its own, keyed by (seed, purpose and view, t, slice). Results therefore do not depend
+    Each slice has a separate generator, keyed by (seed, purpose and view, t, slice). Results therefore do not depend
     on which slices are skipped, on the batch size or on its halving.
 
     Attributes
@@ -124,7 +124,7 @@ class KeyedNoise:
     shape : tuple of int
         (C, h, w) of the latent of one slice.
     view : int
-        Index of the view in the manifest. View 0 is the plain one.
+        Index of the view in the manifest. View 0 is the identity.
     """
 
     seed: int
@@ -239,7 +239,8 @@ def kl_map(
 ) -> FloatArray:
     """Compute the KL divergence of the true reverse step from the predicted one (docs/method.md, "KL map").
 
-    Pinaya et al. 2022, section 2. The divergence is L_{t-1} = KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)).
+    Pinaya et al. 2022, section 2. The divergence is L_{t-1} = KL(q(z_{t-1} | z_t, z0) || p(z_{t-1} | z_t)),
+    DDPM eq. 5. `Schedule.kl_weight` is its factor in closed form, DDPM eq. 12.
 
     Parameters
     ----------
@@ -260,19 +261,19 @@ def kl_map(
         Divergence in nats, mean over channels and over S.
     """
     total = np.zeros((len(z0), *z0.shape[2:]), dtype=np.float32)
-    forward, back = (_safe_log, np.exp) if mean == "geometric" else (np.asarray, np.asarray)
+    transform, inverse = (_safe_log, np.exp) if mean == "geometric" else (np.asarray, np.asarray)
     for t in timesteps:
         epsilon = diffusion.noise(Purpose.KL, slices, t)
         z_t = diffusion.schedule.diffuse(z0, epsilon, t)
         predicted = diffusion.denoise(z_t, np.full(len(z0), t, dtype=np.int64))
-        level = diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
-        total += forward(level)
-    return np.asarray(back(total / len(timesteps)), dtype=np.float32)
+        divergence = diffusion.schedule.kl_weight(t) * ((epsilon - predicted) ** 2).mean(axis=1)  # (N, h, w)
+        total += transform(divergence)
+    return np.asarray(inverse(total / len(timesteps)), dtype=np.float32)
 
 
-def _safe_log(level: FloatArray) -> FloatArray:
-    """Return the logarithm. An exact prediction has a level of 0, which is raised to the smallest float32."""
-    return np.asarray(np.log(np.maximum(level, np.finfo(np.float32).tiny)), dtype=np.float32)
+def _safe_log(divergence: FloatArray) -> FloatArray:
+    """Return the logarithm. An exact prediction has the divergence 0, which is raised to the smallest float32."""
+    return np.asarray(np.log(np.maximum(divergence, np.finfo(np.float32).tiny)), dtype=np.float32)
 
 
 def smooth_kl(kl: FloatArray, foreground: BoolArray, sigma: tuple[float, float, float]) -> FloatArray:
@@ -308,8 +309,8 @@ def smoothed_kl_map(view: EncodedView, manifest: Manifest) -> FloatArray:
 def latent_mask(kl: FloatArray, foreground: BoolArray, threshold: float, min_component: int, grow: int) -> BoolArray:
     """Mark the latents that the reverse process may change (docs/method.md, "Latent mask").
 
-    Pinaya et al. 2022, section 2. The mask holds the foreground latents above the threshold. Small connected components
-    are removed, then the rest is dilated inside the foreground.
+    Pinaya et al. 2022, section 2. The mask contains the foreground latents above the threshold. Small connected
+    components are removed, then the rest is dilated inside the foreground.
 
     Parameters
     ----------
@@ -350,7 +351,7 @@ def inpaint(
     ----------
     z0 : (N, C, h, w) ndarray
     mask : (N, h, w) ndarray of bool
-        True where the counterpart may differ.
+        True for latents that may change.
     slices : (N,) ndarray of int
         Indices of the slices in the stack: keys of the noise.
     diffusion : Diffusion

@@ -27,7 +27,7 @@ class Lesion:
         Value in the label map, 1 for the largest lesion.
     volume_ml : float
     peak, mean : float
-        Of the anomaly map inside the lesion.
+        Highest and mean value of the anomaly map in the lesion.
     centroid_mm : tuple of float
         RAS+ mm.
     box_mm : tuple of tuple of float
@@ -54,7 +54,7 @@ class ScanResult:
     labels : (X, Y, Z) ndarray of uint16
         Label of the lesion, 0 elsewhere. The type is int32 if there are more lesions than uint16 can count.
     anomaly : (X, Y, Z) ndarray of float32
-        Anomaly map. The thresholds of the manifest give its scale. NaN where nothing was analysed.
+        Anomaly map. The thresholds of the manifest give its scale. NaN in voxels that were not analysed.
     affine : (4, 4) ndarray
         Voxel indices of the scan to RAS+ mm.
     lesions : tuple of Lesion
@@ -81,7 +81,7 @@ class ScanResult:
     def counterpart(self) -> FloatArray:
         """Healthy counterpart of the scan, in its units, (X, Y, Z).
 
-        It is computed at each access and not kept, because it is as large as the scan.
+        It is computed at each access and not stored, because it is as large as the scan.
         """
         return _counterpart(self.volume, self.anomaly, self.detection)
 
@@ -120,9 +120,9 @@ def dice(found: BoolArray, truth: BoolArray) -> float:
 def label_findings(anomaly: FloatArray, settings: Residual, voxel_ml: float) -> tuple[LabelArray, int]:
     """Label the connected findings in an anomaly map by size (docs/method.md, "Residual").
 
-    Two thresholds are used (hysteresis, Canny 1986). A finding exceeds the higher one somewhere, and extends as far as
-    the lower one is exceeded. With the higher threshold alone, only the peak of a lesion would be marked. Voxels are
-    26-connected.
+    Two thresholds are used (hysteresis, Canny 1986). A finding contains a voxel above the higher threshold, and
+    extends to all connected voxels above the lower one. The higher threshold by itself would mark only the peak of a
+    lesion. Voxels are 26-connected.
 
     Parameters
     ----------

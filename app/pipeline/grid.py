@@ -16,7 +16,7 @@ from app.volume import Affine, FloatArray
 MIN_KNOWN_WEIGHT = 0.5
 # Largest tilt between two parallel axes. With this tilt no pixel moves by a hundredth over the longest scan.
 MAX_AXIS_TILT = 1e-5
-# Number of voxels that are resampled at once.
+# Number of voxels that are resampled together.
 SLAB_VOXELS = 1_000_000
 # A slab takes about a dozen megabytes. More threads would save a tenth of a second on a large machine.
 MAX_THREADS = 4
@@ -56,7 +56,7 @@ class SliceGrid:
         Parameters
         ----------
         stack : (N, H, W) ndarray
-            One value a pixel. NaN means unknown.
+            One value per pixel. NaN means unknown.
         threads : int
             Number of threads for a scan that is oblique to the slices. 0 takes the available cores, at most
             `MAX_THREADS`. The values do not depend on it.
@@ -64,7 +64,7 @@ class SliceGrid:
         Returns
         -------
         (X, Y, Z) ndarray of float32
-            NaN outside the slices, and where less than half of the weight is known.
+            NaN outside the slices, and in voxels with less than half of their weight on valid pixels.
         """
         out = np.full(self.source_shape, np.nan, dtype=np.float32)
         box = self._source_box()

@@ -1,8 +1,12 @@
-"""Registry of detection methods. It is the one place where a new method is registered, hence a module of its own."""
+"""Registry of detection methods.
+
+It is a separate module, because it is the only place in which a method is registered. The service, training and the
+benchmarks call `run_method`, so that a bundle is evaluated with the method that its manifest names.
+"""
 
 from typing import Protocol
 
-from app.manifest import Manifest
+from app.manifest import DEFAULT_METHOD, Manifest
 from app.pipeline.detect import Detection, detect
 from app.pipeline.networks import Networks
 from app.volume import Volume
@@ -15,8 +19,8 @@ class Method(Protocol):
         """Analyse a volume with the networks and settings of a bundle. `seed` replaces that of the manifest."""
 
 
-# By the name that a manifest gives in `method`.
-METHODS: dict[str, Method] = {"coarse-patch-diffusion": detect}
+# The key is the value of `method` in a manifest.
+METHODS: dict[str, Method] = {DEFAULT_METHOD: detect}
 
 
 def run_method(volume: Volume, networks: Networks, manifest: Manifest, seed: int | None = None) -> Detection:

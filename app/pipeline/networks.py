@@ -41,7 +41,7 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class Networks:
-    """The three networks of a bundle."""
+    """Encoder, denoiser and decoder of a bundle."""
 
     encode: Encoder
     denoise: Denoiser

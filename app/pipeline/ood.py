@@ -45,9 +45,9 @@ def compute_scan_scores(kl: FloatArray, view: EncodedView, networks: Networks, s
     Parameters
     ----------
     kl : (K, h, w) ndarray
-        Smoothed KL map of the plain view, in nats.
+        Smoothed KL map of the unchanged view, in nats.
     view : EncodedView
-        Plain view.
+        Unchanged view.
     networks : Networks
     settings : OodCheck
     """
@@ -70,9 +70,9 @@ def sample_slices(count: int) -> IntArray:
 def median_kl_ranges(view: EncodedView, timesteps: tuple[int, ...]) -> tuple[tuple[float, float], ...]:
     """Return the smallest and largest median KL of the sampled slices at each noise level, in nats.
 
-    Low noise levels respond to texture, high ones to anatomy and contrast. A foreign sequence differs in one or the
-    other. A lesion raises the median of its own slices, because the denoiser takes in a whole slice. The smallest
-    median is then that of a slice without a lesion.
+    Low noise levels respond to texture, high ones to anatomy and contrast. Another sequence differs at one or the
+    other. A lesion raises the median of the slices that contain it, because the denoiser processes a whole slice. The
+    smallest median is then that of a slice without a lesion.
     """
     sampled = sample_slices(len(view.x))
     sampled = sampled[view.foreground_latents[sampled].any(axis=(1, 2))]
@@ -141,7 +141,7 @@ def check_in_distribution(scores: ScanScores, manifest: Manifest) -> None:
             "The scan as a whole differs from the scans that the model was calibrated on: " + "; ".join(reasons) + ".",
             expected="the sequence, body part and preparation that the model card names.",
             advice=("Send the whole series: a few slices are not enough for this check. " if few else "")
-            + "Check that the right series was sent and prepared as the model card says, or choose another model.",
+            + "Check that the right series was sent and prepared as the model card describes, or choose another model.",
         )
 
 

@@ -101,7 +101,7 @@ def _to_slices_of_one_size(volume: Volume, settings: Preprocessing, box: HeadBox
         signal = volume.array - np.float32(background)
     else:
         background, scale, signal = _apply_window(volume.array, settings.window)
-    # The foreground is found at the resolution of the training pictures, which do not resolve the skin.
+    # The foreground is found at the resolution of the training images, which do not resolve the skin.
     smooth = _anti_alias(signal, volume.spacing, settings)
     del signal  # 210 MB for a series of 200 slices
     foreground = foreground_mask(smooth, box.foreground_level)
@@ -158,7 +158,7 @@ def analysed_slices(slices: Slices, settings: Preprocessing) -> IntArray:
 
 
 def _first_slice(count: int, settings: Preprocessing) -> int:
-    """Return the lowest of `count` slices that is within the reach of the training pictures."""
+    """Return the lowest of `count` slices that is within the height of the training images."""
     if settings.head_box is None or settings.head_box.reach_mm is None:
         return 0
     return max(0, count - 1 - int(settings.head_box.reach_mm / settings.spacing_mm[0] + TIE))
@@ -194,7 +194,7 @@ def _percentile_scale(foreground: FloatArray, settings: Preprocessing) -> float:
 def _apply_window(array: FloatArray, window: tuple[float, float]) -> tuple[float, float, FloatArray]:
     """Clip Hounsfield units to a window.
 
-    The scan is clipped before it is smoothed. Otherwise bone would raise the values of the brain beside it.
+    The scan is clipped before it is smoothed. Otherwise bone would raise the values of the adjacent brain.
 
     Returns
     -------
@@ -257,7 +257,7 @@ def foreground_mask(signal: FloatArray, level: float = FOREGROUND_LEVEL) -> Bool
     above = np.greater(signal, level * bright, order="C")
     labels, count = ndimage.label(above)
     if count > 1:
-        # Plane by plane, because numpy counts in a copy of eight bytes a voxel.
+        # Plane by plane, because numpy counts in a copy of eight bytes per voxel.
         sizes = np.sum([np.bincount(plane.ravel(), minlength=count + 1) for plane in labels], axis=0)
         sizes[0] = 0
         above = labels == sizes.argmax()

@@ -50,7 +50,7 @@ def weight_residual(residual: FloatArray, counterpart: FloatArray, contrast_floo
     counterpart : (N, H, W) ndarray
         Decoded counterpart.
     contrast_floor : float
-        Added to the local contrast. If it is 0, the residual is returned as it is.
+        Value that is added to the local contrast. If it is 0, the residual is not changed.
     """
     if not contrast_floor:
         return residual
@@ -148,7 +148,7 @@ def smooth_residual(
     residual : (N, H, W) ndarray
     valid_mask : (N, H, W) ndarray of bool
     smoothing_mm : float
-        Standard deviation. If it is 0, the residual is returned as it is.
+        Standard deviation. If it is 0, the residual is not changed.
     spacing_mm : tuple of float
         Slice, row and column spacing.
     """
@@ -191,6 +191,6 @@ def invert_augmentation(stack: npt.NDArray[T], view: View) -> npt.NDArray[T]:
 
 
 def average_views(stacks: Sequence[FloatArray], views: Sequence[View]) -> FloatArray:
-    """Return the mean of one stack of each view, brought back to the plain view, (K, H, W)."""
+    """Return the mean of one stack of each view, mapped back to the unchanged view, (K, H, W)."""
     restored = [invert_augmentation(stack, view) for stack, view in zip(stacks, views, strict=True)]
     return np.asarray(np.mean(restored, axis=0), dtype=np.float32)

@@ -15,7 +15,9 @@ ROBUST_PERCENTILES = (2, 98)
 def insert_lesion(
     array: FloatArray, brain: BoolArray, shape: FloatArray, spacing_mm: npt.NDArray[np.float64], contrast: float
 ) -> tuple[FloatArray, BoolArray]:
-    """Change the intensity of a healthy scan under a shape, inside the brain only (docs/method.md, "Evaluation").
+    """Change the intensity of a healthy scan under a shape (docs/method.md, "Synthetic lesions").
+
+    Only the brain is changed.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ def insert_lesion(
     truth : (X, Y, Z) ndarray of bool
         Voxels whose change exceeds half of the full change.
     """
-    soft = ndimage.gaussian_filter(shape, EDGE_MM / 2 / spacing_mm) * brain
+    smoothed_shape = ndimage.gaussian_filter(shape, EDGE_MM / 2 / spacing_mm) * brain
     low, high = np.percentile(array[brain], ROBUST_PERCENTILES)
-    changed = np.where(brain, np.maximum(array + contrast * (high - low) * soft, 0), array).astype(np.float32)
-    return changed, soft > 0.5
+    changed = np.where(brain, np.maximum(array + contrast * (high - low) * smoothed_shape, 0), array).astype(np.float32)
+    return changed, smoothed_shape > 0.5

@@ -14,7 +14,7 @@ from app.pipeline.brain_extraction import ExtractionNetwork, ExtractionNetworks
 from app.runtime.session import Provider, as_callable, check_sha256, open_session, run_concurrently
 
 EXTRACTOR = "deepbet-1.0.2"
-# The name differs from that of a bundle, because no scan can be analysed with the extractor alone.
+# The name differs from that of a bundle, because no scan can be analysed with only the extractor.
 MANIFEST = "extractor.json"
 CARD = "MODEL_CARD.md"
 ADVICE = "Install counterpart again. If the error remains, report it with the output of `counterpart doctor`."

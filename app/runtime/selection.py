@@ -62,7 +62,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     if installed and not fitting:
         raise WrongModality(
             f"{_describe_modality(source)}, and no model was trained on it.",
-            expected=f"a scan for one of {_list_models(installed)}.",
+            expected=f"a scan that one of these models accepts: {_list_models(installed)}.",
             advice="Send another series, or install a model for this modality.",
         )
     fitting = [m for m in fitting if not m.licence.non_commercial]
@@ -71,7 +71,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     names = {m.name for m in fitting}
     if len(names) != 1:
         raise UnknownModel(
-            f"{len(names)} models fit the scan.",
+            "Several models are suitable for the scan." if names else "No model is suitable for the scan.",
             expected=f"one of {_list_models(installed)}.",
             advice="Name one with ?model= (or --model).",
         )
@@ -111,7 +111,7 @@ def _select_by_name(installed: Sequence[Manifest], source: Source, model: str) -
             expected=f"{selected.modality}, which {selected.id} was trained on.",
             advice="Send another series, or choose another model.",
         )
-    # If the scan does not state its sequence, the caller is trusted. If it states another one, there is a warning.
+    # If the scan does not state its sequence, the caller's choice is accepted without a warning.
     unstated = source.modality is None or not source.sequences
     return ModelSelection(selected, "caller", "" if unstated else _warning(selected, source))
 
@@ -129,7 +129,7 @@ def _with_modality(installed: Sequence[Manifest], source: Source) -> list[Manife
 
 
 def _with_sequence(fitting: Sequence[Manifest], source: Source) -> list[Manifest]:
-    """Return the models for the most trusted sequence that any model has, with the same contrast agent if possible."""
+    """Return the models for the first stated sequence that any model has, if possible with the same contrast agent."""
     for name in source.sequences:
         known = [m for m in fitting if m.sequence in (name, name + WITH_AGENT)]
         same_agent = [m for m in known if _has_agent(m) == source.contrast_agent]
@@ -137,7 +137,7 @@ def _with_sequence(fitting: Sequence[Manifest], source: Source) -> list[Manifest
             return same_agent or known
     raise WrongSequence(
         f"The sequence of the scan is {' or '.join(source.sequences)}, and no model was trained on it.",
-        expected=f"a scan for one of {_list_models(fitting)}.",
+        expected=f"a scan that one of these models accepts: {_list_models(fitting)}.",
         advice="Send that series of the examination. If the header is wrong, name the model (?model=, --model).",
     )
 
@@ -178,7 +178,7 @@ def _list_models(manifests: Sequence[Manifest]) -> str:
         return "no model: none is installed"
 
     def describe(manifest: Manifest) -> str:
-        restriction = "; only when asked for by name" if manifest.licence.non_commercial else ""
+        restriction = "; only if named" if manifest.licence.non_commercial else ""
         return f"{manifest.id} ({manifest.modality}, {manifest.sequence}{restriction})"
 
     return ", ".join(map(describe, manifests))

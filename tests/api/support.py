@@ -17,7 +17,7 @@ import numpy as np
 from app import errors
 from app.analysis import AnalysisRequest, Progress
 from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
-from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoreReport, Work
+from app.export.report import Cost, Extent, Finding, Input, ModelUsed, Report, ScoreReport
 from app.jobs.engine import INFERENCE_FILE
 from app.manifest import Manifest, Range
 from tests.support.bundle import tiny_manifest
@@ -209,5 +209,5 @@ def _create_report(request: AnalysisRequest) -> Report:
         lesion_volume_ml=2.5,
         findings=(finding,),
         absent={BRAIN_NAME: NO_BRAIN_MASK.problem} | dict.fromkeys(DICOM_NAMES, NOT_FROM_DICOM.problem),
-        work=Work(seconds={"read": 0.1, "infer": 2.0}, slices_reversed=1, network_evaluations=10),
+        work=Cost(seconds={"read": 0.1, "infer": 2.0}, slices_reversed=1, network_evaluations=10),
     )

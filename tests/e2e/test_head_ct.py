@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 COUNTERPART = (sys.executable, "-c", "from app.cli import main; main()")
-# A healthy head has findings of a few millilitres; a broken model would find hundreds.
+# A healthy head has findings of a few millilitres. A broken model would find hundreds.
 MAX_FOUND_ML = 50
 
 

@@ -25,7 +25,7 @@ from tests.support.results import Ball, make_result
 SHAPE = (27, 33, 24)
 SPACING = (5.2, 5.0, 5.6)
 OBLIQUE = (9.0, -14.0, 21.0)  # degrees
-# Of different sizes, so that a mirrored, transposed or swapped lesion is noticed.
+# The balls have different sizes, so that a mirrored, transposed or swapped lesion is noticed.
 BALLS: tuple[Ball, ...] = (((31.0, -14.0, 22.0), 16.0), ((-27.0, 38.0, -11.0), 11.0))
 Change = Callable[[list[FileDataset]], object]
 

@@ -1,4 +1,4 @@
-"""NIfTI files place every voxel where the affine does."""
+"""Every voxel of a NIfTI file has the position that its affine states."""
 
 from pathlib import Path
 from typing import Any

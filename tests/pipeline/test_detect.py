@@ -1,4 +1,4 @@
-"""Default method on a synthetic head, with networks that know its tissue exactly."""
+"""Default method on a synthetic head, with networks that predict its tissue exactly."""
 
 from functools import partial
 from typing import Any

@@ -78,7 +78,7 @@ def test_every_head_is_scaled_to_the_same_size(scale: float) -> None:
 
 
 def test_pixel_size_in_the_header_has_no_influence() -> None:
-    """The pixel size of the training pictures is unknown."""
+    """The pixel size of the training images is unknown."""
     volume = brain((92, 110, 40), grid((92, 110, 40), (2.0, 2.0, 3.0)))
     expected = to_slices(volume, SCALED)
     wrong = volume.affine.copy()

@@ -1,6 +1,9 @@
 """Contract of a detection method. Every entry of the registry must fulfil it."""
 
+import ast
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from app.pipeline.networks import Networks
 from app.volume import Volume
 from tests.support.phantom import LESION_MM
 
+ROOT = Path(__file__).parents[2]
 ARRAYS = ("kl", "latent_mask", "counterpart", "anomaly", "analysed")
 
 
@@ -103,3 +107,38 @@ def test_scan_is_not_changed(sick: Volume, networks: Networks, own: Manifest) ->
     before = sick.array.copy()
     run_method(sick, networks, own)
     np.testing.assert_array_equal(sick.array, before)
+
+
+# ---- use of the registry -----------------------------------------------------------------------
+
+
+def parse_modules(*packages: str) -> Iterator[tuple[str, ast.Module]]:
+    for package in packages:
+        for path in (ROOT / package).rglob("*.py"):
+            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text())
+
+
+def names_defined_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def test_only_the_registry_imports_a_method() -> None:
+    """A module that imports `detect` would evaluate a bundle of another method with the default method."""
+    importers = [
+        name
+        for name, module in parse_modules("app", "training", "benchmarks")
+        for node in ast.walk(module)
+        if isinstance(node, ast.ImportFrom) and node.module == "app.pipeline.detect"
+        if any(alias.name == "detect" for alias in node.names)
+    ]
+    assert importers == ["app/pipeline/methods.py"]
+
+
+@pytest.mark.parametrize("wanted", ["METHODS", "run_method"])
+def test_names_of_the_registry_are_unique(wanted: str) -> None:
+    modules = parse_modules("app", "training", "benchmarks", "tests")
+    found = [name for name, module in modules for node in module.body if wanted in names_defined_by(node)]
+    assert found == ["app/pipeline/methods.py"]

@@ -1,4 +1,4 @@
-"""Out-of-distribution check: a foreign scan is refused, a scan with a lesion is not."""
+"""Out-of-distribution check: another kind of scan is refused, a scan with a lesion is not."""
 
 import numpy as np
 import pytest

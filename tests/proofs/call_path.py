@@ -1,4 +1,4 @@
-"""Count the files and hops that one scan passes on its way through the service.
+"""Count of the files and hops that one scan passes on its way through the service.
 
 Run: ``python -m tests.proofs.call_path SCAN [QUERY]``, for example ``... series.zip geometry=resample``.
 
@@ -56,7 +56,7 @@ threading.Thread(target=dump, daemon=True, name="call-path").start()
 
 
 def record(scan: Path, query: str, root: Path = ROOT) -> list[tuple[float, str, str]]:
-    """Send a scan to a service of its own and return the calls as (time, file, function)."""
+    """Send a scan to a separate service and return the calls as (time, file, function)."""
     with TemporaryDirectory() as scratch, socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

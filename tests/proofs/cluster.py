@@ -3,7 +3,7 @@
     python -m tests.proofs.cluster --scans 200
 
 Two API processes and three workers share PostgreSQL and an S3-compatible server. Every scan of the burst must
-succeed with the results of an undisturbed run. The throughput is printed beside that of one worker.
+succeed with the results of an undisturbed run. The throughput is printed together with that of one worker.
 """
 
 import random

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.proofs.deployment import deploy, run_proof
 
-# The check for negative answers is left out: random bytes can begin as a scan does, and then fail as jobs.
+# The check for negative answers is left out, because random bytes can begin like a scan and then fail as jobs.
 CHECKS = (
     "not_a_server_error",
     "status_code_conformance",

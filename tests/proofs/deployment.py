@@ -147,7 +147,7 @@ def make_scans(folder: Path, count: int) -> list[bytes]:
 
 
 def submit(client: httpx2.Client, scan: bytes, key: str, deadline: float) -> str:
-    """Submit a scan until it is accepted: again after 429, 503 or no answer, as a client should."""
+    """Submit a scan until it is accepted. Repeat after 429, 503 or no answer, as a client should."""
     while time.monotonic() < deadline:
         try:
             answer = client.post(URL, content=scan, headers={"Idempotency-Key": key})
@@ -242,5 +242,5 @@ def run_proof(prove: Callable[..., bool], description: str | None) -> int:
     options = vars(parser.parse_args())
     with tempfile.TemporaryDirectory(prefix="counterpart-proof-") as folder:
         holds = prove(Path(folder), **options)
-    print("PROVED" if holds else "FAILED")
+    print("PASSED" if holds else "FAILED")
     return 0 if holds else 1

@@ -31,9 +31,9 @@ from training.data import unpack_archive
 
 MODULE = "tests.proofs.fuzz_ingest"
 CHECKOUT = Path(__file__).resolve().parents[2]
-# Reading one file takes at most one second; the machine may be busy.
+# Reading one file takes at most one second, but the machine may be busy.
 MAX_SECONDS = 30.0
-# Larger files make the run longer and find no more: faults lie in the header or the codec.
+# Larger files make the run longer and find no more, because faults lie in the header or the codec.
 MAX_SEED_BYTES = 2_000_000
 # A leak of tens of kilobytes with each broken file is to be found. Memory is compared between the first mutants after
 # the warm-up, when every codec has been used, and the last ones. Measuring it takes ten times as long as reading a
@@ -127,7 +127,7 @@ def seeds(data: Path, scratch: Path) -> list[Path]:
 
 
 def mutants(originals: Sequence[Path], count: int, seed: int, folder: Path) -> Iterator[Path]:
-    """Write `count` mutants; each depends only on the seed and its number."""
+    """Write `count` mutants. Each depends only on the seed and its number."""
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         content = bytearray(originals[int(rng.integers(len(originals)))].read_bytes())
@@ -174,7 +174,7 @@ def fuzz(originals: Sequence[Path], count: int, seed: int, keep: Path | None = N
 
 
 class _Child:
-    """Process that reads one path from each line of its input; restarted if it exits."""
+    """Process that reads one path from each line of its input. It is restarted if it exits."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -272,7 +272,7 @@ def main() -> None:
         print(f"{count:6d} {code}")
     seconds = time.perf_counter() - start
     print(
-        f"{options.count} mutants of seed {options.seed} in {seconds:.0f} s; memory grew by {outcome.growth_mb:.0f} MB"
+        f"{options.count} mutants of seed {options.seed} in {seconds:.0f} s, memory grew by {outcome.growth_mb:.0f} MB"
     )
     for finding in outcome.findings:
         print(f"FOUND {finding}")

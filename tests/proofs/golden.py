@@ -1,4 +1,4 @@
-"""Record the results of scans through the command line and over HTTP, and compare them later, byte for byte.
+"""Record of the results of scans, through the command line and over HTTP, to compare them later byte for byte.
 
 Run before a refactoring: ``python -m tests.proofs.golden record FOLDER SCAN[?QUERY]...``,
 for example ``... record /tmp/golden scan.nii.gz 'series.zip?geometry=resample'``.

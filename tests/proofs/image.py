@@ -1,4 +1,4 @@
-"""Build and run the Docker image without Docker: the Dockerfile's own steps in throw-away copies of a root folder.
+"""Build and run of the Docker image without Docker: the Dockerfile's own steps in throw-away copies of a root folder.
 
 Each stage runs in an overlay on a root folder: that of a bare Debian (`--root`, made by debootstrap) or that of this
 machine. Nothing that is written outlives the program. Then the image's command runs as the image's user, in a network
@@ -39,7 +39,7 @@ SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 
 @dataclass
 class Stage:
-    """A stage of the build.
+    """Stage of the build.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ def parse_dockerfile(text: str) -> list[tuple[str, str]]:
 
 
 class Build:
-    """A build in overlays.
+    """Build in overlays.
 
     Parameters
     ----------
@@ -98,7 +98,8 @@ class Build:
         self._lower, self._work = lower, work
         self._arguments = {"PROVIDER": provider}
         self.stages: dict[str, Stage] = {}
-        # The real path: a virtual environment that is made through a link looks for the library beside the link.
+        # The real path, because a virtual environment that is made through a link searches the library in the folder of
+        # the link.
         self._python = Path(sys.executable).resolve() if lower == Path("/") else Path("/usr/bin/python3")
         self._path = f"{self._python.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         self._stage = Stage(lower, self._path)
@@ -223,7 +224,7 @@ def main() -> None:
         run_image(Stage(**{**stage, "root": Path(stage["root"])}), options.scan)
         return
     if os.geteuid() != 0:
-        sys.exit("This program needs root and a mount namespace of its own. See --help.")
+        sys.exit("This program needs root and a separate mount namespace. See --help.")
     with tempfile.TemporaryDirectory(prefix="image-") as work:
         subprocess.run(["mount", "--make-rprivate", "/"], check=True)
         subprocess.run(["mount", "-t", "tmpfs", "tmpfs", work], check=True)

@@ -4,7 +4,7 @@
     python -m tests.proofs.operations --shared
 
 Drain, upgrade from an older version, back up, restore elsewhere, and recover from a killed process: on SQLite and a
-folder, or with --shared on PostgreSQL and a bucket. The commands come from the document, where a line
+folder, or with --shared on PostgreSQL and a bucket. The commands come from the document. A line
 `<!-- tried: name -->` precedes each of them.
 """
 
@@ -141,7 +141,7 @@ def run_steps(folder: Path, live: Environment, fresh: Environment) -> None:
         before += digests_when_succeeded(services[0], third)
         for service in services:
             service.kill()
-        print_row("back up", "while 3 scans waited or ran, with one scan after it; then kill -9")
+        print_row("back up", "while 3 scans waited or ran, then one more scan and kill -9")
 
     if not live.shared:
         shutil.rmtree(live.settings["store"])

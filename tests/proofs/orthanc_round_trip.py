@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Send DICOM files to Orthanc by STOW-RS and by C-STORE, and retrieve them by WADO-RS and by C-GET.
+"""Round trip of DICOM files through Orthanc: by STOW-RS and C-STORE, and back by WADO-RS and C-GET.
 
     apt-get install orthanc orthanc-dicomweb dcmtk
     counterpart detect SERIES -o OUT

@@ -69,7 +69,7 @@ def measure_usage(pid: int) -> ResourceUsage:
         proc = Path(f"/proc/{member}")
         megabytes += int((proc / "statm").read_text().split()[1]) * page
         files += len(list((proc / "fd").iterdir()))
-        # utime, stime, cutime, cstime: the time of a killed child process counts for its parent.
+        # utime, stime, cutime and cstime, because the time of a killed child process counts for its parent.
         core_seconds += sum(map(int, (proc / "stat").read_text().rpartition(")")[2].split()[11:15])) / tick
     return ResourceUsage(megabytes, files, core_seconds)
 

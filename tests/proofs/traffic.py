@@ -250,7 +250,7 @@ def wait_until_released(job_folder: Path, timeout: float = 60.0) -> float:
 def measure_latency(port: int, seconds: float) -> dict[str, list[float]]:
     """Return the seconds of many calls for the state of a job ("status") and for the list of jobs ("list").
 
-    One call in twenty is for the list, whose jobs are used for the next calls. Run this in a process of its own.
+    One call in twenty is for the list, whose jobs are used for the next calls. Run this in a separate process.
     """
     taken: dict[str, list[float]] = {"status": [], "list": []}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

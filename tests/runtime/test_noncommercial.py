@@ -40,7 +40,7 @@ def test_restricted_bundle_is_not_selected_for_a_scan() -> None:
 def test_only_bundle_is_not_selected_if_it_is_restricted() -> None:
     with pytest.raises(UnknownModel) as caught:
         select_model([restricted()], NIFTI, None)
-    assert "only when asked for by name" in caught.value.expected
+    assert "only if named" in caught.value.expected
 
 
 def test_restricted_bundle_is_selected_by_name() -> None:

@@ -1,7 +1,7 @@
-"""Write a volume as the single-frame DICOM series that a scanner would send.
+"""Writer of a volume as the single-frame DICOM series that a scanner would send.
 
-Patient data is made up and contains `SECRET`, so that a test can search for it where it must not be. The same volume
-and settings give the same bytes.
+Patient data is made up and contains `SECRET`, so that a test can check that it does not appear in results and logs.
+The same volume and settings give the same bytes.
 """
 
 import zipfile
@@ -63,12 +63,12 @@ DEFAULT_SERIES = Series()
 
 
 def write_series(folder: Path, volume: Volume, series: Series = DEFAULT_SERIES) -> list[Path]:
-    """Write a volume as files whose names do not follow the order of the slices; return the paths in that order."""
+    """Write a volume as files whose names do not follow the order of the slices, and return the paths in that order."""
     return save(folder, make_datasets(volume, series))
 
 
 def save(folder: Path, slices: Sequence[FileDataset]) -> list[Path]:
-    """Write data sets under shuffled names without a suffix; return the paths in the given order."""
+    """Write data sets under shuffled names without a suffix, and return the paths in the given order."""
     folder.mkdir(parents=True, exist_ok=True)
     names = np.random.default_rng(0).permutation(len(slices))
     paths = [folder / f"IM{name:05d}" for name in names]
@@ -86,7 +86,7 @@ def zip_files(path: Path, files: Iterable[Path]) -> Path:
 
 
 def make_datasets(volume: Volume, series: Series = DEFAULT_SERIES) -> list[FileDataset]:
-    """Return the slices of a volume in the order of the slice axis; a test can change them before it saves them."""
+    """Return the slices of a volume in the order of the slice axis. A test can change them before it saves them."""
     array, affine = reorient(volume, series.plane)
     slope, intercept = series.rescale or _choose_rescale(array, series.modality)
     stored = np.round((array - intercept) / slope)

@@ -1,7 +1,7 @@
 """Pixel data in transfer syntaxes that pydicom cannot write: encoded by GDCM, or beforehand by other tools.
 
 The files in `tests/ingest/data` encode `reference_picture`. HTJ2K (.j2c) is from the Python package imagecodecs:
-`htj2k_encode(picture, reversible=True)`, and with loss `htj2k_encode(picture, reversible=False, level=0.0001)`. The
+`htj2k_encode(image, reversible=True)`, and with loss `htj2k_encode(image, reversible=False, level=0.0001)`. The
 12-bit JPEG is from dcmtk: `dcmcjpeg +ee +q 98`.
 """
 
@@ -43,7 +43,7 @@ def recode(path: Path, syntax: str) -> None:
 
 
 def reference_picture(name: str) -> npt.NDArray[np.int64]:
-    """Return the picture in the encoded files of a number type, "u8", "u12", "u16" or "s16", (45, 38)."""
+    """Return the image in the encoded files of a number type, "u8", "u12", "u16" or "s16", (45, 38)."""
     bits, signed = int(name[1:]), name[0] == "s"
     row, column = np.indices((45, 38))
     wave = np.sin(row / 5) * np.cos(column / 7) + 0.2 * np.sin(row * column / 11)
@@ -61,10 +61,10 @@ def set_encoded_file(dataset: FileDataset, name: str, syntax: str) -> None:
     dataset["PixelData"].is_undefined_length = True
 
 
-def store_pixels(dataset: FileDataset, picture: npt.NDArray[np.int64], bits: int, *, signed: bool) -> None:
+def store_pixels(dataset: FileDataset, image: npt.NDArray[np.int64], bits: int, *, signed: bool) -> None:
     """Store whole numbers with 8, 16 or 32 bits allocated."""
     dataset.BitsAllocated = 8 if bits <= 8 else 16 if bits <= 16 else 32
     dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits - 1, int(signed)
-    dataset.Rows, dataset.Columns = picture.shape
-    dataset.PixelData = picture.astype(f"<{'i' if signed else 'u'}{dataset.BitsAllocated // 8}").tobytes()
+    dataset.Rows, dataset.Columns = image.shape
+    dataset.PixelData = image.astype(f"<{'i' if signed else 'u'}{dataset.BitsAllocated // 8}").tobytes()
     dataset["PixelData"].VR = "OB" if bits <= 8 else "OW"

@@ -1,6 +1,6 @@
-"""Make an enhanced multi-frame image of a volume (PS3.3 A.36, A.38).
+"""Writer of an enhanced multi-frame image of a volume (PS3.3 A.36, A.38).
 
-The position of each frame is in the frame's own functional group.
+The position of each frame is in the functional group of the frame.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Make a mosaic of a volume as a Siemens scanner writes it, with its private header in the layout CSA2."""
+"""Writer of a mosaic of a volume as a Siemens scanner writes it, with its private header in the layout CSA2."""
 
 import math
 import struct
@@ -30,10 +30,10 @@ def make_mosaic(volume: Volume, series: Series = DEFAULT_SERIES, *, is_reversed:
     tiles = np.stack([dataset.pixel_array for dataset in slices])  # (N, rows, columns)
     count, rows, columns = tiles.shape
     side = math.ceil(math.sqrt(count))
-    picture = np.zeros((side * rows, side * columns), tiles.dtype)
+    image = np.zeros((side * rows, side * columns), tiles.dtype)
     for k, tile in enumerate(tiles):
         down, across = divmod(k, side)
-        picture[down * rows : (down + 1) * rows, across * columns : (across + 1) * columns] = tile
+        image[down * rows : (down + 1) * rows, across * columns : (across + 1) * columns] = tile
     head = slices[0]
     orientation = np.array(head.ImageOrientationPatient, dtype=float)
     step = np.subtract(slices[1].ImagePositionPatient, slices[0].ImagePositionPatient).astype(float)
@@ -45,8 +45,8 @@ def make_mosaic(volume: Volume, series: Series = DEFAULT_SERIES, *, is_reversed:
     head.ImagePositionPatient = [f"{v:.10g}" for v in corner]
     head.SpacingBetweenSlices = f"{np.linalg.norm(step):.10g}"
     head.ImageType = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
-    head.Rows, head.Columns = picture.shape
-    head.PixelData = picture.tobytes()
+    head.Rows, head.Columns = image.shape
+    head.PixelData = image.tobytes()
     head.Manufacturer = "SIEMENS"
     normal = step / np.linalg.norm(step)
     block = head.private_block(0x0029, "SIEMENS CSA HEADER", create=True)

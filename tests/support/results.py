@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from app import __version__
 from app.analysis import AnalysisRequest, Progress, analyse
-from app.export.report import Extent, Input, ModelUsed, Report, ScoreReport, Work, build_findings
+from app.export.report import Cost, Extent, Input, ModelUsed, Report, ScoreReport, build_findings
 from app.manifest import ExtractorFiles, ExtractorManifest, File, Manifest, Range
 from app.pipeline.brain_extraction import ExtractionNetworks
 from app.pipeline.detect import Detection
@@ -136,7 +136,7 @@ def _make_report(scan: Scan, result: ScanResult) -> Report:
         extent_threshold=0.2,
         lesion_volume_ml=round(float(result.mask.sum() * scan.volume.voxel_ml), 3),
         findings=build_findings(result),
-        work=Work(seconds={}, slices_reversed=1, network_evaluations=1),
+        work=Cost(seconds={}, slices_reversed=1, network_evaluations=1),
     )
 
 

@@ -85,7 +85,7 @@ def test_unpack_refuses_another_configuration(elsewhere: Path) -> None:
 
 
 def test_stage_starts_from_packed_weights(elsewhere: Path) -> None:
-    """The other machine has neither scans nor runs nor bundles."""
+    """The other machine has no scans, no runs and no bundles."""
     config = small(Config.load(CONFIGS / "t1.toml"), steps=1)
     earlier = config.model_copy(update={"version": config.denoiser.warm_start})
     earlier.run_folder.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Tests of every configuration in training/configs: a new bundle is a configuration and a splits file, nothing else."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from app import __version__  # noqa: E402
-from app.manifest import Manifest  # noqa: E402
+from app.manifest import DEFAULT_METHOD, Manifest  # noqa: E402
 from app.pipeline.diffusion import Schedule  # noqa: E402
+from app.pipeline.methods import METHODS  # noqa: E402
 from app.runtime.bundle import CARD, read_manifest  # noqa: E402
 from training import bundle  # noqa: E402
 from training.calibrate import calibration_path, residual_settings  # noqa: E402
@@ -79,6 +81,31 @@ def test_code_does_not_depend_on_the_name_of_a_bundle() -> None:
         assert not [name for name in names if name in path.read_text()], path.name
 
 
+# ---- method ------------------------------------------------------------------------------------
+
+
+def with_method(config: Config, name: str) -> Config:
+    values = config.model_dump()
+    values["detection"]["method"] = name
+    return Config.model_validate(values)
+
+
+def test_method_must_be_registered(config: Config) -> None:
+    with pytest.raises(ValueError, match="no detection method has this name"):
+        with_method(config, "no-such-method")
+
+
+def test_default_method_does_not_change_the_hash_of_a_configuration(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = config.model_dump(mode="json")
+    assert before["detection"].pop("method") == DEFAULT_METHOD
+    text = json.dumps(before, separators=(",", ":"), ensure_ascii=False)
+    assert config.sha256 == hashlib.sha256(text.encode()).hexdigest()
+    monkeypatch.setitem(METHODS, "another", METHODS[DEFAULT_METHOD])
+    assert with_method(config, "another").sha256 != config.sha256
+
+
 # ---- manifest and card -------------------------------------------------------------------------
 
 
@@ -97,6 +124,8 @@ def manifest(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "denoiser": {"data": p.data_sha256, "step": str(p.denoiser_steps)},
     }
     made = bundle.make_manifest(config, folder, provenance)
+    monkeypatch.setitem(METHODS, "another", METHODS[DEFAULT_METHOD])
+    assert bundle.make_manifest(with_method(config, "another"), folder, provenance).method == "another"
     # The hash of the configuration and the version of the code are those of the day of the training.
     then = p.model_copy(update={"config_sha256": made.provenance.config_sha256, "code_version": __version__})
     assert made == shipped.model_copy(update={"provenance": then})

@@ -9,7 +9,7 @@ from training.evaluate_tumours import count_voxels, patient_intervals, pooled_di
 
 pytestmark = pytest.mark.training
 
-# Two slices of four voxels. The first has two tumour voxels, one of them with the highest value; the second has none.
+# Two slices of four voxels. The first has two tumour voxels, one of them with the highest value. The second has none.
 VALUES = np.array([[0.9, 0.8, 0.5, np.nan], [0.7, 0.1, 0.0, 0.0]], np.float32).T[:, None, :]
 TRUTH = np.array([[True, False, True, False], [False] * 4]).T[:, None, :]
 
@@ -22,7 +22,7 @@ def test_every_voxel_is_counted_and_nan_counts_as_zero() -> None:
 
 def test_best_dice_and_average_precision() -> None:
     counts = count_voxels(VALUES, TRUTH)
-    # In order: hit, miss, miss (second slice), hit. Best: the first alone, 2 / (1 + 2), or all four, 4 / (4 + 2).
+    # In order: hit, miss, miss (second slice), hit. Best: only the first, 2 / (1 + 2), or all four, 4 / (4 + 2).
     assert pooled_dice(counts) == pytest.approx(2 / 3)
     assert pooled_precision(counts) == pytest.approx(0.5 * 1 + 0.5 * 2 / 4)
     assert slice_dice(counts) == pytest.approx(4 / 5)  # hit, miss, hit: 2 * 2 / (3 + 2)
@@ -39,5 +39,5 @@ def test_intervals_are_over_patients() -> None:
     blind = count_voxels(np.zeros_like(VALUES), TRUTH)
     draws = np.array([[0, 0], [1, 1]])
     found = patient_intervals([perfect, blind], draws)
-    assert found["auprc"][1] == pytest.approx(0.25 + 0.025 * 0.75)  # blind alone: the tumour's share, 2 of 8
+    assert found["auprc"][1] == pytest.approx(0.25 + 0.025 * 0.75)  # only blind: the tumour's share, 2 of 8
     assert found["auprc"][2] == pytest.approx(1 - 0.025 * 0.75)

@@ -18,7 +18,7 @@ IMAGES = SUBJECT_FILES + 3
 
 @pytest.fixture(autouse=True)
 def _archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write an archive of two classes in reverse order; the grey value of an image is its position plus 25."""
+    """Write an archive of two classes in reverse order. The grey value of an image is its position plus 25."""
     folder = tmp_path / "mednist"
     folder.mkdir()
     with tarfile.open(folder / f"{external_scans.OTHER_CLASSES}.tar.xz", "w:xz") as tar:

@@ -38,7 +38,7 @@ def image_of(z: int, low: int, high: int) -> np.ndarray:
 
 @pytest.fixture
 def headct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Write two subjects; every second image of the first is empty."""
+    """Write two subjects. Every second image of the first is empty."""
     folder = tmp_path / "mednist"
     folder.mkdir()
     with tarfile.open(folder / "heads.tar", "w") as archive:
@@ -55,7 +55,7 @@ def headct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.fixture
 def flair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Write two patients of ten slices; the first has a tumour in its sixth slice."""
+    """Write two patients of ten slices. The first has a tumour in its sixth slice."""
     folder = tmp_path / "lgg_flair"
     folder.mkdir()
     tumour = np.zeros(20, dtype=np.int32)
@@ -102,11 +102,13 @@ def test_every_image_is_a_slice_scaled_to_the_head_box(headct: Config) -> None:
     scan = load_scan(headct, block_name(SUBJECT_FILES))
     slices = to_slices(scan.volume, headct.training_preprocessing)
     assert len(slices.x) == SUBJECT_FILES
-    fit = headct.preprocessing.head_box
-    assert fit is not None
+    head_box = headct.preprocessing.head_box
+    assert head_box is not None
     largest = slices.foreground[slices.foreground.sum(axis=(1, 2)).argmax()]
     rows, columns = largest.any(axis=1).sum(), largest.any(axis=0).sum()
-    assert (rows, columns) == pytest.approx((fit.rows, fit.columns), abs=3)  # the box leaves the outermost lines out
+    assert (rows, columns) == pytest.approx(
+        (head_box.rows, head_box.columns), abs=3
+    )  # the box leaves the outermost lines out
 
 
 def test_front_and_left_of_an_image_are_kept(headct: Config) -> None:
@@ -169,7 +171,7 @@ def test_images_cannot_have_tilted_copies() -> None:
 
 @pytest.fixture
 def tumours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """Write two patients of four images of 16 x 24 pixels in random order; the tumour is bright."""
+    """Write two patients of four images of 16 x 24 pixels in random order. The tumour is bright."""
     monkeypatch.setenv("COUNTERPART_DATA", str(tmp_path))
     masks = np.zeros((8, 16, 24), dtype=np.bool_)
     masks[2, 3:6, 10:20] = True

@@ -25,7 +25,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit_line(steps: int, options: TrainingOptions = TrainingOptions()) -> tuple[int, list[float]]:  # noqa: B008 - frozen
-    """Fit a line to the mean of each batch; return the number of steps and the means of the batches."""
+    """Fit a line to the mean of each batch, and return the number of steps and the means of the batches."""
     torch.manual_seed(0)
     network = nn.Linear(1, 1)
     optimiser = torch.optim.Adam(network.parameters(), lr=0.1)

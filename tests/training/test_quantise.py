@@ -38,7 +38,7 @@ IDENTITY = np.eye(CHANNELS, dtype=np.float32)
 
 
 def chain(path: Path, weights: dict[str, npt.NDArray[np.float32]] | None = None) -> Path:
-    """Write three convolutions of one pixel in sequence; by default identity, `MIDDLE`, identity."""
+    """Write three convolutions of one pixel in sequence, by default identity, `MIDDLE`, identity."""
     weights = weights or {"first": IDENTITY, "middle": MIDDLE, "last": IDENTITY}
     names = ["z_t", "a", "b", "epsilon"]
     nodes = [
@@ -69,7 +69,7 @@ def feed(count: int) -> dict[str, npt.NDArray[Any]]:
 
 @pytest.fixture
 def quantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Quantise from another working directory, which must stay empty: onnxruntime writes files to it."""
+    """Quantise from another working directory, which must stay empty, because onnxruntime writes files to it."""
     target, elsewhere = tmp_path / "int8.onnx", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)

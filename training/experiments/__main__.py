@@ -1,4 +1,4 @@
-"""Run experiments and write docs/RESULTS.md: `python -m training.experiments all`, some parts, or `report`.
+"""Command that runs experiments and writes docs/RESULTS.md: `python -m training.experiments all`, parts, or `report`.
 
 `report` writes the page and redraws the two diagrams from stored results, without measuring anything. A part measures
 only what has no valid result below docs/results.
@@ -23,7 +23,7 @@ from training.experiments import (
 )
 from training.experiments.cases import SEGMENTED, Case
 from training.experiments.experiment import Experiment
-from training.experiments.methods import BUDGETS, COUNTERPART, METHODS, TRANSFORMER, describe_budget
+from training.experiments.methods import BUDGETS, COUNTERPART, METHOD_INFO, TRANSFORMER, describe_budget
 from training.experiments.resampling import CodeResampler
 from training.experiments.results import (
     ByBundle,
@@ -32,7 +32,7 @@ from training.experiments.results import (
     ImageLevelScores,
     RunProvenance,
 )
-from training.experiments.segmentation import run_method
+from training.experiments.segmentation import score_method
 from training.networks import load_networks
 
 IMAGE_LEVEL = "image_level"
@@ -45,10 +45,10 @@ def run_segmentation(part: str, wanted: Sequence[str]) -> None:
     experiment = Experiment(bundle)
     now = experiment.provenance()
     test: list[Case] = []
-    for name in results_cache.missing_methods(part, wanted or METHODS, now):
+    for name in results_cache.missing_methods(part, wanted or METHOD_INFO, now):
         start = time.perf_counter()
         test = test or list(load_cases(experiment.config, experiment.manifest))
-        outcome = run_method(experiment.method(name), experiment.validation, test, experiment.manifest)
+        outcome = score_method(experiment.method(name), experiment.validation, test, experiment.manifest)
         seconds = time.perf_counter() - start
         provenance = RunProvenance(
             **now.model_dump(), total_seconds=seconds, training_budget=describe_budget(name, bundle)
@@ -138,7 +138,7 @@ def main() -> None:
     """Run the parts that are named on the command line, then write the page."""
     parser = argparse.ArgumentParser(prog="python -m training.experiments", description=__doc__)
     parser.add_argument("parts", nargs="+", choices=["all", "report", *PARTS], help="parts to run")
-    parser.add_argument("--methods", nargs="*", default=[], choices=list(METHODS), help="only these methods")
+    parser.add_argument("--methods", nargs="*", default=[], choices=list(METHOD_INFO), help="only these methods")
     options = parser.parse_args()
     for part in PARTS if "all" in options.parts else [p for p in options.parts if p in PARTS]:
         PARTS[part](options.methods)

@@ -1,7 +1,7 @@
 """Ablation: scores of a bundle with one setting changed, on validation subjects with synthetic lesions.
 
-These cases choose a bundle's settings, and the test subjects then evaluate the choice. The tumours of validation
-patients are measured too, for `flair`; they choose nothing.
+The settings of a bundle are chosen with these cases, and the choice is evaluated on the test subjects. For `flair`, the
+tumours of validation patients are measured too, but they are not used for any choice.
 """
 
 import time

@@ -27,7 +27,7 @@ GRADES = ("grade 2", "grade 3")
 
 @dataclass(frozen=True)
 class Point:
-    """A detection setting: views (the bundle's first ones), noise levels of the KL map, reverse steps."""
+    """Detection setting: views (the bundle's first ones), noise levels of the KL map, reverse steps."""
 
     views: int
     kl: tuple[int, ...]
@@ -70,7 +70,7 @@ class CountingNetworks:
 
 
 def shipped_point(manifest: Manifest) -> Point:
-    """Return the bundle's own setting."""
+    """Return the setting of the bundle."""
     return Point(len(manifest.views), manifest.kl.timesteps, manifest.reverse.timesteps)
 
 
@@ -126,7 +126,7 @@ def run() -> None:
         now, own = experiment.provenance("validation"), shipped_point(manifest)
         is_valid = name in bundles and results_cache.is_valid(bundles[name].provenance, now)
         points = dict(bundles[name].points) if is_valid else {}
-        # The bundle's own setting first: the page compares the others with it.
+        # The setting of the bundle is first, because the page compares the others with it.
         wanted = [point for point in dict.fromkeys((own, *POINTS)) if point.label not in points]
         if not wanted:
             continue

@@ -24,7 +24,7 @@ from training.config import Config
 from training.data import UINT16_MAX, HealthySlices, UInt16Array, cached_slices, data_hash, load_split
 from training.experiments.cases import Case
 from training.experiments.methods import BUDGETS, TRANSFORMER, Budget, budget_of
-from training.experiments.segmentation import BATCH, AnomalyMap, Method
+from training.experiments.segmentation import BATCH, AnomalyMap, ComparedMethod
 from training.experiments.transformer import build_transformer, shift_right
 from training.loop import Batches, Run, TrainingOptions, device, has_fast_bfloat16
 from training.networks import TorchNetworks, load_networks
@@ -125,7 +125,7 @@ def train(budget: Budget, config: Config, healthy: HealthySlices | None = None) 
     Parameters
     ----------
     healthy : HealthySlices, optional
-        By default those of the configuration.
+        Slices. By default those of the configuration.
     """
     healthy = healthy or HealthySlices.of(config)
     torch.manual_seed(config.seed)
@@ -199,7 +199,7 @@ def reconstruction_maps(reconstruction: Callable[[Case], FloatArray]) -> dict[st
     return {variant: only(variant) for variant in (DIFFERENCE, OVER_CONTRAST)}
 
 
-def intensity_threshold(config: Config) -> Method:
+def intensity_threshold(config: Config) -> ComparedMethod:
     """Return the threshold on a slice's own intensity."""
 
     def from_median(case: Case) -> FloatArray:
@@ -214,20 +214,20 @@ def intensity_threshold(config: Config) -> Method:
     if config.bundle.sequence == "FLAIR":
         # Lesions are bright on FLAIR. Half of the synthetic lesions are dark and would choose the wrong variant.
         variants = {"bright": variants["bright"]}
-    return Method("intensity", variants)
+    return ComparedMethod("intensity", variants)
 
 
-def mean_difference(config: Config) -> Method:
+def mean_difference(config: Config) -> ComparedMethod:
     """Return the difference from the mean healthy training slice."""
     mean = np.asarray(cached_slices(config, "train").mean(axis=0) / UINT16_MAX, dtype=np.float32)
-    return Method("mean", reconstruction_maps(lambda case: np.broadcast_to(mean, case.x[:, 0].shape)))
+    return ComparedMethod("mean", reconstruction_maps(lambda case: np.broadcast_to(mean, case.x[:, 0].shape)))
 
 
-def vqvae_difference(networks: TorchNetworks) -> Method:
+def vqvae_difference(networks: TorchNetworks) -> ComparedMethod:
     """Return |x - D(z0)| of the bundle's VQ-VAE, without diffusion."""
     models = networks.models().in_batches(BATCH, lambda _: None)
     maps = reconstruction_maps(lambda case: models.decode(models.encode(case.x))[:, 0])
-    return Method("vqvae", maps, parameters=count_parameters(networks.encoder, networks.decoder))
+    return ComparedMethod("vqvae", maps, parameters=count_parameters(networks.encoder, networks.decoder))
 
 
 def reconstructor(name: str, config: Config) -> Callable[[FloatArray], FloatArray]:
@@ -244,11 +244,11 @@ def reconstructor(name: str, config: Config) -> Callable[[FloatArray], FloatArra
     return run
 
 
-def autoencoder_difference(name: str, config: Config) -> Method:
+def autoencoder_difference(name: str, config: Config) -> ComparedMethod:
     """Return the difference from an autoencoder's reconstruction."""
     run = reconstructor(name, config)
     maps = reconstruction_maps(lambda case: run(case.x)[:, 0])
-    return Method(name, maps, parameters=count_parameters(build(name, config)))
+    return ComparedMethod(name, maps, parameters=count_parameters(build(name, config)))
 
 
 if __name__ == "__main__":

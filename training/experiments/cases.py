@@ -35,7 +35,7 @@ VALIDATION_CASES = 12
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A scan as every method gets it, and the outline of its lesion.
+    """Scan for all methods, and the outline of its lesion.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ def make_case(
     Parameters
     ----------
     healthy : callable, optional
-        Slices -> (N,) ndarray of bool: slices without an abnormality beside the truth. Other slices are not
+        Slices -> (N,) ndarray of bool: slices without an abnormality other than the truth. Other slices are not
         evaluated, because a tumour there would count as a false positive.
     """
     slices = to_slices(volume, manifest.preprocessing)
@@ -100,9 +100,9 @@ Insert = Callable[[str, float, int], LesionedScan]
 
 
 def ellipse_inserter(config: Config) -> Insert:
-    """Return a function that inserts ellipses of 4 to 8 pixels in radius into stacks of pictures."""
-    assert config.data.image_archive is not None, "ellipses are for pictures"
-    # A patient with a tumour has few healthy pictures: each gets an ellipse.
+    """Return a function that inserts ellipses of 4 to 8 pixels in radius into stacks of images."""
+    assert config.data.image_archive is not None, "ellipses are for 2-D images"
+    # A patient with a tumour has few healthy images, so each gets an ellipse.
     every = 1 if config.data.image_archive.kind == "lgg" else ELLIPSE_EVERY
 
     def insert(subject: str, contrast: float, seed: int) -> LesionedScan:

@@ -1,4 +1,4 @@
-"""One bundle with everything that is compared with it, and the provenance of its results."""
+"""One bundle with all methods that are compared with it, and the provenance of its results."""
 
 import hashlib
 import shutil
@@ -18,7 +18,7 @@ from training.experiments.manifests import cases_hash, codes_hash, detection_has
 from training.experiments.methods import COUNTERPART, ENSEMBLE, TRANSFORMER
 from training.experiments.resampling import transformer_method
 from training.experiments.results import Provenance
-from training.experiments.segmentation import BATCH, NO_FILTER, Method, counterpart_map
+from training.experiments.segmentation import BATCH, NO_FILTER, ComparedMethod, counterpart_map
 from training.networks import load_networks
 
 # Validation scans that the transformer's threshold comes from.
@@ -50,10 +50,10 @@ class Experiment:
 
     @cached_property
     def float32_networks(self) -> Networks:
-        """The networks in float32: the ranges of int8 hold for the bundle's own noise levels only."""
+        """The networks in float32. The ranges of int8 are valid only at the noise levels of the bundle."""
         return load_bundle(self.config.bundle_folder, quantised=False).networks.in_batches(BATCH, lambda _: None)
 
-    def method(self, name: str) -> Method:
+    def method(self, name: str) -> ComparedMethod:
         """Return a method that can run. A baseline without weights is trained first."""
         if name == "intensity":
             return baselines.intensity_threshold(self.config)
@@ -63,7 +63,7 @@ class Experiment:
         if name == COUNTERPART:
             parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
             maps = {"": counterpart_map(self.networks, self.manifest)}
-            return Method(COUNTERPART, maps, (NO_FILTER,), parameters)
+            return ComparedMethod(COUNTERPART, maps, (NO_FILTER,), parameters)
         if name == "vqvae":
             return baselines.vqvae_difference(networks)
         if name in (TRANSFORMER, ENSEMBLE):
@@ -73,7 +73,7 @@ class Experiment:
 
     @cached_property
     def validation(self) -> list[Case]:
-        """Cases that choose a method's variant and smoothing."""
+        """Validation cases, on which the variant and smoothing of a method are chosen."""
         return for_choices(self.config, self.manifest)
 
     def provenance(self, part: Part = "test") -> Provenance:

@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from app.manifest import Manifest
-from app.pipeline.detect import detect
 from app.pipeline.findings import label_findings
+from app.pipeline.methods import run_method
 from app.pipeline.networks import Networks
 from app.volume import BoolArray, FloatArray
 from training.config import ROOT, Config
@@ -53,7 +53,7 @@ def make_examples(config: Config, models: Networks, manifest: Manifest) -> list[
 
 
 def _make_example(case: Case, models: Networks, manifest: Manifest) -> Example:
-    found = detect(case.volume, models, without_ood_check(manifest))
+    found = run_method(case.volume, models, without_ood_check(manifest))
     index = int(case.truth.sum(axis=(1, 2)).argmax())
     labels, _ = label_findings(found.anomaly[case.slice_indices], manifest.residual, manifest.preprocessing.voxel_ml)
     at = case.slice_indices[index]

@@ -1,4 +1,4 @@
-"""Experiment 1: tell images that are not healthy from healthy ones by one score for each image."""
+"""Experiment 1: separation of healthy images from other images by one score for each image."""
 
 import time
 import warnings
@@ -40,10 +40,10 @@ from training.lesion_insertion import insert_ellipses
 
 HEALTHY, NEAR = "healthy", "near"
 NEAR_GRADE = "grade 2"
-# The image-level score of `docs/method.md`, and the score of report.json, which uses the plain view alone.
+# The image-level score of `docs/method.md`, and the score of report.json, which uses only the unchanged view.
 MEAN_KL = "KL, mean over the head"
 REPORTED = "KL of the plain view, mean over the head"
-# Noise levels beside the bundle's own; the paper's begin at 400.
+# Noise levels in addition to those of the bundle. Those of the paper begin at 400.
 LEVELS = (100, 400)
 PERCENTILES = (90, 97, 99)
 
@@ -82,7 +82,7 @@ class ScoredImages:
 
 def load_healthy_and_near(config: Config, manifest: Manifest, part: Part) -> tuple[Images, Images]:
     """Load images of healthy subjects, and the same with an ellipse of grade 2 (near-OOD)."""
-    assert config.data.image_archive is not None, "the experiment needs a bundle of pictures"
+    assert config.data.image_archive is not None, "the experiment needs a bundle of 2-D images"
     split = load_split(config.data.splits)
     healthy, near = [], []
     for i, subject in enumerate(split.validation if part == "validation" else split.test):
@@ -131,16 +131,16 @@ def counterpart_scores(models: Networks, manifest: Manifest) -> ImageScores:
         for index, view in enumerate(manifest.views):
             noise = KeyedNoise(manifest.seed, manifest.latent_shape, index)
             process = diffusion.Diffusion(schedule, models.denoise, noise)
-            seen = encode_view(augment(x, view), augment(foreground, view), indices, models, process)
-            kl = diffusion.kl_map(seen.z0, indices, process, manifest.kl.timesteps, manifest.kl.mean)
+            encoded_view = encode_view(augment(x, view), augment(foreground, view), indices, models, process)
+            kl = diffusion.kl_map(encoded_view.z0, indices, process, manifest.kl.timesteps, manifest.kl.mean)
             # Pictures are no neighbours: smooth within each.
-            smooth = diffusion.smooth_kl(kl, seen.foreground_latents, (0.0, *manifest.kl_sigma[1:]))
-            residuals.append(compare_view(seen, smooth, models, manifest).residual)
+            smooth = diffusion.smooth_kl(kl, encoded_view.foreground_latents, (0.0, *manifest.kl_sigma[1:]))
+            residuals.append(compare_view(encoded_view, smooth, models, manifest).residual)
             kls.append(residual.upsample(kl, shape))
             if not index:
-                found[REPORTED] = slice_scores(smooth, seen.foreground_latents)
+                found[REPORTED] = slice_scores(smooth, encoded_view.foreground_latents)
                 for t in LEVELS:
-                    level = diffusion.kl_map(seen.z0, indices, process, (t,))
+                    level = diffusion.kl_map(encoded_view.z0, indices, process, (t,))
                     found |= summarise(f"KL at t = {t}", residual.upsample(level, shape), foreground)
         found |= summarise("KL", average_views(kls, manifest.views), foreground)
         filtered = residual.median_filter(average_views(residuals, manifest.views), manifest.residual.median_pixels)

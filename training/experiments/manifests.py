@@ -1,4 +1,4 @@
-"""Changed copies of a bundle's manifest, and hashes of the values in it that decide a result."""
+"""Changed copies of a bundle's manifest, and hashes of the values in it that determine a result."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import BaseModel
 
-from app.manifest import Manifest, Range, View
+from app.manifest import DEFAULT_METHOD, Manifest, Range, View
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -18,18 +18,18 @@ ANY_EXTENT_MM = ((0.0, 0.0, 0.0), (1e6, 1e6, 1e6))
 
 
 def changed(model: ModelT, **changes: Any) -> ModelT:
-    """Return a copy with some fields changed. `model_copy` alone would accept a field that does not exist."""
+    """Return a copy with some fields changed. `model_copy` would also accept a field that does not exist."""
     unknown = changes.keys() - type(model).model_fields.keys()
     assert not unknown, f"{type(model).__name__} has no {', '.join(sorted(unknown))}"
     return model.model_copy(update=changes)
 
 
 def without_ood_check(manifest: Manifest) -> Manifest:
-    """Return a manifest that accepts every scan: the experiments compare maps."""
-    gate = manifest.ood
+    """Return a manifest that accepts every scan, because the experiments compare maps."""
+    check = manifest.ood
     accepting = changed(
-        gate,
-        median_kl_range=(EVERYTHING,) * len(gate.median_kl_range),
+        check,
+        median_kl_range=(EVERYTHING,) * len(check.median_kl_range),
         reconstruction_range=EVERYTHING,
         max_outlier_fraction=1.0,
         max_outlier_slice_fraction=None,
@@ -43,7 +43,7 @@ def only_ood_check(manifest: Manifest) -> Manifest:
 
 
 def without_size_check(manifest: Manifest) -> Manifest:
-    """Return a manifest that prepares images of any size, so that the networks judge them."""
+    """Return a manifest that prepares images of any size, so that every image is scored."""
     preparation = changed(manifest.preprocessing, extent_mm=ANY_EXTENT_MM, min_foreground_cm2=0.0)
     return changed(manifest, preprocessing=preparation)
 
@@ -99,19 +99,19 @@ def _sha256(*values: Any) -> str:
 
 
 def cases_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides the slices that every method gets, and where they are evaluated."""
+    """Return the SHA-256 of the settings that determine the slices of every method and the evaluated pixels."""
     preparation = manifest.preprocessing
     slices, box = _effective(preparation, SLICES), _effective(preparation.head_box, HEAD_BOX)
     return _sha256(slices, box, manifest.residual.erosion)
 
 
 def codes_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides those slices and their codes in the bundle's VQ-VAE."""
+    """Return the SHA-256 of the settings that determine those slices and their codes in the VQ-VAE of the bundle."""
     return _sha256(cases_hash(manifest), manifest.files.encoder.sha256, manifest.files.decoder.sha256)
 
 
 def detection_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides the anomaly map and the mask of a scan that is accepted."""
+    """Return the SHA-256 of the settings that determine the anomaly map and the mask of an accepted scan."""
     files = {name: getattr(manifest.files, name, None) for name in NETWORKS}
     return _sha256(
         cases_hash(manifest),
@@ -124,10 +124,11 @@ def detection_hash(manifest: Manifest) -> str:
         _effective(manifest.reverse, REVERSE),
         _effective(manifest.residual, RESIDUAL),
         manifest.precision,
+        *([manifest.method] if manifest.method != DEFAULT_METHOD else []),
     )
 
 
 def ood_hash(manifest: Manifest) -> str:
-    """Return the SHA-256 of what decides whether a scan is accepted, beside what decides its KL map."""
+    """Return the SHA-256 of the settings that determine if a scan is accepted, without those of its KL map."""
     decides = list(manifest.ood.model_dump(mode="json").values())
     return _sha256(decides, manifest.calibration.slice_score.model_dump(mode="json"))

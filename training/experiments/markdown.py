@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class HasInterval(Protocol):
-    """A number with the ends of its interval."""
+    """Number with the ends of its interval."""
 
     @property
     def value(self) -> float: ...

@@ -11,7 +11,7 @@ DependsOn = Literal["detection", "codes", "cases"]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method of the tables.
+    """Method of the tables.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class MethodInfo:
     depends_on: DependsOn = "cases"
 
 
-METHODS = {
+METHOD_INFO = {
     COUNTERPART: MethodInfo(
         "Counterpart",
         "the shipped bundle. A latent diffusion model trained with coarse noise patches "
@@ -94,6 +94,6 @@ def budget_of(name: str, bundle: str) -> Budget:
 
 
 def describe_budget(method: str, bundle: str) -> str:
-    """Return a method's training budget as text; empty if it is not trained here."""
+    """Return a method's training budget as text. It is empty if the method is not trained here."""
     name = TRANSFORMER if method == ENSEMBLE else method
     return str(budget_of(name, bundle)) if name in BUDGETS else ""

@@ -25,7 +25,7 @@ Statistic = Callable[[IntArray, IntArray], float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its bootstrap 95 % interval."""
+    """Number with its bootstrap 95 % interval."""
 
     value: float
     low: float
@@ -58,7 +58,7 @@ class ScoreCounts:
         return cls(np.stack(rows[: len(filled)]), np.stack(rows[len(filled) :]))
 
     def rebin(self, bins: int) -> "ScoreCounts":
-        """Merge bins so that each holds about as many positives; the lowest bin stays separate.
+        """Merge bins so that each contains about as many positives. The lowest bin stays separate.
 
         The statistics depend on the negatives above each positive, so a bin ends just below its positives.
         """
@@ -85,7 +85,7 @@ def _bin_edges(scores: Sequence[FloatArray], truths: Sequence[BoolArray]) -> Flo
     parts = []
     for label in (True, False):
         values = np.concatenate([s[t.ravel() == label] for s, t in zip(scores, truths, strict=True)])
-        values = values[np.isfinite(values)]  # infinite scores have bins of their own
+        values = values[np.isfinite(values)]  # infinite scores have separate bins
         if len(values):
             some = rng.choice(values, min(EDGE_SAMPLE, len(values)), replace=False)
             parts.append(np.quantile(some, np.linspace(0, 1, BINS // 2), method="nearest"))

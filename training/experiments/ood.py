@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline.detect import detect
+from app.pipeline.methods import run_method
 from app.volume import Volume
 from training.config import Config
 from training.data import Split, load_scan, load_split
@@ -22,8 +22,8 @@ from training.lesion_insertion import LesionedScan, insert_ellipses, insert_lesi
 PART = "ood"
 BUNDLES = ("t1", "headct")
 LARGE_ML = 20.0
-# In stacks of pictures: the largest ellipse in every third or second picture, 25 to 200 ml in a head.
-PICTURES_EVERY = (3, 2)
+# In stacks of images: the largest ellipse in every third or second image, 25 to 200 ml in a head.
+IMAGES_EVERY = (3, 2)
 # Balls, because the lesion shapes are scattered: volume, and centre in white matter in MNI space.
 BALLS_ML = (30.0, 60.0)
 CENTRE_MM = (28.0, -20.0, 24.0)
@@ -65,7 +65,7 @@ def make_inserters(config: Config, split: Split) -> dict[str, Insert]:
         def ellipses(every: int) -> Insert:
             return lambda volume, c, seed: insert_ellipses(volume, radius, c, seed, ct=ct, every=every)
 
-        return {f"ellipses of {radius:.0f} mm in one picture of {n}": ellipses(n) for n in PICTURES_EVERY}
+        return {f"ellipses of {radius:.0f} mm in one picture of {n}": ellipses(n) for n in IMAGES_EVERY}
 
     def lesion(shape: Volume) -> Insert:
         return lambda volume, c, seed: insert_lesion(volume, shape, c, seed)
@@ -81,7 +81,7 @@ def measure(experiment: Experiment, subjects: tuple[str, ...], inserters: dict[s
         contrast = sign * GRADES["grade 3"]
         made = inserters[shape](load_scan(experiment.config, subject).volume, contrast, i)
         try:
-            detect(made.volume, experiment.networks, manifest)
+            run_method(made.volume, experiment.networks, manifest)
             outcome = "analysed"
         except CounterpartError as error:
             outcome = error.code

@@ -1,6 +1,6 @@
-"""Oracle ablation: which step loses a lesion, the latent mask, the counterpart under it, or the autoencoder.
+"""Oracle ablation: upper bounds with known truth, to show which step loses a lesion: mask, counterpart or VQ-VAE.
 
-Cases are synthetic lesions in healthy slices of validation subjects, where the truth and the healthy slice are known.
+Cases are synthetic lesions in healthy slices of validation subjects, so that the truth and the healthy slice are known.
 Each step gets more of the truth than the one before.
 """
 
@@ -74,14 +74,16 @@ def compute_maps(case: Case, healthy: FloatArray, models: Networks, manifest: Ma
     Parameters
     ----------
     healthy : (K, 1, H, W) ndarray
-        Of `load_healthy_slices`.
+        Slices, as returned by `load_healthy_slices`.
     """
     schedule = Schedule.from_settings(manifest.schedule)
     residuals: dict[str, list[FloatArray]] = {step: [] for step in STEPS if step != NO_EDGES}
     for index, view in enumerate(manifest.views):
         process = diffusion.Diffusion(schedule, models.denoise, KeyedNoise(manifest.seed, manifest.latent_shape, index))
-        seen = encode_view(augment(case.x, view), augment(case.foreground, view), case.slice_indices, models, process)
-        for step, values in _view_residuals(seen, case, healthy, view, models, manifest).items():
+        encoded_view = encode_view(
+            augment(case.x, view), augment(case.foreground, view), case.slice_indices, models, process
+        )
+        for step, values in _view_residuals(encoded_view, case, healthy, view, models, manifest).items():
             residuals[step].append(values)
     inner = residual.erode_foreground(case.foreground, manifest.residual.erosion)
     spacing = manifest.preprocessing.spacing_mm
@@ -94,19 +96,22 @@ def compute_maps(case: Case, healthy: FloatArray, models: Networks, manifest: Ma
 
 
 def _view_residuals(
-    seen: EncodedView, case: Case, healthy: FloatArray, view: View, models: Networks, manifest: Manifest
+    encoded_view: EncodedView, case: Case, healthy: FloatArray, view: View, models: Networks, manifest: Manifest
 ) -> dict[str, FloatArray]:
     """Return the residual of each step in one view."""
-    lesion = lesion_latents(augment(case.truth, view), seen.foreground_latents.shape) & seen.foreground_latents
-    kl = smoothed_kl_map(seen, manifest)
+    lesion = (
+        lesion_latents(augment(case.truth, view), encoded_view.foreground_latents.shape)
+        & encoded_view.foreground_latents
+    )
+    kl = smoothed_kl_map(encoded_view, manifest)
     high = np.float32(2 * manifest.kl.threshold)
     counterpart = models.decode(models.encode(augment(healthy, view)))[:, 0]
 
     def with_kl(kl: FloatArray) -> FloatArray:
-        return compare_view(seen, np.asarray(kl, dtype=np.float32), models, manifest).residual
+        return compare_view(encoded_view, np.asarray(kl, dtype=np.float32), models, manifest).residual
 
     def with_true_counterpart(mask: BoolArray) -> FloatArray:
-        difference = residual.masked_residual(seen.x[:, 0], counterpart, mask)
+        difference = residual.masked_residual(encoded_view.x[:, 0], counterpart, mask)
         floor = manifest.residual.contrast_floor
         return difference / (np.float32(floor) + residual.local_contrast(counterpart)) if floor else difference
 
@@ -117,7 +122,7 @@ def _view_residuals(
         TRUE_MASK: with_kl(np.where(lesion, high, 0)),
         TRUE_COUNTERPART: with_true_counterpart(lesion),
         NO_MASK: with_true_counterpart(np.ones_like(lesion)),
-        MASK_ONLY: residual.upsample(lesion, seen.x.shape[2:]),
+        MASK_ONLY: residual.upsample(lesion, encoded_view.x.shape[2:]),
     }
 
 

@@ -93,7 +93,7 @@ def evaluate_bins(sums: DoubleArray, fitted_share: float) -> KindReliability:
     Parameters
     ----------
     sums : (S, B, 4) ndarray
-        Of `bin_images`.
+        Counts, as returned by `bin_images`.
     fitted_share : float
         Share of anomalous images in the calibration data.
     """
@@ -129,12 +129,12 @@ def _pool(
 
 
 def evaluate(name: str, validation: Sequence[ScoredImages], test: Sequence[ScoredImages]) -> Reliability:
-    """Fit on healthy and near validation images; evaluate on near and on far test images.
+    """Fit on healthy and near validation images, and evaluate on near and on far test images.
 
     Parameters
     ----------
     name : str
-        Of the score.
+        Name of the score.
     validation, test : sequence of ScoredImages
         Healthy images first.
     """

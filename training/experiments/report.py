@@ -12,7 +12,7 @@ import numpy as np
 from training.config import ROOT
 from training.experiments import results_cache
 from training.experiments.markdown import bold, bullets, fill_template, format_interval, table
-from training.experiments.methods import COUNTERPART, METHODS
+from training.experiments.methods import COUNTERPART, METHOD_INFO
 from training.experiments.metrics import Interval
 from training.experiments.results import (
     AblationScores,
@@ -56,7 +56,7 @@ INSERTED_PARTS = {
     "tumours": "tumours in analysed slices",
 }
 KINDS = ("near", *FAR)
-# Grades whose ablation gains are shown, and the kind of real lesions beside them.
+# Grades whose ablation gains are shown, and the kind of real lesions that is shown with them.
 POOLED, TUMOURS = "grade 2 and grade 3", "tumours"
 # Labels of stored results, as the page shows them.
 SHOWN_LABELS = {
@@ -129,7 +129,7 @@ def write(path: Path = PAGE) -> None:
             for name, found in stored.evaluation.items()
             if (ml := false_positives(found))
         ),
-        "methods": bullets(f"{bold(info.title)}: {info.definition}" for info in METHODS.values()),
+        "methods": bullets(f"{bold(info.title)}: {info.definition}" for info in METHOD_INFO.values()),
         "target_counts": f"{verdicts[True]} are met, {verdicts[False]} missed and {verdicts[None]} not measured",
         "targets": table(["target", "measured", ""], [[t.text, t.found, t.verdict] for t in targets]),
         **make_image_level(stored.image_level),
@@ -163,7 +163,7 @@ def make_summary(stored: Stored) -> str:
                 format_interval(own.auprc),
                 format_interval(own.dice),
                 format_interval(own.mean_shipped_dice),
-                f"{format_interval(leads[closest], signed=True)}, {METHODS[closest].title}" if closest else "",
+                f"{format_interval(leads[closest], signed=True)}, {METHOD_INFO[closest].title}" if closest else "",
             ]
         )
     header = [
@@ -232,7 +232,7 @@ def make_image_level(results: ImageLevelResults | None) -> dict[str, str]:
         rates = ", ".join(f"{rate:.2f}" for rate in near.false_positive_rate.values())
         numbers = [format_interval(row.kinds[kind].auroc) for kind in KINDS]
         cost = f"{row.seconds * 1e3:.1f}"
-        rows.append([METHODS[name].title, *numbers, format_interval(near.auprc), rates, row.score, cost])
+        rows.append([METHOD_INFO[name].title, *numbers, format_interval(near.auprc), rates, row.score, cost])
     shown = [s for s in own.kinds["near"].auroc_by_score if "percentile" not in s or s == own.score]
     by_score = [[score, *(f"{own.kinds[kind].auroc_by_score[score]:.2f}" for kind in KINDS)] for score in shown]
     errors = [
@@ -264,7 +264,7 @@ def make_segmentation(segmented: dict[str, SegmentationResults]) -> str:
         for name in results.methods:
             cells = [kinds[kind].get(name) for kind in kinds]
             numbers = [f"{format_interval(c.auprc)}; {format_interval(c.dice)}" if c else "" for c in cells]
-            method = METHODS[name].title
+            method = METHOD_INFO[name].title
             rows.append([bold(method) if name == COUNTERPART else method, *numbers])
         sections += [
             f"### {number}. {title}",
@@ -277,7 +277,7 @@ def make_segmentation(segmented: dict[str, SegmentationResults]) -> str:
 def make_costs(segmented: dict[str, SegmentationResults]) -> dict[str, str]:
     """Make the tables of what each method costs, and of what was chosen for it."""
     costs, choices = [], []
-    for name, info in METHODS.items():
+    for name, info in METHOD_INFO.items():
         runs = {part: results.methods[name] for part, results in segmented.items() if name in results.methods}
         sizes = dict.fromkeys(f"{run.parameters / 1e6:.1f}" for run in runs.values())
         budgets = dict.fromkeys(run.provenance.training_budget.removesuffix(" slices") for run in runs.values())
@@ -373,7 +373,7 @@ def find_knee(points: dict[str, PointScores]) -> str:
 
 
 def make_curve(bundles: dict[str, CurveScores]) -> dict[str, str]:
-    """Make the table of Dice and AUPRC against evaluations, and where the knees are."""
+    """Make the table of Dice and AUPRC against evaluations, and the sentences about the knees."""
     knees = []
     settings: dict[str, PointScores] = {}
     for found in bundles.values():

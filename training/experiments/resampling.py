@@ -24,10 +24,10 @@ from training.experiments.baselines import (
 )
 from training.experiments.cases import VALIDATION_CASES, Case, spread
 from training.experiments.methods import ENSEMBLE, TRANSFORMER
-from training.experiments.segmentation import BATCH, AnomalyMap, Method
+from training.experiments.segmentation import BATCH, AnomalyMap, ComparedMethod
 from training.networks import TorchNetworks
 
-# Slices that a process resamples at once.
+# Slices that a process resamples together.
 CHUNK = 4
 # Slices that are resampled to measure the time.
 TIMED_SLICES = 12
@@ -43,10 +43,10 @@ class CodeResampler:
     vqvae : TorchNetworks
         The bundle's networks.
     network : DecoderOnlyTransformer
-        Trained on the codes.
+        Network that was trained on the codes.
     seed : int
     parallel_map : callable
-        As `map`, possibly in several processes.
+        Function like `map` that may use several processes.
     """
 
     def __init__(
@@ -130,7 +130,9 @@ def _process_pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(os.cpu_count(), spawn, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def transformer_method(name: str, config: Config, networks: TorchNetworks, healthy: Sequence[FloatArray]) -> Method:
+def transformer_method(
+    name: str, config: Config, networks: TorchNetworks, healthy: Sequence[FloatArray]
+) -> ComparedMethod:
     """Return the transformer baseline, as one draw or as the ensemble.
 
     Parameters
@@ -150,7 +152,7 @@ def transformer_method(name: str, config: Config, networks: TorchNetworks, healt
         return lambda case: residuals(case)[variant]
 
     variants = [f"{kind}, {where}" for kind in (DIFFERENCE, OVER_CONTRAST) for where in (EVERYWHERE, RESAMPLED_ONLY)]
-    return Method(
+    return ComparedMethod(
         name,
         {variant: only(variant) for variant in variants},
         parameters=count_parameters(network, networks.encoder, networks.decoder),

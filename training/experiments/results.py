@@ -10,13 +10,13 @@ RowT = TypeVar("RowT")
 
 
 class Record(BaseModel):
-    """An immutable part of a document. Unknown fields are errors."""
+    """Immutable part of a document. Unknown fields are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Provenance(Record):
-    """The bundle, data and code that results belong to.
+    """Bundle, data and code that results belong to.
 
     The three hashes of the bundle are those of `training.experiments.manifests`.
     """
@@ -64,7 +64,7 @@ class ScanScores(Record):
 
 
 class Gain(Record):
-    """A paired difference in AUPRC and in best-achievable Dice."""
+    """Paired difference in AUPRC and in best-achievable Dice."""
 
     auprc: Interval
     dice: Interval
@@ -129,12 +129,12 @@ class KindScores(Record):
     Attributes
     ----------
     auroc, auprc : Interval
-        Of the score that validation chose.
+        AUROC and AUPRC of the score that was chosen on validation images.
     false_positive_rate : dict of str to float
-        By sensitivity.
+        False-positive rate for each sensitivity.
     auroc_by_score : dict of str to float
     mean_kl_auroc : Interval, optional
-        Of the mean KL over the head, for Counterpart.
+        AUROC of the mean KL over the head, for Counterpart.
     """
 
     auroc: Interval
@@ -215,7 +215,7 @@ class CurveScores(Record):
 
 
 class LargeLesion(Record):
-    """The answer to one scan with a large lesion: "analysed" or an error code."""
+    """Outcome of one scan with a large lesion: "analysed" or an error code."""
 
     subject: str
     shape: str
@@ -260,6 +260,6 @@ class AblationScores(Record):
 
 
 class ByBundle(Record, Generic[RowT]):
-    """A document with one entry for each bundle."""
+    """Document with one entry for each bundle."""
 
     bundles: dict[str, RowT]

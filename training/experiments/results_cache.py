@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from training.config import ROOT
-from training.experiments.methods import COUNTERPART, METHODS, describe_budget
+from training.experiments.methods import COUNTERPART, METHOD_INFO, describe_budget
 from training.experiments.metrics import (
     IntArray,
     ScoreCounts,
@@ -51,9 +51,9 @@ class Outcome:
     Attributes
     ----------
     counts : dict of str to ScoreCounts
-        By kind of case. A row is a case.
+        Counts for each kind of case. A row is a case.
     scans : dict of str to ScanScores
-        By kind of case.
+        Scores for each kind of case.
     choice : Choice
     seconds_per_slice : float
     parameters : int
@@ -68,7 +68,7 @@ class Outcome:
 
 def is_valid(stored: Provenance, now: Provenance, method: str = COUNTERPART) -> bool:
     """Return whether a method's stored result would be measured the same way now."""
-    hashes = ("data_sha256", "split_sha256", f"{METHODS[method].depends_on}_sha256")
+    hashes = ("data_sha256", "split_sha256", f"{METHOD_INFO[method].depends_on}_sha256")
     if any(getattr(stored, name) != getattr(now, name) for name in hashes):
         return False
     budget = describe_budget(method, now.bundle.rpartition("-")[0])
@@ -182,7 +182,7 @@ def gain_of(first: ScoreCounts, second: ScoreCounts) -> Gain:
 
 def collect(part: str, now: Provenance) -> SegmentationResults:
     """Compute the document of a part from its valid outcomes."""
-    outcomes = valid_outcomes(part, METHODS, now)
+    outcomes = valid_outcomes(part, METHOD_INFO, now)
     runs = {
         method: MethodRun(
             choice=outcome.choice,

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from app.manifest import Manifest
 from app.pipeline import residual
-from app.pipeline.detect import detect
 from app.pipeline.findings import dice, label_findings
+from app.pipeline.methods import run_method
 from app.pipeline.networks import Networks
 from app.volume import FloatArray
 from training.experiments.cases import Case
@@ -44,19 +44,19 @@ FILTERS: dict[str, Callable[[FloatArray], FloatArray]] = {
 
 
 @dataclass(frozen=True)
-class Method:
-    """A method that can run.
+class ComparedMethod:
+    """Method that can run.
 
     Attributes
     ----------
     name : str
-        Of `training.experiments.methods.METHODS`.
+        Key of `training.experiments.methods.METHOD_INFO`.
     variants : dict of str to callable
         Maps to choose from on validation cases.
     smoothing : tuple of str
         Names of `FILTERS` to choose from.
     parameters : int
-        Of its networks.
+        Number of parameters of the networks of the method.
     time_per_slice : callable, optional
         Cases -> seconds, if timing the maps would measure cached work.
     """
@@ -73,13 +73,13 @@ def counterpart_map(models: Networks, manifest: Manifest) -> AnomalyMap:
     accepting = without_ood_check(manifest)
 
     def compute(case: Case) -> FloatArray:
-        return detect(case.volume, models, accepting).anomaly[case.slice_indices]
+        return run_method(case.volume, models, accepting).anomaly[case.slice_indices]
 
     return compute
 
 
 def mask_map(values: FloatArray, case: Case) -> FloatArray:
-    """Set a map to NaN where it is not evaluated, (K, H, W)."""
+    """Set a map to NaN in pixels that are not evaluated, (K, H, W)."""
     return np.where(case.evaluated, values, np.float32(np.nan))
 
 
@@ -88,7 +88,7 @@ def count_scores(maps: Sequence[FloatArray], cases: Sequence[Case]) -> ScoreCoun
     return ScoreCounts.from_scores([mask_map(m, c) for m, c in zip(maps, cases, strict=True)], [c.truth for c in cases])
 
 
-def choose(method: Method, cases: Sequence[Case]) -> Choice:
+def choose(method: ComparedMethod, cases: Sequence[Case]) -> Choice:
     """Choose the variant and smoothing with the highest AUPRC on validation cases."""
     best, chosen = -1.0, Choice(variant=next(iter(method.variants)), smoothing=method.smoothing[0])
     if len(method.variants) * len(method.smoothing) == 1:
@@ -102,7 +102,9 @@ def choose(method: Method, cases: Sequence[Case]) -> Choice:
     return chosen
 
 
-def run_method(method: Method, validation: Sequence[Case], test: Sequence[Case], manifest: Manifest) -> Outcome:
+def score_method(
+    method: ComparedMethod, validation: Sequence[Case], test: Sequence[Case], manifest: Manifest
+) -> Outcome:
     """Choose on validation cases, then run on the test cases."""
     choice = choose(method, validation)
     compute = method.variants[choice.variant]

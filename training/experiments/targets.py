@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config import ROOT, Config
-from training.experiments.methods import COUNTERPART, ENSEMBLE, METHODS, TRANSFORMER
+from training.experiments.methods import COUNTERPART, ENSEMBLE, METHOD_INFO, TRANSFORMER
 from training.experiments.metrics import Interval, mean_interval
 from training.experiments.results import ImageLevelResults, SegmentationResults
 
@@ -27,7 +27,7 @@ class Target:
     Attributes
     ----------
     text, found : str
-        What is asked, and what was measured or why nothing was.
+        Target and measured value, or the reason why nothing was measured.
     met : bool or None
         None if it was not measured.
     """
@@ -50,7 +50,7 @@ class Measured:
     ----------
     image_level : ImageLevelResults, optional
     segmented : dict of str to SegmentationResults
-        By part.
+        Results of each part.
     tumours : dict, optional
         Row of docs/evaluation/flair.json over all tumour patients: intervals as [value, low, high].
     """
@@ -73,7 +73,7 @@ def compare_targets(measured: Measured) -> list[Target]:
 
 
 def at_least(text: str, least: float, found: Interval | None) -> Target:
-    """Compare a number with the least that is asked."""
+    """Compare a number with the smallest value that meets the target."""
     text = f"{text} >= {least:.2f}"
     if found is None or not math.isfinite(found.value):
         return Target(text, "no result")
@@ -83,7 +83,7 @@ def at_least(text: str, least: float, found: Interval | None) -> Target:
 def _image_level(results: ImageLevelResults | None) -> Iterator[Target]:
     own = results.methods.get(COUNTERPART) if results else None
     kinds = own.kinds if own else {}
-    # The targets do not say of which score, so both are compared.
+    # The targets do not name a score, so two are compared.
     for score, attribute in (("chosen score", "auroc"), ("mean KL", "mean_kl_auroc")):
         for kind, least in (*((kind, FAR_AUROC) for kind in FAR), ("near", NEAR_AUROC)):
             yield at_least(f"{kind}, {score}: AUROC", least, getattr(kinds.get(kind), attribute, None))
@@ -95,9 +95,9 @@ def _leads(part: str, results: SegmentationResults) -> Iterator[Target]:
         if COUNTERPART not in rows:
             yield Target(text, "no result of Counterpart")
             continue
-        others = {name: rows[name].lead for name in METHODS if name in rows and name != COUNTERPART}
-        behind = [METHODS[name].title for name, lead in others.items() if lead is None or not lead.is_above_zero]
-        missing = [info.title for name, info in METHODS.items() if name not in rows]
+        others = {name: rows[name].lead for name in METHOD_INFO if name in rows and name != COUNTERPART}
+        behind = [METHOD_INFO[name].title for name, lead in others.items() if lead is None or not lead.is_above_zero]
+        missing = [info.title for name, info in METHOD_INFO.items() if name not in rows]
         found = f"{len(others) - len(behind)} of {len(others)}"
         found += f"; not than: {', '.join(behind)}" if behind else ""
         found += f"; no result: {', '.join(missing)}" if missing else ""
@@ -136,7 +136,7 @@ def _tumours(measured: Measured) -> Iterator[Target]:
 def _times(part: str, results: SegmentationResults | None) -> Iterator[Target]:
     runs = results.methods if results else {}
     for name in (TRANSFORMER, ENSEMBLE):
-        text = f"{part}, {METHODS[name].title}: {TIMES:.0f} times Counterpart's time"
+        text = f"{part}, {METHOD_INFO[name].title}: {TIMES:.0f} times Counterpart's time"
         if name not in runs or COUNTERPART not in runs:
             yield Target(text, "no result")
             continue

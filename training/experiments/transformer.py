@@ -24,7 +24,7 @@ class Size(NamedTuple):
 TRAINED = Size(128, 6, 4)
 # Of the authors' published code (GitHub, Ashayp31/vqvae_transformer_anomaly_detection: experimentsC1/
 # multi_cropped_vis/adaptive_vqvae/anomaly_detection/pet_challenge_data/ad_coordconv_spatial_cond_nembd_256.sh).
-# Its attention is a linear approximation; here it is exact.
+# Its attention is a linear approximation. Here it is exact.
 PUBLISHED = Size(256, 12, 8)
 # Codes below this quantile of the log-likelihood of healthy slices are resampled.
 QUANTILE = 0.025
@@ -39,7 +39,7 @@ def build_transformer(codes: int, length: int, size: Size = TRAINED) -> DecoderO
 
 
 class CachedTransformer:
-    """A transformer that is fed a batch of sequences piece by piece, with a key-value cache."""
+    """Transformer that is fed a batch of sequences piece by piece, with a key-value cache."""
 
     def __init__(self, network: DecoderOnlyTransformer, batch: int) -> None:
         self._network = network
@@ -50,7 +50,7 @@ class CachedTransformer:
         self._position = 0
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Feed the next tokens (N, T); return the logits after the last one, (N, codes)."""
+        """Feed the next tokens (N, T) and return the logits after the last one, (N, codes)."""
         network, start = self._network, self._position
         end = self._position = start + tokens.shape[1]
         mask = _causal_mask(start, end, tokens.device)
@@ -114,7 +114,7 @@ def resample_stepwise(
     chosen : torch.Tensor
         (N, L) of bool.
     draws : torch.Tensor
-        Of `uniform_draws`.
+        Draws, as returned by `uniform_draws`.
     """
     step, resampled = CachedTransformer(network, len(codes)), codes.clone()
     token = shift_right(network, codes)[:, :1]
@@ -128,7 +128,7 @@ def resample_stepwise(
 def resample(
     network: DecoderOnlyTransformer, codes: torch.Tensor, chosen: torch.Tensor, draws: torch.Tensor
 ) -> torch.Tensor:
-    """Do the same as `resample_stepwise`, faster on a CPU: the codes between two draws are fed at once."""
+    """Do the same as `resample_stepwise`, faster on a CPU, because the codes between two draws are fed together."""
     resampled = codes.clone()
     for one, own, numbers in zip(resampled, chosen, draws, strict=True):
         step, fed = CachedTransformer(network, 1), 0
@@ -146,7 +146,7 @@ def count_fed_positions(chosen: torch.Tensor) -> int:
 
 
 def _sample(network: DecoderOnlyTransformer, logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Sample codes (N,) by inverting the cumulative probability; the beginning token is never sampled."""
+    """Sample codes (N,) by inverting the cumulative probability. The beginning token is never sampled."""
     cumulative = logits[:, : network.num_tokens - 1].double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
     return drawn.clamp(max=network.num_tokens - 2)

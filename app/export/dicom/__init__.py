@@ -46,7 +46,7 @@ def build_dicom_objects(scan: Scan, labels: LabelArray, report: Report) -> Dicom
     except UnsuitableSource as reason:
         return reason, reason
     except (ValueError, TypeError, AttributeError, KeyError):
-        # The exception is not kept: its text can contain a header value.
+        # The exception is not kept, because its text can contain a header value.
         invalid = UnsuitableSource(
             "A header of the series has an invalid value, or lacks a value that DICOM requires.",
             expected="patient, study and geometry attributes as defined in DICOM PS3.3.",

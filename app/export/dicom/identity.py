@@ -40,12 +40,12 @@ def derived_uid(*parts: str) -> str:
 
 
 def assign_uids(dataset: AnyDataset, source: SourceSeries) -> AnyDataset:
-    """Set the UIDs of an object from its content: a different byte gives different UIDs.
+    """Set the UIDs of an object from its content. A different byte gives different UIDs.
 
-    The hash is taken over the file with `PLACEHOLDER` in place of the UIDs. Each object gets a series of its own, so
+    The hash is taken over the file with `PLACEHOLDER` in place of the UIDs. Each object gets a separate series, so
     that two analyses never give different attributes to one series.
     """
-    # Time of writing; the standard does not require these attributes.
+    # These attributes contain the time of writing. The standard does not require them.
     del dataset.InstanceCreationDate, dataset.InstanceCreationTime
     for item in dataset.ContributingEquipmentSequence:
         del item.ContributionDateTime

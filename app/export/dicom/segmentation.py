@@ -57,7 +57,7 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
 
 
 def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
-    """Return the positions of the frames: those of the source's slices if they match, else those of the scan's grid."""
+    """Return the positions of the frames: those of the source slices if they match, else those of the grid."""
     if source.positions is not None:
         return {"plane_positions": [_position(position) for position in source.positions]}
     spacing = np.linalg.norm(source.lps_affine[:3, :3], axis=0)
@@ -77,7 +77,10 @@ def _geometry(source: SourceSeries, count: int) -> dict[str, Any]:
 
 
 def _reference_frames(segmentation: Segmentation, frames: Collection[int]) -> None:
-    """Refer only to the frames of an enhanced image that were read; highdicom refers to all at the same position."""
+    """Refer only to the frames of an enhanced image that were read.
+
+    highdicom refers to all frames at the same position.
+    """
     for group in segmentation.PerFrameFunctionalGroupsSequence:
         for derivation in group.get("DerivationImageSequence", []):
             derivation.SourceImageSequence = [

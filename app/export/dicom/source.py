@@ -67,7 +67,7 @@ SAME_DIRECTION = 2e-3
 
 @dataclass(frozen=True, eq=False)
 class SourceSeries:
-    """A series in the form that highdicom expects, and the position of its slices in the scan.
+    """Series in the form that highdicom expects, and the position of its slices in the scan.
 
     Attributes
     ----------

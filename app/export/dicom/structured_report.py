@@ -73,7 +73,8 @@ def build_structured_report(source: SourceSeries, segmentation: Dataset | None, 
     source : SourceSeries
         Listed as evidence.
     segmentation : Dataset or None
-        Complete, with its UIDs; its segment numbers are the labels of the findings. None if there is no finding.
+        Complete segmentation with its UIDs. Its segment numbers are the labels of the findings. None if there is no
+        finding.
     report : Report
         Contains the numbers.
     """

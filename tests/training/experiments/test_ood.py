@@ -34,11 +34,11 @@ def test_ball_has_its_volume_and_centre() -> None:
 def test_check_alone_is_the_served_check() -> None:
     folder = next((ROOT / "models").glob("t1-*"))
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
-    asked = only_ood_check(manifest)
-    assert asked.ood == manifest.ood
-    assert asked.kl.timesteps == manifest.kl.timesteps
-    assert asked.kl.threshold > 1e30
-    assert len(asked.views) == 1
+    checked = only_ood_check(manifest)
+    assert checked.ood == manifest.ood
+    assert checked.kl.timesteps == manifest.kl.timesteps
+    assert checked.kl.threshold > 1e30
+    assert len(checked.views) == 1
 
 
 def configured(name: str) -> Config:

@@ -1,4 +1,4 @@
-"""Code versions, and the hashes of what decides a result."""
+"""Code versions, and the hashes of the settings that determine a result."""
 
 import json
 import shutil
@@ -56,19 +56,21 @@ CHANGES: dict[str, Callable[[Manifest], Manifest]] = {
     "ood": lambda m: changed(m, ood=changed(m.ood, max_outlier_fraction=0.5)),
     "kl": lambda m: changed(m, kl=changed(m.kl, threshold=0.5)),
     "residual": lambda m: changed(m, residual=changed(m.residual, median_pixels=3)),
+    "method": lambda m: changed(m, method="another"),
     "seed": lambda m: changed(m, seed=8),
     "denoiser": lambda m: changed(m, files=changed(m.files, denoiser=FILE)),
     "VQ-VAE": lambda m: changed(m, files=changed(m.files, encoder=FILE)),
     "slices": lambda m: changed(m, preprocessing=changed(m.preprocessing, intensity_level=0.5)),
     "edge": lambda m: changed(m, residual=changed(m.residual, erosion=3)),
 }
-# What changes: cases, codes, detection, out-of-distribution check.
+# Hashes that change: cases, codes, detection, out-of-distribution check.
 EXPECTED = {
     "version": "",
     "advice": "",
     "ood": "ood",
     "kl": "detection",
     "residual": "detection",
+    "method": "detection",
     "seed": "detection",
     "denoiser": "detection",
     "VQ-VAE": "codes detection",
@@ -84,7 +86,7 @@ HASHES: dict[str, Callable[[Manifest], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_hashes_change_with_what_decides_them(change: str) -> None:
+def test_hashes_change_with_their_settings(change: str) -> None:
     manifest = tiny_manifest()
     other = CHANGES[change](manifest)
     differ = [name for name, hash_of in HASHES.items() if hash_of(other) != hash_of(manifest)]

@@ -25,7 +25,7 @@ def test_knee_is_the_fewest_evaluations_that_are_as_good() -> None:
         "more": point(36, 0.6, 0.59),
     }
     assert find_knee(points) == "six"
-    # None is close in both: the smallest shortfall counts.
+    # If no setting is close in both, the one with the smallest shortfall is chosen.
     assert find_knee({"a": point(2, 0.5, 0.6), "b": point(4, 0.57, 0.55), "c": point(8, 0.6, 0.4)}) == "b"
 
 

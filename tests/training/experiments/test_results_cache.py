@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from training.experiments import metrics, results_cache
-from training.experiments.methods import COUNTERPART, METHODS, describe_budget
+from training.experiments.methods import COUNTERPART, METHOD_INFO, describe_budget
 from training.experiments.metrics import ScoreCounts, average_precision, best_dice, paired_difference
 from training.experiments.results import Choice, Provenance, RunProvenance, ScanScores, SegmentationResults
 from training.experiments.results_cache import Outcome
@@ -128,7 +128,7 @@ def test_stored_documents_name_their_outcomes(monkeypatch: pytest.MonkeyPatch) -
     for part in ("ellipses", "shapes", "tumours", "ms-t1", "stripped"):
         document = results_cache.load(part, SegmentationResults)
         assert document is not None
-        assert set(document.methods) == set(METHODS)
+        assert set(document.methods) == set(METHOD_INFO)
         for name, run in document.methods.items():
             assert run.outcome == f"outcomes/{part}-{name}.npz"
             assert results_cache.load_outcome(results_cache.RESULTS / run.outcome)[1] == run.provenance

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.training.experiments.test_results_cache import NOW
-from training.experiments.methods import COUNTERPART, METHODS
+from training.experiments.methods import COUNTERPART, METHOD_INFO
 from training.experiments.metrics import Interval
 from training.experiments.results import Gain, MethodScores, ScanScores, SegmentationResults
 from training.experiments.targets import Measured, Target, at_least, compare_targets
@@ -56,7 +56,7 @@ def test_number_is_compared_unrounded(value: float, *, met: bool | None) -> None
     ],
 )
 def test_lead_over_every_baseline_counts_in_both(changes: dict[str, MethodScores | None], *, met: bool | None) -> None:
-    rows = {name: scores(0.2) for name in METHODS if name != COUNTERPART} | changes
+    rows = {name: scores(0.2) for name in METHOD_INFO if name != COUNTERPART} | changes
     kinds = {"MS": {COUNTERPART: scores()} | {name: row for name, row in rows.items() if row is not None}}
     assert found("stripped", kinds, "stripped, MS:").met is met
 
