@@ -33,7 +33,7 @@ log = structlog.get_logger("counterpart.jobs")
 # Version of the steps and their recorded outputs, the file of `app.inference_result` included. DBOS gives a started
 # job only to workers of the same version. Code that keeps the steps keeps the number, so that an upgrade continues
 # started jobs. A job that no worker has started has no version yet.
-STEPS_VERSION = "2"
+STEPS_VERSION = "3"
 POLLING_SECONDS = 0.1
 # Seconds between two searches for orphaned uploads, each of which lists the whole store.
 SWEEP_SECONDS = 6 * 3600.0
