@@ -139,7 +139,9 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
         "gpu_batch": settings.gpu_batch,
     }
     engine = BundleEngine(**arguments)
-    return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments) if worker else engine
+    if not worker:
+        return engine
+    return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments, settings.deadline_seconds)
 
 
 def _run_server(app: FastAPI, settings: Settings) -> None:

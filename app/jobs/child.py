@@ -18,7 +18,7 @@ from app.jobs.engine import Engine
 
 # The scheduler prefers the API, so that a request for the state of a scan does not wait for the scan.
 NICENESS = 5
-# The fraction of the free memory that a limited scan may use. The rest is for the worker and other processes.
+# The fraction of the free memory that a scan may use. The rest is for the worker and other processes.
 MEMORY_SHARE = 0.8
 KIB = 1024
 
@@ -62,7 +62,8 @@ class TaskServer:
             if "warm_up" in task:
                 self._engine.warm_up()
                 return {"ready": True}
-            limit_memory(enabled=task["limit_memory"])
+            if self._engine.provider == "cpu":  # CUDA reserves address space that says nothing about used memory
+                limit_memory()
             scan, out, request = Path(task["scan"]), Path(task["out"]), AnalysisRequest(**task["request"])
             if "inferred" not in task:
                 self._engine.infer(scan, out, request, self._progress)
@@ -85,14 +86,18 @@ class TaskServer:
         self._connection.send_bytes(json.dumps(message).encode())
 
 
-def limit_memory(*, enabled: bool) -> None:
-    """Limit this process to its current memory and most of the free memory, or remove the limit.
+def limit_memory() -> None:
+    """Limit this process to its current memory and most of the memory that is free now.
 
-    With a limit, an allocation fails before the system kills a process.
+    An allocation then fails before the system kills a process. Each scan has a limit of its own. Without /proc, which
+    only Linux has, there is no limit.
     """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = _read_number(Path("/proc/self/status"), "VmData:") * KIB
-    limit = used + int(MEMORY_SHARE * free_memory()) if enabled else hard
+    used = _read_number(status, "VmData:") * KIB
+    limit = used + int(MEMORY_SHARE * free_memory())
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 

@@ -61,9 +61,6 @@ class Engine(Protocol):
         memory. Otherwise both files are read again, with the same results.
         """
 
-    def limit_memory(self, *, enabled: bool) -> None:
-        """Enable or disable the memory limit for the next scan, which protects the worker."""
-
     def close(self) -> None:
         """Release the loaded models and the last scan."""
 
@@ -170,9 +167,6 @@ class BundleEngine:
                 return export(scanned, load_inference_result(inferred), out, progress)
         finally:
             self._discard_pending()
-
-    def limit_memory(self, *, enabled: bool) -> None:
-        """Do nothing: this engine shares the memory of its process. See `SubprocessEngine`."""
 
     def close(self) -> None:
         """Release the loaded bundles and the last scan."""

@@ -47,9 +47,6 @@ class JobState(Protocol):
     def record_progress(self, job: str, stage: str, progress: float) -> None:
         """Record the stage of a job and its progress, 0 to 1."""
 
-    def has_crashed(self, job: str) -> bool:
-        """Return whether a worker has died while it held this job."""
-
     def record_crash(self, job: str) -> int:
         """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
 
@@ -198,7 +195,6 @@ class Attempt:
         if self.work is None or self.scan is None:
             self.work = self.store.create_work_folder(self.job)
             self.scan = self.store.scan_path(self.job)
-        self.engine.limit_memory(enabled=self.state.has_crashed(self.job))
         return self.scan, self.work
 
     def _infer(self) -> StepOutput:

@@ -193,10 +193,6 @@ class JobService:
         """Record the stage of a job and its progress, 0 to 1."""
         DBOS.update_workflow_attributes(job, {"stage": stage, "progress": progress}, merge=True)
 
-    def has_crashed(self, job: str) -> bool:
-        """Return whether a worker has died while it held this job."""
-        return self._registry.count_crashes(job) > 0
-
     def record_crash(self, job: str) -> int:
         """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
         self._registry.record_confirmed_crash(self._executor_id, job)

@@ -90,8 +90,6 @@ class FakeEngine:
         Each inference takes a minute, whatever the scan orders.
     export_seconds : float or None
         Used instead of the order `export_seconds`.
-    memory_limited : bool
-        Last value of `guard`.
     """
 
     provider = "cpu"
@@ -103,7 +101,6 @@ class FakeEngine:
         self.warm_up_error: errors.CounterpartError | None = None
         self.is_slow = False
         self.export_seconds: float | None = None
-        self.memory_limited = False
         self._allocated = np.zeros(0, np.uint8)
 
     def card(self, model: str) -> str | None:
@@ -112,9 +109,6 @@ class FakeEngine:
     def warm_up(self) -> None:
         if self.warm_up_error:
             raise self.warm_up_error
-
-    def limit_memory(self, *, enabled: bool) -> None:
-        self.memory_limited = enabled
 
     def close(self) -> None:
         pass

@@ -27,10 +27,6 @@ class FakeJobState:
         self.checks -= 1
         return self.checks >= 0
 
-    def has_crashed(self, job: str) -> bool:
-        assert job == JOB
-        return self.crashes > 0
-
     def record_crash(self, job: str) -> int:
         assert job == JOB
         self.crashes += 1
