@@ -24,8 +24,9 @@ LEASE_SECONDS = 15.0
 # Seconds between two runs of the retention. The first comes at once.
 RETENTION_SECONDS = 600.0
 # A scan is quarantined after this many crashes if one of them is confirmed: the child process of the analysis ended and
-# its worker recorded it. If the worker itself died, the cause is unknown. The scan is then tried again with limited
-# memory (`app.jobs.child`), so that the next crash is confirmed. The second limit ends a row of unconfirmed crashes.
+# its worker recorded it. If the worker itself died, the cause is unknown, and the scan is tried again. The memory of the
+# child process is limited (`app.jobs.child`), so that the child dies before its worker. The second limit ends a row of
+# unconfirmed crashes.
 MAX_CRASHES = 2
 MAX_UNCONFIRMED_CRASHES = 20
 # A worker name with this mark in a crash record stands for a confirmed crash.
