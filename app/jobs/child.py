@@ -15,6 +15,7 @@ from typing import Any
 from app.analysis import AnalysisRequest
 from app.errors import Cancelled, CounterpartError, error_location, scan_out_of_memory
 from app.jobs.engine import Engine
+from app.jobs.faults import find_service_fault
 
 # The scheduler prefers the API, so that a request for the state of a scan does not wait for the scan.
 NICENESS = 5
@@ -70,11 +71,13 @@ class TaskServer:
                 return {"inferred": True}
             report = self._engine.export(scan, Path(task["inferred"]), out, request, self._progress)
             return {"report": report.model_dump(mode="json")}
-        except CounterpartError as error:
-            return {"problem": error.problem}
-        except MemoryError:
-            return {"problem": scan_out_of_memory().problem}
         except Exception as error:  # noqa: BLE001  # sent without its text, which can hold patient data
+            if (fault := find_service_fault(error)) is not None:
+                return {"problem": fault.problem}
+            if isinstance(error, MemoryError):
+                error = scan_out_of_memory()
+            if isinstance(error, CounterpartError):
+                return {"problem": error.problem}
             return {"error_location": error_location(error)}
 
     def _progress(self, stage: str, fraction: float) -> None:

@@ -30,7 +30,9 @@ from app.analysis import AnalysisRequest, Progress
 from app.errors import CounterpartError, NotReady, OutOfMemory, TookTooLong, UnexpectedError, from_problem
 from app.export.report import Report
 from app.jobs.engine import ChildProcessDied, Engine
+from app.jobs.faults import SERVICE_ERRORS
 from app.manifest import Manifest
+from app.runtime.session import Provider
 
 # Seconds between two calls of the progress callback, which checks for cancellation, while the child sends nothing.
 POLL_SECONDS = 0.1
@@ -73,7 +75,7 @@ class SubprocessEngine:
         self._lock = Lock()
 
     @property
-    def provider(self) -> str:
+    def provider(self) -> Provider:
         """Return the execution provider of the networks, "cpu" or "cuda"."""
         return self._local.provider
 
@@ -145,8 +147,10 @@ class SubprocessEngine:
             progress(stage, 0.0)
         try:
             return self._wait_for_answer(self._running_child(), task, stage, progress)
-        except OutOfMemory:
-            self._end_child()  # onnxruntime and Python do not return freed memory to the system
+        except (OutOfMemory, *SERVICE_ERRORS):
+            # onnxruntime and Python do not return freed memory to the system. After a fault of the service, the next
+            # child reads the bundles again and has no open files.
+            self._end_child()
             raise
         finally:
             self._lock.release()

@@ -20,6 +20,7 @@ from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
 from app.export.report import Extent, Finding, Input, ModelUsed, Report, ScoreReport, Work
 from app.jobs.engine import INFERENCE_FILE
 from app.manifest import Manifest, Range
+from app.runtime.session import Provider
 from tests.support.bundle import tiny_manifest
 
 URL = "/v1/scans"
@@ -92,7 +93,7 @@ class FakeEngine:
         Used instead of the order `export_seconds`.
     """
 
-    provider = "cpu"
+    provider: Provider = "cpu"
 
     def __init__(self) -> None:
         self.manifests: Sequence[Manifest] = [tiny_manifest()]
