@@ -23,6 +23,8 @@ HEARTBEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 # Seconds between two runs of the retention. The first comes at once.
 RETENTION_SECONDS = 600.0
+# Seconds between two searches for unfinished erasures.
+ERASURE_SECONDS = 30.0
 # A scan is quarantined after this many crashes if one of them is confirmed: the child process of the analysis ended and
 # its worker recorded it. If the worker itself died, the cause is unknown, and the scan is tried again. The memory of
 # the child process is limited (`app.jobs.child`), so that the child dies before its worker. The second limit ends a
@@ -180,6 +182,9 @@ class JobRecovery(Protocol):
     def requeue_stuck_jobs(self) -> None:
         """Put jobs that the database gives to this process, but that it does not run, back into the queue."""
 
+    def finish_erasures(self) -> None:
+        """Finish erasures that a fault or the death of a process interrupted."""
+
     def enforce_retention(self) -> None:
         """Erase expired jobs."""
 
@@ -225,13 +230,16 @@ class Supervisor:
             self._thread.join()
 
     def _run(self, worker: str | None) -> None:
-        last_retention = -RETENTION_SECONDS
+        last_retention, last_erasures = -RETENTION_SECONDS, -ERASURE_SECONDS
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             try:
                 if worker:
                     self._registry.send_heartbeat(worker)
                 self._check_heartbeats()
                 self._recovery.requeue_stuck_jobs()
+                if time.monotonic() - last_erasures > ERASURE_SECONDS:
+                    last_erasures = time.monotonic()
+                    self._recovery.finish_erasures()
                 if time.monotonic() - last_retention > RETENTION_SECONDS:
                     last_retention = time.monotonic()
                     self._recovery.enforce_retention()

@@ -268,10 +268,11 @@ class Attempt:
                 if crashes := self.state.record_crash(self.job):
                     return {"problem": quarantine_problem(self.job, crashes)}
             except Exception as error:  # noqa: BLE001  # no exception may stop the queue
+                # The row of an erased job goes after its files and before the record of the erasure, hence this order.
+                if self.store.is_erased(self.job) or not self.state.is_assigned(self.job):
+                    raise Interrupted from None
                 if (fault := find_fault(error)) is not None:
                     raise ServiceFault(fault) from None
-                if not self.state.is_assigned(self.job):
-                    raise Interrupted from None
                 return {"problem": self._failure_problem(error, time.perf_counter() - start)}
 
     def _prepare(self) -> tuple[Path, Path]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
 from dbos._dbos import _get_dbos_instance
+from dbos._error import DBOSBaseException
 
 from app import errors
 from app.analysis import AnalysisRequest
@@ -179,8 +180,8 @@ class JobService:
         self._stuck = {job: self._stuck.get(job, now) for job in jobs}
         for job, since in self._stuck.items():
             if now - since > STUCK_SECONDS:
-                faults = return_job(self._database, job, self._executor_id, errors.InternalError.code)
-                log.warning("stuck job returned to the queue", job=job, faults=faults)
+                return_job(self._database, job, self._executor_id, None)
+                log.warning("stuck job returned to the queue", job=job)
 
     def enforce_retention(self) -> None:
         """Erase expired jobs and orphaned uploads, and restart queued jobs of other versions of the steps."""
@@ -195,6 +196,13 @@ class JobService:
         if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
             self._last_sweep = time.monotonic()
             self._remove_orphaned_uploads()
+            for status in list_workflows(status="CANCELLED", load_output=False):
+                self._store.discard_all_but_scan(status.workflow_id)
+
+    def finish_erasures(self) -> None:
+        """Finish erasures that a fault or the death of a process interrupted."""
+        for job in self._store.unfinished_erasures():
+            self.queue.finish_erasure(job)
 
     def _restart_outdated_jobs(self, dead_worker: str | None = None) -> None:
         for job in restart_outdated_jobs(self._database, WORKFLOW, STEPS_VERSION, dead_worker):
@@ -244,6 +252,9 @@ class JobService:
             output = self._run_steps(job, request)
         except PortableWorkflowError:
             raise
+        except (DBOSBaseException, Interrupted):
+            self._discard_if_cancelled(job)
+            raise
         except ServiceFault as fault:
             error = fault.error
         except Exception as unexpected:  # noqa: BLE001  # no failure of the service is an outcome of the job
@@ -278,12 +289,23 @@ class JobService:
         return {"model": exported["model"], "results": exported["results"]}
 
     def _publish(self, job: str, work: str) -> None:
-        with _as_service_fault():
+        """Publish staged results, unless the job was cancelled. Whatever comes last removes the results."""
+        with self._as_service_fault(job):
+            if not self.is_assigned(job):
+                raise Interrupted
             self._store.publish(job, work)
+            if self.queue.is_cancelled(job):
+                raise Interrupted  # `_run_job` discards the results
+
+    def _discard_if_cancelled(self, job: str) -> None:
+        """Remove what a cancelled job wrote after `JobQueue.cancel` removed its files."""
+        with suppress(Exception):  # `enforce_retention` repeats it
+            if self.queue.is_cancelled(job):
+                self._store.discard_all_but_scan(job)
 
     def _run_step(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         """Run a step, and record its problem or model for `JobFilter`."""
-        with _as_service_fault():
+        with self._as_service_fault(job):
             return self._run_step_once(job, step)
 
     def _run_step_once(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
@@ -295,6 +317,24 @@ class JobService:
         elif "model" in output:
             DBOS.update_workflow_attributes(job, {"model": output["model"]}, merge=True)
         return output
+
+    @contextmanager
+    def _as_service_fault(self, job: str) -> Iterator[None]:
+        """Replace every exception by a fault of the service. DBOS would record it as the output of the step.
+
+        Raises
+        ------
+        ServiceFault
+        Interrupted
+            The job was cancelled, erased or given to another worker, which explains the exception.
+        """
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # see above
+            with suppress(Exception):
+                if self._store.is_erased(job) or not self.is_assigned(job):
+                    raise Interrupted from None
+            raise ServiceFault(to_fault(error)) from None
 
     def _raise_problem(self, job: str, output: StepOutput) -> None:
         """Fail the workflow if a step's output has a problem."""
@@ -321,15 +361,6 @@ def find_running_jobs() -> set[str]:
     DBOS has no call for it.
     """
     return set(_get_dbos_instance()._active_workflows_set.activeList())
-
-
-@contextmanager
-def _as_service_fault() -> Iterator[None]:
-    """Replace every exception by a fault of the service. DBOS would record it as the output of the step."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  # see above
-        raise ServiceFault(to_fault(error)) from None
 
 
 def _configure_dbos_log() -> None:
