@@ -345,6 +345,13 @@ class OutOfMemory(CounterpartError):
     title = "Not enough memory"
 
 
+class TookTooLong(CounterpartError):
+    """A step of the analysis exceeded its deadline (COUNTERPART_DEADLINE_SECONDS)."""
+
+    code = "took_too_long"
+    title = "Analysis took too long"
+
+
 class InternalError(CounterpartError):
     """A fault of the service. The text of the exception is not shown, because it may contain patient data."""
 

@@ -18,7 +18,7 @@ from app.api.dependencies import Readiness, Services
 from app.api.logging import AccessLog, configure_logging
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
-from app.jobs.engine import BundleEngine, Engine
+from app.jobs.engine import BundleEngine, Engine, check_engine
 from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits
 from app.jobs.store import Store
@@ -34,6 +34,8 @@ API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.route
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
+# Seconds until models that could not be loaded are loaded again.
+RELOAD_SECONDS = 30.0
 
 DESCRIPTION = (
     "Detects what differs between a brain scan and its generated healthy counterpart. "
@@ -66,15 +68,26 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     store = BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
-    services = Services(settings, engine, store, jobs.queue, Readiness(loading=worker))
+    services = Services(settings, engine, store, jobs.queue, Readiness(loading=worker), jobs.health)
+    stopped = threading.Event()
+
+    def load_models() -> None:
+        """Load the models, and try again until they can be used. Meanwhile, the worker takes no scan."""
+        while not stopped.is_set():
+            services.readiness.load(engine)
+            jobs.health.fault = services.readiness.error
+            if services.readiness.error is None:
+                return
+            stopped.wait(RELOAD_SECONDS)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(partial(jobs.start, worker=worker))
         if worker:
             # In a thread: the server answers /livez while the models load.
-            threading.Thread(target=services.readiness.load, args=(engine,), name="warm-up", daemon=True).start()
+            threading.Thread(target=load_models, name="warm-up", daemon=True).start()
         yield
+        stopped.set()
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
@@ -98,9 +111,14 @@ def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = Tr
         The host is not loopback and no token is set.
     DamagedBundle
         A manifest cannot be read.
+    NotReady, ProviderUnavailable
+        A worker has no model, or no provider. The service does not start, because it could analyse no scan.
     """
     settings.check_exposure()
     configure_logging()
+    engine = engine or create_engine(settings, worker=worker)
+    if worker:
+        check_engine(engine)
     _run_server(create_app(settings, engine, worker=worker), settings)
 
 
@@ -139,7 +157,9 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
         "gpu_batch": settings.gpu_batch,
     }
     engine = BundleEngine(**arguments)
-    return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments) if worker else engine
+    if not worker:
+        return engine
+    return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments, settings.deadline_seconds)
 
 
 def _run_server(app: FastAPI, settings: Settings) -> None:

@@ -79,6 +79,11 @@ class Settings(BaseSettings):
     keep_gb: float = Field(
         0.0, ge=0, description="Disk space, in GB, above which the oldest finished jobs are erased. 0 sets no limit."
     )
+    deadline_seconds: int = Field(
+        1800,
+        ge=1,
+        description="Seconds that reading and inference, or the export, of one scan may take. After them, it fails.",
+    )
     drain_seconds: int = Field(
         5,
         ge=0,

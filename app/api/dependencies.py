@@ -11,6 +11,7 @@ from app.errors import CounterpartError, InternalError, Unauthorised, error_loca
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
+from app.jobs.worker import WorkerHealth
 from app.settings import Settings
 
 JobId = Annotated[str, Path(description="Id of the job.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
@@ -37,6 +38,7 @@ class Readiness:
         """Load the models and keep an error for `check`."""
         try:
             engine.warm_up()
+            self.error = None
         except CounterpartError as error:
             self.error = error
         except Exception as error:  # noqa: BLE001  # /livez and finished jobs must stay available
@@ -69,6 +71,7 @@ class Services:
     store: Store
     queue: JobQueue
     readiness: Readiness
+    worker_health: WorkerHealth
 
 
 def get_services(request: Request) -> Services:

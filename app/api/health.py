@@ -18,7 +18,7 @@ async def get_liveness() -> Health:
 
 @router.get("/readyz", responses=problem_responses(503))
 def get_readiness(services: ServicesDependency) -> ReadyHealth:
-    """Confirm that all models passed a real inference, and that the store and the database answer."""
+    """Confirm that all models passed a real inference, that store and database answer, and that the worker works."""
     services.readiness.check()
     if services.readiness.loading:
         raise NotReady(
@@ -26,6 +26,7 @@ def get_readiness(services: ServicesDependency) -> ReadyHealth:
             expected="loaded models.",
             advice="Try again in a few seconds (see Retry-After).",
         )
+    services.worker_health.check()
     services.store.check()
     try:
         workers = services.queue.count_workers()

@@ -6,6 +6,7 @@
     jobs/<job>/work-<random>/<name>       results of one attempt
     jobs/<job>/inferred/<name>            inference result (`app.inference_result`), until the results are published
     jobs/<job>/published                  name of the published attempt, created once and never changed
+    erased/<job>                          job being erased: its row is deleted before this object
 
 A local folder holds uploads in progress and the scan that this process analyses. Endpoint and credentials come
 from the environment, as for every S3 client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
@@ -139,12 +140,42 @@ class BucketStore(Store):
                 return None
         return StoredFile(folder / name, folder)
 
-    def erase(self, job: str) -> None:
+    def discard_all_but_scan(self, job: str) -> None:
+        """Remove everything of a job except its scan, published results included, because it was cancelled."""
+        super().discard_all_but_scan(job)
+        with _store_errors():
+            self._delete([name for name in self._names(f"jobs/{job}/") if not name.startswith(f"jobs/{job}/scan/")])
+
+    def begin_erasure(self, job: str) -> None:
+        """Remove all objects of a job, and remember the erasure until `finish_erasure`."""
+        with _store_errors():
+            obstore.put(self._bucket, f"erased/{job}", b"")
+        super().begin_erasure(job)
+        self.clear_erased(job)
+
+    def clear_erased(self, job: str) -> None:
         """Remove all objects of a job. The scan goes first: concurrent writers then clear what they wrote."""
+        super().clear_erased(job)
         with _store_errors():
             self._delete_prefix(f"jobs/{job}/scan/")
             self._delete_prefix(f"jobs/{job}/")
-        super().erase(job)
+
+    def finish_erasure(self, job: str) -> None:
+        """Forget an erasure, because nothing of the job remains."""
+        super().finish_erasure(job)
+        with _store_errors():
+            self._delete([f"erased/{job}"])
+
+    def is_erased(self, job: str) -> bool:
+        """Return whether the erasure of a job has begun and not finished. Its row is deleted before the end."""
+        with _store_errors():
+            return super().is_erased(job) or f"erased/{job}" in self._names("erased/")
+
+    def unfinished_erasures(self) -> list[str]:
+        """Return the jobs whose erasure has begun and not finished, on any machine."""
+        with _store_errors():
+            found = {name.rpartition("/")[2] for name in self._names("erased/")}
+        return sorted(found.union(super().unfinished_erasures()))
 
     def sizes(self) -> dict[str, int]:
         """Return the size in bytes of each job in the bucket."""

@@ -15,10 +15,11 @@ from typing import Any
 from app.analysis import AnalysisRequest
 from app.errors import Cancelled, CounterpartError, error_location, scan_out_of_memory
 from app.jobs.engine import Engine
+from app.jobs.faults import find_service_fault
 
 # The scheduler prefers the API, so that a request for the state of a scan does not wait for the scan.
 NICENESS = 5
-# The fraction of the free memory that a limited scan may use. The rest is for the worker and other processes.
+# The fraction of the free memory that a scan may use. The rest is for the worker and other processes.
 MEMORY_SHARE = 0.8
 KIB = 1024
 
@@ -62,18 +63,21 @@ class TaskServer:
             if "warm_up" in task:
                 self._engine.warm_up()
                 return {"ready": True}
-            limit_memory(enabled=task["limit_memory"])
+            if self._engine.provider == "cpu":  # CUDA reserves address space that says nothing about used memory
+                limit_memory()
             scan, out, request = Path(task["scan"]), Path(task["out"]), AnalysisRequest(**task["request"])
             if "inferred" not in task:
                 self._engine.infer(scan, out, request, self._progress)
                 return {"inferred": True}
             report = self._engine.export(scan, Path(task["inferred"]), out, request, self._progress)
             return {"report": report.model_dump(mode="json")}
-        except CounterpartError as error:
-            return {"problem": error.problem}
-        except MemoryError:
-            return {"problem": scan_out_of_memory().problem}
         except Exception as error:  # noqa: BLE001  # sent without its text, which can hold patient data
+            if (fault := find_service_fault(error)) is not None:
+                return {"problem": fault.problem}
+            if isinstance(error, MemoryError):
+                error = scan_out_of_memory()
+            if isinstance(error, CounterpartError):
+                return {"problem": error.problem}
             return {"error_location": error_location(error)}
 
     def _progress(self, stage: str, fraction: float) -> None:
@@ -85,14 +89,18 @@ class TaskServer:
         self._connection.send_bytes(json.dumps(message).encode())
 
 
-def limit_memory(*, enabled: bool) -> None:
-    """Limit this process to its current memory and most of the free memory, or remove the limit.
+def limit_memory() -> None:
+    """Limit this process to its current memory and most of the memory that is free now.
 
-    With a limit, an allocation fails before the system kills a process.
+    An allocation then fails before the system kills a process. Each scan has a limit of its own. Without /proc, which
+    only Linux has, there is no limit.
     """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    used = _read_number(Path("/proc/self/status"), "VmData:") * KIB
-    limit = used + int(MEMORY_SHARE * free_memory()) if enabled else hard
+    used = _read_number(status, "VmData:") * KIB
+    limit = used + int(MEMORY_SHARE * free_memory())
     resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 

@@ -54,6 +54,9 @@ def workflow_table(database: sa.Engine) -> sa.TableClause:
         sa.column("priority", sa.Integer),
         sa.column("created_at", sa.BigInteger),  # milliseconds since the epoch
         sa.column("executor_id", sa.Text),
+        sa.column("owner_xid", sa.Text),  # token of the claim
+        sa.column("started_at_epoch_ms", sa.BigInteger),
+        sa.column("delay_until_epoch_ms", sa.BigInteger),  # of a DELAYED job
         sa.column("application_version", sa.Text),
         sa.column("attributes", sa.JSON().with_variant(JSONB(), "postgresql")),
         schema=_schema(database),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Literal, Protocol
+from typing import Protocol
 
 from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer
 from app.errors import NotReady
@@ -15,6 +15,7 @@ from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence
+from app.runtime.session import Provider, check_provider
 from app.volume import Scan
 
 # The name of the file that `Engine.infer` writes.
@@ -38,7 +39,7 @@ class Engine(Protocol):
     """Inference as the service sees it. Tests have an implementation that writes small files only."""
 
     @property
-    def provider(self) -> str:
+    def provider(self) -> Provider:
         """Return the execution provider of the networks, "cpu" or "cuda"."""
 
     @property
@@ -61,9 +62,6 @@ class Engine(Protocol):
         memory. Otherwise both files are read again, with the same results.
         """
 
-    def limit_memory(self, *, enabled: bool) -> None:
-        """Enable or disable the memory limit for the next scan, which protects the worker."""
-
     def close(self) -> None:
         """Release the loaded models and the last scan."""
 
@@ -76,6 +74,25 @@ class PendingExport:
     scratch: TemporaryDirectory[str]
     scan: Scan
     inferred: InferenceResult
+
+
+def check_engine(engine: Engine) -> None:
+    """Check what an engine needs, without loading a model.
+
+    Raises
+    ------
+    NotReady
+        No bundle is installed.
+    ProviderUnavailable
+        onnxruntime is not installed, or was built without the provider.
+    """
+    if not engine.manifests:
+        raise NotReady(
+            "No model bundle is installed.",
+            expected="a folder of bundles, each with a manifest.json.",
+            advice="Set COUNTERPART_MODELS, or install counterpart with its shipped models.",
+        )
+    check_provider(engine.provider)
 
 
 class BundleEngine:
@@ -103,13 +120,13 @@ class BundleEngine:
     def __init__(
         self,
         models: str | Path | None,
-        provider: Literal["cpu", "cuda"],
+        provider: Provider,
         threads: int,
         *,
         noncommercial: bool = False,
         gpu_batch: int = GPU_BATCH,
     ) -> None:
-        self.provider = provider
+        self.provider: Provider = provider
         self._noncommercial = noncommercial
         self._threads = threads
         self._gpu_batch = gpu_batch
@@ -130,17 +147,12 @@ class BundleEngine:
 
         Raises
         ------
-        NotReady
-            No bundle is installed.
-        DamagedBundle, ProviderUnavailable
+        NotReady, ProviderUnavailable
+            See `check_engine`.
+        DamagedBundle
             A bundle cannot be used.
         """
-        if not self.manifests:
-            raise NotReady(
-                "No model bundle is installed.",
-                expected="a folder of bundles, each with a manifest.json.",
-                advice="Set COUNTERPART_MODELS, or install counterpart with its shipped models.",
-            )
+        check_engine(self)
         for manifest in self.manifests:
             if self._noncommercial or not manifest.licence.non_commercial:
                 self._bundle(manifest)
@@ -170,9 +182,6 @@ class BundleEngine:
                 return export(scanned, load_inference_result(inferred), out, progress)
         finally:
             self._discard_pending()
-
-    def limit_memory(self, *, enabled: bool) -> None:
-        """Do nothing: this engine shares the memory of its process. See `SubprocessEngine`."""
 
     def close(self) -> None:
         """Release the loaded bundles and the last scan."""

@@ -20,6 +20,12 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+        self.faults = Counter(
+            "counterpart_service_faults",
+            "Attempts that a fault of the service ended in this process, by error code. Their jobs are tried again.",
+            ["code"],
+            registry=self.registry,
+        )
         self.stage_seconds = Histogram(
             "counterpart_stage_seconds",
             "Wall-clock seconds of each stage of a succeeded job.",

@@ -15,6 +15,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, EnqueueOptions, PortableWorkflowError, WorkflowStatus
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import errors
 from app.analysis import AnalysisRequest
@@ -275,9 +276,9 @@ class JobQueue:
         if before != "cancelled":
             self._metrics.outcomes.labels("cancelled").inc()
             log.info("job cancelled", job=job)
-        # If the store does not answer, the intermediate files go with the job at the latest.
-        with suppress(errors.StoreUnavailable):
-            self._store.discard_intermediate(job)
+        # The worker does the same if it published in the meantime. `JobService.enforce_retention` repeats it.
+        with suppress(errors.StoreUnavailable, OSError):
+            self._store.discard_all_but_scan(job)
 
     def erase(self, job: str) -> None:
         """Erase a job in any state, with its scan, its results and its crash records.
@@ -286,15 +287,42 @@ class JobQueue:
         ------
         NotFound
             No job has this id.
+        StoreUnavailable
+            The store does not answer. If the erasure has begun, the supervisor finishes it.
         """
         self.get(job)
-        # The row goes first, so that nobody who follows the job sees it as cancelled.
-        DBOS.delete_workflow(job)
-        # A worker that publishes at this moment finds its folder missing and cannot recreate it.
-        self._store.erase(job)
-        self._registry.delete_crash_records(job)
+        # The files go first: whatever fails after this line, the store remembers the erasure. A worker that publishes
+        # at this moment finds its folder missing and cannot recreate it.
+        self._store.begin_erasure(job)
+        self.finish_erasure(job)
+
+    def finish_erasure(self, job: str) -> None:
+        """Delete the rows of a job whose files are being erased, then what is left of the files.
+
+        Raises
+        ------
+        StoreUnavailable
+        """
+        try:
+            self._delete_rows(job)
+        except SQLAlchemyError:
+            # A database on a full disk can write again when the files are gone.
+            self._store.clear_erased(job)
+            self._delete_rows(job)
+        self._store.finish_erasure(job)
         truncate_write_ahead_log(self._database)
         log.info("job erased", job=job)
+
+    def _delete_rows(self, job: str) -> None:
+        DBOS.delete_workflow(job)
+        self._registry.delete_crash_records(job)
+
+    def is_cancelled(self, job: str) -> bool:
+        """Return whether a job was cancelled. DBOS's own call would become a step of the workflow that calls it."""
+        t = self._table.c
+        with self._database.connect() as connection:
+            query = sa.select(t.status).where(t.workflow_uuid == job)
+            return connection.execute(query).scalar_one_or_none() == "CANCELLED"
 
     # ---- observe ----
 

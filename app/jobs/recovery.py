@@ -23,13 +23,20 @@ HEARTBEAT_SECONDS = 2.0
 LEASE_SECONDS = 15.0
 # Seconds between two runs of the retention. The first comes at once.
 RETENTION_SECONDS = 600.0
+# Seconds between two searches for unfinished erasures.
+ERASURE_SECONDS = 30.0
 # A scan is quarantined after this many crashes if one of them is confirmed: the child process of the analysis ended and
-# its worker recorded it. If the worker itself died, the cause is unknown. The scan is then tried again with limited
-# memory (`app.jobs.child`), so that the next crash is confirmed. The second limit ends a row of unconfirmed crashes.
+# its worker recorded it. If the worker itself died, the cause is unknown, and the scan is tried again. The memory of
+# the child process is limited (`app.jobs.child`), so that the child dies before its worker. The second limit ends a
+# row of unconfirmed crashes.
 MAX_CRASHES = 2
 MAX_UNCONFIRMED_CRASHES = 20
 # A worker name with this mark in a crash record stands for a confirmed crash.
 CONFIRMED_MARK = "/"
+# A job fails after this many faults of the service. The delay before the next attempt doubles: all take 15 minutes.
+MAX_FAULTS = 10
+FAULT_DELAY_SECONDS = 2.0
+MAX_FAULT_DELAY_SECONDS = 300.0
 CRASH_RECORD_SECONDS = 7 * 24 * 3600.0
 
 log = structlog.get_logger("counterpart.jobs")
@@ -172,6 +179,12 @@ class JobRecovery(Protocol):
     def requeue_jobs(self, worker: str) -> list[str]:
         """Put the jobs of a dead worker back into the queue, and return their ids."""
 
+    def requeue_stuck_jobs(self) -> None:
+        """Put jobs that the database gives to this process, but that it does not run, back into the queue."""
+
+    def finish_erasures(self) -> None:
+        """Finish erasures that a fault or the death of a process interrupted."""
+
     def enforce_retention(self) -> None:
         """Erase expired jobs."""
 
@@ -217,12 +230,16 @@ class Supervisor:
             self._thread.join()
 
     def _run(self, worker: str | None) -> None:
-        last_retention = -RETENTION_SECONDS
+        last_retention, last_erasures = -RETENTION_SECONDS, -ERASURE_SECONDS
         while not self._stopped.wait(HEARTBEAT_SECONDS):
             try:
                 if worker:
                     self._registry.send_heartbeat(worker)
                 self._check_heartbeats()
+                self._recovery.requeue_stuck_jobs()
+                if time.monotonic() - last_erasures > ERASURE_SECONDS:
+                    last_erasures = time.monotonic()
+                    self._recovery.finish_erasures()
                 if time.monotonic() - last_retention > RETENTION_SECONDS:
                     last_retention = time.monotonic()
                     self._recovery.enforce_retention()
@@ -239,6 +256,45 @@ class Supervisor:
         self._registry.remove_worker(worker)
         for job in jobs:
             log.warning("job of a dead worker requeued", job=job)
+
+
+def return_job(database: sa.Engine, job: str, worker: str, code: str | None) -> int:
+    """Put a job that a worker holds back into the queue, after a fault of the service.
+
+    The claim loses its token, so that what still runs of it can record nothing more. DBOS makes the job available
+    after a delay. It has no call that does this for one job of a live worker.
+
+    Parameters
+    ----------
+    database : sqlalchemy.Engine
+    job, worker : str
+    code : str or None
+        Code of the fault that the job met. None if the job was not tried.
+
+    Returns
+    -------
+    int
+        Faults that the job has met. At `MAX_FAULTS`, the job stays with the worker, which must fail it. 0 if the
+        worker does not hold the job.
+    """
+    t = workflow_table(database)
+    held = (t.c.workflow_uuid == job, t.c.status == "PENDING", t.c.executor_id == worker)
+    with database.begin() as connection:
+        row = connection.execute(sa.select(t.c.attributes).where(*held).with_for_update()).one_or_none()
+        if row is None:
+            return 0
+        attributes = dict(row.attributes or {})
+        faults = int(attributes.get("faults", 0)) + (code is not None)
+        attributes["faults"] = faults
+        values: dict[str, object] = {"attributes": attributes}
+        if faults >= MAX_FAULTS:
+            attributes["code"] = code  # for `JobFilter`
+        else:
+            delay = min(FAULT_DELAY_SECONDS * 2 ** max(faults - 1, 0), MAX_FAULT_DELAY_SECONDS)
+            values |= {"status": "DELAYED", "delay_until_epoch_ms": round((time.time() + delay) * 1000)}
+            values |= {"owner_xid": None, "started_at_epoch_ms": None}
+        connection.execute(t.update().where(*held).values(**values))
+    return faults
 
 
 def restart_outdated_jobs(

@@ -7,7 +7,7 @@
     jobs/<job>/work-<random>/       results being written by one attempt
     jobs/<job>/inferred-<random>    inference result (`app.inference_result`), until the results are published
     jobs/<job>/results/             published results, created by one rename
-    trash/<random>/                 job being erased
+    trash/<job>.<random>/           job being erased: its row is deleted before this folder
     process-<n>.lock                locked by a live process
     machine                         name of this machine among those that share a database
 
@@ -37,6 +37,7 @@ from app.ingest.reader import HEAD_BYTES
 STALE_SECONDS = 24 * 3600
 MAX_PROCESSES = 64
 SYNC_THREADS = 32
+ERASE_ATTEMPTS = 4
 # The prefix of the name of a job's inference result.
 INTERMEDIATE_PREFIX = "inferred-"
 
@@ -195,6 +196,16 @@ class Store:
         for path in self._job_folder(job).glob(f"{name or INTERMEDIATE_PREFIX}*"):
             path.unlink(missing_ok=True)
 
+    def discard_all_but_scan(self, job: str) -> None:
+        """Remove everything of a job except its scan, published results included, because it was cancelled."""
+        for path in self._job_folder(job).glob("*"):
+            if path.name == "scan":
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
     def stage(self, job: str, work: Path) -> str:
         """Put an attempt's results where every worker can publish them, and return their name for `publish`."""
         assert work.parent == self._job_folder(job)
@@ -277,13 +288,64 @@ class Store:
             ) from None
 
     def erase(self, job: str) -> None:
-        """Remove all files of a job. One rename removes them at once, even while a worker writes."""
-        trash = self.root / "trash" / uuid4().hex
+        """Remove all files of a job that has no row."""
+        self.begin_erasure(job)
+        self.finish_erasure(job)
+
+    def begin_erasure(self, job: str) -> None:
+        """Make all files of a job disappear, and remember the erasure until `finish_erasure`.
+
+        One rename removes them at once, even while a worker writes. It needs no free disk space.
+        """
         try:
-            self._job_folder(job).rename(trash)
+            self._job_folder(job).rename(self.root / "trash" / f"{job}.{uuid4().hex}")
         except FileNotFoundError:
             return
-        shutil.rmtree(trash, ignore_errors=True)
+        _sync(self._job_folder(job).parent, self.root / "trash")
+
+    def clear_erased(self, job: str) -> None:
+        """Free the disk space of a job being erased.
+
+        Raises
+        ------
+        StoreUnavailable
+            A file cannot be removed.
+        """
+        for trash in self._trash(job):
+            for attempt in range(ERASE_ATTEMPTS):
+                for path in trash.glob("*"):
+                    shutil.rmtree(path, ignore_errors=True)
+                    if path.is_file():
+                        path.unlink(missing_ok=True)
+                if not any(trash.glob("*")):
+                    break
+                time.sleep(0.1 * attempt)  # another process may remove the same files
+            else:
+                raise StoreUnavailable(
+                    "Files of an erased job could not be removed.",
+                    expected="files that this user may remove.",
+                    advice="Check the rights and the disk of COUNTERPART_STORE. The erasure is repeated.",
+                )
+
+    def finish_erasure(self, job: str) -> None:
+        """Forget an erasure, because nothing of the job remains.
+
+        Raises
+        ------
+        StoreUnavailable
+            A file cannot be removed. The erasure stays unfinished.
+        """
+        self.clear_erased(job)
+        for trash in self._trash(job):
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def is_erased(self, job: str) -> bool:
+        """Return whether the erasure of a job has begun and not finished. Its row is deleted before the end."""
+        return bool(self._trash(job))
+
+    def unfinished_erasures(self) -> list[str]:
+        """Return the jobs whose erasure has begun and not finished, for example because the process died."""
+        return sorted({path.name.partition(".")[0] for path in (self.root / "trash").glob("*.*")})
 
     def acquire_slot(self) -> "Slot":
         """Lock and return a name that no other live process has, on any machine. Names are reused."""
@@ -299,13 +361,14 @@ class Store:
         raise RuntimeError(f"{MAX_PROCESSES} processes already use this store")
 
     def sweep(self) -> None:
-        """Remove stale uploads and unfinished erasures of processes that ended. Called at each start."""
+        """Remove stale uploads of processes that ended. Called at each start."""
         before = time.time() - STALE_SECONDS
         for path in (self.root / "incoming").iterdir():
             if path.stat().st_mtime < before:
                 shutil.rmtree(path, ignore_errors=True)
         for path in (self.root / "trash").iterdir():
-            shutil.rmtree(path, ignore_errors=True)
+            if "." not in path.name:  # of version 0.1.0, which deleted the row first
+                shutil.rmtree(path, ignore_errors=True)
 
     def _machine_name(self) -> str:
         """Return this machine's name, which the first start creates."""
@@ -315,6 +378,9 @@ class Store:
         except FileExistsError:
             pass
         return (self.root / "machine").read_text() or "machine"
+
+    def _trash(self, job: str) -> list[Path]:
+        return list((self.root / "trash").glob(f"{job}.*"))
 
     def _job_folder(self, job: str) -> Path:
         return self.root / "jobs" / job

@@ -6,7 +6,7 @@ its memory. The computation does not block the threads of the worker, which may 
 
 Both sides exchange JSON messages over a pair of sockets::
 
-    worker -> child   {"warm_up": true}, {"scan", "out", "request", "limit_memory"} for an inference,
+    worker -> child   {"warm_up": true}, {"scan", "out", "request"} for an inference,
                       the same with "inferred" for an export, {"stop": true}
     child -> worker   {"progress": [stage, fraction]}, {"ready": true}, {"inferred": true}, {"report"},
                       {"problem"}, {"error_location"}
@@ -14,8 +14,10 @@ Both sides exchange JSON messages over a pair of sockets::
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,16 +27,26 @@ from threading import Lock
 from typing import Any
 
 from app.analysis import AnalysisRequest, Progress
-from app.errors import NotReady, OutOfMemory, UnexpectedError, from_problem
+from app.errors import CounterpartError, NotReady, OutOfMemory, TookTooLong, UnexpectedError, from_problem
 from app.export.report import Report
 from app.jobs.engine import ChildProcessDied, Engine
+from app.jobs.faults import SERVICE_ERRORS
 from app.manifest import Manifest
+from app.runtime.session import Provider
 
 # Seconds between two calls of the progress callback, which checks for cancellation, while the child sends nothing.
 POLL_SECONDS = 0.1
 # A stopped child process ends the scan after the current network evaluation, or is killed after this time.
 STOP_SECONDS = 0.3
 EXIT_SECONDS = 5.0
+# A child process that somebody has suspended (SIGSTOP) is replaced after this time.
+SUSPENDED_SECONDS = 10.0
+# States in /proc of a process that a signal or a debugger has suspended.
+SUSPENDED_STATES = "Tt"
+DEADLINE_SECONDS = 1800.0
+# The longest time that one wait counts for a deadline. A wait takes longer if the whole machine or container was
+# suspended, which is no fault of the scan.
+MAX_COUNTED_SECONDS = 1.0
 
 
 class SubprocessEngine:
@@ -48,18 +60,22 @@ class SubprocessEngine:
         Callable that makes the engine of the child process, as "module:name".
     arguments : dict
         Keyword arguments of the factory, which JSON can represent.
+    deadline_seconds : float
+        Longest time of one task: to load the models, to read a scan and infer, or to export.
     """
 
-    def __init__(self, local: Engine, factory: str, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, local: Engine, factory: str, arguments: dict[str, Any], deadline_seconds: float = DEADLINE_SECONDS
+    ) -> None:
         self._local = local
         self._command = (factory, json.dumps(arguments))
         self._child: ChildProcess | None = None
-        self._memory_limited = False
+        self._deadline_seconds = deadline_seconds
         # Serialises scans and model loading.
         self._lock = Lock()
 
     @property
-    def provider(self) -> str:
+    def provider(self) -> Provider:
         """Return the execution provider of the networks, "cpu" or "cuda"."""
         return self._local.provider
 
@@ -78,22 +94,23 @@ class SubprocessEngine:
         Raises
         ------
         NotReady
-            The child process ended.
+            The child process ended, or was killed at its deadline.
         CounterpartError
             A model cannot be used.
         """
         with self._lock:
-            child = self._running_child()
-            child.send({"warm_up": True})
             try:
-                while (message := child.receive(None)) != {"ready": True}:
-                    _raise_error(message)
-            except ChildProcessDied as died:
+                self._wait_for_answer(self._running_child(), {"warm_up": True}, "load", lambda *_: None)
+            except (ChildProcessDied, TookTooLong) as ended:
+                reason = ended.title if isinstance(ended, TookTooLong) else str(ended)
                 raise NotReady(
-                    f"The inference process ended while it loaded the models ({died}).",
+                    f"The inference process ended while it loaded the models ({reason}).",
                     expected="models that load.",
                     advice="Run `counterpart doctor`. The machine may be short of memory.",
                 ) from None
+            except CounterpartError:
+                self._end_child()  # the next one reads the bundles again
+                raise
 
     def infer(self, scan: Path, out: Path, request: AnalysisRequest, progress: Progress) -> None:
         """Run the inference of a scan in the child process. See `Engine.infer`.
@@ -101,7 +118,9 @@ class SubprocessEngine:
         Raises
         ------
         ChildProcessDied
-            The child process ended during the scan.
+            The child process ended during the scan, or was suspended and therefore killed.
+        TookTooLong
+            The scan reached its deadline. The child process was killed.
         UnexpectedError
             The child process raised an exception that is no `CounterpartError`.
         """
@@ -112,16 +131,11 @@ class SubprocessEngine:
 
         Raises
         ------
-        ChildProcessDied, UnexpectedError
+        ChildProcessDied, TookTooLong, UnexpectedError
             See `infer`.
         """
         task = {"scan": str(scan), "inferred": str(inferred), "out": str(out), "request": asdict(request)}
         return Report.model_validate(self._run(task, "export", progress)["report"])
-
-    def limit_memory(self, *, enabled: bool) -> None:
-        """Enable or disable the limit of the child process to the memory that is free when the next scan starts."""
-        # With CUDA, the driver reserves address space that says nothing about used memory.
-        self._memory_limited = enabled and self.provider == "cpu"
 
     def close(self) -> None:
         """End the child process."""
@@ -132,11 +146,11 @@ class SubprocessEngine:
         while not self._lock.acquire(timeout=POLL_SECONDS):
             progress(stage, 0.0)
         try:
-            return self._wait_for_answer(
-                self._running_child(), {**task, "limit_memory": self._memory_limited}, stage, progress
-            )
-        except OutOfMemory:
-            self._end_child()  # onnxruntime and Python do not return freed memory to the system
+            return self._wait_for_answer(self._running_child(), task, stage, progress)
+        except (OutOfMemory, *SERVICE_ERRORS):
+            # onnxruntime and Python do not return freed memory to the system. After a fault of the service, the next
+            # child reads the bundles again and has no open files.
+            self._end_child()
             raise
         finally:
             self._lock.release()
@@ -145,13 +159,22 @@ class SubprocessEngine:
         self, child: "ChildProcess", task: dict[str, Any], stage: str, progress: Progress
     ) -> dict[str, Any]:
         child.send(task)
-        fraction = 0.0
+        fraction, used, suspended, last = 0.0, 0.0, 0.0, time.monotonic()
         while True:
             message = child.receive(POLL_SECONDS)
-            if "report" in message or "inferred" in message:
+            now = time.monotonic()
+            waited, last = min(now - last, MAX_COUNTED_SECONDS), now
+            used, suspended = used + waited, suspended + waited if child.is_suspended() else 0.0
+            if message.keys() & {"report", "inferred", "ready"}:
                 return message
             if message and "progress" not in message:
                 _raise_error(message)
+            if used > self._deadline_seconds:
+                self._end_child()
+                raise _took_too_long(self._deadline_seconds, stage)
+            if suspended > SUSPENDED_SECONDS:
+                self._end_child()
+                raise ChildProcessDied(-signal.SIGSTOP)
             stage, fraction = message.get("progress", (stage, fraction))
             try:
                 progress(stage, fraction)
@@ -196,13 +219,22 @@ class ChildProcess:
         """Return whether the process has not ended."""
         return self._process.poll() is None
 
+    def is_suspended(self) -> bool:
+        """Return whether a signal has suspended the process, so that it neither works nor ends."""
+        try:
+            # The state follows the name of the program, which is in parentheses.
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] in SUSPENDED_STATES
+        except (OSError, IndexError):  # the process has ended, or this system has no /proc
+            return False
+
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. If the process has ended, `receive` raises the error."""
         with suppress(OSError):
             self._connection.send_bytes(json.dumps(message).encode())
 
-    def receive(self, seconds: float | None) -> dict[str, Any]:
-        """Return the next message, or an empty one if none comes within a time. None waits without a limit.
+    def receive(self, seconds: float) -> dict[str, Any]:
+        """Return the next message, or an empty one if none comes within a time.
 
         Raises
         ------
@@ -230,7 +262,8 @@ class ChildProcess:
     def kill(self) -> None:
         """Kill the process. It holds no data that anyone needs."""
         self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # it waits for a device, and ends when the device answers
+            self._process.wait(EXIT_SECONDS)
         self._connection.close()
 
     def _exit_status(self) -> int:
@@ -240,6 +273,14 @@ class ChildProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+def _took_too_long(seconds: float, stage: str) -> TookTooLong:
+    return TookTooLong(
+        f"The analysis was stopped after {seconds:g} seconds, in the stage {stage}.",
+        expected="a scan that is analysed within COUNTERPART_DEADLINE_SECONDS.",
+        advice="Send one series of usual size. The operator can raise the deadline, or use a faster machine.",
+    )
 
 
 def _raise_error(message: dict[str, Any]) -> None:

@@ -10,11 +10,23 @@ from threading import Event
 from typing import Protocol
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.analysis import AnalysisRequest, Progress
-from app.errors import Cancelled, CounterpartError, InternalError, WorkerLost, error_location, scan_out_of_memory
+from app.errors import (
+    Cancelled,
+    CounterpartError,
+    DamagedBundle,
+    InternalError,
+    NotReady,
+    ProviderUnavailable,
+    WorkerLost,
+    error_location,
+    scan_out_of_memory,
+)
 from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
 from app.jobs.engine import INFERENCE_FILE, ChildProcessDied, Engine
+from app.jobs.faults import ServiceFault, find_service_fault
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
 
@@ -27,6 +39,11 @@ CHECK_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
 # Start and end of each stage as fractions of the whole job. The inference takes nearly all of the time.
 STAGE_RANGES = {"read": (0.0, 0.05), "infer": (0.05, 0.95), "export": (0.95, 1.0)}
+# Pause of the worker after a fault of the service. It doubles until a job succeeds, and until a check succeeds.
+PAUSE_SECONDS = 2.0
+MAX_PAUSE_SECONDS = 60.0
+# Faults that only another inference disproves.
+ENGINE_ERRORS = (DamagedBundle, NotReady, ProviderUnavailable)
 # The recorded output of a step.
 StepOutput = dict[str, object]
 
@@ -38,6 +55,28 @@ class Interrupted(BaseException):
     """
 
 
+class WorkerHealth:
+    """The fault of the service that pauses the worker of this process, if there is one.
+
+    Attributes
+    ----------
+    fault : CounterpartError or None
+    """
+
+    def __init__(self) -> None:
+        self.fault: CounterpartError | None = None
+
+    def check(self) -> None:
+        """Raise the fault, if there is one.
+
+        Raises
+        ------
+        CounterpartError
+        """
+        if (fault := self.fault) is not None:
+            raise fault
+
+
 class JobState(Protocol):
     """State of the jobs that the worker reads and updates."""
 
@@ -47,8 +86,8 @@ class JobState(Protocol):
     def record_progress(self, job: str, stage: str, progress: float) -> None:
         """Record the stage of a job and its progress, 0 to 1."""
 
-    def has_crashed(self, job: str) -> bool:
-        """Return whether a worker has died while it held this job."""
+    def check_database(self) -> None:
+        """Write to the database, and raise the error if that fails."""
 
     def record_crash(self, job: str) -> int:
         """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
@@ -63,9 +102,14 @@ class Worker:
     store : Store
     state : JobState
     metrics : Metrics
+
+    Attributes
+    ----------
+    health : WorkerHealth
     """
 
     def __init__(self, engine: Engine, store: Store, state: JobState, metrics: Metrics) -> None:
+        self.health = WorkerHealth()
         self._engine = engine
         self._store = store
         self._state = state
@@ -74,6 +118,7 @@ class Worker:
         self._stopping = Event()
         self._idle = Event()
         self._idle.set()
+        self._faults_in_a_row = 0
 
     @contextmanager
     def start_attempt(self, job: str, request: AnalysisRequest) -> Iterator["Attempt"]:
@@ -95,6 +140,38 @@ class Worker:
         finally:
             attempt.cleanup()
             self._idle.set()
+
+    def pause(self, fault: CounterpartError) -> None:
+        """Block until the service can analyse scans again, or shuts down.
+
+        The thread that calls this method has a place of the queue, so that this worker claims no other job meanwhile.
+
+        Parameters
+        ----------
+        fault : CounterpartError
+            The fault that ended the last attempt. `health` shows it, or the fault of the last check.
+        """
+        self.health.fault = fault
+        self._faults_in_a_row += 1
+        seconds = min(PAUSE_SECONDS * 2 ** (self._faults_in_a_row - 1), MAX_PAUSE_SECONDS)
+        log.error("worker paused", code=fault.code, seconds=seconds)
+        while not self._draining.wait(seconds):
+            try:
+                self._store.check()
+                self._state.check_database()
+                if isinstance(self.health.fault, ENGINE_ERRORS):
+                    self._engine.warm_up()
+            except Exception as error:  # noqa: BLE001  # the next check may succeed
+                self.health.fault = to_fault(error)
+                seconds = min(seconds * 2, MAX_PAUSE_SECONDS)
+            else:
+                log.info("worker continues")
+                break
+        self.health.fault = None
+
+    def reset_pause(self) -> None:
+        """Begin with the shortest pause at the next fault, because a job has succeeded."""
+        self._faults_in_a_row = 0
 
     def stop(self, drain_seconds: float) -> None:
         """Wait for the running job for a while, then interrupt it. It continues at the next start."""
@@ -144,6 +221,8 @@ class Attempt:
         ------
         Interrupted
             The step has no output.
+        ServiceFault
+            The service, not the scan, is the cause.
         """
         return self._run_step(self._infer)
 
@@ -163,8 +242,8 @@ class Attempt:
 
         Raises
         ------
-        Interrupted
-            The step has no output.
+        Interrupted, ServiceFault
+            See `infer`.
         """
         return self._run_step(lambda: self._export(inferred))
 
@@ -189,8 +268,11 @@ class Attempt:
                 if crashes := self.state.record_crash(self.job):
                     return {"problem": quarantine_problem(self.job, crashes)}
             except Exception as error:  # noqa: BLE001  # no exception may stop the queue
-                if not self.state.is_assigned(self.job):
+                # The row of an erased job goes after its files and before the record of the erasure, hence this order.
+                if self.store.is_erased(self.job) or not self.state.is_assigned(self.job):
                     raise Interrupted from None
+                if (fault := find_fault(error)) is not None:
+                    raise ServiceFault(fault) from None
                 return {"problem": self._failure_problem(error, time.perf_counter() - start)}
 
     def _prepare(self) -> tuple[Path, Path]:
@@ -198,7 +280,6 @@ class Attempt:
         if self.work is None or self.scan is None:
             self.work = self.store.create_work_folder(self.job)
             self.scan = self.store.scan_path(self.job)
-        self.engine.limit_memory(enabled=self.state.has_crashed(self.job))
         return self.scan, self.work
 
     def _infer(self) -> StepOutput:
@@ -239,11 +320,7 @@ class Attempt:
             log.info("job failed", job=self.job, code=error.code, seconds=round(seconds, 2))
             return error.problem
         location = error_location(error)
-        internal = InternalError(
-            f"The analysis met an unexpected {location['exception']}.",
-            expected="a result, or an error with a reason.",
-            advice="Send the scan again. If it fails again, report the id of the job: the log has the location.",
-        )
+        internal = _internal_error(location)
         log.error("job failed", job=self.job, code=internal.code, seconds=round(seconds, 2), **location)
         return internal.problem
 
@@ -267,6 +344,36 @@ class Attempt:
                 self.state.record_progress(self.job, stage, round(done, 3))
 
         return progress
+
+
+def find_fault(error: Exception) -> CounterpartError | None:
+    """Return the fault of the service that caused an exception, or None if the scan may be the cause."""
+    if isinstance(error, SQLAlchemyError):
+        return NotReady(
+            f"The job database failed ({type(error).__name__}).",
+            expected="a database that can be read and written.",
+            advice="Check COUNTERPART_DATABASE, or the disk of COUNTERPART_STORE. The scan is tried again.",
+        )
+    return find_service_fault(error)
+
+
+def to_fault(error: Exception) -> CounterpartError:
+    """Return an exception that was raised outside the analysis of a scan as a fault of the service."""
+    if (fault := find_fault(error)) is not None:
+        return fault
+    if isinstance(error, CounterpartError):
+        return error
+    location = error_location(error)
+    log.error("unexpected fault", **location)
+    return _internal_error(location)
+
+
+def _internal_error(location: dict[str, str]) -> InternalError:
+    return InternalError(
+        f"The analysis met an unexpected {location['exception']}.",
+        expected="a result, or an error with a reason.",
+        advice="Send the scan again. If it fails again, report the id of the job: the log has the location.",
+    )
 
 
 def quarantine_problem(job: str, crashes: int) -> dict[str, str]:

@@ -9,32 +9,38 @@ lost its lease can no longer record anything. The database holds ids and paramet
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import structlog
 from dbos import DBOS, DBOSClient, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
+from dbos._dbos import _get_dbos_instance
+from dbos._error import DBOSBaseException
 
 from app import errors
 from app.analysis import AnalysisRequest
+from app.errors import error_location
 from app.jobs.database import connect, enable_write_ahead_log, truncate_write_ahead_log
 from app.jobs.engine import Engine
+from app.jobs.faults import ServiceFault
 from app.jobs.job import ENDED_STATES
 from app.jobs.metrics import Metrics
 from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
-from app.jobs.recovery import Supervisor, WorkerRegistry, restart_outdated_jobs
+from app.jobs.recovery import MAX_FAULTS, Supervisor, WorkerRegistry, restart_outdated_jobs, return_job
 from app.jobs.retention import StorageLimits, select_expired
 from app.jobs.store import STALE_SECONDS, Slot, Store
-from app.jobs.worker import StepOutput, Worker, quarantine_problem
+from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem, to_fault
 
 log = structlog.get_logger("counterpart.jobs")
 
 # Version of the steps and their recorded outputs, the file of `app.inference_result` included. DBOS gives a started
 # job only to workers of the same version. Code that keeps the steps keeps the number, so that an upgrade continues
 # started jobs. A job that no worker has started has no version yet.
-STEPS_VERSION = "2"
+STEPS_VERSION = "3"
 POLLING_SECONDS = 0.1
+# Seconds until a job that nobody runs returns to the queue.
+STUCK_SECONDS = 10.0
 # Seconds between two searches for orphaned uploads, each of which lists the whole store.
 SWEEP_SECONDS = 6 * 3600.0
 
@@ -57,6 +63,8 @@ class JobService:
     Attributes
     ----------
     queue : JobQueue
+    health : WorkerHealth
+        Why the worker of this process pauses.
     """
 
     def __init__(
@@ -71,10 +79,13 @@ class JobService:
         self._registry = WorkerRegistry(self._database)
         self.queue = JobQueue(engine, store, self._database, self._registry, metrics, limits)
         self._worker = Worker(engine, store, self, metrics)
+        self.health = self._worker.health
         self._supervisor = Supervisor(self._registry, self)
         self._slot: Slot | None = None
         self._executor_id = ""
         self._last_sweep = -SWEEP_SECONDS
+        # For each job that this process holds but does not run: the time when this was first found.
+        self._stuck: dict[str, float] = {}
 
     # ---- life cycle ----
 
@@ -157,6 +168,21 @@ class JobService:
         DBOS._recover_pending_workflows([worker])
         return jobs
 
+    def requeue_stuck_jobs(self) -> None:
+        """Put jobs that the database gives to this process, but that it does not run, back into the queue.
+
+        For example, the outcome of a job could not be recorded on a full disk. The job is then repeated from its last
+        recorded step. The time limit covers the moments between the claim of a job and its start.
+        """
+        pending = list_workflows(status="PENDING", executor_id=self._executor_id, load_output=False)
+        running, now = find_running_jobs(), time.monotonic()
+        jobs = [status.workflow_id for status in pending if status.workflow_id not in running]
+        self._stuck = {job: self._stuck.get(job, now) for job in jobs}
+        for job, since in self._stuck.items():
+            if now - since > STUCK_SECONDS:
+                return_job(self._database, job, self._executor_id, None)
+                log.warning("stuck job returned to the queue", job=job)
+
     def enforce_retention(self) -> None:
         """Erase expired jobs and orphaned uploads, and restart queued jobs of other versions of the steps."""
         self._restart_outdated_jobs()
@@ -170,6 +196,13 @@ class JobService:
         if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
             self._last_sweep = time.monotonic()
             self._remove_orphaned_uploads()
+            for status in list_workflows(status="CANCELLED", load_output=False):
+                self._store.discard_all_but_scan(status.workflow_id)
+
+    def finish_erasures(self) -> None:
+        """Finish erasures that a fault or the death of a process interrupted."""
+        for job in self._store.unfinished_erasures():
+            self.queue.finish_erasure(job)
 
     def _restart_outdated_jobs(self, dead_worker: str | None = None) -> None:
         for job in restart_outdated_jobs(self._database, WORKFLOW, STEPS_VERSION, dead_worker):
@@ -193,9 +226,9 @@ class JobService:
         """Record the stage of a job and its progress, 0 to 1."""
         DBOS.update_workflow_attributes(job, {"stage": stage, "progress": progress}, merge=True)
 
-    def has_crashed(self, job: str) -> bool:
-        """Return whether a worker has died while it held this job."""
-        return self._registry.count_crashes(job) > 0
+    def check_database(self) -> None:
+        """Write to the database, and raise the error if that fails."""
+        self._registry.send_heartbeat(self._executor_id)
 
     def record_crash(self, job: str) -> int:
         """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
@@ -205,6 +238,45 @@ class JobService:
     # ---- workflow ----
 
     def _run_job(self, job: str, request: AnalysisRequest) -> dict[str, Any]:
+        """Run a job. If the service is at fault, put the job back into the queue and pause the worker.
+
+        Raises
+        ------
+        PortableWorkflowError
+            The job has failed. DBOS records the problem.
+        Interrupted
+            The job has no outcome yet.
+        """
+        try:
+            self._worker.health.check()
+            output = self._run_steps(job, request)
+        except PortableWorkflowError:
+            raise
+        except (DBOSBaseException, Interrupted):
+            self._discard_if_cancelled(job)
+            raise
+        except ServiceFault as fault:
+            error = fault.error
+        except Exception as unexpected:  # noqa: BLE001  # no failure of the service is an outcome of the job
+            error = to_fault(unexpected)
+        else:
+            self._worker.reset_pause()
+            return output
+        self._metrics.faults.labels(error.code).inc()
+        # A worker that pauses when it claims a job has not tried it.
+        tried = error is not self._worker.health.fault
+        try:
+            faults = return_job(self._database, job, self._executor_id, error.code if tried else None)
+        except Exception as failure:  # noqa: BLE001  # `requeue_stuck_jobs` returns the job after the pause
+            log.warning("job not returned", job=job, **error_location(failure))
+        else:
+            if faults >= MAX_FAULTS:
+                self._raise_problem(job, {"problem": error.problem})
+            log.warning("job returned to the queue", job=job, code=error.code, faults=faults)
+        self._worker.pause(error)
+        raise Interrupted
+
+    def _run_steps(self, job: str, request: AnalysisRequest) -> dict[str, Any]:
         """Run the steps of a job. DBOS returns the output of a recorded step without running it again."""
         with self._worker.start_attempt(job, request) as attempt:
             inferred = DBOS.run_step({"name": "infer"}, self._run_step, job, attempt.infer)
@@ -212,27 +284,64 @@ class JobService:
             name = str(inferred["inferred"])
             exported = DBOS.run_step({"name": "export"}, self._run_step, job, lambda: attempt.export(name))
             self._raise_problem(job, exported)
-            DBOS.run_step({"name": "publish"}, self._store.publish, job, str(exported["work"]))
+            DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
         self._metrics.outcomes.labels("succeeded").inc()
         return {"model": exported["model"], "results": exported["results"]}
 
+    def _publish(self, job: str, work: str) -> None:
+        """Publish staged results, unless the job was cancelled. Whatever comes last removes the results."""
+        with self._as_service_fault(job):
+            if not self.is_assigned(job):
+                raise Interrupted
+            self._store.publish(job, work)
+            if self.queue.is_cancelled(job):
+                raise Interrupted  # `_run_job` discards the results
+
+    def _discard_if_cancelled(self, job: str) -> None:
+        """Remove what a cancelled job wrote after `JobQueue.cancel` removed its files."""
+        with suppress(Exception):  # `enforce_retention` repeats it
+            if self.queue.is_cancelled(job):
+                self._store.discard_all_but_scan(job)
+
     def _run_step(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
+        """Run a step, and record its problem or model for `JobFilter`."""
+        with self._as_service_fault(job):
+            return self._run_step_once(job, step)
+
+    def _run_step_once(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         crashes = self._quarantine(job)
         output: StepOutput = {"problem": quarantine_problem(job, crashes)} if crashes else step()
         problem = cast("dict[str, str] | None", output.get("problem"))
-        # Attributes for `JobFilter`.
         if problem:
             DBOS.update_workflow_attributes(job, {"code": problem["code"]}, merge=True)
         elif "model" in output:
             DBOS.update_workflow_attributes(job, {"model": output["model"]}, merge=True)
         return output
 
+    @contextmanager
+    def _as_service_fault(self, job: str) -> Iterator[None]:
+        """Replace every exception by a fault of the service. DBOS would record it as the output of the step.
+
+        Raises
+        ------
+        ServiceFault
+        Interrupted
+            The job was cancelled, erased or given to another worker, which explains the exception.
+        """
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # see above
+            with suppress(Exception):
+                if self._store.is_erased(job) or not self.is_assigned(job):
+                    raise Interrupted from None
+            raise ServiceFault(to_fault(error)) from None
+
     def _raise_problem(self, job: str, output: StepOutput) -> None:
         """Fail the workflow if a step's output has a problem."""
         if "problem" not in output:
             return
         # If the store does not answer, the intermediate files go with the job at the latest.
-        with suppress(errors.StoreUnavailable):
+        with suppress(errors.StoreUnavailable, OSError):
             self._store.discard_intermediate(job)
         problem = cast("dict[str, str]", output["problem"])
         self._metrics.outcomes.labels(problem["code"]).inc()
@@ -244,6 +353,14 @@ class JobService:
         if crashes:
             self._registry.delete_crash_records(job)
         return crashes
+
+
+def find_running_jobs() -> set[str]:
+    """Return the jobs that this process runs, from before their first step until their outcome is recorded.
+
+    DBOS has no call for it.
+    """
+    return set(_get_dbos_instance()._active_workflows_set.activeList())
 
 
 def _configure_dbos_log() -> None:

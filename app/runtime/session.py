@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,8 +58,7 @@ def open_session(
     """
     ort = _onnxruntime()
     wanted = PROVIDERS[provider]
-    if wanted not in ort.get_available_providers():
-        raise _unavailable(provider, "this onnxruntime was built without it")
+    check_provider(provider)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     # If waiting threads do not spin, the latency stays constant when several scans share a machine.
@@ -160,6 +160,19 @@ def run_concurrently(provider: Provider, tasks: Sequence[Callable[[], Any]]) -> 
     """
     with ThreadPoolExecutor(1 if provider == "cuda" else len(tasks)) as pool:
         return [done.result() for done in [pool.submit(task) for task in tasks]]
+
+
+def check_provider(provider: Provider) -> None:
+    """Check that onnxruntime is installed and was built with a provider. The CPU is checked without an import.
+
+    Raises
+    ------
+    ProviderUnavailable
+    """
+    if provider == "cpu" and find_spec("onnxruntime") is not None:
+        return
+    if PROVIDERS[provider] not in _onnxruntime().get_available_providers():
+        raise _unavailable(provider, "this onnxruntime was built without it")
 
 
 def _onnxruntime() -> Any:

@@ -20,6 +20,7 @@ from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
 from app.export.report import Cost, Extent, Finding, Input, ModelUsed, Report, ScoreReport
 from app.jobs.engine import INFERENCE_FILE
 from app.manifest import Manifest, Range
+from app.runtime.session import Provider
 from tests.support.bundle import tiny_manifest
 
 URL = "/v1/scans"
@@ -90,11 +91,9 @@ class FakeEngine:
         Each inference takes a minute, whatever the scan orders.
     export_seconds : float or None
         Used instead of the order `export_seconds`.
-    memory_limited : bool
-        Last value of `guard`.
     """
 
-    provider = "cpu"
+    provider: Provider = "cpu"
 
     def __init__(self) -> None:
         self.manifests: Sequence[Manifest] = [tiny_manifest()]
@@ -103,7 +102,6 @@ class FakeEngine:
         self.warm_up_error: errors.CounterpartError | None = None
         self.is_slow = False
         self.export_seconds: float | None = None
-        self.memory_limited = False
         self._allocated = np.zeros(0, np.uint8)
 
     def card(self, model: str) -> str | None:
@@ -112,9 +110,6 @@ class FakeEngine:
     def warm_up(self) -> None:
         if self.warm_up_error:
             raise self.warm_up_error
-
-    def limit_memory(self, *, enabled: bool) -> None:
-        self.memory_limited = enabled
 
     def close(self) -> None:
         pass

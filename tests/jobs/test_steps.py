@@ -9,10 +9,11 @@ import httpx2
 import pytest
 
 from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
+from app.inference_result import Metadata
 from app.jobs.bucket import BucketStore
 from app.jobs.store import INTERMEDIATE_PREFIX, Store
 from app.jobs.subprocess_engine import SubprocessEngine
-from app.jobs.workflow import JobService
+from app.jobs.workflow import STEPS_VERSION, JobService
 from tests.api import support as api_support
 from tests.api.service_process import run_service
 from tests.api.support import URL, FakeEngine
@@ -190,7 +191,7 @@ def test_job_of_another_steps_version_restarts_from_its_inference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = FakeEngine()
-    monkeypatch.setattr("app.jobs.workflow.STEPS_VERSION", "older")
+    monkeypatch.setattr("app.jobs.workflow.STEPS_VERSION", "2")  # whose inference results this version cannot load
     with running_service(tmp_path, engine) as service:
         started = submit_until_export(service, engine, tmp_path)
         waiting = submit(service, tmp_path, name="waiting")
@@ -201,3 +202,12 @@ def test_job_of_another_steps_version_restarts_from_its_inference(
             wait_for_state(service, job, "succeeded")
     assert sorted(path.parents[1].name for path, _ in engine.inferences) == sorted([started, started, waiting])
     assert job_files(tmp_path / "jobs" / started) == ["results", "scan"]
+
+
+def test_steps_version_changes_with_the_format_of_inference_results() -> None:
+    """If this test fails, increment `STEPS_VERSION`: a job that the last version began then starts again."""
+    assert STEPS_VERSION == "3"
+    assert set(Metadata.model_fields) == {
+        *("manifest", "model", "brain", "no_brain", "stack_shape", "source_shape", "background", "scale"),
+        *("scan_score", "median_kl_range", "reconstruction", "outlier_fraction", "reversed", "seconds"),
+    }

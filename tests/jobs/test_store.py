@@ -58,15 +58,15 @@ def test_scan_and_results_are_synced_before_they_are_acknowledged(
     assert (sorted(synced[:2]), synced[2:]) == (["mask", work.name], [JOB])
 
 
-def test_start_removes_stale_uploads_and_unfinished_erasures(tmp_path: Path) -> None:
+def test_start_removes_stale_uploads_and_erasures_of_older_versions(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for name in ("incoming/old", "incoming/new", "trash/any"):
+    for name in ("incoming/old", "incoming/new", "trash/any", f"trash/{JOB}.0"):
         (tmp_path / name).mkdir()
     long_ago = (tmp_path / "incoming/new").stat().st_mtime - STALE_SECONDS - 60
     os.utime(tmp_path / "incoming/old", (long_ago, long_ago))
     store.sweep()
     assert [path.name for path in (tmp_path / "incoming").iterdir()] == ["new"]
-    assert not list((tmp_path / "trash").iterdir())
+    assert store.unfinished_erasures() == [path.name[: len(JOB)] for path in (tmp_path / "trash").iterdir()] == [JOB]
 
 
 def test_live_processes_have_different_slots(tmp_path: Path) -> None:

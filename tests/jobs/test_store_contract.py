@@ -106,6 +106,42 @@ def test_writers_cannot_bring_back_an_erased_job(open_store: OpenStore, tmp_path
     assert not list(tmp_path.rglob(f"*{JOB}*"))
 
 
+def test_erasure_is_remembered_until_it_is_finished(open_store: OpenStore, tmp_path: Path) -> None:
+    first, second = open_store("first"), open_store("second")
+    commit_scan(first, JOB, b"a", b"b")
+    save_intermediate(first, b"1")
+    first.begin_erasure(JOB)
+    for store in (first, second):
+        assert store.is_erased(JOB)
+        assert not store.is_erased(JOB[::-1])
+        assert store.unfinished_erasures() == [JOB]
+        assert store.sizes() == {}
+        assert store.orphaned(time.time() + 60) == []
+    first.begin_erasure(JOB)
+    second.clear_erased(JOB)
+    for store in (second, first):
+        store.finish_erasure(JOB)
+    assert not first.is_erased(JOB)
+    assert second.unfinished_erasures() == []
+    assert not list(tmp_path.rglob(f"*{JOB}*"))
+
+
+def test_cancelled_job_keeps_only_its_scan(open_store: OpenStore) -> None:
+    first, second = open_store("first"), open_store("second")
+    commit_scan(first, JOB, b"scan")
+    first.publish(JOB, stage_results(first, b"1"))
+    name = save_intermediate(first, b"1")
+    stage_results(first, b"2")
+    for store in (first, first, second):
+        store.discard_all_but_scan(JOB)
+    first.cleanup(JOB)
+    for store in (first, second):
+        assert store.read(JOB, "mask") is None
+        assert store.load_intermediate(JOB, name) is None
+        assert store.sizes()[JOB] <= 4 + 4096 * 2
+        assert store.scan_path(JOB).read_bytes() == b"scan"
+
+
 def test_upload_without_further_files_is_orphaned(open_store: OpenStore) -> None:
     store = open_store("first")
     commit_scan(store, JOB, b"a", b"b")

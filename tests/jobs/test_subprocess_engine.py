@@ -1,14 +1,16 @@
+import itertools
 import os
 import resource
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from app.analysis import AnalysisRequest
-from app.errors import NotReady, OutOfDistribution, OutOfMemory, UnexpectedError, error_location
+from app.errors import NotReady, OutOfDistribution, OutOfMemory, TookTooLong, UnexpectedError, error_location
 from app.export.outputs import REQUIRED_NAMES
 from app.jobs.child import NICENESS, free_memory
 from app.jobs.engine import INFERENCE_FILE, ChildProcessDied
@@ -32,6 +34,19 @@ class SmallMemoryEngine(FakeEngine):
 class KilledInWarmUpEngine(FakeEngine):
     def warm_up(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangingEngine(FakeEngine):
+    def warm_up(self) -> None:
+        time.sleep(600)
+
+
+@pytest.fixture
+def fake_child() -> Iterator[SubprocessEngine]:
+    """Return a fake engine in a child process."""
+    engine = SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {})
+    yield engine
+    engine.close()
 
 
 @pytest.fixture
@@ -142,17 +157,70 @@ def test_child_exits_when_its_parent_exits(engine: SubprocessEngine) -> None:
     assert engine._child._process.wait(30) == 0
 
 
-def test_memory_limit_keeps_a_scan_from_using_all_memory(tmp_path: Path) -> None:
-    engine = SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {})
-    try:
-        engine.limit_memory(enabled=True)
-        analyse(engine, tmp_path, allocate_bytes=GIB // 8)
+def test_memory_limit_keeps_a_scan_from_using_all_memory(fake_child: SubprocessEngine, tmp_path: Path) -> None:
+    for _ in range(2):  # every scan has a limit, the first one too
+        analyse(fake_child, tmp_path, allocate_bytes=GIB // 8)
         with pytest.raises(OutOfMemory):
-            analyse(engine, tmp_path, allocate_bytes=int(0.9 * free_memory()))
-        engine.limit_memory(enabled=False)
-        analyse(engine, tmp_path, allocate_bytes=int(0.9 * free_memory()))
-    finally:
-        engine.close()
+            analyse(fake_child, tmp_path, allocate_bytes=int(0.9 * free_memory()))
+
+
+@pytest.mark.parametrize("orders", [{"seconds": 60}, {"ignore_messages_seconds": 60}, {"export_seconds": 60}])
+def test_scan_that_takes_too_long_is_stopped(
+    fake_child: SubprocessEngine, tmp_path: Path, orders: dict[str, float]
+) -> None:
+    fake_child.warm_up()
+    fake_child._deadline_seconds = 1.0
+    pid, start = child_pid(fake_child), time.monotonic()
+    with pytest.raises(TookTooLong, match="after 1 seconds"):
+        analyse(fake_child, tmp_path, **orders)
+    assert time.monotonic() - start < 20
+    assert not Path(f"/proc/{pid}").exists()
+    fake_child._deadline_seconds = 120.0
+    analyse(fake_child, tmp_path, name="the next")
+
+
+def test_time_in_which_the_machine_was_suspended_does_not_count(
+    fake_child: SubprocessEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_child.warm_up()
+    fake_child._deadline_seconds = 30.0
+    hours = itertools.count()
+
+    def clock() -> float:
+        """Return a time that jumps by an hour at each call."""
+        return time.perf_counter() + 3600 * next(hours)
+
+    monkeypatch.setattr("app.jobs.subprocess_engine.time", SimpleNamespace(monotonic=clock))
+    analyse(fake_child, tmp_path, seconds=0.1)
+
+
+def test_suspended_child_is_replaced(
+    fake_child: SubprocessEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.jobs.subprocess_engine.SUSPENDED_SECONDS", 0.5)
+    fake_child.warm_up()
+    pid = child_pid(fake_child)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(ChildProcessDied, match=f"signal {int(signal.SIGSTOP)}"):
+        analyse(fake_child, tmp_path)
+    assert not Path(f"/proc/{pid}").exists()
+    analyse(fake_child, tmp_path, name="the next")
+
+
+def test_child_that_hangs_in_warm_up_is_not_ready() -> None:
+    engine = SubprocessEngine(FakeEngine(), f"{__name__}:HangingEngine", {}, deadline_seconds=1.0)
+    with pytest.raises(NotReady, match="took too long"):
+        engine.warm_up()
+    engine.close()
+
+
+def test_job_whose_scan_takes_too_long_fails_and_the_worker_goes_on(tmp_path: Path) -> None:
+    engine = SubprocessEngine(FakeEngine(), "tests.api.support:FakeEngine", {}, deadline_seconds=3.0)
+    with running_service(tmp_path, engine) as service:
+        slow = submit(service, tmp_path, seconds=60)
+        good = submit(service, tmp_path, name="good")
+        assert problem_of(service, slow)["code"] == "took_too_long"
+        wait_for_state(service, good, "succeeded")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +250,5 @@ def test_scan_that_crashes_twice_is_quarantined_and_victims_of_kills_are_not(tmp
         assert problem["code"] == "worker_lost"
         assert problem["found"].startswith("2 workers")
         wait_for_state(service, victim, "succeeded")
-        assert engine._memory_limited
         hungry = submit(service, tmp_path, allocate_bytes=2 * GIB)
         assert problem_of(service, hungry)["code"] == "out_of_memory"
-        assert not engine._memory_limited
