@@ -191,7 +191,7 @@ def main() -> None:
     command = commands.add_parser("train")
     command.add_argument("packed", type=Path)
     command.add_argument("out", type=Path)
-    command.add_argument("seconds", type=float, nargs=len(STAGES), help="training time of the VQ-VAE and of the denoiser")
+    command.add_argument("seconds", type=float, nargs=len(STAGES), help="training time of VQ-VAE and denoiser")
     command = commands.add_parser("unpack")
     command.add_argument("parts", type=Path, nargs="+")
     options = parser.parse_args()
