@@ -403,6 +403,7 @@ def set_invalid_ratio(slices: list[FileDataset]) -> None:
         (set_attributes(SOPClassUID=SecondaryCaptureImageStorage), "Secondary Capture Image Storage"),
         (set_attributes(SOPClassUID="1.2.840.113619.4.2"), "SOP class"),
         (lambda s: setattr(s[3], "StudyInstanceUID", "1.2.3"), "2 studies"),
+        (lambda s: setattr(s[3], "SOPInstanceUID", s[4].SOPInstanceUID), "SOPInstanceUID of another image"),
         (set_invalid_ratio, "invalid value"),
     ],
 )

@@ -15,8 +15,10 @@ from pydicom.uid import MediaStorageDirectoryStorage
 from app.errors import (
     CounterpartError,
     InvalidGeometry,
+    IrregularSlices,
     NoImageInArchive,
     NotAVolume,
+    SeveralPatients,
     TooManyVoxels,
     TruncatedFile,
     UnsafeArchive,
@@ -67,6 +69,57 @@ def test_files_that_are_not_slices_are_left_out_and_counted(tmp_path: Path, read
         "Left out: 1 screenshots or images without a position.",
         "Left out: 1 duplicates of other files.",
     )
+
+
+@pytest.mark.parametrize("shared", [range(14), range(6, 8)], ids=["all slices", "two slices"])
+def test_slices_with_one_instance_uid_are_not_duplicates(
+    tmp_path: Path, read_scan: Read, volume: Volume, shared: range
+) -> None:
+    slices = make_datasets(volume)
+    for k in shared:
+        slices[k].SOPInstanceUID = slices[k].file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    paths = save(tmp_path / "s", slices)
+    shutil.copy(paths[6], tmp_path / "s" / "copy")
+    scan = read_scan(tmp_path / "s")
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
+    assert scan.source.notes[0] == "Left out: 1 duplicates of other files."
+    assert scan.source.notes[1].startswith(f"{len(shared) - 1} images have the SOPInstanceUID of another image")
+
+
+def test_other_pixels_with_the_same_instance_uid_and_position_are_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    slices = make_datasets(volume)
+    save(tmp_path / "s", slices)
+    slices[6].PixelData = slices[7].PixelData
+    slices[6].save_as(tmp_path / "s" / "other pixels")
+    with pytest.raises(IrregularSlices, match="2 images"):
+        read_scan(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("PatientID", "4712"), ("PatientName", "Other^Name"), ("PatientBirthDate", "19000102")],
+)
+def test_two_patients_in_one_upload_are_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume, keyword: str, value: str
+) -> None:
+    slices = make_datasets(volume)
+    for dataset in slices[::2]:
+        setattr(dataset, keyword, value)
+    save(tmp_path / "s", slices)
+    with pytest.raises(SeveralPatients, match=keyword) as refused:
+        read_scan(tmp_path / "s")
+    assert SECRET not in str(refused.value)
+    assert value not in str(refused.value)
+
+
+def test_spellings_of_one_patient_are_accepted(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume)
+    slices[1].PatientName, slices[2].PatientName = f"{SECRET.upper()}^ALBERTA^^", ""
+    slices[3].PatientID = slices[4].PatientBirthDate = None
+    save(tmp_path / "s", slices)
+    assert read_scan(tmp_path / "s").volume.shape == (32, 34, 14)
 
 
 def test_a_disc_with_its_directory_is_read(tmp_path: Path, read_scan: Read, volume: Volume) -> None:

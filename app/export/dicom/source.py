@@ -151,9 +151,15 @@ def _check(headers: Sequence[Dataset]) -> None:
             f"The volume consists of {len(headers)} multi-frame images.",
             expected="one enhanced multi-frame image, or single-frame images.",
         )
-    studies = {header.StudyInstanceUID for header in headers}
-    if len(studies) > 1:
-        raise _unsuitable(f"The images belong to {len(studies)} studies.", expected="one study.")
+    for name, keyword in (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID")):
+        count = len({header[keyword].value for header in headers})
+        if count > 1:
+            raise _unsuitable(f"The images belong to {count} {name}.", expected="one study and one series.")
+    shared = len(headers) - len({header.SOPInstanceUID for header in headers})
+    if shared:
+        raise _unsuitable(
+            f"{shared} images have the SOPInstanceUID of another image.", expected="a different one in each image."
+        )
 
 
 def _unsuitable(found: str, *, expected: str) -> UnsuitableSource:

@@ -1,5 +1,7 @@
 """Read from DICOM files the header attributes that select and order their frames."""
 
+import hashlib
+import secrets
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from app.ingest.dicom.geometry import AcquisitionKey, Plane
 from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
 from app.ingest.limits import CHUNK_BYTES, Limits
 
+# Compared to find two patients in one upload. Their values never leave this module.
+_PATIENT = ("PatientID", "PatientName", "PatientBirthDate")
 # Only these are read: the header of a clinical file can be larger than its image.
 _KEYWORDS = (
     "SOPClassUID",
@@ -36,6 +40,7 @@ _KEYWORDS = (
     "ComplexImageComponent",
     "EchoTime",
     "DiffusionBValue",
+    *_PATIENT,
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
@@ -48,6 +53,8 @@ _COMPONENTS = {
     **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
 }
 META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
+# Key of the hashes of patient details: they are different in each process, and never stored.
+_HASH_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Header:
         Position of each frame, or of each tile of a mosaic; None for a frame without a position.
     tiles : int
         Number of tiles along one side of a Siemens mosaic; 0 for every other image.
+    patient : tuple of str
+        Keyed hashes of PatientID, PatientName and PatientBirthDate; an empty string for an empty value.
     """
 
     path: Path
@@ -85,6 +94,7 @@ class Header:
     samples: int
     planes: tuple[Plane | None, ...]
     tiles: int = 0
+    patient: tuple[str, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -174,6 +184,18 @@ class _PixelDataDetector:
         return self.found
 
 
+def hash_pixels(path: Path) -> bytes:
+    """Return a hash of the stored pixel data of a file, of its whole content if that cannot be read."""
+    try:
+        dataset = pydicom.dcmread(
+            path, force=True, specific_tags=["PixelData", "FloatPixelData", "DoubleFloatPixelData"]
+        )
+        data = next(element.value for element in dataset if element.tag.group == PIXEL_GROUP)
+    except Exception:  # noqa: BLE001 - as in `_read_header`
+        data = path.read_bytes()
+    return hashlib.sha256(data).digest()
+
+
 def _is_image_class(dataset: pydicom.FileDataset) -> bool:
     """Return True if the SOP class is one of images, or is missing because the file ends before it."""
     if dataset.file_meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
@@ -243,7 +265,23 @@ def _parse_header(path: Path, dataset: pydicom.Dataset) -> Header:
         samples=int(dataset.get("SamplesPerPixel") or 1),
         planes=planes,
         tiles=tiles,
+        patient=tuple(_hash_patient_detail(dataset, keyword) for keyword in _PATIENT),
     )
+
+
+def _hash_patient_detail(dataset: pydicom.Dataset, keyword: str) -> str:
+    """Return a keyed hash of a patient's ID, name or birth date, or an empty string if it is empty or unreadable.
+
+    Two spellings of one name are equal: only the alphabetic component group is compared, without case, blanks and
+    empty components.
+    """
+    try:
+        value = text(dataset, keyword)
+    except Exception:  # noqa: BLE001 - an unreadable name is no reason to refuse an image
+        return ""
+    if keyword == "PatientName":
+        value = " ".join(value.partition("=")[0].replace("^", " ").split()).casefold()
+    return hashlib.blake2b(value.encode(errors="replace"), key=_HASH_KEY).hexdigest() if value else ""
 
 
 def _locate_frames(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Literal
 
 from app.dicom_attributes import silence_libraries
-from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, TruncatedFile, WrongModality
-from app.ingest.dicom.files import Header, read_headers
+from app.errors import (
+    InvalidGeometry,
+    NoImageInArchive,
+    NotAVolume,
+    SeveralPatients,
+    TooManyVoxels,
+    TruncatedFile,
+    WrongModality,
+)
+from app.ingest.dicom.files import Header, hash_pixels, read_headers
 from app.ingest.dicom.geometry import Arrangement, arrange_slices
 from app.ingest.dicom.pixels import Frame, read_frames
 from app.ingest.dicom.resample import plan_grid, resample
@@ -43,6 +51,8 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
 
     Raises
     ------
+    SeveralPatients
+        If the files name several patients.
     SeveralSeries, UnknownSeries
         If there are several series, or `series` is none of them.
     WrongModality, NotAVolume, NoImageInArchive, InvalidGeometry, IrregularSlices
@@ -54,6 +64,7 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
     """
     with silence_libraries():
         readable, damaged = read_headers(paths, limits)
+        _refuse_several_patients(readable)
         headers, left_out = _select_images(readable, len(damaged))
         stack, excluded = select_stack(headers, series)
         _refuse_several_mosaics(stack)
@@ -144,10 +155,51 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
             raise error(remaining)
         left_out[name] = len(remaining) - len(passed)
         remaining = passed
-    unique = {header.instance or str(header.path): header for header in reversed(remaining)}
+    unique = _drop_duplicates(remaining)
     left_out["duplicates of other files"] = len(remaining) - len(unique)
     notes = [f"Left out: {count} {name}." for name, count in left_out.items() if count]
-    return list(reversed(unique.values())), notes
+    shared = len(unique) - len({header.instance or str(header.path) for header in unique})
+    if shared:
+        notes.append(
+            f"{shared} images have the SOPInstanceUID of another image, but another position or other pixels. "
+            "They are not duplicates, and none was left out."
+        )
+    return unique, notes
+
+
+def _drop_duplicates(headers: Sequence[Header]) -> list[Header]:
+    """Return the first of all files that agree in SOPInstanceUID, position and stored pixels.
+
+    A file without a SOPInstanceUID is no duplicate. An anonymiser can give one UID to all slices, so the UID alone
+    does not decide.
+    """
+    instances = Counter(header.instance for header in headers if header.instance)
+    unique: dict[object, Header] = {}
+    for header in headers:
+        key: object = header.path
+        if instances[header.instance] > 1:
+            place = (header.series, header.rows, header.columns, header.planes)
+            key = (header.instance, place, hash_pixels(header.path))
+        unique.setdefault(key, header)
+    return list(unique.values())
+
+
+def _refuse_several_patients(headers: Sequence[Header]) -> None:
+    """Raise an error if the files name several patients.
+
+    Raises
+    ------
+    SeveralPatients
+    """
+    details = zip(*(header.patient for header in headers), strict=True)
+    names = ("PatientID", "PatientName", "PatientBirthDate")
+    differ = [name for name, values in zip(names, details, strict=False) if len({*values} - {""}) > 1]
+    if differ:
+        raise SeveralPatients(
+            f"The files contain several values of {' and '.join(differ)}.",
+            expected="the files of one patient.",
+            advice="Send the files of each patient separately. If they are of one patient, export the study again.",
+        )
 
 
 def _wrong_modality(headers: Sequence[Header]) -> WrongModality:
