@@ -105,6 +105,11 @@ class Header:
         return len(self.planes) > 1 and not self.tiles
 
     @property
+    def is_volume(self) -> bool:
+        """True if the file contains several slices."""
+        return len(self.planes) > 1
+
+    @property
     def is_localizer(self) -> bool:
         return not _LOCALIZERS.isdisjoint(self.image_type)
 

@@ -5,7 +5,7 @@ highdicom derives the positions, pydicom decodes the pixels.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,13 @@ _KNOWN_MODALITIES = ("PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC",
 _EXPECTED = "one MR or CT series of grey slices with a position in space."
 
 
-def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: Limits) -> Scan:
+def read_dicom(
+    paths: Sequence[Path],
+    series: str | None,
+    geometry: Geometry,
+    limits: Limits,
+    sequences: Collection[str] = (),
+) -> Scan:
     """Read the one series among DICOM files.
 
     Parameters
@@ -48,6 +54,8 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
     geometry : {"refuse", "resample"}
         Refuse or resample slices that are missing, tilted or unevenly spaced.
     limits : Limits
+    sequences : collection of str
+        Sequences of MR that the available models are trained on. Among several series, one of these is preferred.
 
     Raises
     ------
@@ -66,7 +74,7 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
         readable, damaged = read_headers(paths, limits)
         _refuse_several_patients(readable)
         headers, left_out = _select_images(readable, len(damaged))
-        stack, excluded = select_stack(headers, series)
+        stack, excluded = select_stack(headers, series, sequences)
         _refuse_several_mosaics(stack)
         arrangement = arrange_slices(stack.planes)
         if geometry == "refuse":
