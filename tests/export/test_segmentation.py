@@ -430,3 +430,22 @@ def test_volume_of_two_multi_frame_images_has_no_dicom_results(tmp_path: Path) -
     results = write_results(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
     assert results.absent["segmentation.dcm"].code == "unsuitable_source"
     assert "2 multi-frame images" in results.absent["segmentation.dcm"].found
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 192", "ISO_IR 6", "GB18030", "ISO 2022 IR 87"])
+def test_bytes_that_do_not_fit_the_character_set_are_copied_unchanged(tmp_path: Path, charset: str) -> None:
+    """The bytes are patched in the files, because pydicom does not write them."""
+    names = set_attributes(SpecificCharacterSet=charset, PatientName="M#ller^Uwe", PatientID="M#1", StudyID="M#")
+    slices = make_datasets(brain(SHAPE, turned_grid(0, 0, 0)), Series())
+    names(slices)
+    with silence_libraries():
+        for path in save(tmp_path / "s", slices):
+            path.write_bytes(path.read_bytes().replace(b"M#", b"M\xfc"))
+        results = write_results(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
+    for path in (results.segmentation, results.structured_report):
+        content = path.read_bytes()
+        assert b"PN\x0a\x00M\xfcller^Uwe" in content
+        assert b"LO\x04\x00M\xfc1 " in content
+        assert b"SH\x02\x00M\xfc" in content
+        with silence_libraries():
+            assert pydicom.dcmread(path).SpecificCharacterSet == charset

@@ -33,6 +33,8 @@ PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
 STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber")
 SERIES = ("SeriesInstanceUID", "Modality", "FrameOfReferenceUID", "PositionReferenceIndicator")
 INSTANCE = ("SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Rows", "Columns")
+# Free text whose bytes may not fit the declared character set.
+TEXTS = ("PatientName", "PatientID", "ReferringPhysicianName", "StudyID", "AccessionNumber")
 # Required in an object that is derived from a lossy image (PS3.3 C.7.6.1.1.5).
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 COPIED = (*PATIENT, *STUDY, *SERIES, *INSTANCE, *LOSSY)
@@ -82,6 +84,8 @@ class SourceSeries:
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
         Latest time that the source gives for its pixels. The current time would change the bytes of each object.
+    raw_texts : dict of str to bytes
+        Bytes of the attributes of `TEXTS` as they are in the first image.
     """
 
     images: tuple[Dataset, ...]
@@ -89,6 +93,7 @@ class SourceSeries:
     frames: frozenset[int]
     lps_affine: Affine
     content_time: tuple[dt.date, dt.time]
+    raw_texts: dict[str, bytes]
 
     @property
     def uid(self) -> str:
@@ -117,6 +122,7 @@ def read_source(scan: Scan) -> SourceSeries:
     """
     headers = [_read(path) for path in scan.source.instances]
     _check(headers)
+    raw_texts = [_raw_texts(header) for header in headers]
     lps_affine = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
     read = [frames[index] for index in scan.source.frames] or frames
@@ -128,11 +134,18 @@ def read_source(scan: Scan) -> SourceSeries:
         frames=frozenset(index + 1 for index in scan.source.frames),
         lps_affine=lps_affine,
         content_time=_content_time(headers),
+        raw_texts=raw_texts[(matched or frames)[0].image],
     )
 
 
 def _read(path: Path) -> Dataset:
     return pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=_TAGS)
+
+
+def _raw_texts(header: Dataset) -> dict[str, bytes]:
+    """Return the bytes of the attributes of `TEXTS`, before pydicom decodes them."""
+    elements = {name: header.get_item(name) for name in TEXTS if name in header}
+    return {name: element.value for name, element in elements.items() if element and isinstance(element.value, bytes)}
 
 
 def _check(headers: Sequence[Dataset]) -> None:
