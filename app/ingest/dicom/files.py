@@ -13,7 +13,7 @@ from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
 from app.dicom_attributes import functional_group, numbers, text, texts
-from app.errors import UnsafeArchive
+from app.errors import CounterpartError, UnsafeArchive
 from app.ingest.dicom.geometry import AcquisitionKey, Plane
 from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
 from app.ingest.limits import CHUNK_BYTES, Limits
@@ -52,6 +52,8 @@ _COMPONENTS = {
     **dict.fromkeys(("R", "REAL"), "real"),
     **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
 }
+# Images are deflated to a tenth or, if they are mostly background, to a hundredth. Small files may be empty.
+MAX_INFLATION, MIN_BOMB_BYTES = 100, 1 << 26
 META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
 # Key of the hashes of patient details: they are different in each process, and never stored.
 _HASH_KEY = secrets.token_bytes(32)
@@ -150,11 +152,15 @@ def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], l
     Raises
     ------
     UnsafeArchive
-        If a deflated file inflates to more than the limit.
+        If the deflated files inflate to more than the limit in all, or one of them to many times its size.
+    TooManyVoxels
+        If a Siemens mosaic announces more pixels or tiles than the limit.
     """
     headers, damaged = [], []
+    remaining = limits.max_inflated_bytes
     for path in paths:
-        header = _read_header(path, limits)
+        header, inflated = _read_header(path, remaining, limits)
+        remaining -= inflated
         if header is None:
             damaged.append(_series_uid(path))
         else:
@@ -162,21 +168,22 @@ def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], l
     return headers, damaged
 
 
-def _read_header(path: Path, limits: Limits) -> Header | None:
-    """Return the header of a file, or None if it is damaged."""
+def _read_header(path: Path, max_inflated_bytes: int, limits: Limits) -> tuple[Header | None, int]:
+    """Return the header of a file, or None if it is damaged, and its inflated bytes if it is deflated."""
+    inflated = 0
     try:
-        _check_deflated(path, limits)
+        inflated = _check_deflated(path, max_inflated_bytes, limits)
         with path.open("rb") as file:
             pixel_data = _PixelDataDetector()
             dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
-        header = _parse_header(path, dataset)
+        header = _parse_header(path, dataset, limits)
         # pydicom reads a truncated file without an error. The header of a truncated image has no pixel data.
         is_complete = pixel_data.found or (header.is_image and header.is_placed) or not _is_image_class(dataset)
-    except UnsafeArchive:
+    except CounterpartError:
         raise
     except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
-        return None
-    return header if is_complete else None
+        return None, inflated
+    return header if is_complete else None, inflated
 
 
 class _PixelDataDetector:
@@ -222,40 +229,50 @@ def _series_uid(path: Path) -> str:
         return ""
 
 
-def _check_deflated(path: Path, limits: Limits) -> None:
+def _check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
     """Check the size of a deflated data set before pydicom inflates it in one piece.
+
+    Returns
+    -------
+    int
+        Bytes after inflating, or 0 if the file is not deflated.
 
     Raises
     ------
     UnsafeArchive
-        If it inflates to more than `limits.max_inflated_bytes`.
+        If it inflates to more than `max_inflated_bytes`, or to more than `MAX_INFLATION` times its size.
     """
     with path.open("rb") as file:
         read_preamble(file, force=True)
         meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_is_after_meta)
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-            return
+            return 0
+        most = min(max_inflated_bytes, max(MIN_BOMB_BYTES, MAX_INFLATION * path.stat().st_size))
         inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES):
             count += len(inflater.decompress(chunk, CHUNK_BYTES))
-            if count > limits.max_inflated_bytes:
+            if count > most:
+                found = f"The deflated DICOM files inflate to more than {limits.max_inflated_bytes / 1e6:.0f} MB."
+                if most < max_inflated_bytes:
+                    found = f"A deflated DICOM file inflates to more than {MAX_INFLATION} times its size."
                 raise UnsafeArchive(
-                    f"A deflated DICOM file inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.",
+                    found,
                     expected="a DICOM series.",
                     advice="Export the series without compression.",
                 )
+        return count
 
 
 def _is_after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
     return tag.group != META_GROUP
 
 
-def _parse_header(path: Path, dataset: pydicom.Dataset) -> Header:
+def _parse_header(path: Path, dataset: pydicom.Dataset, limits: Limits) -> Header:
     image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
     planes, tiles = _locate_frames(dataset), 0
     if "MOSAIC" in image_type:
-        planes, tiles = locate_tiles(dataset) or ((None,), 0)
+        planes, tiles = locate_tiles(dataset, limits) or ((None,), 0)
         rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
     return Header(
         path=path,

@@ -12,8 +12,12 @@ import numpy.typing as npt
 import pydicom
 from pydicom.tag import BaseTag, Tag
 
+from app.errors import TooManyVoxels
 from app.ingest.dicom.geometry import Plane
+from app.ingest.limits import Limits
 
+# Scanners write up to some hundred tiles.
+MAX_TILES = 1024
 # The private creators of group 0029, and the image header in each of their blocks.
 _BLOCKS = (0x10, 0x11, 0x12)
 MOSAIC_TAGS: list[BaseTag] = [
@@ -21,13 +25,15 @@ MOSAIC_TAGS: list[BaseTag] = [
 ] + [Tag(0x0029, element) for block in _BLOCKS for element in (block, (block << 8) + 0x10)]
 
 
-def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | None:
+def locate_tiles(dataset: pydicom.Dataset, limits: Limits) -> tuple[tuple[Plane, ...], int] | None:
     """Return the positions of the tiles of a mosaic.
 
     Parameters
     ----------
     dataset : pydicom.Dataset
         Header with `MOSAIC_TAGS`.
+    limits : Limits
+        Limits on the announced size, which is checked before the tiles are listed.
 
     Returns
     -------
@@ -37,6 +43,11 @@ def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | No
         Number of tiles along one side of the mosaic.
 
     None is returned if the private header, the slice spacing or the position is missing.
+
+    Raises
+    ------
+    TooManyVoxels
+        If the header announces more pixels or tiles than the limit.
     """
     # nibabel.nicom emits a warning when it is imported: this runs inside `silence_libraries`.
     from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal  # noqa: PLC0415
@@ -49,6 +60,13 @@ def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | No
     if not all(dataset.get(keyword) for keyword in keywords):
         return None
     count = int(get_n_mosaic(csa))
+    pixels = int(dataset.Rows) * int(dataset.Columns)
+    if count > MAX_TILES or pixels > limits.max_voxels:
+        raise TooManyVoxels(
+            f"A Siemens mosaic announces {count} tiles and {pixels} pixels.",
+            expected=f"at most {MAX_TILES} tiles and {limits.max_voxels} pixels.",
+            advice="Export the series again from the original.",
+        )
     side = math.isqrt(count - 1) + 1 if count > 0 else 0
     if not side or dataset.Rows % side or dataset.Columns % side:
         return None

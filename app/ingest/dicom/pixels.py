@@ -11,6 +11,7 @@ import gdcm
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import (
     DecodeRunner,
     JPEGExtended12BitDecoder,
@@ -23,6 +24,7 @@ from pydicom.uid import UID, JPEGExtended12Bit
 
 from app.dicom_attributes import functional_group
 from app.errors import CounterpartError, NoImageInArchive, TruncatedFile, UnsupportedPixels
+from app.ingest.dicom.codestream import announced_size
 from app.ingest.dicom.mosaic import split_tiles
 from app.volume import FloatArray
 
@@ -101,6 +103,7 @@ def _decode_file(path: Path, number: int, count: int) -> tuple[pydicom.Dataset, 
     try:
         dataset = pydicom.dcmread(path, force=True)
         _check_decodable(dataset, number, count)
+        _check_announced_sizes(dataset)
         stored = np.asarray(dataset.pixel_array)
     except CounterpartError:
         raise
@@ -128,6 +131,23 @@ def _check_decodable(dataset: pydicom.FileDataset, number: int, count: int) -> N
             expected="uncompressed, RLE, JPEG, JPEG-LS, JPEG 2000 or HTJ2K pixel data.",
             advice="Export the series without compression. `counterpart doctor` lists the decoders.",
         )
+
+
+def _check_announced_sizes(dataset: pydicom.FileDataset) -> None:
+    """Check that compressed frames are not larger than the header states, before a decoder allocates their size.
+
+    Raises
+    ------
+    ValueError
+        If a frame is larger.
+    """
+    syntax = UID(getattr(dataset.file_meta, "TransferSyntaxUID", ""))
+    if not syntax or not syntax.is_encapsulated:
+        return
+    for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
+        rows, columns = announced_size(frame) or (0, 0)
+        if rows > dataset.Rows or columns > dataset.Columns:
+            raise ValueError("a compressed frame is larger than the header states")
 
 
 def _to_values(dataset: pydicom.Dataset, stored: StoredPixels, index: int) -> tuple[FloatArray, BoolArray | None]:

@@ -31,6 +31,8 @@ from app.volume import Geometry, Scan, Source, Volume
 _MODALITIES = ("MR", "CT")
 # Other modalities whose code may be repeated in a message. The attribute of a damaged file can contain any text.
 _KNOWN_MODALITIES = ("PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OPT", "SM", "ES", "SEG")
+# One file can contain several volumes, for example echoes. This multiple of the voxels of one volume is decoded.
+MAX_FILE_FACTOR = 4
 
 _EXPECTED = "one MR or CT series of grey slices with a position in space."
 
@@ -84,6 +86,7 @@ def read_dicom(
             grid = plan_grid([stack.planes[i] for i in arrangement.order], head.columns, head.rows)
             _check_size(math.prod(grid.shape), limits)
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
+        _check_file_sizes(stack, limits)
         sequence = classify_sequence_file(head.path, stack.frames[0][1])
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arrangement.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
@@ -281,6 +284,24 @@ def _check_size(voxels: int, limits: Limits) -> None:
             expected=f"at most {limits.max_voxels} voxels.",
             advice="Send the series of the head alone, or a series of lower resolution.",
         )
+
+
+def _check_file_sizes(stack: Stack, limits: Limits) -> None:
+    """Raise an error if a file of the stack announces many more frames than the stack needs: all of them are decoded.
+
+    Raises
+    ------
+    TooManyVoxels
+    """
+    for header in {header.path: header for header, _, _ in stack.frames}.values():
+        frames = max(len(header.planes), header.tiles**2)
+        voxels = frames * header.rows * header.columns
+        if voxels > MAX_FILE_FACTOR * limits.max_voxels:
+            raise TooManyVoxels(
+                f"A file of the series announces {frames} frames with {voxels} voxels.",
+                expected=f"at most {MAX_FILE_FACTOR * limits.max_voxels} voxels in a file.",
+                advice="Split the file into one file for each volume.",
+            )
 
 
 def _modality(header: Header) -> Literal["MR", "CT"]:
