@@ -71,6 +71,33 @@ def test_two_echoes_or_b_values_are_listed_and_one_can_be_named(
 
 
 @pytest.mark.parametrize(
+    ("types", "labels"),
+    [
+        ((["W", "W", "FFE"], ["IP", "IP", "FFE"]), ("water", "in phase")),
+        ((["M", "DIXON", "FAT"], ["M", "DIXON", "OPP_PHASE"]), ("fat", "out of phase")),
+        ((["M", "ND", "A"], ["M", "ND", "B"]), ("", "")),
+    ],
+    ids=["Philips", "Siemens", "unknown"],
+)
+def test_contrasts_of_one_series_are_listed(
+    tmp_path: Path, read_scan: Read, volume: Volume, types: tuple[list[str], list[str]], labels: tuple[str, str]
+) -> None:
+    slices = make_datasets(volume)
+    for dataset in slices:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", *types[0]]
+    others = make_negative(volume, lambda d: setattr(d, "ImageType", ["ORIGINAL", "PRIMARY", *types[1]]))
+    save(tmp_path / "s", [*slices, *others])
+    with pytest.raises(SeveralSeries, match="2 stacks") as refused:
+        read_scan(tmp_path / "s")
+    for label in filter(None, labels):
+        assert f"(14 MR slices, axial, {label}, " in refused.value.advice
+    found = [read_scan(tmp_path / "s", series=f"{UID}/{n}").volume.array for n in (1, 2)]
+    array = reorient(volume, "axial")[0]
+    for expected in (array, array.max() - array):
+        assert any(np.array_equal(expected, one) for one in found)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda dataset: setattr(dataset, "ImageType", ["ORIGINAL", "PRIMARY", "P", "ND"]),

@@ -25,7 +25,7 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import DA, TM, format_number_as_ds
 
-from app.dicom_attributes import functional_group
+from app.dicom_attributes import functional_group, numbers, optional_numbers
 from app.errors import UnsuitableSource
 from app.volume import Affine, Scan
 
@@ -185,13 +185,15 @@ def _frames(index: int, header: Dataset) -> list[_Frame]:
     frames = []
     for number in range(int(header.get("NumberOfFrames") or 1)):
         measures = functional_group(header, number, "PixelMeasuresSequence")
-        thickness = measures.get("SliceThickness")
+        spacing = measures.PixelSpacing
         frame = _Frame(
             image=index,
             position=functional_group(header, number, "PlanePositionSequence").ImagePositionPatient,
             orientation=functional_group(header, number, "PlaneOrientationSequence").ImageOrientationPatient,
-            spacing=measures.PixelSpacing,
-            thickness=float(thickness) if thickness else None,
+            spacing=numbers(measures, "PixelSpacing")
+            if isinstance(spacing, str)
+            else spacing,  # some scanners write UT
+            thickness=next(iter(optional_numbers(measures, "SliceThickness")), 0.0) or None,
         )
         frames.append(frame)
     return frames
@@ -233,7 +235,12 @@ def _build_images(
     A segmentation has one orientation, spacing and thickness for all slices. The reader accepts only small differences
     between slices, and the thickness may be missing.
     """
-    reference = matched[0] if matched else frames[0]
+    cosines = lps_affine[:3, :2] / np.linalg.norm(lps_affine[:3, :2], axis=0)
+    # Of slices whose orientations jitter, the first with that of the scan.
+    differences = [
+        np.abs(np.array(frame.orientation, dtype=float) - cosines.T.ravel()).max().round(6) for frame in matched
+    ]
+    reference = matched[int(np.argmin(differences))] if matched else frames[0]
     slice_spacing = float(np.linalg.norm(lps_affine[:3, 2]))
     orientation = Dataset()
     orientation.ImageOrientationPatient = reference.orientation

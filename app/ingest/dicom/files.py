@@ -12,7 +12,7 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from app.dicom_attributes import functional_group, numbers, text, texts
+from app.dicom_attributes import functional_group, numbers, optional_numbers, text, texts
 from app.errors import CounterpartError, UnsafeArchive
 from app.ingest.dicom.geometry import AcquisitionKey, Plane
 from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
@@ -52,6 +52,13 @@ _COMPONENTS = {
     **dict.fromkeys(("R", "REAL"), "real"),
     **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
 }
+# Contrasts of a Dixon acquisition in ImageType or FrameType, of Philips, Siemens and GE.
+_DIXON = {
+    **dict.fromkeys(("W", "WATER"), "water"),
+    **dict.fromkeys(("F", "FAT"), "fat"),
+    **dict.fromkeys(("IP", "IN_PHASE", "IN PHASE", "INPHASE"), "in phase"),
+    **dict.fromkeys(("OP", "OPP_PHASE", "OUT_PHASE", "OUT_OF_PHASE", "OUT OF PHASE", "OUTPHASE"), "out of phase"),
+}
 # Images are deflated to a tenth or, if they are mostly background, to a hundredth. Small files may be empty.
 MAX_INFLATION, MIN_BOMB_BYTES = 100, 1 << 26
 META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
@@ -82,6 +89,8 @@ class Header:
         Number of tiles along one side of a Siemens mosaic; 0 for every other image.
     patient : tuple of str
         Keyed hashes of PatientID, PatientName and PatientBirthDate; an empty string for an empty value.
+    invalid : tuple of str
+        Keywords of the position attributes whose value is not a number. Their frames have no position.
     """
 
     path: Path
@@ -97,6 +106,7 @@ class Header:
     planes: tuple[Plane | None, ...]
     tiles: int = 0
     patient: tuple[str, ...] = ()
+    invalid: tuple[str, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -125,11 +135,15 @@ class Header:
 
     @property
     def is_grey(self) -> bool:
-        return self.samples == 1 and self.photometric in ("MONOCHROME1", "MONOCHROME2")
+        return self.samples == 1 and self.photometric in ("MONOCHROME1", "MONOCHROME2", "")
+
+    @property
+    def is_screenshot(self) -> bool:
+        return not _SCREENSHOTS.isdisjoint(self.image_type)
 
     @property
     def is_placed(self) -> bool:
-        return None not in self.planes and _SCREENSHOTS.isdisjoint(self.image_type)
+        return None not in self.planes and not self.is_screenshot
 
 
 def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], list[str]]:
@@ -270,7 +284,8 @@ def _is_after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
 def _parse_header(path: Path, dataset: pydicom.Dataset, limits: Limits) -> Header:
     image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-    planes, tiles = _locate_frames(dataset), 0
+    invalid: dict[str, None] = {}
+    planes, tiles = _locate_frames(dataset, invalid), 0
     if "MOSAIC" in image_type:
         planes, tiles = locate_tiles(dataset, limits) or ((None,), 0)
         rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
@@ -287,6 +302,7 @@ def _parse_header(path: Path, dataset: pydicom.Dataset, limits: Limits) -> Heade
         samples=int(dataset.get("SamplesPerPixel") or 1),
         planes=planes,
         tiles=tiles,
+        invalid=tuple(invalid),
         patient=tuple(_hash_patient_detail(dataset, keyword) for keyword in _PATIENT),
     )
 
@@ -306,31 +322,45 @@ def _hash_patient_detail(dataset: pydicom.Dataset, keyword: str) -> str:
     return hashlib.blake2b(value.encode(errors="replace"), key=_HASH_KEY).hexdigest() if value else ""
 
 
-def _locate_frames(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
+def _locate_frames(dataset: pydicom.Dataset, invalid: dict[str, None]) -> tuple[Plane | None, ...]:
     count = int(dataset.get("NumberOfFrames") or 1)
     # Each frame of an enhanced image has its own item; without the items, no frame has a position.
     items = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
-    return tuple(_locate_frame(dataset, frame) for frame in range(count)) if count in (1, items) else (None,)
+    if count not in (1, items):
+        return (None,)
+    return tuple(_locate_frame(dataset, frame, invalid) for frame in range(count))
 
 
-def _locate_frame(dataset: pydicom.Dataset, frame: int) -> Plane | None:
+def _position_numbers(dataset: pydicom.Dataset, keyword: str, invalid: dict[str, None]) -> tuple[float, ...]:
+    """Return the values of a position attribute; add its keyword to `invalid` if one is not a number."""
+    try:
+        return numbers(dataset, keyword)
+    except Exception:  # noqa: BLE001 - pydicom raises different exceptions for different values
+        invalid[keyword] = None
+        return ()
+
+
+def _locate_frame(dataset: pydicom.Dataset, frame: int, invalid: dict[str, None]) -> Plane | None:
     measures = functional_group(dataset, frame, "PixelMeasuresSequence")
-    position = numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
-    orientation = numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
-    spacing = numbers(measures, "PixelSpacing")
+    placed = functional_group(dataset, frame, "PlanePositionSequence")
+    oriented = functional_group(dataset, frame, "PlaneOrientationSequence")
+    position = _position_numbers(placed, "ImagePositionPatient", invalid)
+    orientation = _position_numbers(oriented, "ImageOrientationPatient", invalid)
+    spacing = _position_numbers(measures, "PixelSpacing", invalid)
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
-    thickness = measures.get("SliceThickness")
-    key = _acquisition_key(dataset, frame)
-    return Plane(position, orientation, spacing, float(thickness) if thickness else None, key)
+    thickness = next(iter(optional_numbers(measures, "SliceThickness")), 0.0) or None
+    return Plane(position, orientation, spacing, thickness, _acquisition_key(dataset, frame))
 
 
 def _acquisition_key(dataset: pydicom.Dataset, frame: int) -> AcquisitionKey:
     echo = functional_group(dataset, frame, "MREchoSequence")
-    b_value = numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
-    echo_ms = numbers(echo, "EffectiveEchoTime") or numbers(echo, "EchoTime")
+    b_value = optional_numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
+    echo_ms = optional_numbers(echo, "EffectiveEchoTime") or optional_numbers(echo, "EchoTime")
     frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
     # Single-frame images of Siemens and Philips state the component as the third or a later value of ImageType.
     values = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
     component = next((_COMPONENTS[value] for value in values if value in _COMPONENTS), "")
-    return AcquisitionKey(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
+    values += [value.upper() for value in texts(frame_type, "FrameType")[2:]]
+    contrast = next((_DIXON[value] for value in values if value in _DIXON), "")
+    return AcquisitionKey(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None, contrast)

@@ -60,14 +60,17 @@ class AcquisitionKey:
         Echo time in milliseconds.
     b_value : float or None
         Diffusion weighting in s/mm2.
+    contrast : str
+        "water", "fat", "in phase" or "out of phase" of a Dixon acquisition; empty if nothing is stated.
     """
 
     component: str = ""
     echo_ms: float | None = None
     b_value: float | None = None
+    contrast: str = ""
 
     def __str__(self) -> str:
-        parts = [self.component] if self.component else []
+        parts = [part for part in (self.component, self.contrast) if part]
         parts += [f"echo {self.echo_ms:g} ms"] if self.echo_ms is not None else []
         parts += [f"b = {self.b_value:g}"] if self.b_value is not None else []
         return ", ".join(parts)

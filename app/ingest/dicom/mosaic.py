@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pydicom
 from pydicom.tag import BaseTag, Tag
 
+from app.dicom_attributes import optional_numbers
 from app.errors import TooManyVoxels
 from app.ingest.dicom.geometry import Plane
 from app.ingest.limits import Limits
@@ -74,7 +75,7 @@ def locate_tiles(dataset: pydicom.Dataset, limits: Limits) -> tuple[tuple[Plane,
     first, step = wrapper.image_position, wrapper.slice_normal * wrapper.voxel_sizes[2]
     orientation = tuple(float(v) for v in dataset.ImageOrientationPatient)
     spacing = tuple(float(v) for v in dataset.PixelSpacing)
-    thickness = float(dataset.SliceThickness) if dataset.get("SliceThickness") else None
+    thickness = next(iter(optional_numbers(dataset, "SliceThickness")), 0.0) or None
     return tuple(Plane(tuple(first + k * step), orientation, spacing, thickness) for k in range(count)), side
 
 

@@ -75,12 +75,12 @@ def read_dicom(
     with silence_libraries():
         readable, damaged = read_headers(paths, limits)
         _refuse_several_patients(readable)
-        headers, left_out = _select_images(readable, len(damaged))
+        headers, unplaced, left_out = _select_images(readable, len(damaged))
         stack, excluded = select_stack(headers, series, sequences)
         _refuse_several_mosaics(stack)
         arrangement = arrange_slices(stack.planes)
         if geometry == "refuse":
-            _check_complete(stack, arrangement, damaged)
+            _check_complete(stack, arrangement, damaged, unplaced)
         head, grid = stack.head, None
         if arrangement.faults:
             grid = plan_grid([stack.planes[i] for i in arrangement.order], head.columns, head.rows)
@@ -109,13 +109,17 @@ def read_dicom(
     return Scan(Volume(array, affine), source)
 
 
-def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str]) -> None:
-    """Raise an error if a file of the series is damaged, or its slices are not regular.
+def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str], unplaced: Sequence[Header]) -> None:
+    """Raise an error if a file of the series is damaged or has no position, or its slices are not regular.
 
     Raises
     ------
-    TruncatedFile, IrregularSlices
+    TruncatedFile, InvalidGeometry, IrregularSlices
     """
+    head = stack.head
+    own = [h for h in unplaced if (h.series, h.rows, h.columns) == (head.series, head.rows, head.columns)]
+    if own:
+        raise _no_position(own, len(own) + len({header.path for header, _, _ in stack.frames}))
     lost = damaged.count(stack.head.series) if stack.head.series else 0
     if lost:
         files = lost + len({header.path for header, _, _ in stack.frames})
@@ -131,8 +135,8 @@ def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[st
     arrangement.check_regular(hint)
 
 
-def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[str]]:
-    """Return the grey MR and CT images with a position, and notes that count the others.
+def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[Header], list[str]]:
+    """Return the grey MR and CT images with a position, those without one, and notes that count all that is left out.
 
     If no image passes one of the tests, the error of that test is raised.
     """
@@ -151,7 +155,7 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
             advice="Export the images of the series, not only its reports or its directory.",
         )
     without = len(headers) - len(images)
-    remaining = images
+    remaining, unplaced = images, list[Header]()
     left_out = Counter({"damaged DICOM files": damaged, "DICOM files without an image": without})
     # Name in the notes of the images that fail a test, the test, and the error if all images fail it.
     for name, test, error in (
@@ -165,6 +169,7 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
         if not passed:
             raise error(remaining)
         left_out[name] = len(remaining) - len(passed)
+        unplaced = [header for header in remaining if not header.is_placed and not header.is_screenshot]
         remaining = passed
     unique = _drop_duplicates(remaining)
     left_out["duplicates of other files"] = len(remaining) - len(unique)
@@ -175,7 +180,7 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
             f"{shared} images have the SOPInstanceUID of another image, but another position or other pixels. "
             "They are not duplicates, and none was left out."
         )
-    return unique, notes
+    return unique, unplaced, notes
 
 
 def _drop_duplicates(headers: Sequence[Header]) -> list[Header]:
@@ -250,9 +255,21 @@ def _only_localizers(_headers: Sequence[Header]) -> NotAVolume:
     )
 
 
-def _no_position(headers: Sequence[Header]) -> InvalidGeometry:
+def _no_position(headers: Sequence[Header], total: int = 0) -> InvalidGeometry:
+    """Return the error for images without a position, of a series of `total` files if some have one."""
+    invalid = sorted({keyword for header in headers for keyword in header.invalid})
+    count = f"{len(headers)} of {total or len(headers)} images"
+    if invalid:
+        return InvalidGeometry(
+            f"{' and '.join(invalid)} of {count} is not a list of numbers.",
+            expected="decimal numbers with a point, as in DICOM PS3.5 6.2.",
+            advice="Export the series again from the original.",
+        )
+    found = f"{count} of the series do not state their position, orientation and pixel spacing."
+    if not total:
+        found = f"None of {len(headers)} images states its position, orientation and pixel spacing."
     return InvalidGeometry(
-        f"None of {len(headers)} images states its position, orientation and pixel spacing.",
+        found,
         expected="ImagePositionPatient, ImageOrientationPatient and PixelSpacing in every slice.",
         advice="Send the acquired series, not screenshots of it.",
     )

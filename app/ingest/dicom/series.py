@@ -418,13 +418,27 @@ def _with_one_orientation(frames: list[LocatedFrame]) -> Stack:
 
 
 def _group_by_key(frames: list[LocatedFrame]) -> list[list[LocatedFrame]]:
-    """Group frames that share their positions by echo, b-value and component.
+    """Group frames that share their positions by echo, b-value, component and contrast, else by ImageType.
 
     Frames at different positions stay in one group, because their echo times may differ by rounding.
     """
-    if count_images_per_position([plane for _, _, plane in frames]).max() == 1:
+    if not _share_positions(frames):
         return [frames]
     groups: dict[AcquisitionKey, list[LocatedFrame]] = defaultdict(list)
     for frame in frames:
         groups[frame[2].key].append(frame)
-    return list(groups.values())
+    return [part for group in groups.values() for part in _group_by_image_type(group)]
+
+
+def _group_by_image_type(frames: list[LocatedFrame]) -> list[list[LocatedFrame]]:
+    """Group frames that share their positions by ImageType, if then none of them share a position."""
+    if not _share_positions(frames):
+        return [frames]
+    groups: dict[tuple[str, ...], list[LocatedFrame]] = defaultdict(list)
+    for frame in frames:
+        groups[frame[0].image_type].append(frame)
+    return [frames] if any(map(_share_positions, groups.values())) else list(groups.values())
+
+
+def _share_positions(frames: Sequence[LocatedFrame]) -> bool:
+    return bool(count_images_per_position([plane for _, _, plane in frames]).max() > 1)
