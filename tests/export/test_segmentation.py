@@ -1,6 +1,7 @@
 """DICOM Segmentation: position of the lesions, references, copied attributes, unusual headers."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +35,7 @@ from tests.support.geometry import LAYOUTS
 from tests.support.grids import tilted
 from tests.support.mosaic import make_mosaic
 from tests.support.phantom import brain, grid
-from tests.support.results import on_grid
+from tests.support.results import Ball, on_grid
 from tests.support.segmentation import Points, segment_points
 
 TURNS = {"straight": (0.0, 0.0, 0.0), "oblique": OBLIQUE}
@@ -398,7 +399,6 @@ def set_invalid_ratio(slices: list[FileDataset]) -> None:
 @pytest.mark.parametrize(
     ("change", "keyword"),
     [
-        (set_attributes(FrameOfReferenceUID=None), "FrameOfReferenceUID"),
         (set_attributes(StudyInstanceUID=None), "StudyInstanceUID"),
         (set_attributes(SOPClassUID=SecondaryCaptureImageStorage), "Secondary Capture Image Storage"),
         (set_attributes(SOPClassUID="1.2.840.113619.4.2"), "SOP class"),
@@ -418,6 +418,35 @@ def test_unsuitable_series_has_no_dicom_results(tmp_path: Path, change: Change, 
         assert keyword in reason.found
         assert SECRET not in str(reason)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def set_other_frame_of_reference(slices: list[FileDataset]) -> None:
+    slices[3].FrameOfReferenceUID = "1.2.3"
+
+
+@pytest.mark.parametrize(
+    ("change", "keyword"),
+    [
+        (set_attributes(FrameOfReferenceUID=None), "no FrameOfReferenceUID"),
+        (set_other_frame_of_reference, "2 frames of reference"),
+    ],
+)
+@pytest.mark.parametrize("balls", [BALLS, ()], ids=["lesions", "none"])
+def test_series_without_one_frame_of_reference_has_only_a_report(
+    tmp_path: Path, change: Change, keyword: str, balls: Sequence[Ball]
+) -> None:
+    results = write_results(tmp_path / "out", read_series(tmp_path, Series(), change=change), balls)
+    assert set(results.absent) == {"segmentation.dcm"}
+    assert results.absent["segmentation.dcm"].code == ("unsuitable_source" if balls else "no_lesion")
+    made = pydicom.dcmread(results.structured_report)
+    groups = [item for item in made.ContentSequence if "ContentSequence" in item]
+    assert groups
+    if balls:
+        assert keyword in results.absent["segmentation.dcm"].found
+        volumes = [f"{finding.volume_ml:g}" for finding in results.report.findings]
+        text = str(made)
+        assert all(volume in text for volume in volumes)
+        assert "Referenced Segment" not in text
 
 
 def test_volume_of_two_multi_frame_images_has_no_dicom_results(tmp_path: Path) -> None:

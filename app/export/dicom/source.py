@@ -59,7 +59,9 @@ _MULTI_FRAME = (
     LegacyConvertedEnhancedCTImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
 )
-_REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+_REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+
+_ONE_FRAME = "one frame of reference for a segmentation. report.dcm needs none."
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # The reader accepts slices up to 0.2 mm off a straight line and 0.05 mm off an even distance.
@@ -86,6 +88,8 @@ class SourceSeries:
         Latest time that the source gives for its pixels. The current time would change the bytes of each object.
     raw_texts : dict of str to bytes
         Bytes of the attributes of `TEXTS` as they are in the first image.
+    not_positioned : UnsuitableSource or None
+        Reason why no segmentation can be placed in the series: it has no frame of reference, or several.
     """
 
     images: tuple[Dataset, ...]
@@ -94,6 +98,7 @@ class SourceSeries:
     lps_affine: Affine
     content_time: tuple[dt.date, dt.time]
     raw_texts: dict[str, bytes]
+    not_positioned: UnsuitableSource | None
 
     @property
     def uid(self) -> str:
@@ -135,6 +140,7 @@ def read_source(scan: Scan) -> SourceSeries:
         lps_affine=lps_affine,
         content_time=_content_time(headers),
         raw_texts=raw_texts[(matched or frames)[0].image],
+        not_positioned=_frame_of_reference_fault(headers),
     )
 
 
@@ -153,7 +159,7 @@ def _check(headers: Sequence[Dataset]) -> None:
     if missing:
         raise _unsuitable(
             f"At least one image of the series has no {', '.join(missing)}.",
-            expected="the UIDs of study, series, instance and frame of reference in every image.",
+            expected="the UIDs of study, series and instance in every image.",
         )
     classes = {UID(header.get("SOPClassUID", "")) for header in headers}
     if len(classes) > 1 or not classes <= {*_SINGLE_FRAME, *_MULTI_FRAME}:
@@ -173,6 +179,16 @@ def _check(headers: Sequence[Dataset]) -> None:
         raise _unsuitable(
             f"{shared} images have the SOPInstanceUID of another image.", expected="a different one in each image."
         )
+
+
+def _frame_of_reference_fault(headers: Sequence[Dataset]) -> UnsuitableSource | None:
+    """Return why the images have no common frame of reference, or None if they have one."""
+    found = {header.get("FrameOfReferenceUID") for header in headers}
+    if not all(found):
+        return _unsuitable("At least one image of the series has no FrameOfReferenceUID.", expected=_ONE_FRAME)
+    if len(found) > 1:
+        return _unsuitable(f"The images state {len(found)} frames of reference.", expected=_ONE_FRAME)
+    return None
 
 
 def _unsuitable(found: str, *, expected: str) -> UnsuitableSource:
