@@ -10,7 +10,7 @@ import pydicom
 import pytest
 from nibabel import affines, orientations
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.uid import ImplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import UID, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from app.dicom_attributes import silence_libraries
 from app.export.dicom.source import PATIENT, STUDY
@@ -449,16 +449,38 @@ def test_series_without_one_frame_of_reference_has_only_a_report(
         assert "Referenced Segment" not in text
 
 
-def test_volume_of_two_multi_frame_images_has_no_dicom_results(tmp_path: Path) -> None:
+def write_concatenation(folder: Path, parts: Sequence[int]) -> None:
+    """Write a phantom as legacy enhanced images of one series, with this number of frames each."""
     slices = make_datasets(brain(SHAPE, turned_grid(0, 0, 0)), Series())
-    (tmp_path / "s").mkdir()
-    for number, part in enumerate((slices[:20], slices[20:])):
-        image = legacy_enhanced(part)
-        image.SOPInstanceUID = f"1.2.{number}"
-        image.save_as(tmp_path / "s" / str(number), enforce_file_format=True)
+    folder.mkdir()
+    for number, count in enumerate(parts):
+        image = legacy_enhanced(slices[:count])
+        del slices[:count]
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.{number + 1}")
+        image.save_as(folder / str(number), enforce_file_format=True)
+
+
+@pytest.mark.parametrize("parts", [(20, 4), (10, 13, 1), (1, 23)], ids=str)
+def test_segmentation_refers_to_the_frames_of_a_concatenation(tmp_path: Path, parts: tuple[int, ...]) -> None:
+    write_concatenation(tmp_path / "s", parts)
     results = write_results(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
-    assert results.absent["segmentation.dcm"].code == "unsuitable_source"
-    assert "2 multi-frame images" in results.absent["segmentation.dcm"].found
+    assert results.absent == {}
+    images = {image.SOPInstanceUID: image for image in map(pydicom.dcmread, (tmp_path / "s").iterdir())}
+    made = pydicom.dcmread(results.segmentation)
+    referenced = made.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert {item.ReferencedSOPInstanceUID for item in referenced} == set(images)
+    for group in made.PerFrameFunctionalGroupsSequence:
+        (item,) = group.DerivationImageSequence[0].SourceImageSequence
+        frames = images[item.ReferencedSOPInstanceUID].PerFrameFunctionalGroupsSequence
+        source = frames[item.ReferencedFrameNumber - 1].PlanePositionSequence[0].ImagePositionPatient
+        assert group.PlanePositionSequence[0].ImagePositionPatient == source
+    report = pydicom.dcmread(results.structured_report)
+    evidence = str(report.CurrentRequestedProcedureEvidenceSequence)
+    assert all(uid in evidence for uid in images)
+    segments = segment_points(results.segmentation)
+    for finding in results.report.findings:
+        centroid = segments[finding.label].mean(axis=0)
+        np.testing.assert_allclose(centroid, RAS_TO_LPS[:3, :3] @ finding.centroid_mm, atol=1e-3)
 
 
 @pytest.mark.parametrize("charset", ["ISO_IR 192", "ISO_IR 6", "GB18030", "ISO 2022 IR 87"])

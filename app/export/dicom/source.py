@@ -5,7 +5,7 @@ the attributes listed here.
 """
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,8 @@ class SourceSeries:
     Attributes
     ----------
     images : tuple of Dataset
-        One per slice, in the order of the scan's last axis, or one multi-frame image.
+        One per slice, in the order of the scan's last axis, or one multi-frame image. Several multi-frame images (a
+        concatenation) are one here, with the frames of all.
     positions : tuple of sequence, or None
         ImagePositionPatient of each slice of the scan, with the source's own numbers. None if the scan's slices are
         not images or frames of the source (resampled series, tiles of a mosaic).
@@ -86,6 +87,11 @@ class SourceSeries:
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
         Latest time that the source gives for its pixels. The current time would change the bytes of each object.
+    evidence : tuple of Dataset
+        One per file of the source.
+    origins : tuple of (str, int)
+        For several multi-frame images: SOPInstanceUID and number, from 1, of each frame of the one in `images`.
+        Empty for other sources.
     raw_texts : dict of str to bytes
         Bytes of the attributes of `TEXTS` as they are in the first image.
     not_positioned : UnsuitableSource or None
@@ -97,6 +103,8 @@ class SourceSeries:
     frames: frozenset[int]
     lps_affine: Affine
     content_time: tuple[dt.date, dt.time]
+    evidence: tuple[Dataset, ...]
+    origins: tuple[tuple[str, int], ...]
     raw_texts: dict[str, bytes]
     not_positioned: UnsuitableSource | None
 
@@ -130,15 +138,25 @@ def read_source(scan: Scan) -> SourceSeries:
     raw_texts = [_raw_texts(header) for header in headers]
     lps_affine = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
-    read = [frames[index] for index in scan.source.frames] or frames
+    is_split = len(headers) > 1 and headers[0].SOPClassUID in _MULTI_FRAME
+    if is_split and len(frames) != len(scan.source.frames or frames):
+        raise _unsuitable(
+            f"The volume consists of some frames of {len(headers)} multi-frame images.",
+            expected="one multi-frame image, or several of which all frames belong to the volume.",
+        )
+    numbers_from_0 = () if is_split else scan.source.frames
+    read = [frames[index] for index in numbers_from_0] or frames
     # The slices of a resampled scan are not images of the source, even at the same position.
     matched = [] if scan.source.resampled else _match_frames(read, headers[0], lps_affine, scan.volume.shape)
+    images = tuple(_build_images(headers, frames, matched, lps_affine))
     return SourceSeries(
-        images=tuple(_build_images(headers, frames, matched, lps_affine)),
+        images=images,
         positions=tuple(frame.position for frame in matched) if matched else None,
-        frames=frozenset(index + 1 for index in scan.source.frames),
+        frames=frozenset(index + 1 for index in numbers_from_0),
         lps_affine=lps_affine,
         content_time=_content_time(headers),
+        evidence=tuple(map(_copy_attributes, headers)) if is_split else images,
+        origins=tuple(_number_frames(headers)) if is_split else (),
         raw_texts=raw_texts[(matched or frames)[0].image],
         not_positioned=_frame_of_reference_fault(headers),
     )
@@ -165,11 +183,6 @@ def _check(headers: Sequence[Dataset]) -> None:
     if len(classes) > 1 or not classes <= {*_SINGLE_FRAME, *_MULTI_FRAME}:
         names = ", ".join(sorted("unknown" if uid.is_private else uid.name for uid in classes))
         raise _unsuitable(f"The SOP class of the images is {names}.", expected="CT or MR images, classic or enhanced.")
-    if classes <= {*_MULTI_FRAME} and len(headers) > 1:
-        raise _unsuitable(
-            f"The volume consists of {len(headers)} multi-frame images.",
-            expected="one enhanced multi-frame image, or single-frame images.",
-        )
     for name, keyword in (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID")):
         count = len({header[keyword].value for header in headers})
         if count > 1:
@@ -213,6 +226,13 @@ def _frames(index: int, header: Dataset) -> list[_Frame]:
         )
         frames.append(frame)
     return frames
+
+
+def _number_frames(headers: Sequence[Dataset]) -> Iterator[tuple[str, int]]:
+    """Yield SOPInstanceUID and number of each frame, in the order of `_frames`."""
+    for header in headers:
+        for number in range(int(header.get("NumberOfFrames") or 1)):
+            yield str(header.SOPInstanceUID), number + 1
 
 
 def _match_frames(

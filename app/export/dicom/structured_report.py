@@ -88,7 +88,7 @@ def build_structured_report(source: SourceSeries, segmentation: Dataset | None, 
     )
     content[0].ContentSequence.append(_qualitative_evaluations(report))
     return ComprehensiveSR(
-        evidence=[*source.images, *([] if segmentation is None else [segmentation])],
+        evidence=[*source.evidence, *([] if segmentation is None else [segmentation])],
         content=content[0],
         series_number=SERIES_NUMBER,
         is_complete=True,
