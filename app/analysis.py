@@ -18,7 +18,7 @@ from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import to_scan_result
 from app.pipeline.methods import run_method
 from app.runtime.bundle import Bundle
-from app.runtime.selection import select_model
+from app.runtime.selection import select_model, trained_sequences
 from app.volume import Geometry, Scan, Volume
 
 # Called with the stage ("read", "infer" or "export") and its completed fraction, 0 to 1. It is called between network
@@ -106,7 +106,13 @@ def infer(
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         progress("read", 0.0)
-        scan = read_scan(path, scratch=scratch, series=request.series, geometry=request.geometry)
+        scan = read_scan(
+            path,
+            scratch=scratch,
+            series=request.series,
+            geometry=request.geometry,
+            sequences=trained_sequences(manifests, request.model),
+        )
         selection = select_model(manifests, scan.source, request.model)
         manifest = selection.manifest
         progress("read", 1.0)

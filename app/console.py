@@ -84,7 +84,7 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
-    lines = []
+    lines = [note for note in report.input.notes if note.startswith("Left out:")]
     if report.brain:
         made_by = f"{report.brain.method} {report.brain.version}"
         lines.append(f"Brain: {report.brain.volume_ml:.0f} ml, extracted by {made_by} (brain.nii.gz).")

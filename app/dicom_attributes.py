@@ -71,14 +71,43 @@ def texts(dataset: "Dataset", keyword: str) -> list[str]:
 
 
 def numbers(dataset: "Dataset", keyword: str) -> tuple[float, ...]:
-    """Return each value of an attribute as a float.
+    """Return each value of an attribute as a float. A text of several values (UT, LT) is split.
 
     Raises
     ------
     ValueError, TypeError
         If a value is not a number.
     """
-    return tuple(float(value) for value in _values(dataset, keyword))
+    parts = [
+        part for value in _values(dataset, keyword) for part in (_split(value) if isinstance(value, str) else [value])
+    ]
+    return tuple(float(part) for part in parts)
+
+
+def optional_numbers(dataset: "Dataset", keyword: str) -> tuple[float, ...]:
+    """Return each value of an attribute as a float, or no value if one is not a number.
+
+    A decimal comma is read as a point. Do not use this for the geometry of an image.
+    """
+    try:
+        return numbers(dataset, keyword)
+    except Exception:  # noqa: BLE001 - pydicom raises different exceptions for different values
+        return _numbers_with_comma(dataset, keyword)
+
+
+def _numbers_with_comma(dataset: "Dataset", keyword: str) -> tuple[float, ...]:
+    element = dataset.get_item(keyword)
+    content = element.value if element else None
+    if not isinstance(content, bytes):
+        return ()
+    try:
+        return tuple(float(part.replace(",", ".")) for part in _split(content.decode("ascii")))
+    except ValueError:
+        return ()
+
+
+def _split(content: str) -> list[str]:
+    return [part.strip(" \0") for part in content.split("\\")]
 
 
 def _values(dataset: "Dataset", keyword: str) -> list[Any]:

@@ -108,6 +108,11 @@ class SeveralSeries(UnreadableScan):
     title = "More than one series"
 
 
+class SeveralPatients(UnreadableScan):
+    code = "several_patients"
+    title = "More than one patient"
+
+
 class UnsupportedPixels(UnreadableScan):
     code = "unsupported_pixels"
     title = "Unsupported pixel data"

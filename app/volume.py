@@ -17,6 +17,8 @@ Affine = npt.NDArray[np.float64]
 # Handling of missing, tilted or unevenly spaced slices.
 Geometry = Literal["refuse", "resample"]
 
+# Suffix of a sequence with contrast agent, as in "T1c".
+WITH_AGENT = "c"
 # No scanner has voxels below some tens of micrometres, or axes within a degree of each other.
 SMALLEST_VOXEL_MM = 0.01
 SMALLEST_INDEPENDENCE = 0.01

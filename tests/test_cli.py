@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from app.cli import app
 from app.export.nifti import write_nifti
 from app.export.outputs import REQUIRED_NAMES
 from app.pipeline.findings import dice
-from tests.support.dicom import SECRET, write_series
+from tests.support.dicom import SECRET, Series, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
 
 Run = Callable[..., Result]
@@ -78,12 +79,14 @@ def test_detect_writes_every_result_and_prints_the_dice(run: Run, scan: Path, tm
 def test_detect_writes_dicom_results_of_a_dicom_folder(run: Run, tmp_path: Path) -> None:
     write_series(tmp_path / "lesion", with_lesion(brain(), LESION_MM, RADIUS_MM))
     write_series(tmp_path / "healthy", brain())
+    shutil.copy(write_series(tmp_path / "scout", brain(), Series(name="scout"))[5], tmp_path / "healthy" / "scout")
     outcomes = {name: run("detect", tmp_path / name, "-o", tmp_path / f"{name}-out") for name in ("lesion", "healthy")}
     for name, result in outcomes.items():
         assert result.exit_code == 0, result.output
         written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(REQUIRED_NAMES)
         assert written == ({"segmentation.dcm", "report.dcm"} if name == "lesion" else {"report.dcm"})
     assert "No segmentation.dcm: " in outcomes["healthy"].stdout
+    assert "Left out: 1 stacks of fewer than 10 slices (1 slices, axial, z " in outcomes["healthy"].stdout
     assert "No segmentation.dcm: " not in outcomes["lesion"].stdout
     assert SECRET not in "".join(result.output for result in outcomes.values())
 

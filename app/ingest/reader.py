@@ -5,7 +5,7 @@ archive or a folder, and the list of formats in error messages.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class ReadOptions:
     series: str | None = None
     geometry: Geometry = "refuse"
     limits: Limits = DEFAULT_LIMITS
+    sequences: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _read_dicom(files: Sequence[Path], options: ReadOptions) -> Scan:
     # These imports take two seconds, and a NIfTI file does not need them.
     from app.ingest.dicom.reader import read_dicom  # noqa: PLC0415
 
-    return read_dicom(files, options.series, options.geometry, options.limits)
+    return read_dicom(files, options.series, options.geometry, options.limits, options.sequences)
 
 
 READERS: tuple[Reader, ...] = (
@@ -119,6 +120,7 @@ def read_scan(
     series: str | None = None,
     geometry: Geometry = "refuse",
     limits: Limits = DEFAULT_LIMITS,
+    sequences: Collection[str] = (),
 ) -> Scan:
     """Read one scan. The format is detected from the content; file names do not matter.
 
@@ -136,13 +138,15 @@ def read_scan(
         Refuse or resample DICOM slices that are missing, tilted or unevenly spaced.
     limits : Limits, optional
         Limits on the size of the upload.
+    sequences : collection of str, optional
+        Sequences of MR that the available models are trained on. Among several DICOM series, one of these is preferred.
 
     Raises
     ------
     CounterpartError
         A subclass of `UploadError` or `UnreadableScan`, or `WrongModality`, for every fault of the upload.
     """
-    options = ReadOptions(scratch, series, geometry, limits)
+    options = ReadOptions(scratch, series, geometry, limits, sequences)
     return _read_folder(path, options) if path.is_dir() else _read_file(path, options)
 
 

@@ -14,7 +14,7 @@ from app.inference_result import InferenceResult, load_inference_result, save_in
 from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.selection import check_licence
+from app.runtime.selection import check_licence, trained_sequences
 from app.runtime.session import Provider, check_provider
 from app.volume import Scan
 
@@ -178,7 +178,13 @@ class BundleEngine:
                 return export(pending.scan, pending.inferred, out, progress)
             progress("export", 0.0)
             with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
-                scanned = read_scan(scan, scratch=Path(scratch), series=request.series, geometry=request.geometry)
+                scanned = read_scan(
+                    scan,
+                    scratch=Path(scratch),
+                    series=request.series,
+                    geometry=request.geometry,
+                    sequences=trained_sequences(self.manifests, request.model),
+                )
                 return export(scanned, load_inference_result(inferred), out, progress)
         finally:
             self._discard_pending()

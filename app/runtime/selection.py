@@ -8,10 +8,7 @@ from packaging.version import Version
 
 from app.errors import NonCommercialModel, UnknownModel, WrongModality, WrongSequence
 from app.manifest import Manifest
-from app.volume import Source
-
-# Suffix of a sequence with contrast agent, as in "T1c".
-WITH_AGENT = "c"
+from app.volume import WITH_AGENT, Source
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,14 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     selected = fitting[-1]
     by: Literal["sequence", "modality", "default"] = "default" if source.modality is None else "modality"
     return ModelSelection(selected, "sequence" if source.sequences else by, _warning(selected, source))
+
+
+def trained_sequences(manifests: Sequence[Manifest], model: str | None) -> frozenset[str]:
+    """Return the sequences of MR for which `select_model` can select a bundle; that of a named bundle alone."""
+    available = [m for m in manifests if m.modality == "MR"]
+    if model:
+        return frozenset(m.sequence for m in available if model in (m.name, m.id))
+    return frozenset(m.sequence for m in available if not m.licence.non_commercial)
 
 
 def check_licence(manifest: Manifest, *, noncommercial: bool) -> None:

@@ -148,8 +148,11 @@ def test_real_series(archives: Path, tmp_path: Path, name: str) -> None:
     with silence_libraries():
         if "enhanced" in name:
             scan = read_scan(folder, scratch=tmp_path / "scratch")
-            reason = write_results(tmp_path, scan, ()).absent["segmentation.dcm"]
-            assert "FrameOfReferenceUID" in reason.found
+            (first, second), radius = _two_centres(scan)
+            alone = write_results(tmp_path / "report alone", scan, ((first, radius), (second, radius * 0.7)))
+            assert "FrameOfReferenceUID" in alone.absent["segmentation.dcm"].found
+            lines = require_tool("dciodvfy")("-new", alone.structured_report).splitlines()
+            assert [line for line in lines if line.startswith("Error")] == []
             folder = _set_frame_of_reference(folder, tmp_path)
         scan = read_scan(folder, scratch=tmp_path / "scratch")
         (first, second), radius = _two_centres(scan)

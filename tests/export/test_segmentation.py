@@ -1,6 +1,7 @@
 """DICOM Segmentation: position of the lesions, references, copied attributes, unusual headers."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -9,7 +10,7 @@ import pydicom
 import pytest
 from nibabel import affines, orientations
 from pydicom.dataset import Dataset, FileDataset
-from pydicom.uid import ImplicitVRLittleEndian, SecondaryCaptureImageStorage
+from pydicom.uid import UID, ImplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from app.dicom_attributes import silence_libraries
 from app.export.dicom.source import PATIENT, STUDY
@@ -34,7 +35,7 @@ from tests.support.geometry import LAYOUTS
 from tests.support.grids import tilted
 from tests.support.mosaic import make_mosaic
 from tests.support.phantom import brain, grid
-from tests.support.results import on_grid
+from tests.support.results import Ball, on_grid
 from tests.support.segmentation import Points, segment_points
 
 TURNS = {"straight": (0.0, 0.0, 0.0), "oblique": OBLIQUE}
@@ -398,11 +399,11 @@ def set_invalid_ratio(slices: list[FileDataset]) -> None:
 @pytest.mark.parametrize(
     ("change", "keyword"),
     [
-        (set_attributes(FrameOfReferenceUID=None), "FrameOfReferenceUID"),
         (set_attributes(StudyInstanceUID=None), "StudyInstanceUID"),
         (set_attributes(SOPClassUID=SecondaryCaptureImageStorage), "Secondary Capture Image Storage"),
         (set_attributes(SOPClassUID="1.2.840.113619.4.2"), "SOP class"),
         (lambda s: setattr(s[3], "StudyInstanceUID", "1.2.3"), "2 studies"),
+        (lambda s: setattr(s[3], "SOPInstanceUID", s[4].SOPInstanceUID), "SOPInstanceUID of another image"),
         (set_invalid_ratio, "invalid value"),
     ],
 )
@@ -419,13 +420,83 @@ def test_unsuitable_series_has_no_dicom_results(tmp_path: Path, change: Change, 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_volume_of_two_multi_frame_images_has_no_dicom_results(tmp_path: Path) -> None:
+def set_other_frame_of_reference(slices: list[FileDataset]) -> None:
+    slices[3].FrameOfReferenceUID = "1.2.3"
+
+
+@pytest.mark.parametrize(
+    ("change", "keyword"),
+    [
+        (set_attributes(FrameOfReferenceUID=None), "no FrameOfReferenceUID"),
+        (set_other_frame_of_reference, "2 frames of reference"),
+    ],
+)
+@pytest.mark.parametrize("balls", [BALLS, ()], ids=["lesions", "none"])
+def test_series_without_one_frame_of_reference_has_only_a_report(
+    tmp_path: Path, change: Change, keyword: str, balls: Sequence[Ball]
+) -> None:
+    results = write_results(tmp_path / "out", read_series(tmp_path, Series(), change=change), balls)
+    assert set(results.absent) == {"segmentation.dcm"}
+    assert results.absent["segmentation.dcm"].code == ("unsuitable_source" if balls else "no_lesion")
+    made = pydicom.dcmread(results.structured_report)
+    groups = [item for item in made.ContentSequence if "ContentSequence" in item]
+    assert groups
+    if balls:
+        assert keyword in results.absent["segmentation.dcm"].found
+        volumes = [f"{finding.volume_ml:g}" for finding in results.report.findings]
+        text = str(made)
+        assert all(volume in text for volume in volumes)
+        assert "Referenced Segment" not in text
+
+
+def write_concatenation(folder: Path, parts: Sequence[int]) -> None:
+    """Write a phantom as legacy enhanced images of one series, with this number of frames each."""
     slices = make_datasets(brain(SHAPE, turned_grid(0, 0, 0)), Series())
-    (tmp_path / "s").mkdir()
-    for number, part in enumerate((slices[:20], slices[20:])):
-        image = legacy_enhanced(part)
-        image.SOPInstanceUID = f"1.2.{number}"
-        image.save_as(tmp_path / "s" / str(number), enforce_file_format=True)
+    folder.mkdir()
+    for number, count in enumerate(parts):
+        image = legacy_enhanced(slices[:count])
+        del slices[:count]
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.{number + 1}")
+        image.save_as(folder / str(number), enforce_file_format=True)
+
+
+@pytest.mark.parametrize("parts", [(20, 4), (10, 13, 1), (1, 23)], ids=str)
+def test_segmentation_refers_to_the_frames_of_a_concatenation(tmp_path: Path, parts: tuple[int, ...]) -> None:
+    write_concatenation(tmp_path / "s", parts)
     results = write_results(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
-    assert results.absent["segmentation.dcm"].code == "unsuitable_source"
-    assert "2 multi-frame images" in results.absent["segmentation.dcm"].found
+    assert results.absent == {}
+    images = {image.SOPInstanceUID: image for image in map(pydicom.dcmread, (tmp_path / "s").iterdir())}
+    made = pydicom.dcmread(results.segmentation)
+    referenced = made.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+    assert {item.ReferencedSOPInstanceUID for item in referenced} == set(images)
+    for group in made.PerFrameFunctionalGroupsSequence:
+        (item,) = group.DerivationImageSequence[0].SourceImageSequence
+        frames = images[item.ReferencedSOPInstanceUID].PerFrameFunctionalGroupsSequence
+        source = frames[item.ReferencedFrameNumber - 1].PlanePositionSequence[0].ImagePositionPatient
+        assert group.PlanePositionSequence[0].ImagePositionPatient == source
+    report = pydicom.dcmread(results.structured_report)
+    evidence = str(report.CurrentRequestedProcedureEvidenceSequence)
+    assert all(uid in evidence for uid in images)
+    segments = segment_points(results.segmentation)
+    for finding in results.report.findings:
+        centroid = segments[finding.label].mean(axis=0)
+        np.testing.assert_allclose(centroid, RAS_TO_LPS[:3, :3] @ finding.centroid_mm, atol=1e-3)
+
+
+@pytest.mark.parametrize("charset", ["ISO_IR 192", "ISO_IR 6", "GB18030", "ISO 2022 IR 87"])
+def test_bytes_that_do_not_fit_the_character_set_are_copied_unchanged(tmp_path: Path, charset: str) -> None:
+    """The bytes are patched in the files, because pydicom does not write them."""
+    names = set_attributes(SpecificCharacterSet=charset, PatientName="M#ller^Uwe", PatientID="M#1", StudyID="M#")
+    slices = make_datasets(brain(SHAPE, turned_grid(0, 0, 0)), Series())
+    names(slices)
+    with silence_libraries():
+        for path in save(tmp_path / "s", slices):
+            path.write_bytes(path.read_bytes().replace(b"M#", b"M\xfc"))
+        results = write_results(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
+    for path in (results.segmentation, results.structured_report):
+        content = path.read_bytes()
+        assert b"PN\x0a\x00M\xfcller^Uwe" in content
+        assert b"LO\x04\x00M\xfc1 " in content
+        assert b"SH\x02\x00M\xfc" in content
+        with silence_libraries():
+            assert pydicom.dcmread(path).SpecificCharacterSet == charset

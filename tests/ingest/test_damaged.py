@@ -117,7 +117,7 @@ def test_damaged_pixels_of_another_series_are_not_decoded(tmp_path: Path, read_s
     write_series(tmp_path / "s", volume)
     cut(add_slice_of_another_series(tmp_path, volume), -1000)
     scan = read_scan(tmp_path / "s")
-    assert scan.source.notes == ("Left out: 1 stacks of fewer than 10 slices.",)
+    assert scan.source.notes == ("Left out: 1 stacks of fewer than 10 slices (1 slices, axial, z -42 mm).",)
 
 
 @pytest.mark.parametrize("count", [1, 3])

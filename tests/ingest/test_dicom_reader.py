@@ -9,14 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydicom import dcmread, uid
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import write_dataset
+from pydicom.tag import Tag
 from pydicom.uid import MediaStorageDirectoryStorage
 
+from app.dicom_attributes import silence_libraries
 from app.errors import (
     CounterpartError,
     InvalidGeometry,
+    InvalidHeader,
+    IrregularSlices,
     NoImageInArchive,
     NotAVolume,
+    SeveralPatients,
     TooManyVoxels,
     TruncatedFile,
     UnsafeArchive,
@@ -67,6 +75,57 @@ def test_files_that_are_not_slices_are_left_out_and_counted(tmp_path: Path, read
         "Left out: 1 screenshots or images without a position.",
         "Left out: 1 duplicates of other files.",
     )
+
+
+@pytest.mark.parametrize("shared", [range(14), range(6, 8)], ids=["all slices", "two slices"])
+def test_slices_with_one_instance_uid_are_not_duplicates(
+    tmp_path: Path, read_scan: Read, volume: Volume, shared: range
+) -> None:
+    slices = make_datasets(volume)
+    for k in shared:
+        slices[k].SOPInstanceUID = slices[k].file_meta.MediaStorageSOPInstanceUID = uid.UID("1.2.3")
+    paths = save(tmp_path / "s", slices)
+    shutil.copy(paths[6], tmp_path / "s" / "copy")
+    scan = read_scan(tmp_path / "s")
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
+    assert scan.source.notes[0] == "Left out: 1 duplicates of other files."
+    assert scan.source.notes[1].startswith(f"{len(shared) - 1} images have the SOPInstanceUID of another image")
+
+
+def test_other_pixels_with_the_same_instance_uid_and_position_are_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    slices = make_datasets(volume)
+    save(tmp_path / "s", slices)
+    slices[6].PixelData = slices[7].PixelData
+    slices[6].save_as(tmp_path / "s" / "other pixels")
+    with pytest.raises(IrregularSlices, match="2 images"):
+        read_scan(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value"),
+    [("PatientID", "4712"), ("PatientName", "Other^Name"), ("PatientBirthDate", "19000102")],
+)
+def test_two_patients_in_one_upload_are_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume, keyword: str, value: str
+) -> None:
+    slices = make_datasets(volume)
+    for dataset in slices[::2]:
+        setattr(dataset, keyword, value)
+    save(tmp_path / "s", slices)
+    with pytest.raises(SeveralPatients, match=keyword) as refused:
+        read_scan(tmp_path / "s")
+    assert SECRET not in str(refused.value)
+    assert value not in str(refused.value)
+
+
+def test_spellings_of_one_patient_are_accepted(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume)
+    slices[1].PatientName, slices[2].PatientName = f"{SECRET.upper()}^ALBERTA^^", ""
+    slices[3].PatientID = slices[4].PatientBirthDate = None
+    save(tmp_path / "s", slices)
+    assert read_scan(tmp_path / "s").volume.shape == (32, 34, 14)
 
 
 def test_a_disc_with_its_directory_is_read(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
@@ -134,6 +193,127 @@ def test_a_compression_without_a_decoder_is_refused(tmp_path: Path, read_scan: R
         read_scan(tmp_path / "s")
 
 
+# ---- values that are missing or invalid --------------------------------------------------------
+
+
+def set_raw(keyword: str, vr: str, content: bytes) -> Change:
+    """Return a change that sets the bytes of an attribute in every slice."""
+
+    def change(slices: list[FileDataset]) -> None:
+        for dataset in slices:
+            tag = Tag(keyword)
+            dataset._dict[tag] = RawDataElement(tag, vr, len(content), content, 0, False, True)
+
+    return change
+
+
+def write_bare(folder: Path, slices: list[FileDataset], *, implicit: bool) -> None:
+    """Write data sets without preamble and file meta information."""
+    folder.mkdir()
+    for k, dataset in enumerate(slices):
+        buffer = DicomBytesIO()
+        buffer.is_implicit_VR, buffer.is_little_endian = implicit, True
+        write_dataset(buffer, dataset)
+        (folder / str(k)).write_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_data_sets_without_file_meta_information_are_read(
+    tmp_path: Path, read_scan: Read, volume: Volume, *, implicit: bool
+) -> None:
+    write_bare(tmp_path / "s", make_datasets(volume), implicit=implicit)
+    np.testing.assert_array_equal(read_scan(tmp_path / "s").volume.array, reorient(volume, "axial")[0])
+
+
+def test_compressed_pixels_without_file_meta_information_are_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    write_bare(tmp_path / "s", make_datasets(volume, Series(syntax=uid.RLELossless)), implicit=False)
+    with pytest.raises(UnsupportedPixels, match="no file meta information"):
+        read_scan(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("keyword", "content"),
+    [("EchoTime", b"4,6 "), ("EchoTime", b"four"), ("SliceThickness", b"2,0 "), ("SliceThickness", b"n/a ")],
+)
+def test_optional_values_may_be_invalid(
+    tmp_path: Path, read_scan: Read, volume: Volume, keyword: str, content: bytes
+) -> None:
+    slices = make_datasets(volume)
+    set_raw(keyword, "DS", content)(slices)
+    with silence_libraries():
+        paths = save(tmp_path / "s", slices)
+        scan = read_scan(tmp_path / "s")
+    assert content in paths[0].read_bytes()
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
+
+
+def test_pixel_spacing_may_be_a_text(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume)
+    content = "\\".join(f"{v:.8f}" for v in slices[0].PixelSpacing).encode()
+    set_raw("PixelSpacing", "UT", content)(slices)
+    save(tmp_path / "s", slices)
+    scan = read_scan(tmp_path / "s")
+    np.testing.assert_allclose(scan.volume.affine, reorient(volume, "axial")[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("keyword", ["PhotometricInterpretation", "SamplesPerPixel"])
+def test_attributes_with_one_possible_value_may_be_missing(
+    tmp_path: Path, read_scan: Read, volume: Volume, keyword: str
+) -> None:
+    slices = make_datasets(volume)
+    set_in_all(**{keyword: None})(slices)
+    save(tmp_path / "s", slices)
+    np.testing.assert_array_equal(read_scan(tmp_path / "s").volume.array, reorient(volume, "axial")[0])
+
+
+@pytest.mark.parametrize("keyword", ["PixelSpacing", "ImagePositionPatient", "ImageOrientationPatient"])
+@pytest.mark.parametrize("count", [1, 14])
+def test_positions_with_a_decimal_comma_are_refused_with_their_name(
+    tmp_path: Path, read_scan: Read, volume: Volume, keyword: str, count: int
+) -> None:
+    slices = make_datasets(volume)
+    set_raw(keyword, "DS", b"2,0\\2,0")(slices[-count:])
+    with silence_libraries():
+        save(tmp_path / "s", slices)
+    with pytest.raises(InvalidGeometry, match=f"{keyword} of {count} of 14 images is not a list of numbers"):
+        read_scan(tmp_path / "s")
+
+
+def test_a_slice_of_the_series_without_a_position_is_refused(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume)
+    del slices[13].ImagePositionPatient
+    save(tmp_path / "s", slices)
+    with pytest.raises(InvalidGeometry, match="1 of 14 images of the series do not state their position"):
+        read_scan(tmp_path / "s")
+    assert read_scan(tmp_path / "s", geometry="resample").source.notes == (
+        "Left out: 1 screenshots or images without a position.",
+    )
+
+
+@pytest.mark.parametrize("count", [1, 14])
+def test_a_ct_without_rescale_is_refused(tmp_path: Path, read_scan: Read, volume: Volume, count: int) -> None:
+    slices = make_datasets(volume, Series(modality="CT", rescale=(1.0, 0.0)))
+    set_in_all(RescaleSlope=None, RescaleIntercept=None)(slices[:count])
+    save(tmp_path / "s", slices)
+    with pytest.raises(InvalidHeader, match=f"{count} of 14 CT slices have no RescaleSlope and RescaleIntercept"):
+        read_scan(tmp_path / "s")
+
+
+def test_a_ct_without_rescale_is_read_if_its_values_reach_air(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    hounsfield = Volume(volume.array - 1000, volume.affine)
+    slices = make_datasets(hounsfield, Series(modality="CT", rescale=(1.0, 0.0)))
+    set_in_all(RescaleSlope=None, RescaleIntercept=None)(slices)
+    save(tmp_path / "s", slices)
+    scan = read_scan(tmp_path / "s")
+    np.testing.assert_array_equal(scan.volume.array, reorient(hounsfield, "axial")[0])
+    assert scan.source.notes[0].startswith("The CT states no rescale.")
+
+
+# ---- limits and privacy ------------------------------------------------------------------------
+
+
 def test_too_many_voxels_are_refused(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
     write_series(tmp_path / "s", volume)
     with pytest.raises(TooManyVoxels, match="15232"):
@@ -167,7 +347,7 @@ def test_no_value_of_the_patient_leaves_the_reader(
             broken = dcmread(paths[3])
             broken.add_new(tag, "LO", SECRET)
             broken.save_as(paths[3])
-        with pytest.raises(TruncatedFile) as refused:
+        with pytest.raises((TruncatedFile, InvalidGeometry)) as refused:
             read_scan(tmp_path / "good")
         texts.append(f"{refused.value}{refused.value!r}{refused.value.__cause__!r}")
         paths[3].write_bytes(whole)

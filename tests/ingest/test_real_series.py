@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
         "irregular_slices",
         ["18.5 degrees", "48.2 mm", "1.1 to 7.0 mm", "7.0 mm between slices 24 and 25 of 28"],
     ),
-    "dicom2nifti/dicom2nifti": ("several_series", ["6 MR or CT series"]),
+    "dicom2nifti/dicom2nifti": ("several_patients", ["PatientBirthDate"]),
     "siemens/transfer_syntax": ("not_a_volume", ["9 Siemens mosaics", "35 slices"]),
     "pydicom/pydicom/MR_truncated.dcm": ("truncated_file", ["slice 1 of 1"]),
     "pydicom/pydicom/no_meta.dcm": ("not_an_image_format", []),

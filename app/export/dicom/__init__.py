@@ -35,12 +35,13 @@ def build_dicom_objects(scan: Scan, labels: LabelArray, report: Report) -> Dicom
     -------
     segmentation, structured_report : Dataset or CounterpartError
         The object, or the reason why it does not exist: no lesion was found, or DICOM objects cannot refer to the
-        series. Other results do not depend on either.
+        series. A series without a frame of reference has a structured report alone. Other results do not depend on
+        either.
     """
     try:
         source = read_source(scan)
         segmentation = None
-        if report.findings:
+        if report.findings and source.not_positioned is None:
             segmentation = assign_uids(build_segmentation(source, labels, report), source)
         structured_report = assign_uids(build_structured_report(source, segmentation, report), source)
     except UnsuitableSource as reason:
@@ -53,7 +54,9 @@ def build_dicom_objects(scan: Scan, labels: LabelArray, report: Report) -> Dicom
             advice="The other results are valid. For DICOM results, export the series again from the original.",
         )
         return invalid, invalid
-    return _no_lesion() if segmentation is None else segmentation, structured_report
+    if segmentation is not None:
+        return segmentation, structured_report
+    return source.not_positioned if report.findings and source.not_positioned else _no_lesion(), structured_report
 
 
 def _no_lesion() -> NoLesion:

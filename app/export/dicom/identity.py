@@ -4,6 +4,7 @@ No value depends on a clock or a random number: the same analysis gives objects 
 """
 
 import hashlib
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any, TypeVar
 from uuid import UUID, uuid5
@@ -11,8 +12,13 @@ from uuid import UUID, uuid5
 import highdicom
 from highdicom import AlgorithmIdentificationSequence
 from highdicom.sr import CodedConcept
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filereader import read_dataset
+from pydicom.filewriter import write_dataset
 from pydicom.sr.codedict import codes
+from pydicom.valuerep import PersonName
 
 from app.export.dicom.source import SourceSeries
 from app.export.report import Report
@@ -29,6 +35,9 @@ CODING_SCHEME, CODING_SCHEME_NAME = "99COUNTERPART", "Counterpart private codes"
 CATEGORY = CodedConcept.from_code(codes.SCT.MorphologicallyAbnormalStructure)  # CID 7150
 TYPE = CodedConcept.from_code(codes.SCT.Lesion)  # CID 7159
 SITE = CodedConcept.from_code(codes.SCT.Brain)
+
+# Bytes that fill a text to an even length.
+_PADDING = b" \0"
 
 AnyDataset = TypeVar("AnyDataset", bound=Dataset)
 
@@ -51,6 +60,7 @@ def assign_uids(dataset: AnyDataset, source: SourceSeries) -> AnyDataset:
         del item.ContributionDateTime
     if "SpecificCharacterSet" in source.images[0]:
         dataset.SpecificCharacterSet = source.images[0].SpecificCharacterSet
+    _restore_texts(dataset, source)
     _set_dimension_organization(dataset, PLACEHOLDER)  # highdicom sets a random UID
     buffer = BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
@@ -60,6 +70,45 @@ def assign_uids(dataset: AnyDataset, source: SourceSeries) -> AnyDataset:
     dataset.SeriesInstanceUID = derived_uid("series", digest)
     _set_dimension_organization(dataset, derived_uid("dimensions", digest))
     return dataset
+
+
+def _restore_texts(dataset: Dataset, source: SourceSeries) -> None:
+    """Set the bytes of the source where decoding and encoding would change them.
+
+    Bytes that do not fit the declared character set are decoded with a replacement character. A name must be the same
+    in all objects of a patient.
+    """
+    for name, value in source.raw_texts.items():
+        if name in dataset and _encode(dataset, name).rstrip(_PADDING) != value.rstrip(_PADDING):
+            element = dataset[name]
+            content: _EncodedName | bytes = value
+            if element.VR == "PN":
+                content = _EncodedName(str(element.value))
+                content.content = value
+            dataset[name] = DataElement(element.tag, element.VR, content, already_converted=True)
+
+
+class _EncodedName(PersonName):
+    """Name that is written with given bytes. pydicom writes only text attributes from bytes."""
+
+    content = b""
+
+    def encode(self, encodings: Sequence[str] | None = None) -> bytes:  # noqa: ARG002
+        """Return the given bytes."""
+        return self.content
+
+
+def _encode(dataset: Dataset, name: str) -> bytes:
+    """Return the bytes with which an attribute would be written."""
+    part = Dataset()
+    for keyword in ("SpecificCharacterSet", name):
+        if keyword in dataset:
+            part[keyword] = dataset[keyword]
+    buffer = DicomBytesIO()
+    buffer.is_implicit_VR, buffer.is_little_endian = False, True
+    write_dataset(buffer, part)
+    written = read_dataset(BytesIO(buffer.getvalue()), is_implicit_VR=False, is_little_endian=True).get_item(name)
+    return bytes(written.value or b"") if written else b""
 
 
 def _set_dimension_organization(dataset: Dataset, uid: str) -> None:

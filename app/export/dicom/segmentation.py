@@ -1,5 +1,6 @@
 """DICOM Segmentation (PS3.3 A.51) of type BINARY with one segment per lesion."""
 
+import copy
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from highdicom import CoordinateSystemNames, PixelMeasuresSequence, PlaneOrientationSequence, PlanePositionSequence
 from highdicom.color import CIELabColor
 from highdicom.seg import SegmentAlgorithmTypeValues, Segmentation, SegmentationTypeValues, SegmentDescription
+from pydicom.dataset import Dataset
 
 from app.export.dicom.identity import (
     CATEGORY,
@@ -53,6 +55,8 @@ def build_segmentation(source: SourceSeries, labels: LabelArray, report: Report)
     segmentation.ContentCreatorName = None  # type 2; there is no creator
     if source.frames:
         _reference_frames(segmentation, source.frames)
+    if source.origins:
+        _reference_origins(segmentation, source)
     return segmentation
 
 
@@ -86,6 +90,33 @@ def _reference_frames(segmentation: Segmentation, frames: Collection[int]) -> No
             derivation.SourceImageSequence = [
                 item for item in derivation.SourceImageSequence if int(item.ReferencedFrameNumber) in frames
             ]
+
+
+def _reference_origins(segmentation: Segmentation, source: SourceSeries) -> None:
+    """Refer to the files of a concatenation in place of the one image with all their frames."""
+    groups = (*segmentation.PerFrameFunctionalGroupsSequence, *segmentation.SharedFunctionalGroupsSequence)
+    for derivation in (item for group in groups for item in group.get("DerivationImageSequence", [])):
+        items = []
+        for item in derivation.SourceImageSequence:
+            stated = item.get("ReferencedFrameNumber")
+            numbers = [stated] if isinstance(stated, int) else list(stated or range(1, len(source.origins) + 1))
+            frames: dict[str, list[int]] = {}
+            for uid, number in (source.origins[int(number) - 1] for number in numbers):
+                frames.setdefault(uid, []).append(number)
+            items += [_refer(item, uid, own) for uid, own in frames.items()]
+        derivation.SourceImageSequence = items
+    (series,) = segmentation.ReferencedSeriesSequence
+    (instance,) = series.ReferencedInstanceSequence
+    series.ReferencedInstanceSequence = [_refer(instance, uid) for uid in dict(source.origins)]
+
+
+def _refer(item: Dataset, uid: str, frames: Sequence[int] = ()) -> Dataset:
+    """Return a copy of a reference that names another image and, if given, its frames."""
+    copied = copy.deepcopy(item)
+    copied.ReferencedSOPInstanceUID = uid
+    if frames:
+        copied.ReferencedFrameNumber = list(frames) if len(frames) > 1 else frames[0]
+    return copied
 
 
 def _position(position: Sequence[float]) -> PlanePositionSequence:

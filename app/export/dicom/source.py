@@ -5,7 +5,7 @@ the attributes listed here.
 """
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from pydicom.uid import (
 )
 from pydicom.valuerep import DA, TM, format_number_as_ds
 
-from app.dicom_attributes import functional_group
+from app.dicom_attributes import functional_group, numbers, optional_numbers
 from app.errors import UnsuitableSource
 from app.volume import Affine, Scan
 
@@ -33,6 +33,8 @@ PATIENT = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
 STUDY = ("StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber")
 SERIES = ("SeriesInstanceUID", "Modality", "FrameOfReferenceUID", "PositionReferenceIndicator")
 INSTANCE = ("SpecificCharacterSet", "SOPClassUID", "SOPInstanceUID", "Rows", "Columns")
+# Free text whose bytes may not fit the declared character set.
+TEXTS = ("PatientName", "PatientID", "ReferringPhysicianName", "StudyID", "AccessionNumber")
 # Required in an object that is derived from a lossy image (PS3.3 C.7.6.1.1.5).
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 COPIED = (*PATIENT, *STUDY, *SERIES, *INSTANCE, *LOSSY)
@@ -57,7 +59,9 @@ _MULTI_FRAME = (
     LegacyConvertedEnhancedCTImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
 )
-_REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID")
+_REQUIRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID")
+
+_ONE_FRAME = "one frame of reference for a segmentation. report.dcm needs none."
 
 RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # The reader accepts slices up to 0.2 mm off a straight line and 0.05 mm off an even distance.
@@ -72,7 +76,8 @@ class SourceSeries:
     Attributes
     ----------
     images : tuple of Dataset
-        One per slice, in the order of the scan's last axis, or one multi-frame image.
+        One per slice, in the order of the scan's last axis, or one multi-frame image. Several multi-frame images (a
+        concatenation) are one here, with the frames of all.
     positions : tuple of sequence, or None
         ImagePositionPatient of each slice of the scan, with the source's own numbers. None if the scan's slices are
         not images or frames of the source (resampled series, tiles of a mosaic).
@@ -82,6 +87,15 @@ class SourceSeries:
         Scan indices (column, row, slice) to LPS millimetres.
     content_time : (DA, TM)
         Latest time that the source gives for its pixels. The current time would change the bytes of each object.
+    evidence : tuple of Dataset
+        One per file of the source.
+    origins : tuple of (str, int)
+        For several multi-frame images: SOPInstanceUID and number, from 1, of each frame of the one in `images`.
+        Empty for other sources.
+    raw_texts : dict of str to bytes
+        Bytes of the attributes of `TEXTS` as they are in the first image.
+    not_positioned : UnsuitableSource or None
+        Reason why no segmentation can be placed in the series: it has no frame of reference, or several.
     """
 
     images: tuple[Dataset, ...]
@@ -89,6 +103,10 @@ class SourceSeries:
     frames: frozenset[int]
     lps_affine: Affine
     content_time: tuple[dt.date, dt.time]
+    evidence: tuple[Dataset, ...]
+    origins: tuple[tuple[str, int], ...]
+    raw_texts: dict[str, bytes]
+    not_positioned: UnsuitableSource | None
 
     @property
     def uid(self) -> str:
@@ -117,17 +135,30 @@ def read_source(scan: Scan) -> SourceSeries:
     """
     headers = [_read(path) for path in scan.source.instances]
     _check(headers)
+    raw_texts = [_raw_texts(header) for header in headers]
     lps_affine = RAS_TO_LPS @ scan.volume.affine
     frames = [frame for index, header in enumerate(headers) for frame in _frames(index, header)]
-    read = [frames[index] for index in scan.source.frames] or frames
+    is_split = len(headers) > 1 and headers[0].SOPClassUID in _MULTI_FRAME
+    if is_split and len(frames) != len(scan.source.frames or frames):
+        raise _unsuitable(
+            f"The volume consists of some frames of {len(headers)} multi-frame images.",
+            expected="one multi-frame image, or several of which all frames belong to the volume.",
+        )
+    numbers_from_0 = () if is_split else scan.source.frames
+    read = [frames[index] for index in numbers_from_0] or frames
     # The slices of a resampled scan are not images of the source, even at the same position.
     matched = [] if scan.source.resampled else _match_frames(read, headers[0], lps_affine, scan.volume.shape)
+    images = tuple(_build_images(headers, frames, matched, lps_affine))
     return SourceSeries(
-        images=tuple(_build_images(headers, frames, matched, lps_affine)),
+        images=images,
         positions=tuple(frame.position for frame in matched) if matched else None,
-        frames=frozenset(index + 1 for index in scan.source.frames),
+        frames=frozenset(index + 1 for index in numbers_from_0),
         lps_affine=lps_affine,
         content_time=_content_time(headers),
+        evidence=tuple(map(_copy_attributes, headers)) if is_split else images,
+        origins=tuple(_number_frames(headers)) if is_split else (),
+        raw_texts=raw_texts[(matched or frames)[0].image],
+        not_positioned=_frame_of_reference_fault(headers),
     )
 
 
@@ -135,25 +166,42 @@ def _read(path: Path) -> Dataset:
     return pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=_TAGS)
 
 
+def _raw_texts(header: Dataset) -> dict[str, bytes]:
+    """Return the bytes of the attributes of `TEXTS`, before pydicom decodes them."""
+    elements = {name: header.get_item(name) for name in TEXTS if name in header}
+    return {name: element.value for name, element in elements.items() if element and isinstance(element.value, bytes)}
+
+
 def _check(headers: Sequence[Dataset]) -> None:
     missing = [name for name in _REQUIRED if not all(header.get(name) for header in headers)]
     if missing:
         raise _unsuitable(
             f"At least one image of the series has no {', '.join(missing)}.",
-            expected="the UIDs of study, series, instance and frame of reference in every image.",
+            expected="the UIDs of study, series and instance in every image.",
         )
     classes = {UID(header.get("SOPClassUID", "")) for header in headers}
     if len(classes) > 1 or not classes <= {*_SINGLE_FRAME, *_MULTI_FRAME}:
         names = ", ".join(sorted("unknown" if uid.is_private else uid.name for uid in classes))
         raise _unsuitable(f"The SOP class of the images is {names}.", expected="CT or MR images, classic or enhanced.")
-    if classes <= {*_MULTI_FRAME} and len(headers) > 1:
+    for name, keyword in (("studies", "StudyInstanceUID"), ("series", "SeriesInstanceUID")):
+        count = len({header[keyword].value for header in headers})
+        if count > 1:
+            raise _unsuitable(f"The images belong to {count} {name}.", expected="one study and one series.")
+    shared = len(headers) - len({header.SOPInstanceUID for header in headers})
+    if shared:
         raise _unsuitable(
-            f"The volume consists of {len(headers)} multi-frame images.",
-            expected="one enhanced multi-frame image, or single-frame images.",
+            f"{shared} images have the SOPInstanceUID of another image.", expected="a different one in each image."
         )
-    studies = {header.StudyInstanceUID for header in headers}
-    if len(studies) > 1:
-        raise _unsuitable(f"The images belong to {len(studies)} studies.", expected="one study.")
+
+
+def _frame_of_reference_fault(headers: Sequence[Dataset]) -> UnsuitableSource | None:
+    """Return why the images have no common frame of reference, or None if they have one."""
+    found = {header.get("FrameOfReferenceUID") for header in headers}
+    if not all(found):
+        return _unsuitable("At least one image of the series has no FrameOfReferenceUID.", expected=_ONE_FRAME)
+    if len(found) > 1:
+        return _unsuitable(f"The images state {len(found)} frames of reference.", expected=_ONE_FRAME)
+    return None
 
 
 def _unsuitable(found: str, *, expected: str) -> UnsuitableSource:
@@ -166,16 +214,25 @@ def _frames(index: int, header: Dataset) -> list[_Frame]:
     frames = []
     for number in range(int(header.get("NumberOfFrames") or 1)):
         measures = functional_group(header, number, "PixelMeasuresSequence")
-        thickness = measures.get("SliceThickness")
+        spacing = measures.PixelSpacing
         frame = _Frame(
             image=index,
             position=functional_group(header, number, "PlanePositionSequence").ImagePositionPatient,
             orientation=functional_group(header, number, "PlaneOrientationSequence").ImageOrientationPatient,
-            spacing=measures.PixelSpacing,
-            thickness=float(thickness) if thickness else None,
+            spacing=numbers(measures, "PixelSpacing")
+            if isinstance(spacing, str)
+            else spacing,  # some scanners write UT
+            thickness=next(iter(optional_numbers(measures, "SliceThickness")), 0.0) or None,
         )
         frames.append(frame)
     return frames
+
+
+def _number_frames(headers: Sequence[Dataset]) -> Iterator[tuple[str, int]]:
+    """Yield SOPInstanceUID and number of each frame, in the order of `_frames`."""
+    for header in headers:
+        for number in range(int(header.get("NumberOfFrames") or 1)):
+            yield str(header.SOPInstanceUID), number + 1
 
 
 def _match_frames(
@@ -214,7 +271,12 @@ def _build_images(
     A segmentation has one orientation, spacing and thickness for all slices. The reader accepts only small differences
     between slices, and the thickness may be missing.
     """
-    reference = matched[0] if matched else frames[0]
+    cosines = lps_affine[:3, :2] / np.linalg.norm(lps_affine[:3, :2], axis=0)
+    # Of slices whose orientations jitter, the first with that of the scan.
+    differences = [
+        np.abs(np.array(frame.orientation, dtype=float) - cosines.T.ravel()).max().round(6) for frame in matched
+    ]
+    reference = matched[int(np.argmin(differences))] if matched else frames[0]
     slice_spacing = float(np.linalg.norm(lps_affine[:3, 2]))
     orientation = Dataset()
     orientation.ImageOrientationPatient = reference.orientation

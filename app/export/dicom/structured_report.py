@@ -1,6 +1,7 @@
 """DICOM Structured Report with the findings: TID 1500, Measurement Report (PS3.16)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from highdicom.coding_schemes import CodingSchemeIdentificationItem
 from highdicom.sr import (
@@ -74,11 +75,11 @@ def build_structured_report(source: SourceSeries, segmentation: Dataset | None, 
         Listed as evidence.
     segmentation : Dataset or None
         Complete segmentation with its UIDs. Its segment numbers are the labels of the findings. None if there is no
-        finding.
+        finding, or if the source has no frame of reference. Then the measurements of a lesion refer to no segment.
     report : Report
         Contains the numbers.
     """
-    lesions = [] if segmentation is None else [_lesion_group(source, segmentation, report, f) for f in report.findings]
+    lesions = [_lesion_group(source, segmentation, report, finding) for finding in report.findings]
     content = MeasurementReport(
         observation_context=ObservationContext(observer_device_context=_observer(report)),
         procedure_reported=codes.SCT.ImagingProcedure,
@@ -87,7 +88,7 @@ def build_structured_report(source: SourceSeries, segmentation: Dataset | None, 
     )
     content[0].ContentSequence.append(_qualitative_evaluations(report))
     return ComprehensiveSR(
-        evidence=[*source.images, *([] if segmentation is None else [segmentation])],
+        evidence=[*source.evidence, *([] if segmentation is None else [segmentation])],
         content=content[0],
         series_number=SERIES_NUMBER,
         is_complete=True,
@@ -149,10 +150,24 @@ def _analysis_group(source: SourceSeries, report: Report) -> MeasurementsAndQual
 
 
 def _lesion_group(
-    source: SourceSeries, segmentation: Dataset, report: Report, finding: Finding
-) -> VolumetricROIMeasurementsAndQualitativeEvaluations:
-    """Return the measurements of one lesion, which refer to its segment (TID 1411)."""
+    source: SourceSeries, segmentation: Dataset | None, report: Report, finding: Finding
+) -> MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations:
+    """Return the measurements of one lesion, which refer to its segment (TID 1411), or to none (TID 1501)."""
     name, uid = tracking_identifiers(report, source.uid, finding.label)
+    shared: dict[str, Any] = {
+        "tracking_identifier": TrackingIdentifier(uid=uid, identifier=name),
+        "finding_category": CATEGORY,
+        "finding_type": TYPE,
+        "finding_sites": [FindingSite(SITE)],
+        "algorithm_id": _algorithm(report),
+        "measurements": [
+            Measurement(codes.SCT.Volume, finding.volume_ml, MILLILITRE),
+            Measurement(ANOMALY_SCORE, finding.peak_score, ONE, derivation=codes.SCT.Maximum),
+            Measurement(ANOMALY_SCORE, finding.mean_score, ONE, derivation=codes.SCT.Mean),
+        ],
+    }
+    if segmentation is None:
+        return MeasurementsAndQualitativeEvaluations(**shared)
     # `ReferencedSegment.from_segmentation` fails for a single segment (highdicom 0.28.2).
     segment = ReferencedSegment(
         segmentation.SOPClassUID,
@@ -160,19 +175,7 @@ def _lesion_group(
         finding.label,
         source_series=SourceSeriesForSegmentation(source.uid),
     )
-    return VolumetricROIMeasurementsAndQualitativeEvaluations(
-        tracking_identifier=TrackingIdentifier(uid=uid, identifier=name),
-        referenced_segment=segment,
-        finding_category=CATEGORY,
-        finding_type=TYPE,
-        finding_sites=[FindingSite(SITE)],
-        algorithm_id=_algorithm(report),
-        measurements=[
-            Measurement(codes.SCT.Volume, finding.volume_ml, MILLILITRE),
-            Measurement(ANOMALY_SCORE, finding.peak_score, ONE, derivation=codes.SCT.Maximum),
-            Measurement(ANOMALY_SCORE, finding.mean_score, ONE, derivation=codes.SCT.Mean),
-        ],
-    )
+    return VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **shared)
 
 
 def _qualitative_evaluations(report: Report) -> ContainerContentItem:

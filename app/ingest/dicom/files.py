@@ -1,5 +1,7 @@
 """Read from DICOM files the header attributes that select and order their frames."""
 
+import hashlib
+import secrets
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,12 +12,14 @@ from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
 
-from app.dicom_attributes import functional_group, numbers, text, texts
-from app.errors import UnsafeArchive
+from app.dicom_attributes import functional_group, numbers, optional_numbers, text, texts
+from app.errors import CounterpartError, UnsafeArchive
 from app.ingest.dicom.geometry import AcquisitionKey, Plane
 from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
 from app.ingest.limits import CHUNK_BYTES, Limits
 
+# Compared to find two patients in one upload. Their values never leave this module.
+_PATIENT = ("PatientID", "PatientName", "PatientBirthDate")
 # Only these are read: the header of a clinical file can be larger than its image.
 _KEYWORDS = (
     "SOPClassUID",
@@ -36,6 +40,7 @@ _KEYWORDS = (
     "ComplexImageComponent",
     "EchoTime",
     "DiffusionBValue",
+    *_PATIENT,
     "SharedFunctionalGroupsSequence",
     "PerFrameFunctionalGroupsSequence",
 )
@@ -47,7 +52,18 @@ _COMPONENTS = {
     **dict.fromkeys(("R", "REAL"), "real"),
     **dict.fromkeys(("I", "IMAGINARY"), "imaginary"),
 }
+# Contrasts of a Dixon acquisition in ImageType or FrameType, of Philips, Siemens and GE.
+_DIXON = {
+    **dict.fromkeys(("W", "WATER"), "water"),
+    **dict.fromkeys(("F", "FAT"), "fat"),
+    **dict.fromkeys(("IP", "IN_PHASE", "IN PHASE", "INPHASE"), "in phase"),
+    **dict.fromkeys(("OP", "OPP_PHASE", "OUT_PHASE", "OUT_OF_PHASE", "OUT OF PHASE", "OUTPHASE"), "out of phase"),
+}
+# Images are deflated to a tenth or, if they are mostly background, to a hundredth. Small files may be empty.
+MAX_INFLATION, MIN_BOMB_BYTES = 100, 1 << 26
 META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
+# Key of the hashes of patient details: they are different in each process, and never stored.
+_HASH_KEY = secrets.token_bytes(32)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,10 @@ class Header:
         Position of each frame, or of each tile of a mosaic; None for a frame without a position.
     tiles : int
         Number of tiles along one side of a Siemens mosaic; 0 for every other image.
+    patient : tuple of str
+        Keyed hashes of PatientID, PatientName and PatientBirthDate; an empty string for an empty value.
+    invalid : tuple of str
+        Keywords of the position attributes whose value is not a number. Their frames have no position.
     """
 
     path: Path
@@ -85,6 +105,8 @@ class Header:
     samples: int
     planes: tuple[Plane | None, ...]
     tiles: int = 0
+    patient: tuple[str, ...] = ()
+    invalid: tuple[str, ...] = ()
 
     @property
     def is_image(self) -> bool:
@@ -93,6 +115,11 @@ class Header:
     @property
     def is_multi_frame(self) -> bool:
         return len(self.planes) > 1 and not self.tiles
+
+    @property
+    def is_volume(self) -> bool:
+        """True if the file contains several slices."""
+        return len(self.planes) > 1
 
     @property
     def is_localizer(self) -> bool:
@@ -108,11 +135,15 @@ class Header:
 
     @property
     def is_grey(self) -> bool:
-        return self.samples == 1 and self.photometric in ("MONOCHROME1", "MONOCHROME2")
+        return self.samples == 1 and self.photometric in ("MONOCHROME1", "MONOCHROME2", "")
+
+    @property
+    def is_screenshot(self) -> bool:
+        return not _SCREENSHOTS.isdisjoint(self.image_type)
 
     @property
     def is_placed(self) -> bool:
-        return None not in self.planes and _SCREENSHOTS.isdisjoint(self.image_type)
+        return None not in self.planes and not self.is_screenshot
 
 
 def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], list[str]]:
@@ -135,11 +166,15 @@ def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], l
     Raises
     ------
     UnsafeArchive
-        If a deflated file inflates to more than the limit.
+        If the deflated files inflate to more than the limit in all, or one of them to many times its size.
+    TooManyVoxels
+        If a Siemens mosaic announces more pixels or tiles than the limit.
     """
     headers, damaged = [], []
+    remaining = limits.max_inflated_bytes
     for path in paths:
-        header = _read_header(path, limits)
+        header, inflated = _read_header(path, remaining, limits)
+        remaining -= inflated
         if header is None:
             damaged.append(_series_uid(path))
         else:
@@ -147,21 +182,22 @@ def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], l
     return headers, damaged
 
 
-def _read_header(path: Path, limits: Limits) -> Header | None:
-    """Return the header of a file, or None if it is damaged."""
+def _read_header(path: Path, max_inflated_bytes: int, limits: Limits) -> tuple[Header | None, int]:
+    """Return the header of a file, or None if it is damaged, and its inflated bytes if it is deflated."""
+    inflated = 0
     try:
-        _check_deflated(path, limits)
+        inflated = _check_deflated(path, max_inflated_bytes, limits)
         with path.open("rb") as file:
             pixel_data = _PixelDataDetector()
             dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
-        header = _parse_header(path, dataset)
+        header = _parse_header(path, dataset, limits)
         # pydicom reads a truncated file without an error. The header of a truncated image has no pixel data.
         is_complete = pixel_data.found or (header.is_image and header.is_placed) or not _is_image_class(dataset)
-    except UnsafeArchive:
+    except CounterpartError:
         raise
     except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
-        return None
-    return header if is_complete else None
+        return None, inflated
+    return header if is_complete else None, inflated
 
 
 class _PixelDataDetector:
@@ -172,6 +208,18 @@ class _PixelDataDetector:
     def is_reached(self, tag: BaseTag, _vr: str | None, _length: int) -> bool:
         self.found |= tag.group == PIXEL_GROUP
         return self.found
+
+
+def hash_pixels(path: Path) -> bytes:
+    """Return a hash of the stored pixel data of a file, of its whole content if that cannot be read."""
+    try:
+        dataset = pydicom.dcmread(
+            path, force=True, specific_tags=["PixelData", "FloatPixelData", "DoubleFloatPixelData"]
+        )
+        data = next(element.value for element in dataset if element.tag.group == PIXEL_GROUP)
+    except Exception:  # noqa: BLE001 - as in `_read_header`
+        data = path.read_bytes()
+    return hashlib.sha256(data).digest()
 
 
 def _is_image_class(dataset: pydicom.FileDataset) -> bool:
@@ -195,40 +243,51 @@ def _series_uid(path: Path) -> str:
         return ""
 
 
-def _check_deflated(path: Path, limits: Limits) -> None:
+def _check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
     """Check the size of a deflated data set before pydicom inflates it in one piece.
+
+    Returns
+    -------
+    int
+        Bytes after inflating, or 0 if the file is not deflated.
 
     Raises
     ------
     UnsafeArchive
-        If it inflates to more than `limits.max_inflated_bytes`.
+        If it inflates to more than `max_inflated_bytes`, or to more than `MAX_INFLATION` times its size.
     """
     with path.open("rb") as file:
         read_preamble(file, force=True)
         meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_is_after_meta)
         if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-            return
+            return 0
+        most = min(max_inflated_bytes, max(MIN_BOMB_BYTES, MAX_INFLATION * path.stat().st_size))
         inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
         while chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES):
             count += len(inflater.decompress(chunk, CHUNK_BYTES))
-            if count > limits.max_inflated_bytes:
+            if count > most:
+                found = f"The deflated DICOM files inflate to more than {limits.max_inflated_bytes / 1e6:.0f} MB."
+                if most < max_inflated_bytes:
+                    found = f"A deflated DICOM file inflates to more than {MAX_INFLATION} times its size."
                 raise UnsafeArchive(
-                    f"A deflated DICOM file inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.",
+                    found,
                     expected="a DICOM series.",
                     advice="Export the series without compression.",
                 )
+        return count
 
 
 def _is_after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
     return tag.group != META_GROUP
 
 
-def _parse_header(path: Path, dataset: pydicom.Dataset) -> Header:
+def _parse_header(path: Path, dataset: pydicom.Dataset, limits: Limits) -> Header:
     image_type = tuple(map(str.upper, texts(dataset, "ImageType")))
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
-    planes, tiles = _locate_frames(dataset), 0
+    invalid: dict[str, None] = {}
+    planes, tiles = _locate_frames(dataset, invalid), 0
     if "MOSAIC" in image_type:
-        planes, tiles = locate_tiles(dataset) or ((None,), 0)
+        planes, tiles = locate_tiles(dataset, limits) or ((None,), 0)
         rows, columns = rows // max(tiles, 1), columns // max(tiles, 1)
     return Header(
         path=path,
@@ -243,34 +302,65 @@ def _parse_header(path: Path, dataset: pydicom.Dataset) -> Header:
         samples=int(dataset.get("SamplesPerPixel") or 1),
         planes=planes,
         tiles=tiles,
+        invalid=tuple(invalid),
+        patient=tuple(_hash_patient_detail(dataset, keyword) for keyword in _PATIENT),
     )
 
 
-def _locate_frames(dataset: pydicom.Dataset) -> tuple[Plane | None, ...]:
+def _hash_patient_detail(dataset: pydicom.Dataset, keyword: str) -> str:
+    """Return a keyed hash of a patient's ID, name or birth date, or an empty string if it is empty or unreadable.
+
+    Two spellings of one name are equal: only the alphabetic component group is compared, without case, blanks and
+    empty components.
+    """
+    try:
+        value = text(dataset, keyword)
+    except Exception:  # noqa: BLE001 - an unreadable name is no reason to refuse an image
+        return ""
+    if keyword == "PatientName":
+        value = " ".join(value.partition("=")[0].replace("^", " ").split()).casefold()
+    return hashlib.blake2b(value.encode(errors="replace"), key=_HASH_KEY).hexdigest() if value else ""
+
+
+def _locate_frames(dataset: pydicom.Dataset, invalid: dict[str, None]) -> tuple[Plane | None, ...]:
     count = int(dataset.get("NumberOfFrames") or 1)
     # Each frame of an enhanced image has its own item; without the items, no frame has a position.
     items = len(dataset.get("PerFrameFunctionalGroupsSequence", []))
-    return tuple(_locate_frame(dataset, frame) for frame in range(count)) if count in (1, items) else (None,)
+    if count not in (1, items):
+        return (None,)
+    return tuple(_locate_frame(dataset, frame, invalid) for frame in range(count))
 
 
-def _locate_frame(dataset: pydicom.Dataset, frame: int) -> Plane | None:
+def _position_numbers(dataset: pydicom.Dataset, keyword: str, invalid: dict[str, None]) -> tuple[float, ...]:
+    """Return the values of a position attribute; add its keyword to `invalid` if one is not a number."""
+    try:
+        return numbers(dataset, keyword)
+    except Exception:  # noqa: BLE001 - pydicom raises different exceptions for different values
+        invalid[keyword] = None
+        return ()
+
+
+def _locate_frame(dataset: pydicom.Dataset, frame: int, invalid: dict[str, None]) -> Plane | None:
     measures = functional_group(dataset, frame, "PixelMeasuresSequence")
-    position = numbers(functional_group(dataset, frame, "PlanePositionSequence"), "ImagePositionPatient")
-    orientation = numbers(functional_group(dataset, frame, "PlaneOrientationSequence"), "ImageOrientationPatient")
-    spacing = numbers(measures, "PixelSpacing")
+    placed = functional_group(dataset, frame, "PlanePositionSequence")
+    oriented = functional_group(dataset, frame, "PlaneOrientationSequence")
+    position = _position_numbers(placed, "ImagePositionPatient", invalid)
+    orientation = _position_numbers(oriented, "ImageOrientationPatient", invalid)
+    spacing = _position_numbers(measures, "PixelSpacing", invalid)
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
-    thickness = measures.get("SliceThickness")
-    key = _acquisition_key(dataset, frame)
-    return Plane(position, orientation, spacing, float(thickness) if thickness else None, key)
+    thickness = next(iter(optional_numbers(measures, "SliceThickness")), 0.0) or None
+    return Plane(position, orientation, spacing, thickness, _acquisition_key(dataset, frame))
 
 
 def _acquisition_key(dataset: pydicom.Dataset, frame: int) -> AcquisitionKey:
     echo = functional_group(dataset, frame, "MREchoSequence")
-    b_value = numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
-    echo_ms = numbers(echo, "EffectiveEchoTime") or numbers(echo, "EchoTime")
+    b_value = optional_numbers(functional_group(dataset, frame, "MRDiffusionSequence"), "DiffusionBValue")
+    echo_ms = optional_numbers(echo, "EffectiveEchoTime") or optional_numbers(echo, "EchoTime")
     frame_type = functional_group(dataset, frame, "MRImageFrameTypeSequence")
     # Single-frame images of Siemens and Philips state the component as the third or a later value of ImageType.
     values = [text(frame_type, "ComplexImageComponent").upper(), *map(str.upper, texts(dataset, "ImageType")[2:])]
     component = next((_COMPONENTS[value] for value in values if value in _COMPONENTS), "")
-    return AcquisitionKey(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None)
+    values += [value.upper() for value in texts(frame_type, "FrameType")[2:]]
+    contrast = next((_DIXON[value] for value in values if value in _DIXON), "")
+    return AcquisitionKey(component, echo_ms[0] if echo_ms else None, b_value[0] if b_value else None, contrast)

@@ -24,6 +24,15 @@ COSINE_TOLERANCE = 1e-3
 # Slices thinner than this fraction of their spacing do not cover the tissue between them.
 MIN_THICKNESS_FRACTION = 0.67
 
+# Slices whose normals are nearer than 45 degrees are parallel rather than across.
+MIN_PARALLEL = 0.7
+# Points along each side of a slice that are searched inside a stack.
+SAMPLES = 9
+# A slice that is farther from every slice of a stack than this fraction of their distance fills a gap.
+MAX_GAP_FRACTION = 0.6
+
+# Anatomical planes by the LPS axis nearest to their normal.
+_PLANES = ("sagittal", "coronal", "axial")
 # Description of the end at which slices are counted from, by the direction (RAS code) of the slice axis.
 _COUNTED_FROM = {
     "S": "from the feet up",
@@ -51,14 +60,17 @@ class AcquisitionKey:
         Echo time in milliseconds.
     b_value : float or None
         Diffusion weighting in s/mm2.
+    contrast : str
+        "water", "fat", "in phase" or "out of phase" of a Dixon acquisition; empty if nothing is stated.
     """
 
     component: str = ""
     echo_ms: float | None = None
     b_value: float | None = None
+    contrast: str = ""
 
     def __str__(self) -> str:
-        parts = [self.component] if self.component else []
+        parts = [part for part in (self.component, self.contrast) if part]
         parts += [f"echo {self.echo_ms:g} ms"] if self.echo_ms is not None else []
         parts += [f"b = {self.b_value:g}"] if self.b_value is not None else []
         return ", ".join(parts)
@@ -177,15 +189,94 @@ def affine_from_plane(plane: Plane, spacing: float) -> Affine:
 
 def count_images_per_position(planes: Sequence[Plane]) -> IntArray:
     """Return the number of frames at each position along the normal of frames of one orientation."""
-    orientation = planes[0].orientation
-    normal = np.cross(orientation[:3], orientation[3:])
-    return _count_per_position(np.sort(np.array([plane.position for plane in planes]) @ normal))
+    return _count_per_position(_distances(planes))
 
 
 def anatomical_plane(plane: Plane) -> str:
     """Return "axial", "coronal" or "sagittal", whichever is nearest to the frame; empty if it is invalid."""
     normal = np.abs(np.cross(plane.orientation[:3], plane.orientation[3:]))
-    return ("sagittal", "coronal", "axial")[int(normal.argmax())] if np.isfinite(normal).all() else ""
+    return _PLANES[int(normal.argmax())] if np.isfinite(normal).all() else ""
+
+
+def largest_gap(planes: Sequence[Plane]) -> float:
+    """Return the largest distance of neighbouring slices of one orientation in mm, or 0 for a single slice."""
+    distances = _distances(planes)
+    return float(np.diff(distances).max()) if len(distances) > 1 else 0.0
+
+
+def describe_place(planes: Sequence[Plane], rows: int, columns: int) -> str:
+    """Return the plane and the extent of slices, for example "axial, z -20 to 35 mm" (RAS+ mm of the centres)."""
+    name = anatomical_plane(planes[0])
+    centres = np.array([_centre(plane, rows, columns) for plane in planes])
+    if not name or not np.isfinite(centres).all():
+        return "at an invalid position"
+    axis = _PLANES.index(name)
+    values = centres[:, axis] * (-1, -1, 1)[axis]  # LPS to RAS
+    low, high = (round(float(v)) for v in (values.min(), values.max()))
+    return f"{name}, {'xyz'[axis]} {low} mm" if low == high else f"{name}, {'xyz'[axis]} {low} to {high} mm"
+
+
+def crosses_or_lies_inside(
+    planes: Sequence[Plane],
+    size: tuple[int, int],
+    stack: Sequence[Plane],
+    stack_size: tuple[int, int],
+    *,
+    may_fill_gaps: bool = True,
+) -> bool:
+    """Return True if slices cross a stack like a scout, or lie inside it like key images.
+
+    Slices that are nearly parallel to the stack lie inside it if all their centres do. Other slices cross it if a part
+    of any of them is inside it.
+
+    Parameters
+    ----------
+    planes, stack : sequence of Plane
+        Slices of one orientation, and the stack of one orientation with which they are compared.
+    size, stack_size : tuple of int
+        Rows and columns of each.
+    may_fill_gaps : bool
+        False: parallel slices in a gap of the stack do not lie inside it.
+    """
+    first = stack[0]
+    normal = np.cross(first.orientation[:3], first.orientation[3:])
+    axes = np.stack([first.orientation[:3], first.orientation[3:], normal])  # (3, 3)
+    corners = np.concatenate([_sample(plane, *stack_size, 2) for plane in stack]) @ axes.T
+    distances = _distances(stack)
+    usual = float(np.median(np.diff(distances))) if len(distances) > 1 else 0.0
+    margin = np.array([0, 0, max(usual, first.thickness or 0.0) / 2])
+    low, high = corners.min(axis=0) - margin, corners.max(axis=0) + margin
+    own_normal = np.cross(planes[0].orientation[:3], planes[0].orientation[3:])
+    is_parallel = abs(float(normal @ own_normal)) > MIN_PARALLEL
+    points = np.stack([_sample(plane, *size, 1 if is_parallel else SAMPLES) for plane in planes]) @ axes.T  # (N, P, 3)
+    inside = ((points >= low) & (points <= high)).all(axis=-1)
+    if not is_parallel:
+        return bool(inside.any())
+    if not may_fill_gaps:
+        nearest = np.abs(points[:, 0, 2][:, None] - distances[None]).min(axis=1)
+        inside &= (nearest < MAX_GAP_FRACTION * usual + MAX_SPACING_ERROR_MM)[:, None]
+    return bool(inside.all())
+
+
+def _distances(planes: Sequence[Plane]) -> Float64Array:
+    """Return the sorted positions of slices of one orientation along their normal in mm."""
+    orientation = planes[0].orientation
+    normal = np.cross(orientation[:3], orientation[3:])
+    return np.sort(np.array([plane.position for plane in planes]) @ normal)
+
+
+def _sample(plane: Plane, rows: int, columns: int, count: int) -> Float64Array:
+    """Return count x count points on a slice in LPS mm, (count * count, 3): its centre, or points up to its edges."""
+    fractions = np.array([0.5]) if count == 1 else np.linspace(0, 1, count)
+    across = np.outer(fractions * (columns - 1) * plane.spacing[1], plane.orientation[:3])
+    down = np.outer(fractions * (rows - 1) * plane.spacing[0], plane.orientation[3:])
+    points: Float64Array = np.array(plane.position) + (across[:, None] + down[None]).reshape(-1, 3)
+    return points
+
+
+def _centre(plane: Plane, rows: int, columns: int) -> Float64Array:
+    centre: Float64Array = _sample(plane, rows, columns, 1)[0]
+    return centre
 
 
 def _check_plane(plane: Plane) -> None:

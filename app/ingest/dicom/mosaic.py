@@ -12,8 +12,13 @@ import numpy.typing as npt
 import pydicom
 from pydicom.tag import BaseTag, Tag
 
+from app.dicom_attributes import optional_numbers
+from app.errors import TooManyVoxels
 from app.ingest.dicom.geometry import Plane
+from app.ingest.limits import Limits
 
+# Scanners write up to some hundred tiles.
+MAX_TILES = 1024
 # The private creators of group 0029, and the image header in each of their blocks.
 _BLOCKS = (0x10, 0x11, 0x12)
 MOSAIC_TAGS: list[BaseTag] = [
@@ -21,13 +26,15 @@ MOSAIC_TAGS: list[BaseTag] = [
 ] + [Tag(0x0029, element) for block in _BLOCKS for element in (block, (block << 8) + 0x10)]
 
 
-def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | None:
+def locate_tiles(dataset: pydicom.Dataset, limits: Limits) -> tuple[tuple[Plane, ...], int] | None:
     """Return the positions of the tiles of a mosaic.
 
     Parameters
     ----------
     dataset : pydicom.Dataset
         Header with `MOSAIC_TAGS`.
+    limits : Limits
+        Limits on the announced size, which is checked before the tiles are listed.
 
     Returns
     -------
@@ -37,6 +44,11 @@ def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | No
         Number of tiles along one side of the mosaic.
 
     None is returned if the private header, the slice spacing or the position is missing.
+
+    Raises
+    ------
+    TooManyVoxels
+        If the header announces more pixels or tiles than the limit.
     """
     # nibabel.nicom emits a warning when it is imported: this runs inside `silence_libraries`.
     from nibabel.nicom.csareader import get_csa_header, get_n_mosaic, get_slice_normal  # noqa: PLC0415
@@ -49,6 +61,13 @@ def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | No
     if not all(dataset.get(keyword) for keyword in keywords):
         return None
     count = int(get_n_mosaic(csa))
+    pixels = int(dataset.Rows) * int(dataset.Columns)
+    if count > MAX_TILES or pixels > limits.max_voxels:
+        raise TooManyVoxels(
+            f"A Siemens mosaic announces {count} tiles and {pixels} pixels.",
+            expected=f"at most {MAX_TILES} tiles and {limits.max_voxels} pixels.",
+            advice="Export the series again from the original.",
+        )
     side = math.isqrt(count - 1) + 1 if count > 0 else 0
     if not side or dataset.Rows % side or dataset.Columns % side:
         return None
@@ -56,7 +75,7 @@ def locate_tiles(dataset: pydicom.Dataset) -> tuple[tuple[Plane, ...], int] | No
     first, step = wrapper.image_position, wrapper.slice_normal * wrapper.voxel_sizes[2]
     orientation = tuple(float(v) for v in dataset.ImageOrientationPatient)
     spacing = tuple(float(v) for v in dataset.PixelSpacing)
-    thickness = float(dataset.SliceThickness) if dataset.get("SliceThickness") else None
+    thickness = next(iter(optional_numbers(dataset, "SliceThickness")), 0.0) or None
     return tuple(Plane(tuple(first + k * step), orientation, spacing, thickness) for k in range(count)), side
 
 

@@ -3,6 +3,7 @@
 Importing this module also chooses pydicom's decoders: it adds one for 12-bit JPEG and removes a faulty one.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import gdcm
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.encaps import generate_frames
 from pydicom.pixels.decoders.base import (
     DecodeRunner,
     JPEGExtended12BitDecoder,
@@ -19,12 +21,16 @@ from pydicom.pixels.decoders.base import (
     get_decoder,
 )
 from pydicom.pixels.processing import apply_modality_lut
-from pydicom.uid import UID, JPEGExtended12Bit
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGExtended12Bit
 
 from app.dicom_attributes import functional_group
-from app.errors import CounterpartError, NoImageInArchive, TruncatedFile, UnsupportedPixels
+from app.errors import CounterpartError, InvalidHeader, NoImageInArchive, TruncatedFile, UnsupportedPixels
+from app.ingest.dicom.codestream import announced_size
 from app.ingest.dicom.mosaic import split_tiles
 from app.volume import FloatArray
+
+# Air has -1000 HU. A CT whose lowest value is above this is not in Hounsfield units.
+MAX_AIR_HU = -500
 
 StoredPixels = npt.NDArray[np.generic]
 BoolArray = npt.NDArray[np.bool_]
@@ -70,13 +76,15 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
     ------
     UnsupportedPixels
         If there is no decoder for the compression.
+    InvalidHeader
+        If a CT states no conversion to Hounsfield units and does not look like it.
     NoImageInArchive
         If a file has no pixel data.
     TruncatedFile
         If pixel data is incomplete or damaged.
     """
     stack = np.empty((len(frames), rows, columns), dtype=np.float32)
-    padded, inverted = 0, False
+    padded, inverted, unscaled, assumed = 0, False, 0, False
     opened: tuple[Path, pydicom.Dataset, StoredPixels] | None = None
     for k, frame in enumerate(frames):
         if opened is None or opened[0] != frame.path:  # frames of one file are mostly neighbours
@@ -91,9 +99,14 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
             stack[k][padding] = np.nan
             padded += int(padding.sum())
         inverted |= _is_inverted(dataset)
+        unscaled += _is_unscaled_ct(dataset, frame.index)
+        assumed |= dataset.get("PhotometricInterpretation") is None
     if padded:
         _fill_padding(stack)
-    return stack.transpose(2, 1, 0), tuple(_notes(padded=padded, inverted=inverted))
+    if unscaled:
+        _refuse_other_than_hounsfield(stack, unscaled)
+    notes = _notes(padded=padded, inverted=inverted, unscaled=bool(unscaled), assumed=assumed)
+    return stack.transpose(2, 1, 0), tuple(notes)
 
 
 def _decode_file(path: Path, number: int, count: int) -> tuple[pydicom.Dataset, StoredPixels]:
@@ -101,12 +114,45 @@ def _decode_file(path: Path, number: int, count: int) -> tuple[pydicom.Dataset, 
     try:
         dataset = pydicom.dcmread(path, force=True)
         _check_decodable(dataset, number, count)
-        stored = np.asarray(dataset.pixel_array)
+        _check_announced_sizes(dataset)
+        stored = np.asarray(_complete_for_decoding(dataset).pixel_array)
     except CounterpartError:
         raise
     except Exception:  # noqa: BLE001 - each decoder raises exceptions of its own
         raise _damaged(number, count) from None
     return dataset, stored if stored.ndim == 3 else stored[np.newaxis]
+
+
+def _complete_for_decoding(dataset: pydicom.FileDataset) -> pydicom.FileDataset:
+    """Return the data set, or a copy with attributes that pydicom needs and that can have only one value."""
+    defaults = {"PhotometricInterpretation": "MONOCHROME2", "SamplesPerPixel": 1}
+    missing = {name: value for name, value in defaults.items() if name not in dataset}
+    if missing:
+        dataset = copy.copy(dataset)
+        for name, value in missing.items():
+            setattr(dataset, name, value)
+    return dataset
+
+
+def _set_transfer_syntax(dataset: pydicom.FileDataset) -> None:
+    """Set the transfer syntax with which a file without file meta information was parsed.
+
+    Raises
+    ------
+    UnsupportedPixels
+        If its pixel data is compressed: only the file meta information states how.
+    """
+    if getattr(dataset.file_meta, "TransferSyntaxUID", None):
+        return
+    if dataset["PixelData"].is_undefined_length:
+        raise UnsupportedPixels(
+            "The file has no file meta information, and its pixel data is compressed.",
+            expected="the attribute TransferSyntaxUID (0002,0010).",
+            advice="Export the series again as DICOM files (PS3.10), or without compression.",
+        )
+    implicit, little = dataset.original_encoding
+    explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
 
 
 def _check_decodable(dataset: pydicom.FileDataset, number: int, count: int) -> None:
@@ -116,6 +162,7 @@ def _check_decodable(dataset: pydicom.FileDataset, number: int, count: int) -> N
             expected="pixel data in every slice.",
             advice="Export the series again, including its images.",
         )
+    _set_transfer_syntax(dataset)
     syntax = UID(getattr(dataset.file_meta, "TransferSyntaxUID", ""))
     try:
         available = get_decoder(syntax).is_available if syntax else True
@@ -128,6 +175,23 @@ def _check_decodable(dataset: pydicom.FileDataset, number: int, count: int) -> N
             expected="uncompressed, RLE, JPEG, JPEG-LS, JPEG 2000 or HTJ2K pixel data.",
             advice="Export the series without compression. `counterpart doctor` lists the decoders.",
         )
+
+
+def _check_announced_sizes(dataset: pydicom.FileDataset) -> None:
+    """Check that compressed frames are not larger than the header states, before a decoder allocates their size.
+
+    Raises
+    ------
+    ValueError
+        If a frame is larger.
+    """
+    syntax = UID(getattr(dataset.file_meta, "TransferSyntaxUID", ""))
+    if not syntax or not syntax.is_encapsulated:
+        return
+    for frame in generate_frames(dataset.PixelData, number_of_frames=int(dataset.get("NumberOfFrames") or 1)):
+        rows, columns = announced_size(frame) or (0, 0)
+        if rows > dataset.Rows or columns > dataset.Columns:
+            raise ValueError("a compressed frame is larger than the header states")
 
 
 def _to_values(dataset: pydicom.Dataset, stored: StoredPixels, index: int) -> tuple[FloatArray, BoolArray | None]:
@@ -144,6 +208,30 @@ def _to_values(dataset: pydicom.Dataset, stored: StoredPixels, index: int) -> tu
 def _is_inverted(dataset: pydicom.Dataset) -> bool:
     # Hounsfield units are physical: the way they are displayed does not change them.
     return bool(dataset.get("PhotometricInterpretation") == "MONOCHROME1" and dataset.get("Modality") != "CT")
+
+
+def _is_unscaled_ct(dataset: pydicom.Dataset, index: int) -> bool:
+    """Return True for a CT frame without a conversion to Hounsfield units."""
+    transform = functional_group(dataset, index, "PixelValueTransformationSequence")
+    is_scaled = ("RescaleSlope" in transform and "RescaleIntercept" in transform) or "ModalityLUTSequence" in transform
+    return dataset.get("Modality") == "CT" and not is_scaled
+
+
+def _refuse_other_than_hounsfield(stack: FloatArray, unscaled: int) -> None:
+    """Raise an error if a CT without rescale cannot be in Hounsfield units.
+
+    Raises
+    ------
+    InvalidHeader
+        If only some slices are without, or no voxel is as low as air.
+    """
+    if unscaled < len(stack) or stack.min() > MAX_AIR_HU:
+        raise InvalidHeader(
+            f"{unscaled} of {len(stack)} CT slices have no RescaleSlope and RescaleIntercept, and their values are not "
+            "Hounsfield units.",
+            expected="the rescale to Hounsfield units in every slice (PS3.3 C.8.2.1).",
+            advice="Export the series again from the original.",
+        )
 
 
 def _padding_mask(dataset: pydicom.Dataset, stored: StoredPixels) -> BoolArray | None:
@@ -165,11 +253,15 @@ def _fill_padding(stack: FloatArray) -> None:
     stack[holes] = background
 
 
-def _notes(*, padded: int, inverted: bool) -> Iterator[str]:
+def _notes(*, padded: int, inverted: bool, unscaled: bool, assumed: bool) -> Iterator[str]:
     if padded:
         yield f"{padded} padding pixels were set to the smallest value of the image."
     if inverted:
         yield "The grey scale was stored inverted (MONOCHROME1) and was inverted back."
+    if unscaled:
+        yield "The CT states no rescale. Its values are low enough for air, so they were read as Hounsfield units."
+    if assumed:
+        yield "The images state no PhotometricInterpretation. MONOCHROME2 was assumed."
 
 
 def _damaged(number: int, count: int) -> TruncatedFile:

@@ -5,13 +5,21 @@ highdicom derives the positions, pydicom decodes the pixels.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from app.dicom_attributes import silence_libraries
-from app.errors import InvalidGeometry, NoImageInArchive, NotAVolume, TooManyVoxels, TruncatedFile, WrongModality
-from app.ingest.dicom.files import Header, read_headers
+from app.errors import (
+    InvalidGeometry,
+    NoImageInArchive,
+    NotAVolume,
+    SeveralPatients,
+    TooManyVoxels,
+    TruncatedFile,
+    WrongModality,
+)
+from app.ingest.dicom.files import Header, hash_pixels, read_headers
 from app.ingest.dicom.geometry import Arrangement, arrange_slices
 from app.ingest.dicom.pixels import Frame, read_frames
 from app.ingest.dicom.resample import plan_grid, resample
@@ -23,11 +31,19 @@ from app.volume import Geometry, Scan, Source, Volume
 _MODALITIES = ("MR", "CT")
 # Other modalities whose code may be repeated in a message. The attribute of a damaged file can contain any text.
 _KNOWN_MODALITIES = ("PT", "NM", "US", "CR", "DX", "MG", "XA", "RF", "OT", "SC", "OPT", "SM", "ES", "SEG")
+# One file can contain several volumes, for example echoes. This multiple of the voxels of one volume is decoded.
+MAX_FILE_FACTOR = 4
 
 _EXPECTED = "one MR or CT series of grey slices with a position in space."
 
 
-def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, limits: Limits) -> Scan:
+def read_dicom(
+    paths: Sequence[Path],
+    series: str | None,
+    geometry: Geometry,
+    limits: Limits,
+    sequences: Collection[str] = (),
+) -> Scan:
     """Read the one series among DICOM files.
 
     Parameters
@@ -40,9 +56,13 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
     geometry : {"refuse", "resample"}
         Refuse or resample slices that are missing, tilted or unevenly spaced.
     limits : Limits
+    sequences : collection of str
+        Sequences of MR that the available models are trained on. Among several series, one of these is preferred.
 
     Raises
     ------
+    SeveralPatients
+        If the files name several patients.
     SeveralSeries, UnknownSeries
         If there are several series, or `series` is none of them.
     WrongModality, NotAVolume, NoImageInArchive, InvalidGeometry, IrregularSlices
@@ -54,17 +74,19 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
     """
     with silence_libraries():
         readable, damaged = read_headers(paths, limits)
-        headers, left_out = _select_images(readable, len(damaged))
-        stack, excluded = select_stack(headers, series)
+        _refuse_several_patients(readable)
+        headers, unplaced, left_out = _select_images(readable, len(damaged))
+        stack, excluded = select_stack(headers, series, sequences)
         _refuse_several_mosaics(stack)
         arrangement = arrange_slices(stack.planes)
         if geometry == "refuse":
-            _check_complete(stack, arrangement, damaged)
+            _check_complete(stack, arrangement, damaged, unplaced)
         head, grid = stack.head, None
         if arrangement.faults:
             grid = plan_grid([stack.planes[i] for i in arrangement.order], head.columns, head.rows)
             _check_size(math.prod(grid.shape), limits)
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
+        _check_file_sizes(stack, limits)
         sequence = classify_sequence_file(head.path, stack.frames[0][1])
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arrangement.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
@@ -87,13 +109,17 @@ def read_dicom(paths: Sequence[Path], series: str | None, geometry: Geometry, li
     return Scan(Volume(array, affine), source)
 
 
-def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str]) -> None:
-    """Raise an error if a file of the series is damaged, or its slices are not regular.
+def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str], unplaced: Sequence[Header]) -> None:
+    """Raise an error if a file of the series is damaged or has no position, or its slices are not regular.
 
     Raises
     ------
-    TruncatedFile, IrregularSlices
+    TruncatedFile, InvalidGeometry, IrregularSlices
     """
+    head = stack.head
+    own = [h for h in unplaced if (h.series, h.rows, h.columns) == (head.series, head.rows, head.columns)]
+    if own:
+        raise _no_position(own, len(own) + len({header.path for header, _, _ in stack.frames}))
     lost = damaged.count(stack.head.series) if stack.head.series else 0
     if lost:
         files = lost + len({header.path for header, _, _ in stack.frames})
@@ -109,8 +135,8 @@ def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[st
     arrangement.check_regular(hint)
 
 
-def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[str]]:
-    """Return the grey MR and CT images with a position, and notes that count the others.
+def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[Header], list[str]]:
+    """Return the grey MR and CT images with a position, those without one, and notes that count all that is left out.
 
     If no image passes one of the tests, the error of that test is raised.
     """
@@ -129,7 +155,7 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
             advice="Export the images of the series, not only its reports or its directory.",
         )
     without = len(headers) - len(images)
-    remaining = images
+    remaining, unplaced = images, list[Header]()
     left_out = Counter({"damaged DICOM files": damaged, "DICOM files without an image": without})
     # Name in the notes of the images that fail a test, the test, and the error if all images fail it.
     for name, test, error in (
@@ -143,11 +169,53 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
         if not passed:
             raise error(remaining)
         left_out[name] = len(remaining) - len(passed)
+        unplaced = [header for header in remaining if not header.is_placed and not header.is_screenshot]
         remaining = passed
-    unique = {header.instance or str(header.path): header for header in reversed(remaining)}
+    unique = _drop_duplicates(remaining)
     left_out["duplicates of other files"] = len(remaining) - len(unique)
     notes = [f"Left out: {count} {name}." for name, count in left_out.items() if count]
-    return list(reversed(unique.values())), notes
+    shared = len(unique) - len({header.instance or str(header.path) for header in unique})
+    if shared:
+        notes.append(
+            f"{shared} images have the SOPInstanceUID of another image, but another position or other pixels. "
+            "They are not duplicates, and none was left out."
+        )
+    return unique, unplaced, notes
+
+
+def _drop_duplicates(headers: Sequence[Header]) -> list[Header]:
+    """Return the first of all files that agree in SOPInstanceUID, position and stored pixels.
+
+    A file without a SOPInstanceUID is no duplicate. An anonymiser can give one UID to all slices, so the UID alone
+    does not decide.
+    """
+    instances = Counter(header.instance for header in headers if header.instance)
+    unique: dict[object, Header] = {}
+    for header in headers:
+        key: object = header.path
+        if instances[header.instance] > 1:
+            place = (header.series, header.rows, header.columns, header.planes)
+            key = (header.instance, place, hash_pixels(header.path))
+        unique.setdefault(key, header)
+    return list(unique.values())
+
+
+def _refuse_several_patients(headers: Sequence[Header]) -> None:
+    """Raise an error if the files name several patients.
+
+    Raises
+    ------
+    SeveralPatients
+    """
+    details = zip(*(header.patient for header in headers), strict=True)
+    names = ("PatientID", "PatientName", "PatientBirthDate")
+    differ = [name for name, values in zip(names, details, strict=False) if len({*values} - {""}) > 1]
+    if differ:
+        raise SeveralPatients(
+            f"The files contain several values of {' and '.join(differ)}.",
+            expected="the files of one patient.",
+            advice="Send the files of each patient separately. If they are of one patient, export the study again.",
+        )
 
 
 def _wrong_modality(headers: Sequence[Header]) -> WrongModality:
@@ -187,9 +255,21 @@ def _only_localizers(_headers: Sequence[Header]) -> NotAVolume:
     )
 
 
-def _no_position(headers: Sequence[Header]) -> InvalidGeometry:
+def _no_position(headers: Sequence[Header], total: int = 0) -> InvalidGeometry:
+    """Return the error for images without a position, of a series of `total` files if some have one."""
+    invalid = sorted({keyword for header in headers for keyword in header.invalid})
+    count = f"{len(headers)} of {total or len(headers)} images"
+    if invalid:
+        return InvalidGeometry(
+            f"{' and '.join(invalid)} of {count} is not a list of numbers.",
+            expected="decimal numbers with a point, as in DICOM PS3.5 6.2.",
+            advice="Export the series again from the original.",
+        )
+    found = f"{count} of the series do not state their position, orientation and pixel spacing."
+    if not total:
+        found = f"None of {len(headers)} images states its position, orientation and pixel spacing."
     return InvalidGeometry(
-        f"None of {len(headers)} images states its position, orientation and pixel spacing.",
+        found,
         expected="ImagePositionPatient, ImageOrientationPatient and PixelSpacing in every slice.",
         advice="Send the acquired series, not screenshots of it.",
     )
@@ -221,6 +301,24 @@ def _check_size(voxels: int, limits: Limits) -> None:
             expected=f"at most {limits.max_voxels} voxels.",
             advice="Send the series of the head alone, or a series of lower resolution.",
         )
+
+
+def _check_file_sizes(stack: Stack, limits: Limits) -> None:
+    """Raise an error if a file of the stack announces many more frames than the stack needs: all of them are decoded.
+
+    Raises
+    ------
+    TooManyVoxels
+    """
+    for header in {header.path: header for header, _, _ in stack.frames}.values():
+        frames = max(len(header.planes), header.tiles**2)
+        voxels = frames * header.rows * header.columns
+        if voxels > MAX_FILE_FACTOR * limits.max_voxels:
+            raise TooManyVoxels(
+                f"A file of the series announces {frames} frames with {voxels} voxels.",
+                expected=f"at most {MAX_FILE_FACTOR * limits.max_voxels} voxels in a file.",
+                advice="Split the file into one file for each volume.",
+            )
 
 
 def _modality(header: Header) -> Literal["MR", "CT"]:

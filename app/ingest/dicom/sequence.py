@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pydicom
 
-from app.dicom_attributes import functional_group, numbers, text, texts
+from app.dicom_attributes import functional_group, optional_numbers, text, texts
 
 _NAMES = ("SeriesDescription", "ProtocolName", "SequenceName", "PulseSequenceName")
 _KEYWORDS = (
@@ -138,9 +138,9 @@ def _weightings_from_times(dataset: pydicom.Dataset, frame: int) -> list[str]:
     times = functional_group(dataset, frame, "MRTimingAndRelatedParametersSequence")
     echoes = functional_group(dataset, frame, "MREchoSequence")
     modifier = functional_group(dataset, frame, "MRModifierSequence")
-    echo = (numbers(echoes, "EffectiveEchoTime") or numbers(echoes, "EchoTime") or (0.0,))[0]
-    repetition = (numbers(times, "RepetitionTime") or (0.0,))[0]
-    inversion = (numbers(modifier, "InversionTimes") or numbers(modifier, "InversionTime") or (0.0,))[0]
+    echo = _first_number(echoes, "EffectiveEchoTime", "EchoTime")
+    repetition = _first_number(times, "RepetitionTime")
+    inversion = _first_number(modifier, "InversionTimes", "InversionTime")
     if echo <= 0:
         return []
     weighting = ""
@@ -151,6 +151,11 @@ def _weightings_from_times(dataset: pydicom.Dataset, frame: int) -> list[str]:
     elif kinds & {"GR", "GRADIENT"} and echo >= MIN_T2_STAR_ECHO:
         weighting = "T2*"
     return [weighting] if weighting else []
+
+
+def _first_number(dataset: pydicom.Dataset, *keywords: str) -> float:
+    """Return the first value of the first attribute that has one, or 0."""
+    return next((values[0] for values in (optional_numbers(dataset, keyword) for keyword in keywords) if values), 0.0)
 
 
 def _inversion_recovery_weighting(echo: float, inversion: float) -> str:
