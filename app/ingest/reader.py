@@ -12,6 +12,7 @@ from pathlib import Path
 from app.errors import CounterpartError, EmptyUpload, NoImageInArchive, NotAnImageFormat, SeveralSeries, UnsafeArchive
 from app.ingest import archive, mgh, nifti
 from app.ingest.limits import DEFAULT_LIMITS, HEAD_BYTES, Limits
+from app.ingest.outliers import repair_outliers
 from app.ingest.volume_file import GZIP_SIGNATURE, VolumeFormat, read_gzipped_head, read_volume_file
 from app.volume import Geometry, Scan
 
@@ -143,7 +144,8 @@ def read_scan(
         A subclass of `UploadError` or `UnreadableScan`, or `WrongModality`, for every fault of the upload.
     """
     options = ReadOptions(scratch, series, geometry, limits)
-    return _read_folder(path, options) if path.is_dir() else _read_file(path, options)
+    scan = _read_folder(path, options) if path.is_dir() else _read_file(path, options)
+    return repair_outliers(scan)
 
 
 def detect_format(head: bytes) -> str:
