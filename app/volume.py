@@ -17,6 +17,8 @@ Affine = npt.NDArray[np.float64]
 # Handling of missing, tilted or unevenly spaced slices.
 Geometry = Literal["refuse", "resample"]
 
+# The description of every NIfTI result begins and ends with these words. The reader ignores such files beside a scan.
+RESULT_PREFIX, RESULT_SUFFIX = "counterpart: ", "; research use only"
 # No scanner has voxels below some tens of micrometres, or axes within a degree of each other.
 SMALLEST_VOXEL_MM = 0.01
 SMALLEST_INDEPENDENCE = 0.01

@@ -334,3 +334,25 @@ def test_ct_is_refused_by_an_mr_model(volume: Volume, bundle: Bundle, tmp_path: 
     write_series(tmp_path / "ct", volume, Series(modality="CT"))
     with pytest.raises(WrongModality):
         run_analysis(tmp_path / "ct", tmp_path / "out", bundle, AnalysisRequest(model="tiny"))
+
+
+@pytest.mark.usefixtures("small_cubes")
+def test_refusal_states_what_was_assumed_and_the_way_out(bundle: Bundle, tmp_path: Path) -> None:
+    small = save_nifti(tmp_path / "small.nii.gz", brain(scale=0.6))
+    whole = save_nifti(tmp_path / "head.nii.gz", head(HEAD_SHAPE, grid(HEAD_SHAPE)))
+    nothing_extracted = with_extractor(bundle, ExtractionNetworks(nothing, nothing))
+    for path, used, error in ((small, bundle, WrongFieldOfView), (whole, nothing_extracted, BrainNotExtracted)):
+        with pytest.raises(error) as refused:
+            run_analysis(path, tmp_path / "out", used)
+        assert "states neither its modality nor its sequence. MR, T1 was assumed. The model is tiny-0.0.1." in str(
+            refused.value
+        )
+        assert "?model= (or --model): tiny-0.0.1 (MR, T1)" in refused.value.advice
+
+
+def test_refusal_of_a_certain_selection_is_unchanged(bundle: Bundle, tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "small.nii.gz", brain(scale=0.6))
+    with pytest.raises(WrongFieldOfView) as refused:
+        run_analysis(path, tmp_path / "out", bundle, AnalysisRequest(model="tiny"))
+    assert "assumed" not in str(refused.value)
+    assert "?model=" not in refused.value.advice

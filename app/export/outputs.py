@@ -22,7 +22,7 @@ from app.export.preview import write_preview
 from app.export.report import RESEARCH_USE_ONLY, Report
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
-from app.volume import BoolArray, Scan
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Scan
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
     from pydicom.dataset import Dataset
@@ -128,7 +128,7 @@ def _write_brain(context: ExportContext, path: Path) -> NoBrainMask | None:
 
 
 def _write_volume(context: ExportContext, path: Path, array: npt.NDArray[Any], content: str) -> None:
-    description = f"counterpart: {content}; research use only"
+    description = f"{RESULT_PREFIX}{content}{RESULT_SUFFIX}"
     write_nifti(path, array, context.result.affine, context.scan.source.sform_code, description)
 
 

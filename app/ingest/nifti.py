@@ -19,7 +19,7 @@ from app.ingest.volume_file import (
     read_voxels,
     truncated,
 )
-from app.volume import Affine, Scan, Source, Volume, is_valid_affine
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, Affine, Scan, Source, Volume, is_valid_affine
 
 Header = nib.Nifti1Header  # the header class of NIfTI-2 derives from it
 
@@ -27,10 +27,13 @@ _NIFTI1_BYTES, _NIFTI1_MAGIC_OFFSET = 348, 344
 # The voxels start here if there are no extensions: behind the header and a flag of four bytes.
 _NIFTI1_VOXELS = 352
 _NIFTI2_BYTES = 540
+_DESCRIPTION = slice(148, 228)
+_MAX_AXES = 7
+# Bits per voxel of each data type of Analyze 7.5.
+_ANALYZE_BITS = {2: 8, 4: 16, 8: 32, 16: 32, 32: 64, 64: 64, 128: 24}
 _NIFTI1_MAGIC = b"n+1\0"
 _NIFTI2_MAGIC = b"n+2\0\r\n\x1a\n"
 _PAIR_MAGICS = (b"ni1\0", b"ni2\0")
-_NIFTI2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # sizeof_hdr 540, little and big endian
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
 # No scan is shorter or longer along its longest axis. Outside this range the unit is taken for wrong.
 SMALLEST_IMAGE_MM, LARGEST_IMAGE_MM = 1.0, 1000.0
@@ -46,26 +49,56 @@ def matches(head: bytes) -> bool:
     Raises
     ------
     NotAnImageFormat
-        If the bytes are the header of a NIfTI pair, whose voxels are in another file.
+        If the bytes are the header of a NIfTI or Analyze pair, whose voxels are in another file.
     """
-    sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
+    if is_pair_header(head):
+        raise NotAnImageFormat(
+            "The file is the header of a pair (.hdr and .img) and does not contain the voxels.",
+            expected="one NIfTI file with header and voxels (.nii, .nii.gz), or both files of the pair.",
+            advice="Save the pair as one .nii file, or zip both files together.",
+        )
+    sizes = _stated_sizes(head)
     if _NIFTI1_BYTES in sizes:
         magic = head[_NIFTI1_MAGIC_OFFSET:_NIFTI1_BYTES]
-        _refuse_pair(magic)
         return magic == _NIFTI1_MAGIC or len(head) < _NIFTI1_BYTES
-    if _NIFTI2_BYTES in sizes:
-        _refuse_pair(head[4:8])
-        return _NIFTI2_MAGIC.startswith(head[4:12])
-    return False
+    return _NIFTI2_BYTES in sizes and _NIFTI2_MAGIC.startswith(head[4:12])
 
 
-def _refuse_pair(magic: bytes) -> None:
-    if magic in _PAIR_MAGICS:
-        raise NotAnImageFormat(
-            "The file is the header of a NIfTI pair (.hdr and .img) and does not contain the voxels.",
-            expected="one NIfTI file with header and voxels (.nii, .nii.gz).",
-            advice="Save the pair as one .nii file and send that.",
-        )
+def is_pair_header(head: bytes) -> bool:
+    """Return True if the first bytes are the header of a NIfTI or Analyze pair, whose voxels are in another file."""
+    if is_nifti2(head):
+        return head[4:8] in _PAIR_MAGICS
+    is_nifti1 = _NIFTI1_BYTES in _stated_sizes(head)
+    return is_analyze(head) or (is_nifti1 and head[_NIFTI1_MAGIC_OFFSET:_NIFTI1_BYTES] in _PAIR_MAGICS)
+
+
+def is_result(head: bytes) -> bool:
+    """Return True if the first bytes are those of an image that Counterpart wrote as a result."""
+    description = head[_DESCRIPTION].rstrip(b"\0")
+    return description.startswith(RESULT_PREFIX.encode()) and description.endswith(RESULT_SUFFIX.encode())
+
+
+def is_nifti2(head: bytes) -> bool:
+    """Return True if the first bytes state the size of a header of NIfTI-2."""
+    return _NIFTI2_BYTES in _stated_sizes(head)
+
+
+def is_analyze(head: bytes) -> bool:
+    """Return True if the first bytes are a header of Analyze 7.5, which has the size of NIfTI-1 and no magic number."""
+    if len(head) < _NIFTI1_BYTES or _NIFTI1_BYTES not in _stated_sizes(head):
+        return False
+    if head[_NIFTI1_MAGIC_OFFSET:].startswith((_NIFTI1_MAGIC, *_PAIR_MAGICS)):
+        return False
+    analyze = nib.AnalyzeHeader(head[:_NIFTI1_BYTES], check=False)
+    # Some writers leave the letter "r" out.
+    axes, bits = int(analyze["dim"][0]), _ANALYZE_BITS.get(int(analyze["datatype"]))
+    is_plausible = 1 <= axes <= _MAX_AXES and int(analyze["bitpix"]) == bits
+    return bool(analyze["regular"].item() == b"r" or is_plausible)
+
+
+def _stated_sizes(head: bytes) -> set[int]:
+    """Return the size of the header that it states, in both byte orders."""
+    return {int.from_bytes(head[:4], order) for order in ("little", "big")}
 
 
 def count_bytes(head: bytes, limits: Limits) -> int:
@@ -75,7 +108,7 @@ def count_bytes(head: bytes, limits: Limits) -> int:
 
 def _parse_header(head: bytes) -> tuple[Header, list[str]]:
     """Return the header with its repairable faults repaired, and a note about each repair."""
-    header_class = nib.Nifti2Header if head.startswith(_NIFTI2_SIZES) else nib.Nifti1Header
+    header_class = nib.Nifti2Header if is_nifti2(head) else nib.Nifti1Header
     size = int(header_class.template_dtype.itemsize)
     if len(head) < size:
         raise truncated(f"The file ends inside its header, after {len(head)} bytes.")

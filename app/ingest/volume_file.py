@@ -79,14 +79,18 @@ def read_volume_file(path: Path, volume_format: VolumeFormat, scratch: Path, lim
             return volume_format.load(file, limits)
 
 
-def read_gzipped_head(path: Path) -> bytes:
-    """Return the first `HEAD_BYTES` bytes inside a gzipped file.
+def read_inflated_head(path: Path) -> bytes:
+    """Return the first `HEAD_BYTES` bytes of a file, or those inside a gzipped file.
 
     Raises
     ------
     TruncatedFile
         If the gzip stream is damaged.
     """
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head.startswith(GZIP_SIGNATURE):
+        return head
     try:
         with igzip.open(path) as stream:
             return bytes(stream.read(HEAD_BYTES))

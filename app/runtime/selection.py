@@ -6,7 +6,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from app.errors import NonCommercialModel, UnknownModel, WrongModality, WrongSequence
+from app.errors import CounterpartError, NonCommercialModel, UnknownModel, WrongModality, WrongSequence
 from app.manifest import Manifest
 from app.volume import Source
 
@@ -62,7 +62,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     if installed and not fitting:
         raise WrongModality(
             f"{_describe_modality(source)}, and no model was trained on it.",
-            expected=f"a scan for one of {_list_models(installed)}.",
+            expected=f"a scan for one of {list_models(installed)}.",
             advice="Send another series, or install a model for this modality.",
         )
     fitting = [m for m in fitting if not m.licence.non_commercial]
@@ -72,12 +72,29 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     if len(names) != 1:
         raise UnknownModel(
             f"{len(names)} models fit the scan.",
-            expected=f"one of {_list_models(installed)}.",
+            expected=f"one of {list_models(installed)}.",
             advice="Name one with ?model= (or --model).",
         )
     selected = fitting[-1]
     by: Literal["sequence", "modality", "default"] = "default" if source.modality is None else "modality"
     return ModelSelection(selected, "sequence" if source.sequences else by, _warning(selected, source))
+
+
+def explain_selection(
+    error: CounterpartError, selection: ModelSelection, manifests: Sequence[Manifest]
+) -> CounterpartError:
+    """Return the refusal of a scan with what was assumed to select its model, and how the caller can select another.
+
+    If the selection is certain, the error is returned unchanged.
+    """
+    if not selection.warning:
+        return error
+    return type(error)(
+        f"{error.found} {selection.warning} The model is {selection.manifest.id}.",
+        expected=error.expected,
+        advice=f"{error.advice} If another model fits the scan, name it with ?model= (or --model): "
+        f"{list_models(manifests)}.",
+    )
 
 
 def check_licence(manifest: Manifest, *, noncommercial: bool) -> None:
@@ -101,7 +118,7 @@ def _select_by_name(installed: Sequence[Manifest], source: Source, model: str) -
     if not named:
         raise UnknownModel(
             f"No model has the name {model!r}.",
-            expected=f"one of {_list_models(installed)}.",
+            expected=f"one of {list_models(installed)}.",
             advice="Name one with ?model= (or --model).",
         )
     selected = named[-1]
@@ -137,7 +154,7 @@ def _with_sequence(fitting: Sequence[Manifest], source: Source) -> list[Manifest
             return same_agent or known
     raise WrongSequence(
         f"The sequence of the scan is {' or '.join(source.sequences)}, and no model was trained on it.",
-        expected=f"a scan for one of {_list_models(fitting)}.",
+        expected=f"a scan for one of {list_models(fitting)}.",
         advice="Send that series of the examination. If the header is wrong, name the model (?model=, --model).",
     )
 
@@ -173,7 +190,8 @@ def _describe_modality(source: Source) -> str:
     return f"The scan's modality is {source.modality}"
 
 
-def _list_models(manifests: Sequence[Manifest]) -> str:
+def list_models(manifests: Sequence[Manifest]) -> str:
+    """Return the ids, modalities and sequences of models for an error message."""
     if not manifests:
         return "no model: none is installed"
 
