@@ -13,7 +13,7 @@ from rich.table import Table
 from app.analysis import AnalysisRequest, analyse
 from app.errors import NotAVolume, UnknownModel
 from app.export.outputs import DICOM_NAMES
-from app.export.report import Report
+from app.export.report import Report, by_certainty
 from app.manifest import Manifest
 from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
@@ -72,11 +72,11 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:
-    """Print the findings as a table, with warnings and the folder of the results."""
+    """Print the findings as a table, the surest first, with warnings and the folder of the results."""
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
     for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "slice"):
         table.add_column(heading, justify="right")
-    for finding in report.findings:
+    for finding in by_certainty(report.findings):
         centroid = ", ".join(f"{c:.1f}" for c in finding.centroid_mm)
         numbers = (f"{finding.volume_ml:.2f}", f"{finding.peak_score:.2f}", f"{finding.mean_score:.2f}")
         table.add_row(str(finding.label), *numbers, centroid, str(finding.key_slice))

@@ -7,7 +7,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import ndimage
 
 from app.analysis import AnalysisRequest
@@ -139,11 +138,17 @@ def test_report_contains_provenance(bundle: Bundle, results: Results) -> None:
     assert selection["warning"]
 
 
-def test_preview_shows_the_finding_in_colour(results: Results) -> None:
-    with Image.open(results[0] / "preview.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.std() > 10
-    assert (pixels.max(axis=2) - pixels.min(axis=2)).max() > 60
+def test_labels_are_those_of_the_report(results: Results) -> None:
+    out, report = results
+    (_, mask), (image, labels) = load(out, "mask"), load(out, "labels")
+    assert labels.dtype == np.uint16
+    np.testing.assert_array_equal(labels > 0, mask == 1)
+    assert [f.label for f in report.findings] == sorted(np.unique(labels[labels > 0]))
+    for finding in report.findings:
+        voxels = np.argwhere(labels == finding.label)
+        assert len(voxels) * 0.027 == pytest.approx(finding.volume_ml, abs=0.001)
+        centroid = nib.affines.apply_affine(image.affine, voxels).mean(axis=0)
+        assert centroid == pytest.approx(finding.centroid_mm, abs=0.01)
 
 
 def test_healthy_scan_has_an_empty_mask(bundle: Bundle, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Report of one analysis: the document report.json. It contains no patient data."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -232,6 +232,11 @@ def build_findings(result: ScanResult) -> tuple[Finding, ...]:
         )
         for lesion in result.lesions
     )
+
+
+def by_certainty(findings: Sequence[Finding]) -> list[Finding]:
+    """Return findings with the highest peak first: the peak decides whether a finding exists."""
+    return sorted(findings, key=lambda finding: (-finding.peak_score, finding.label))
 
 
 def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:

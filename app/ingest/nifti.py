@@ -218,8 +218,8 @@ def _choose_affine(header: Header, shape: tuple[int, ...], unit_mm: float, notes
     sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
     if not sform_code and not qform_code:
         notes.append(
-            "The file states no position in space (sform and qform code 0). NIfTI's default position is used: left "
-            "and right may be exchanged."
+            "The file states no position in space (sform and qform code 0). NIfTI's default position is used: the "
+            "slices are taken for axial, and left and right may be exchanged."
         )
         return base, 0
     if sform_code and qform_code:
