@@ -126,6 +126,8 @@ def _extract(archive: zipfile.ZipFile, scratch: Path, limits: Limits, is_image: 
             if not head or not (name or is_image(head)):
                 continue
             target = folder / (name or f"{number:06d}")
+            if entry.file_size > remaining:  # as the directory states; `_copy` counts what comes
+                _refuse_size(limits)
             remaining -= _copy(head, source, target, remaining, limits)
         files.append(target)
     return files
@@ -165,10 +167,14 @@ def _copy(head: bytes, source: IO[bytes], target: Path, remaining: int, limits: 
         while chunk:
             written += len(chunk)
             if written > remaining:
-                _refuse(f"The archive inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.")
+                _refuse_size(limits)
             out.write(chunk)
             chunk = source.read(CHUNK_BYTES)
     return written
+
+
+def _refuse_size(limits: Limits) -> NoReturn:
+    _refuse(f"The archive inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.")
 
 
 def _is_link(entry: zipfile.ZipInfo) -> bool:

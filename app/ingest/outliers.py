@@ -16,7 +16,7 @@ USUAL_PERCENTILE = 99.5
 # More outliers than this share of the voxels are no single faults, and are left as they are.
 MAX_OUTLIER_SHARE = 1e-5
 # The usual brightness is measured on about this many voxels along each axis.
-SAMPLES = 128
+SAMPLES = 64
 
 
 def repair_outliers(scan: Scan) -> Scan:

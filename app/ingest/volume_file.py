@@ -19,6 +19,8 @@ from app.volume import FloatArray, Scan
 GZIP_SIGNATURE = b"\x1f\x8b"
 # The stub of isal does not declare its error class as an exception.
 InflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
+# Deflate makes 258 bytes of two bits at best.
+MAX_DEFLATE_RATIO = 1032
 # nibabel raises these for an invalid header. Their text repeats the header's values, so it is never shown.
 HEADER_ERRORS = (HeaderDataError, ImageFileError, ValueError, KeyError, OverflowError)
 
@@ -106,6 +108,8 @@ def _inflate(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Lim
         with igzip.open(path) as stream:
             head = stream.read(HEAD_BYTES)
             remaining = volume_format.count_bytes(head, limits) - len(head)
+            if remaining > MAX_DEFLATE_RATIO * path.stat().st_size:
+                raise truncated("The header states more bytes than a gzip file of this size can contain.")
             out.write(head)
             while remaining > 0 and (chunk := stream.read(min(remaining, CHUNK_BYTES))):
                 out.write(chunk)

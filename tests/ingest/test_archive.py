@@ -80,6 +80,16 @@ def test_a_bomb_stops_at_the_limit(tmp_path: Path, read_scan: Read, nifti: bytes
     assert sum(file.stat().st_size for file in (tmp_path / "scratch").rglob("*") if file.is_file()) <= 10_000_000
 
 
+def test_a_stated_size_beyond_the_limit_is_refused_before_extraction(
+    tmp_path: Path, read_scan: Read, nifti: bytes
+) -> None:
+    path = make_zip(tmp_path / "bomb.zip", {"a.nii": nifti, "b.nii": nifti + bytes(24_000_000)})
+    with pytest.raises(UnsafeArchive):
+        read_scan(path, limits=Limits(max_inflated_bytes=10_000_000))
+    files = [file for file in (tmp_path / "scratch").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) == len(nifti)
+
+
 def test_the_limit_counts_all_files(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
     path = make_zip(tmp_path / "a.zip", {f"{i}.nii": nifti for i in range(5)})
     with pytest.raises(UnsafeArchive):
