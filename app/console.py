@@ -72,7 +72,9 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:
-    """Print the findings as a table, the surest first, with warnings and the folder of the results."""
+    """Print the warnings, the findings as a table, the surest first, and the folder of the results."""
+    for warning in report.warnings:
+        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
     for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "slice"):
         table.add_column(heading, justify="right")
@@ -88,9 +90,6 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     if report.brain:
         made_by = f"{report.brain.method} {report.brain.version}"
         lines.append(f"Brain: {report.brain.volume_ml:.0f} ml, extracted by {made_by} (brain.nii.gz).")
-        lines += report.brain.warnings
-    if report.model.selection and report.model.selection.warning:
-        lines.append(f"The model may not fit the scan: {report.model.selection.warning}")
     if report.input.format == "dicom":
         lines += [f"No {name}: {reason['found']}" for name, reason in report.absent.items() if name in DICOM_NAMES]
     for line in (*lines, f"Results: {out}"):

@@ -7,6 +7,7 @@ so the outlines are those of the mask.
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ MAP_RANGE = 3.0
 # The scan below the anomaly map is darkened to this fraction.
 UNDERLAY = 0.4
 TEXT, SMALL = 15, 13
+# Letters of a warning in one line.
+LINE_LENGTH = 180
 
 
 @dataclass(frozen=True)
@@ -223,10 +226,7 @@ def _header_lines(report: Report) -> list[tuple[str, Colour]]:
     count = len(report.findings)
     found = f"{count} finding{'' if count == 1 else 's'}, {report.lesion_volume_ml:.2f} ml" if count else "No findings"
     lines = [(f"{found}. Model {report.model.id}, Counterpart {report.code_version}.", WHITE)]
-    warnings = [*(report.brain.warnings if report.brain else ())]
-    if report.model.selection and report.model.selection.warning:
-        warnings.insert(0, f"The model may not fit the scan: {report.model.selection.warning}")
-    return lines + [(warning, WARNING_COLOUR) for warning in warnings]
+    return lines + [(line, WARNING_COLOUR) for warning in report.warnings for line in wrap(warning, LINE_LENGTH)]
 
 
 def _draw_row(

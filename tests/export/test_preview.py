@@ -139,10 +139,25 @@ def test_a_finding_without_voxels_in_the_slices_is_not_drawn(
 
 def test_warnings_are_shown(analysed: tuple[ScanResult, Report], tmp_path: Path) -> None:
     result, report = analysed
+    warned = report.model_copy(update={"warnings": ("The file states no modality.",)})
+    assert count(draw(tmp_path / "a.png", result, warned), WARNING_COLOUR) > 50
+
+
+def test_a_scan_far_outside_the_calibration_is_warned_of_first(
+    analysed: tuple[ScanResult, Report], bundle: Bundle
+) -> None:
+    result, report = analysed
+    high = bundle.manifest.calibration.scan_score.high
     selection = ModelSelectionReport(by="default", certain=False, warning="The file states no modality.")
-    model = report.model.model_copy(update={"selection": selection})
-    pixels = draw(tmp_path / "a.png", result, report.model_copy(update={"model": model}))
-    assert count(pixels, WARNING_COLOUR) > 50
+    model = MODEL.model_copy(update={"selection": selection})
+    scan = Scan(result.volume, Source("nifti"))
+    for factor, expected in ((1.9, 1), (2.1, 2)):
+        scores = replace(result.detection.scores, scan=factor * high)
+        far = replace(result, detection=replace(result.detection, scores=scores))
+        warnings = build_report(scan, far, model, bundle.manifest, None, {}).warnings
+        assert len(warnings) == expected
+        assert ("unlike the healthy scans" in warnings[0]) == (expected == 2)
+    assert report.warnings == ()
 
 
 def test_surest_findings_come_first(analysed: tuple[ScanResult, Report]) -> None:
