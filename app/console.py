@@ -76,12 +76,12 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     for warning in report.warnings:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
-    for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "slice"):
+    for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "key plane z mm"):
         table.add_column(heading, justify="right")
     for finding in by_certainty(report.findings):
         centroid = ", ".join(f"{c:.1f}" for c in finding.centroid_mm)
         numbers = (f"{finding.volume_ml:.2f}", f"{finding.peak_score:.2f}", f"{finding.mean_score:.2f}")
-        table.add_row(str(finding.label), *numbers, centroid, str(finding.key_slice))
+        table.add_row(str(finding.label), *numbers, centroid, f"{finding.key_z_mm:.1f}")
     console.print(table)
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from app.export.report import Report, by_certainty
-from app.pipeline.findings import LabelArray, Lesion, ScanResult
+from app.pipeline.findings import LabelArray, ScanResult, plane_height, plane_numbers
 from app.volume import Affine, FloatArray
 
 RgbImage = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -144,38 +144,17 @@ def choose_planes(result: ScanResult) -> list[float]:
     """
     chosen: list[float] = []
     for lesion in sorted(result.lesions, key=lambda lesion: (-lesion.peak, lesion.label)):
-        z_mm = _largest_plane(result, lesion)
+        z_mm = lesion.key_z_mm
         if len(chosen) < ROWS and all(abs(z_mm - other) >= SAME_PLANE_MM for other in chosen):
             chosen.append(z_mm)
     affine = result.detection.slices.grid.affine
     analysed = np.flatnonzero(result.detection.analysed)
     spread = analysed[np.linspace(0, len(analysed) - 1, ROWS + 2).round().astype(int)][1:-1]
-    for height in affine[2, 0] * spread + affine[2, 3]:
-        z_mm = _snap(result, float(height))
+    for number in plane_numbers(affine[2, 0] * spread + affine[2, 3], result.affine):
+        z_mm = plane_height(float(number), result.affine)
         if len(chosen) < ROWS and all(abs(z_mm - other) >= SAME_PLANE_MM for other in chosen):
             chosen.append(z_mm)
     return sorted(chosen, reverse=True)
-
-
-def _largest_plane(result: ScanResult, lesion: Lesion) -> float:
-    """Return the height of the plane with the most voxels of a lesion."""
-    low, high = (np.array(corner) for corner in lesion.box_mm)
-    corners = np.array(np.meshgrid(*zip(low, high, strict=True), indexing="ij")).reshape(3, -1).T
-    reached = affines.apply_affine(np.linalg.inv(result.affine), corners)
-    start = np.clip(np.floor(reached.min(axis=0)), 0, None).astype(int)
-    stop = np.ceil(reached.max(axis=0)).astype(int) + 1
-    box = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    voxels = np.argwhere(result.labels[box] == lesion.label) + start
-    heights = affines.apply_affine(result.affine, voxels)[:, 2]
-    values, counts = np.unique([_snap(result, z_mm) for z_mm in heights], return_counts=True)
-    return float(values[counts.argmax()])
-
-
-def _snap(result: ScanResult, z_mm: float) -> float:
-    """Return the height of the closest slice centre of a scan whose slices are axial, or of steps of that size."""
-    axis = int(np.abs(result.affine[2, :3]).argmax())
-    step, origin = abs(float(result.affine[2, axis])), float(result.affine[2, 3])
-    return round((z_mm - origin) / step) * step + origin
 
 
 def _choose_view(result: ScanResult) -> View:

@@ -98,6 +98,10 @@ class Finding(FrozenModel):
     centroid_mm: Point
     box_mm: tuple[Point, Point]
     key_slice: int = Field(description="Index along the scan's last axis of the slice with the largest area.")
+    key_z_mm: float | None = Field(
+        default=None,
+        description="Height in RAS+ mm of the axial plane with the largest area.",
+    )
 
 
 class Work(FrozenModel):
@@ -235,6 +239,7 @@ def build_findings(result: ScanResult) -> tuple[Finding, ...]:
             centroid_mm=lesion.centroid_mm,
             box_mm=lesion.box_mm,
             key_slice=lesion.key_slice,
+            key_z_mm=round(lesion.key_z_mm, 2),
         )
         for lesion in result.lesions
     )
