@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from app.errors import NoBrainMask
+from app.errors import CannotAnalyse, NoBrainMask, UnreadableScan
 from app.export.outputs import ExportContext, write_outputs
 from app.export.report import BrainReport, ModelSelectionReport, ModelUsed, Report, build_report
 from app.inference_result import ExtractedBrain, InferenceResult
+from app.ingest import limits
 from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.pipeline.brain_extraction import extract_brain
@@ -18,7 +19,7 @@ from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import to_scan_result
 from app.pipeline.methods import run_method
 from app.runtime.bundle import Bundle
-from app.runtime.selection import select_model, trained_sequences
+from app.runtime.selection import explain_selection, select_model, trained_sequences
 from app.volume import Geometry, Scan, Volume
 
 # Called with the stage ("read", "infer" or "export") and its completed fraction, 0 to 1. It is called between network
@@ -26,7 +27,7 @@ from app.volume import Geometry, Scan, Volume
 Progress = Callable[[str, float], None]
 
 # Prefix of the folder into which an archive is unpacked.
-UNPACKED_PREFIX = ".unpacked-"
+UNPACKED_PREFIX = limits.UNPACKED_PREFIX
 
 
 @dataclass(frozen=True)
@@ -119,11 +120,14 @@ def infer(
     with _timed("load", seconds):
         bundle = bundles(manifest)
     progress("infer", 0.0)
-    with _timed("extract", seconds):
-        volume, brain = _run_extractor(scan.volume, bundle)
-    with _timed("infer", seconds):
-        detection = _run_detection(volume, bundle, request.seed, progress)
-        progress("infer", 1.0)
+    try:
+        with _timed("extract", seconds):
+            volume, brain = _run_extractor(scan.volume, bundle)
+        with _timed("infer", seconds):
+            detection = _run_detection(volume, bundle, request.seed, progress)
+    except (CannotAnalyse, UnreadableScan) as refusal:
+        raise explain_selection(refusal, selection, manifests) from None
+    progress("infer", 1.0)
     model = ModelUsed(
         id=manifest.id,
         sha256=bundle.sha256,

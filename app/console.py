@@ -13,7 +13,7 @@ from rich.table import Table
 from app.analysis import AnalysisRequest, analyse
 from app.errors import NotAVolume, UnknownModel
 from app.export.outputs import DICOM_NAMES
-from app.export.report import Report
+from app.export.report import Report, by_certainty
 from app.manifest import Manifest
 from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
@@ -72,14 +72,16 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:
-    """Print the findings as a table, with warnings and the folder of the results."""
+    """Print the warnings, the findings as a table, the surest first, and the folder of the results."""
+    for warning in report.warnings:
+        console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
-    for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "slice"):
+    for heading in ("#", "ml", "peak", "mean", "centroid RAS+ mm", "key plane z mm"):
         table.add_column(heading, justify="right")
-    for finding in report.findings:
+    for finding in by_certainty(report.findings):
         centroid = ", ".join(f"{c:.1f}" for c in finding.centroid_mm)
         numbers = (f"{finding.volume_ml:.2f}", f"{finding.peak_score:.2f}", f"{finding.mean_score:.2f}")
-        table.add_row(str(finding.label), *numbers, centroid, str(finding.key_slice))
+        table.add_row(str(finding.label), *numbers, centroid, f"{finding.key_z_mm:.1f}")
     console.print(table)
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
@@ -88,9 +90,6 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     if report.brain:
         made_by = f"{report.brain.method} {report.brain.version}"
         lines.append(f"Brain: {report.brain.volume_ml:.0f} ml, extracted by {made_by} (brain.nii.gz).")
-        lines += report.brain.warnings
-    if report.model.selection and report.model.selection.warning:
-        lines.append(f"The model may not fit the scan: {report.model.selection.warning}")
     if report.input.format == "dicom":
         lines += [f"No {name}: {reason['found']}" for name, reason in report.absent.items() if name in DICOM_NAMES]
     for line in (*lines, f"Results: {out}"):

@@ -19,6 +19,8 @@ Geometry = Literal["refuse", "resample"]
 
 # Suffix of a sequence with contrast agent, as in "T1c".
 WITH_AGENT = "c"
+# The description of every NIfTI result begins and ends with these words. The reader ignores such files beside a scan.
+RESULT_PREFIX, RESULT_SUFFIX = "counterpart: ", "; research use only"
 # No scanner has voxels below some tens of micrometres, or axes within a degree of each other.
 SMALLEST_VOXEL_MM = 0.01
 SMALLEST_INDEPENDENCE = 0.01
@@ -150,17 +152,20 @@ def _check_array(array: FloatArray) -> None:
         )
 
 
+def is_valid_affine(affine: Affine) -> bool:
+    """Return True if an affine is finite and has three independent axes of the size of a voxel."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all() or (affine[3] != (0, 0, 0, 1)).any():
+        return False
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    # The determinant is 1 for orthogonal axes, 0 for parallel ones, independent of the voxel size.
+    return bool(sizes.min() > SMALLEST_VOXEL_MM and abs(np.linalg.det(affine[:3, :3] / sizes)) > SMALLEST_INDEPENDENCE)
+
+
 def _check_affine(affine: Affine) -> None:
-    if affine.shape == (4, 4) and np.isfinite(affine).all() and (affine[3] == (0, 0, 0, 1)).all():
-        sizes = np.linalg.norm(affine[:3, :3], axis=0)
-        if sizes.min() > SMALLEST_VOXEL_MM:
-            # 1 for orthogonal axes, 0 for parallel ones, independent of the voxel size.
-            independence = abs(np.linalg.det(affine[:3, :3] / sizes))
-            if independence > SMALLEST_INDEPENDENCE:
-                return
-    raise InvalidGeometry(
-        "The matrix from voxel indices to millimetres is not finite or not invertible.",
-        expected="three axes that are not parallel, with voxels larger than "
-        f"{SMALLEST_VOXEL_MM} mm (sform or qform of NIfTI, orientation of DICOM).",
-        advice="Export the scan again, including its orientation.",
-    )
+    if not is_valid_affine(affine):
+        raise InvalidGeometry(
+            "The matrix from voxel indices to millimetres is not finite or not invertible.",
+            expected="three axes that are not parallel, with voxels larger than "
+            f"{SMALLEST_VOXEL_MM} mm (sform or qform of NIfTI, orientation of DICOM).",
+            advice="Export the scan again, including its orientation.",
+        )

@@ -7,7 +7,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image
 from scipy import ndimage
 
 from app.analysis import AnalysisRequest
@@ -139,11 +138,17 @@ def test_report_contains_provenance(bundle: Bundle, results: Results) -> None:
     assert selection["warning"]
 
 
-def test_preview_shows_the_finding_in_colour(results: Results) -> None:
-    with Image.open(results[0] / "preview.png") as picture:
-        pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.std() > 10
-    assert (pixels.max(axis=2) - pixels.min(axis=2)).max() > 60
+def test_labels_are_those_of_the_report(results: Results) -> None:
+    out, report = results
+    (_, mask), (image, labels) = load(out, "mask"), load(out, "labels")
+    assert labels.dtype == np.uint16
+    np.testing.assert_array_equal(labels > 0, mask == 1)
+    assert [f.label for f in report.findings] == sorted(np.unique(labels[labels > 0]))
+    for finding in report.findings:
+        voxels = np.argwhere(labels == finding.label)
+        assert len(voxels) * 0.027 == pytest.approx(finding.volume_ml, abs=0.001)
+        centroid = nib.affines.apply_affine(image.affine, voxels).mean(axis=0)
+        assert centroid == pytest.approx(finding.centroid_mm, abs=0.01)
 
 
 def test_healthy_scan_has_an_empty_mask(bundle: Bundle, tmp_path: Path) -> None:
@@ -334,3 +339,25 @@ def test_ct_is_refused_by_an_mr_model(volume: Volume, bundle: Bundle, tmp_path: 
     write_series(tmp_path / "ct", volume, Series(modality="CT"))
     with pytest.raises(WrongModality):
         run_analysis(tmp_path / "ct", tmp_path / "out", bundle, AnalysisRequest(model="tiny"))
+
+
+@pytest.mark.usefixtures("small_cubes")
+def test_refusal_states_what_was_assumed_and_the_way_out(bundle: Bundle, tmp_path: Path) -> None:
+    small = save_nifti(tmp_path / "small.nii.gz", brain(scale=0.6))
+    whole = save_nifti(tmp_path / "head.nii.gz", head(HEAD_SHAPE, grid(HEAD_SHAPE)))
+    nothing_extracted = with_extractor(bundle, ExtractionNetworks(nothing, nothing))
+    for path, used, error in ((small, bundle, WrongFieldOfView), (whole, nothing_extracted, BrainNotExtracted)):
+        with pytest.raises(error) as refused:
+            run_analysis(path, tmp_path / "out", used)
+        assert "states neither its modality nor its sequence. MR, T1 was assumed. The model is tiny-0.0.1." in str(
+            refused.value
+        )
+        assert "?model= (or --model): tiny-0.0.1 (MR, T1)" in refused.value.advice
+
+
+def test_refusal_of_a_certain_selection_is_unchanged(bundle: Bundle, tmp_path: Path) -> None:
+    path = save_nifti(tmp_path / "small.nii.gz", brain(scale=0.6))
+    with pytest.raises(WrongFieldOfView) as refused:
+        run_analysis(path, tmp_path / "out", bundle, AnalysisRequest(model="tiny"))
+    assert "assumed" not in str(refused.value)
+    assert "?model=" not in refused.value.advice

@@ -242,3 +242,16 @@ def test_detect_on_nifti_imports_no_dicom_library(tiny_models: Path, scan: Path,
     dicom_libraries = ("pydicom", "highdicom", "gdcm", "requests")
     assert imported_by(words, dicom_libraries, {"COUNTERPART_MODELS": str(tiny_models)}) == []
     assert (tmp_path / "out" / "mask.nii.gz").is_file()
+
+
+def test_results_inside_the_folder_of_the_scan_do_not_change_the_next_run(run: Run, tmp_path: Path) -> None:
+    series = tmp_path / "series"
+    write_series(series, with_lesion(brain(), LESION_MM, RADIUS_MM))
+    reports, masks = [], []
+    for _ in range(2):
+        assert run("detect", series, "-o", series / "result").exit_code == 0
+        reports.append(json.loads((series / "result" / "report.json").read_text()))
+        masks.append((series / "result" / "mask.nii.gz").read_bytes())
+    assert masks[0] == masks[1]
+    assert reports[0]["input"] == reports[1]["input"]
+    assert (series / "result" / "segmentation.dcm").is_file()

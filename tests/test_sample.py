@@ -66,6 +66,7 @@ def test_bytes_depend_on_the_seed(made: Sample, tmp_path: Path) -> None:
 def test_note_describes_the_scan(made: Sample) -> None:
     note = (made.scan.parent / "README.txt").read_text()
     assert "synthetic" in note
+    assert "What to expect" in note
     assert "Copyright (C) 1993-2009 Louis Collins" in note
     assert f"{made.lesion_ml:.2f} ml" in note
 

@@ -19,10 +19,10 @@ from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
 from app.export.nifti import write_nifti
 from app.export.preview import write_preview
-from app.export.report import RESEARCH_USE_ONLY, Report
+from app.export.report import Report
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
-from app.volume import BoolArray, Scan
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Scan
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
     from pydicom.dataset import Dataset
@@ -112,6 +112,10 @@ def _write_mask(context: ExportContext, path: Path) -> None:
     _write_volume(context, path, context.result.mask, "1 where the scan differs from its counterpart")
 
 
+def _write_labels(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, context.result.labels, "number of each finding, as in report.json")
+
+
 def _write_anomaly(context: ExportContext, path: Path) -> None:
     _write_volume(context, path, context.result.anomaly, "residual; NaN where not analysed")
 
@@ -128,12 +132,12 @@ def _write_brain(context: ExportContext, path: Path) -> NoBrainMask | None:
 
 
 def _write_volume(context: ExportContext, path: Path, array: npt.NDArray[Any], content: str) -> None:
-    description = f"counterpart: {content}; research use only"
+    description = f"{RESULT_PREFIX}{content}{RESULT_SUFFIX}"
     write_nifti(path, array, context.result.affine, context.scan.source.sform_code, description)
 
 
 def _write_preview(context: ExportContext, path: Path) -> None:
-    write_preview(path, context.result.detection, context.manifest, RESEARCH_USE_ONLY)
+    write_preview(path, context.result, context.report)
 
 
 def _write_segmentation(context: ExportContext, path: Path) -> CounterpartError | None:
@@ -174,6 +178,14 @@ OUTPUTS: tuple[Output, ...] = (
         always=True,
     ),
     Output(
+        "labels.nii.gz",
+        "application/gzip",
+        "Labels on the scan's grid: the mask, with the `label` of each finding of report.json instead of 1.",
+        _write_labels,
+        order=1,
+        always=True,
+    ),
+    Output(
         "anomaly.nii.gz",
         "application/gzip",
         "Anomaly map on the scan's grid: weighted residual, NaN where the scan was not analysed.",
@@ -202,7 +214,7 @@ OUTPUTS: tuple[Output, ...] = (
     Output(
         "preview.png",
         "image/png",
-        "Slices with the largest findings: scan, counterpart, anomaly map and mask side by side.",
+        "Planes of the surest findings: scan, counterpart, anomaly map and outlines of the mask side by side.",
         _write_preview,
         order=3,
         always=True,

@@ -1,7 +1,7 @@
 """Report of one analysis: the document report.json. It contains no patient data."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -14,6 +14,8 @@ from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult
 from app.volume import Scan
 
+# A scan whose score is above the healthy range by this factor is far outside of it. Large lesions raise the score less.
+FAR_OUTSIDE = 2.0
 RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis."
 
 Point = tuple[float, float, float]
@@ -100,6 +102,10 @@ class Finding(FrozenModel):
     centroid_mm: Point
     box_mm: tuple[Point, Point]
     key_slice: int = Field(description="Index along the scan's last axis of the slice with the largest area.")
+    key_z_mm: float | None = Field(
+        default=None,
+        description="Height in RAS+ mm of the axial plane with the largest area.",
+    )
 
 
 class Cost(FrozenModel):
@@ -116,6 +122,9 @@ class Report(FrozenModel):
     format_version: Literal[1] = 1
     notice: str = RESEARCH_USE_ONLY
     research_use_only: Literal[True] = True
+    warnings: tuple[str, ...] = Field(
+        default=(), description="Why the result may be wrong as a whole, the most important reason first."
+    )
     code_version: str
     frame: Literal["RAS+ mm"] = "RAS+ mm"
     model: ModelUsed
@@ -193,6 +202,7 @@ def build_report(
     analysed = np.flatnonzero(detection.analysed)
     heights = detection.slices.grid.affine[2, 0] * analysed + detection.slices.grid.affine[2, 3]
     return Report(
+        warnings=_warnings(detection, manifest, model, brain),
         code_version=__version__,
         model=model,
         input=Input(
@@ -233,9 +243,29 @@ def build_findings(result: ScanResult) -> tuple[Finding, ...]:
             centroid_mm=lesion.centroid_mm,
             box_mm=lesion.box_mm,
             key_slice=lesion.key_slice,
+            key_z_mm=round(lesion.key_z_mm, 2),
         )
         for lesion in result.lesions
     )
+
+
+def by_certainty(findings: Sequence[Finding]) -> list[Finding]:
+    """Return findings with the highest peak first: the peak decides whether a finding exists."""
+    return sorted(findings, key=lambda finding: (-finding.peak_score, finding.label))
+
+
+def _warnings(detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None) -> tuple[str, ...]:
+    """Return why the result may be wrong as a whole."""
+    warnings = []
+    score, healthy = detection.scores.scan, manifest.calibration.scan_score
+    if score > FAR_OUTSIDE * healthy.high:
+        warnings.append(
+            f"The whole scan is unlike the healthy scans that {manifest.id} knows: its score is {score:.2g}, theirs "
+            f"are {healthy.low:.2g} to {healthy.high:.2g}. The findings may show another scanner or preparation."
+        )
+    if model.selection and model.selection.warning:
+        warnings.append(f"The model may not fit the scan: {model.selection.warning}")
+    return (*warnings, *(brain.warnings if brain else ()))
 
 
 def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:

@@ -1,4 +1,4 @@
-"""Extract the images of a zip archive into numbered files. Names inside the archive are never used."""
+"""Extract the images of a zip archive into numbered files. Names inside the archive are never used as paths."""
 
 import errno
 import stat
@@ -6,7 +6,7 @@ import struct
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -14,13 +14,18 @@ from isal import isal_zlib
 
 from app.errors import TruncatedFile, UnreadableScan, UnsafeArchive
 from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits
-from app.ingest.volume_file import InflateError
+from app.ingest.nifti import is_pair_header
+from app.ingest.nifti_pair import HEADER_SUFFIX, IMAGE_SUFFIX, split_name
+from app.ingest.volume_file import GZIP_SIGNATURE, InflateError
 
 # Python's zipfile inflates bzip2 and LZMA without a bound: one chunk can become gigabytes.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _ENCRYPTED = 0x1
 # The record at the end of a zip (APPNOTE 4.3.16), which a comment of up to 64 KiB can follow.
 _END, _END_BYTES, _MAX_COMMENT_BYTES = b"PK\x05\x06", 22, 0xFFFF
+# The record of an archive with 64-bit numbers (4.3.14), and its locator (4.3.15) before the end record. Streaming
+# writers add them to every archive.
+_END64, _END64_BYTES, _LOCATOR, _LOCATOR_BYTES = b"PK\x06\x06", 56, b"PK\x06\x07", 20
 # An entry of the directory is 46 bytes and a name: an archive of images has less than this on average.
 _MAX_ENTRY_BYTES = 1024
 
@@ -44,7 +49,8 @@ def unpack(path: Path, scratch: Path, limits: Limits, is_image: Callable[[bytes]
     Returns
     -------
     list of Path
-        The extracted files, named by their number in the archive. Folders and symbolic links are left out.
+        The extracted files, named by their number in the archive. The two files of a pair have the number of the
+        header, with .hdr and .img. Folders and symbolic links are left out.
 
     Raises
     ------
@@ -81,12 +87,20 @@ def _damaged() -> TruncatedFile:
 def _check_directory(file: IO[bytes], limits: Limits) -> None:
     """Raise `UnsafeArchive` if the directory of a zip is too long, before it is read into memory."""
     length = file.seek(0, 2)
-    file.seek(max(0, length - _END_BYTES - _MAX_COMMENT_BYTES))
+    start = max(0, length - _END_BYTES - _MAX_COMMENT_BYTES - _LOCATOR_BYTES - _END64_BYTES)
+    file.seek(start)
     tail = file.read()
     at = tail.rfind(_END)
     if at < 0:
         raise zipfile.BadZipFile
     count, size = struct.unpack("<HL", tail[at + 10 : at + 16])
+    locator = at - _LOCATOR_BYTES
+    if tail[max(0, locator) : at].startswith(_LOCATOR):
+        # zipfile, too, expects the record directly before its locator.
+        record = tail[max(0, locator - _END64_BYTES) : locator]
+        if not record.startswith(_END64):
+            raise zipfile.BadZipFile
+        count, size = struct.unpack("<QQ", record[32:48])
     if count > limits.max_files or size > limits.max_files * _MAX_ENTRY_BYTES:
         _refuse(f"The archive contains more than {limits.max_files} files.")
     file.seek(0)
@@ -103,16 +117,40 @@ def _extract(archive: zipfile.ZipFile, scratch: Path, limits: Limits, is_image: 
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="unpacked-", dir=scratch))
     remaining, files = limits.max_inflated_bytes, []
+    pairs = _find_pairs(archive, entries)
     for number, entry in enumerate(entries):
+        name = pairs.get(number, "")
         with archive.open(entry) as source:
             _use_igzip(source, entry)
             head = source.read(HEAD_BYTES)
-            if not head or not is_image(head):
+            if not head or not (name or is_image(head)):
                 continue
-            target = folder / f"{number:06d}"
+            target = folder / (name or f"{number:06d}")
+            if entry.file_size > remaining:  # as the directory states; `_copy` counts what comes
+                _refuse_size(limits)
             remaining -= _copy(head, source, target, remaining, limits)
         files.append(target)
     return files
+
+
+def _find_pairs(archive: zipfile.ZipFile, entries: Sequence[zipfile.ZipInfo]) -> dict[int, str]:
+    """Return new names for the headers and images of pairs, by their number in the archive.
+
+    The names of the archive only decide which files belong together.
+    """
+    numbers = {split_name(entry.filename): number for number, entry in enumerate(entries)}
+    names = {}
+    for (stem, suffix), number in numbers.items():
+        image = numbers.get((stem, IMAGE_SUFFIX))
+        if suffix != HEADER_SUFFIX or image is None:
+            continue
+        with archive.open(entries[number]) as source:
+            head = source.read(HEAD_BYTES)
+        if head.startswith(GZIP_SIGNATURE):
+            head = zlib.decompressobj(wbits=31).decompress(head, HEAD_BYTES)
+        if is_pair_header(head):
+            names[number], names[image] = f"{number:06d}{HEADER_SUFFIX}", f"{number:06d}{IMAGE_SUFFIX}"
+    return names
 
 
 def _use_igzip(source: IO[bytes], entry: zipfile.ZipInfo) -> None:
@@ -129,10 +167,14 @@ def _copy(head: bytes, source: IO[bytes], target: Path, remaining: int, limits: 
         while chunk:
             written += len(chunk)
             if written > remaining:
-                _refuse(f"The archive inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.")
+                _refuse_size(limits)
             out.write(chunk)
             chunk = source.read(CHUNK_BYTES)
     return written
+
+
+def _refuse_size(limits: Limits) -> NoReturn:
+    _refuse(f"The archive inflates to more than {limits.max_inflated_bytes / 1e6:.0f} MB.")
 
 
 def _is_link(entry: zipfile.ZipInfo) -> bool:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 HEAD_BYTES = 540
 # Compressed files are read and written in pieces of this size.
 CHUNK_BYTES = 1 << 20
+# Prefix of the folder, inside the folder of the results, into which an archive is unpacked.
+UNPACKED_PREFIX = ".unpacked-"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Reader for FreeSurfer's MGH files (gzipped: MGZ). nibabel derives the geometry."""
 
-import io
 import math
 import struct
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 import numpy as np
 from nibabel.affines import from_matvec
-from nibabel.fileholders import FileHolder
-from nibabel.freesurfer.mghformat import MGHError, MGHHeader, MGHImage
+from nibabel.freesurfer.mghformat import MGHError, MGHHeader
 
 from app.ingest.limits import Limits
 from app.ingest.volume_file import (
@@ -18,6 +16,7 @@ from app.ingest.volume_file import (
     check_type,
     invalid_header,
     looks_hounsfield,
+    read_voxels,
     truncated,
 )
 from app.volume import Affine, Scan, Source, Volume
@@ -61,9 +60,10 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     head = file.read(_DATA_OFFSET)
     check_complete(file, count_bytes(head, limits))
     try:
-        image = MGHImage.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)
-        array = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (*_ERRORS, OSError):
+        header = MGHHeader(head)
+        file.seek(_DATA_OFFSET)
+        array = read_voxels(file, header.get_data_shape(), np.dtype(header.get_data_dtype()), (None, None))
+    except _ERRORS:
         raise invalid_header() from None
     has_position = any(head[_GOOD_RAS])
     note = (
@@ -76,7 +76,7 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
         sform_code=int(has_position),
         notes=() if has_position else (note,),
     )
-    affine = np.asarray(image.affine, dtype=np.float64)
+    affine = np.asarray(header.get_affine(), dtype=np.float64)
     return Scan(Volume(array, affine if has_position else _default_affine(array.shape)), source)
 
 

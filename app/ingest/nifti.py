@@ -1,15 +1,13 @@
 """Reader for NIfTI-1 and NIfTI-2 files. nibabel derives the geometry."""
 
-import io
 import math
-from typing import BinaryIO, cast
+from collections.abc import Callable
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
-from nibabel.fileholders import FileHolder
-from nibabel.nifti1 import Nifti1Extensions
 
-from app.errors import NotAnImageFormat
+from app.errors import InvalidGeometry, InvalidHeader, NotAnImageFormat
 from app.ingest.limits import HEAD_BYTES, Limits
 from app.ingest.volume_file import (
     HEADER_ERRORS,
@@ -18,46 +16,29 @@ from app.ingest.volume_file import (
     check_type,
     invalid_header,
     looks_hounsfield,
+    read_voxels,
     truncated,
 )
-from app.volume import Affine, Scan, Source, Volume
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, Affine, Scan, Source, Volume, is_valid_affine
 
 Header = nib.Nifti1Header  # the header class of NIfTI-2 derives from it
-Image = nib.Nifti1Image
 
 _NIFTI1_BYTES, _NIFTI1_MAGIC_OFFSET = 348, 344
+# The voxels start here if there are no extensions: behind the header and a flag of four bytes.
+_NIFTI1_VOXELS = 352
 _NIFTI2_BYTES = 540
+_DESCRIPTION = slice(148, 228)
+_MAX_AXES = 7
+# Bits per voxel of each data type of Analyze 7.5.
+_ANALYZE_BITS = {2: 8, 4: 16, 8: 32, 16: 32, 32: 64, 64: 64, 128: 24}
 _NIFTI1_MAGIC = b"n+1\0"
 _NIFTI2_MAGIC = b"n+2\0\r\n\x1a\n"
 _PAIR_MAGICS = (b"ni1\0", b"ni2\0")
-_NIFTI2_SIZES = (b"\x1c\x02\0\0", b"\0\0\x02\x1c")  # sizeof_hdr 540, little and big endian
 _MM_PER_UNIT = {"mm": 1.0, "meter": 1000.0, "micron": 0.001}
+# No scan is shorter or longer along its longest axis. Outside this range the unit is taken for wrong.
+SMALLEST_IMAGE_MM, LARGEST_IMAGE_MM = 1.0, 1000.0
 # A sform and a qform that differ by less than this are the same geometry, written twice.
 _SAME_POSITION_MM = 0.5
-
-
-class _NoExtensions(Nifti1Extensions):
-    """Header extensions that are not parsed: they are not needed, and nibabel would parse DICOM in them."""
-
-    @classmethod
-    def from_fileobj(cls, fileobj: object, size: int, byteswap: bool) -> "_NoExtensions":  # noqa: ARG003, FBT001
-        return cls()
-
-
-class _Header1(nib.Nifti1Header):
-    exts_klass = _NoExtensions
-
-
-class _Header2(nib.Nifti2Header):
-    exts_klass = _NoExtensions
-
-
-class _Image1(nib.Nifti1Image):
-    header_class = _Header1
-
-
-class _Image2(nib.Nifti2Image):
-    header_class = _Header2
 
 
 def matches(head: bytes) -> bool:
@@ -68,42 +49,103 @@ def matches(head: bytes) -> bool:
     Raises
     ------
     NotAnImageFormat
-        If the bytes are the header of a NIfTI pair, whose voxels are in another file.
+        If the bytes are the header of a NIfTI or Analyze pair, whose voxels are in another file.
     """
-    sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
+    if is_pair_header(head):
+        raise NotAnImageFormat(
+            "The file is the header of a pair (.hdr and .img) and does not contain the voxels.",
+            expected="one NIfTI file with header and voxels (.nii, .nii.gz), or both files of the pair.",
+            advice="Save the pair as one .nii file, or zip both files together.",
+        )
+    sizes = _stated_sizes(head)
     if _NIFTI1_BYTES in sizes:
         magic = head[_NIFTI1_MAGIC_OFFSET:_NIFTI1_BYTES]
-        _refuse_pair(magic)
         return magic == _NIFTI1_MAGIC or len(head) < _NIFTI1_BYTES
-    if _NIFTI2_BYTES in sizes:
-        _refuse_pair(head[4:8])
-        return _NIFTI2_MAGIC.startswith(head[4:12])
-    return False
+    return _NIFTI2_BYTES in sizes and _NIFTI2_MAGIC.startswith(head[4:12])
 
 
-def _refuse_pair(magic: bytes) -> None:
-    if magic in _PAIR_MAGICS:
-        raise NotAnImageFormat(
-            "The file is the header of a NIfTI pair (.hdr and .img) and does not contain the voxels.",
-            expected="one NIfTI file with header and voxels (.nii, .nii.gz).",
-            advice="Save the pair as one .nii file and send that.",
-        )
+def is_pair_header(head: bytes) -> bool:
+    """Return True if the first bytes are the header of a NIfTI or Analyze pair, whose voxels are in another file."""
+    if is_nifti2(head):
+        return head[4:8] in _PAIR_MAGICS
+    is_nifti1 = _NIFTI1_BYTES in _stated_sizes(head)
+    return is_analyze(head) or (is_nifti1 and head[_NIFTI1_MAGIC_OFFSET:_NIFTI1_BYTES] in _PAIR_MAGICS)
+
+
+def is_result(head: bytes) -> bool:
+    """Return True if the first bytes are those of an image that Counterpart wrote as a result."""
+    description = head[_DESCRIPTION].rstrip(b"\0")
+    return description.startswith(RESULT_PREFIX.encode()) and description.endswith(RESULT_SUFFIX.encode())
+
+
+def is_nifti2(head: bytes) -> bool:
+    """Return True if the first bytes state the size of a header of NIfTI-2."""
+    return _NIFTI2_BYTES in _stated_sizes(head)
+
+
+def is_analyze(head: bytes) -> bool:
+    """Return True if the first bytes are a header of Analyze 7.5, which has the size of NIfTI-1 and no magic number."""
+    if len(head) < _NIFTI1_BYTES or _NIFTI1_BYTES not in _stated_sizes(head):
+        return False
+    if head[_NIFTI1_MAGIC_OFFSET:].startswith((_NIFTI1_MAGIC, *_PAIR_MAGICS)):
+        return False
+    analyze = nib.AnalyzeHeader(head[:_NIFTI1_BYTES], check=False)
+    # Some writers leave the letter "r" out.
+    axes, bits = int(analyze["dim"][0]), _ANALYZE_BITS.get(int(analyze["datatype"]))
+    is_plausible = 1 <= axes <= _MAX_AXES and int(analyze["bitpix"]) == bits
+    return bool(analyze["regular"].item() == b"r" or is_plausible)
+
+
+def _stated_sizes(head: bytes) -> set[int]:
+    """Return the size of the header that it states, in both byte orders."""
+    return {int.from_bytes(head[:4], order) for order in ("little", "big")}
 
 
 def count_bytes(head: bytes, limits: Limits) -> int:
     """Return the number of bytes up to the last voxel: see `app.ingest.volume_file.VolumeFormat`."""
-    return _count_bytes(_parse_header(head), limits)
+    return _count_bytes(_parse_header(head)[0], limits)
 
 
-def _parse_header(head: bytes) -> Header:
-    header_class = nib.Nifti2Header if head.startswith(_NIFTI2_SIZES) else nib.Nifti1Header
+def _parse_header(head: bytes) -> tuple[Header, list[str]]:
+    """Return the header with its repairable faults repaired, and a note about each repair."""
+    header_class = nib.Nifti2Header if is_nifti2(head) else nib.Nifti1Header
     size = int(header_class.template_dtype.itemsize)
     if len(head) < size:
         raise truncated(f"The file ends inside its header, after {len(head)} bytes.")
     try:
-        return header_class(head[:size], check=True)  # type: ignore[no-untyped-call]
+        header = header_class(head[:size], check=True)  # type: ignore[no-untyped-call]
     except HEADER_ERRORS:
         raise invalid_header() from None
+    return header, [*_repair_lengths(header), *_repair_offset(header, head)]
+
+
+def _repair_lengths(header: Header) -> list[str]:
+    """Set each length of 0 behind the third axis to 1."""
+    lengths = header["dim"]
+    behind = slice(4, max(4, min(int(lengths[0]), 7) + 1))
+    if (lengths[behind] != 0).all():
+        return []
+    lengths[behind][lengths[behind] == 0] = 1
+    return ["The header states a length of 0 behind the third axis. It is read as 1."]
+
+
+def _repair_offset(header: Header, head: bytes) -> list[str]:
+    """Let the voxels of a single file begin behind its header if the header states the position 0."""
+    if header["vox_offset"] != 0:
+        return []
+    flag = head[_NIFTI1_BYTES : _NIFTI1_BYTES + 4]
+    if isinstance(header, nib.Nifti2Header) or any(flag):
+        raise InvalidHeader(
+            "The header states that the voxels begin inside the header (vox_offset 0).",
+            expected="the position behind the header and its extensions.",
+            advice="Convert the original again with a current tool.",
+        )
+    header["vox_offset"] = _NIFTI1_VOXELS
+    note = (
+        "The header states that the voxels begin inside the header (vox_offset 0). They are read from byte "
+        f"{_NIFTI1_VOXELS}, where the header ends."
+    )
+    return [note]
 
 
 def _count_bytes(header: Header, limits: Limits) -> int:
@@ -122,52 +164,101 @@ def _count_bytes(header: Header, limits: Limits) -> int:
 def load(file: BinaryIO, limits: Limits) -> Scan:
     """Read an uncompressed NIfTI file: see `app.ingest.volume_file.VolumeFormat`."""
     file.seek(0)
-    header = _parse_header(file.read(HEAD_BYTES))
+    header, notes = _parse_header(file.read(HEAD_BYTES))
     check_complete(file, _count_bytes(header, limits))
-    image_class = _Image2 if isinstance(header, nib.Nifti2Header) else _Image1
     try:
-        image = image_class.from_file_map({"image": FileHolder(fileobj=cast("io.IOBase", file))}, mmap=False)  # type: ignore[no-untyped-call]
-        array = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (*HEADER_ERRORS, OSError):
+        scaling = header.get_slope_inter()
+        file.seek(header.get_data_offset())
+        array = read_voxels(file, header.get_data_shape(), header.get_data_dtype(), scaling)
+    except HEADER_ERRORS:
         raise invalid_header() from None
-    affine, notes = _affine_mm(image)
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim == 2:
         array = array[..., np.newaxis]  # (X, Y) -> (X, Y, 1)
-    code = int(image.header["sform_code"]) or int(image.header["qform_code"])
-    source = Source(format="nifti", looks_hounsfield=looks_hounsfield(array), sform_code=code, notes=notes)
+    affine, code = _affine_mm(header, array.shape, notes)
+    source = Source(format="nifti", looks_hounsfield=looks_hounsfield(array), sform_code=code, notes=tuple(notes))
     return Scan(Volume(array, affine), source)
 
 
-def _affine_mm(image: Image) -> tuple[Affine, tuple[str, ...]]:
-    """Return the affine from voxel indices to RAS+ mm, and notes about assumptions."""
-    header, notes = image.header, []
-    affine = np.array(image.affine, dtype=np.float64)
-    sform, qform = int(header["sform_code"]), int(header["qform_code"])
-    if not sform and not qform:
-        notes.append(
-            "The file states no position in space (sform and qform code 0). NIfTI's default position is used: left "
-            "and right may be exchanged."
-        )
-    if sform and qform and (distance := _max_distance(header, image.shape)) > _SAME_POSITION_MM:
-        notes.append(f"The sform and the qform of the file differ by up to {distance:.1f} mm. The sform is used.")
-    try:
-        unit = header.get_xyzt_units()[0]
-    except KeyError:
-        unit = "unknown"
+# ---- position ----------------------------------------------------------------------------------
+
+
+def _affine_mm(header: Header, shape: tuple[int, ...], notes: list[str]) -> tuple[Affine, int]:
+    """Return the affine from voxel indices to RAS+ mm and the code of its space. Notes are added to `notes`.
+
+    Raises
+    ------
+    InvalidGeometry
+        No scan has that size in the stated unit.
+    """
+    unit = _read_unit(header)
+    affine, code = _choose_affine(header, shape, _MM_PER_UNIT.get(unit, 1.0), notes)
     if unit == "unknown":
         notes.append("The file states no unit of length. Millimetres are assumed.")
     elif unit != "mm":
         notes.append(f"The unit of length of the file is {unit}. Lengths are converted to millimetres.")
-        affine[:3] *= _MM_PER_UNIT[unit]
-    return affine, tuple(notes)
+    if unit != "mm":
+        _check_unit(affine, shape, unit)
+    return affine, code
 
 
-def _max_distance(header: Header, shape: tuple[int, ...]) -> float:
-    """Return the largest distance between the sform and the qform position of a corner, in the file's unit."""
-    sizes = (*shape, 1, 1)[:3]
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in sizes], indexing="ij")).reshape(3, -1)
-    difference = header.get_sform() - header.get_qform()
+def _read_unit(header: Header) -> str:
+    try:
+        return str(header.get_xyzt_units()[0])
+    except KeyError:
+        return "unknown"
+
+
+def _choose_affine(header: Header, shape: tuple[int, ...], unit_mm: float, notes: list[str]) -> tuple[Affine, int]:
+    """Return the affine and the code of its space: the sform, unless only the qform is valid."""
+    sform, qform, base = (
+        _affine_of(get, unit_mm) for get in (header.get_sform, header.get_qform, header.get_base_affine)
+    )
+    sform_code, qform_code = int(header["sform_code"]), int(header["qform_code"])
+    if not sform_code and not qform_code:
+        notes.append(
+            "The file states no position in space (sform and qform code 0). NIfTI's default position is used: the "
+            "slices are taken for axial, and left and right may be exchanged."
+        )
+        return base, 0
+    if sform_code and qform_code:
+        if is_valid_affine(qform) and not is_valid_affine(sform):
+            notes.append("The sform of the file is not an invertible matrix. The qform is used.")
+            return qform, qform_code
+        if is_valid_affine(qform) and (distance := _max_distance(sform - qform, shape)) > _SAME_POSITION_MM:
+            notes.append(f"The sform and the qform of the file differ by up to {distance:.1f} mm. The sform is used.")
+        elif not is_valid_affine(qform):
+            notes.append("The qform of the file is not an invertible matrix. The sform is used.")
+    return (sform, sform_code) if sform_code else (qform, qform_code)
+
+
+def _affine_of(get: Callable[[], Affine], unit_mm: float) -> Affine:
+    """Return one of the affines of a header in mm, (4, 4). If nibabel cannot compute it, it is NaN."""
+    try:
+        affine = np.array(get(), dtype=np.float64)
+    except HEADER_ERRORS:
+        return np.full((4, 4), np.nan)
+    affine[:3] *= unit_mm
+    return affine
+
+
+def _max_distance(difference: Affine, shape: tuple[int, ...]) -> float:
+    """Return the largest distance in mm between two positions of a corner, from the difference of two affines."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape], indexing="ij")).reshape(3, -1)
     shift = difference[:3, :3] @ corners + difference[:3, 3:]
     return float(np.linalg.norm(shift, axis=0).max())
+
+
+def _check_unit(affine: Affine, shape: tuple[int, ...], unit: str) -> None:
+    """Raise `InvalidGeometry` if the image is smaller or larger than any scan, so that its unit must be wrong."""
+    longest = float((np.linalg.norm(affine[:3, :3], axis=0) * shape).max())
+    if SMALLEST_IMAGE_MM <= longest <= LARGEST_IMAGE_MM or not np.isfinite(longest):
+        return
+    found = f"The unit of length of the file is {unit}" if unit != "unknown" else "The file states no unit of length"
+    size = "smaller than a millimetre" if longest < SMALLEST_IMAGE_MM else "longer than a metre"
+    raise InvalidGeometry(
+        f"{found}{', and in millimetres' if unit == 'unknown' else '. In this unit'} the image is {size}.",
+        expected="a unit that fits the voxel sizes and the positions.",
+        advice="Correct the unit (xyzt_units) of the file. Most files are in millimetres.",
+    )

@@ -4,15 +4,26 @@ A format is one entry of `READERS`. Everything here iterates over them: format d
 archive or a folder, and the list of formats in error messages.
 """
 
+import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
-from app.errors import CounterpartError, EmptyUpload, NoImageInArchive, NotAnImageFormat, SeveralSeries, UnsafeArchive
-from app.ingest import archive, mgh, nifti
-from app.ingest.limits import DEFAULT_LIMITS, HEAD_BYTES, Limits
-from app.ingest.volume_file import GZIP_SIGNATURE, VolumeFormat, read_gzipped_head, read_volume_file
+from app.errors import (
+    CounterpartError,
+    EmptyUpload,
+    NoImageInArchive,
+    NotAnImageFormat,
+    SeveralSeries,
+    UnsafeArchive,
+    UploadTooLarge,
+)
+from app.ingest import archive, mgh, nifti, nifti_pair
+from app.ingest.limits import CHUNK_BYTES, DEFAULT_LIMITS, HEAD_BYTES, UNPACKED_PREFIX, Limits
+from app.ingest.outliers import repair_outliers
+from app.ingest.volume_file import GZIP_SIGNATURE, VolumeFormat, read_inflated_head, read_volume_file
 from app.volume import Geometry, Scan
 
 __all__ = [
@@ -30,6 +41,9 @@ __all__ = [
 # Local file header, end of an empty archive, marker of a split archive.
 _ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _DICOM_PREFIX, _DICOM_PREFIX_OFFSET = b"DICM", 128
+# Results of Counterpart in a folder that is read again. Their report tells them from other DICOM files of these names.
+RESULT_REPORT, RESULT_DICOM_NAMES = "report.json", ("segmentation.dcm", "report.dcm")
+_REPORT_MARK, _REPORT_HEAD_BYTES = b'"research_use_only": true', 1000
 # A data set without the preamble begins with an element of group 0002 or 0008, little endian.
 _DICOM_FIRST_GROUPS = (0x0002, 0x0008)
 _DICOM_MAX_FIRST_ELEMENT = 0x0020
@@ -83,6 +97,8 @@ def _volume_reader(name: str, title: str, suffixes: str, volume_format: VolumeFo
 
     def read(files: Sequence[Path], options: ReadOptions) -> Scan:
         (path,) = files
+        if image := nifti_pair.find_image(path):
+            path = nifti_pair.join_pair(path, image, options.scratch, options.limits)
         return read_volume_file(path, volume_format, options.scratch, options.limits)
 
     return Reader(name, title, suffixes, volume_format.matches, read, one_file=True, may_be_gzipped=True)
@@ -104,8 +120,9 @@ def _read_dicom(files: Sequence[Path], options: ReadOptions) -> Scan:
     return read_dicom(files, options.series, options.geometry, options.limits, options.sequences)
 
 
+_NIFTI = _volume_reader("nifti", "NIfTI", ".nii, .nii.gz", nifti)
 READERS: tuple[Reader, ...] = (
-    _volume_reader("nifti", "NIfTI", ".nii, .nii.gz", nifti),
+    _NIFTI,
     _volume_reader("mgh", "FreeSurfer MGH", ".mgh, .mgz", mgh),
     Reader("dicom", "DICOM", "any name", _is_dicom, _read_dicom, one_file=False, may_be_gzipped=False),
 )
@@ -128,7 +145,7 @@ def read_scan(
     ----------
     path : Path
         A file of a supported format (NIfTI and MGH may be gzipped), a zip of such a file or of a DICOM series,
-        or a folder of them.
+        or a folder of them. A pipe is copied into `scratch` first. Symbolic links are followed.
     scratch : Path
         Folder for extracted files. It is created if it is missing, and must exist as long as the files in
         `Scan.source.instances` are needed.
@@ -147,7 +164,11 @@ def read_scan(
         A subclass of `UploadError` or `UnreadableScan`, or `WrongModality`, for every fault of the upload.
     """
     options = ReadOptions(scratch, series, geometry, limits, sequences)
-    return _read_folder(path, options) if path.is_dir() else _read_file(path, options)
+    if path.is_dir():
+        return repair_outliers(_read_folder(path, options))
+    if path.exists() and not path.is_file():
+        path = _copy_pipe(path, options)
+    return repair_outliers(_read_file(path, options))
 
 
 def detect_format(head: bytes) -> str:
@@ -181,42 +202,124 @@ def detect_format(head: bytes) -> str:
     )
 
 
+def _copy_pipe(path: Path, options: ReadOptions) -> Path:
+    """Copy what comes from a pipe or device, which can be read only once, into a file."""
+    options.scratch.mkdir(parents=True, exist_ok=True)
+    remaining = options.limits.max_inflated_bytes
+    with path.open("rb") as source, NamedTemporaryFile(dir=options.scratch, prefix="pipe-", delete=False) as copy:
+        while chunk := source.read(CHUNK_BYTES):
+            remaining -= len(chunk)
+            if remaining < 0:
+                raise UploadTooLarge(
+                    f"More than {options.limits.max_inflated_bytes / 1e6:.0f} MB came from the pipe.",
+                    expected="one scan.",
+                    advice="Check which program writes into the pipe.",
+                )
+            copy.write(chunk)
+    return Path(copy.name)
+
+
 def _read_file(path: Path, options: ReadOptions) -> Scan:
-    if detect_format(_read_head(path)) == "zip":
+    path = nifti_pair.find_header(path) or path
+    if nifti_pair.find_image(path) is None and detect_format(_read_head(path)) == "zip":
         return _read_files(archive.unpack(path, options.scratch, options.limits, _is_image), options)
     return _find_reader(path).read([path], options)
 
 
 def _read_folder(folder: Path, options: ReadOptions) -> Scan:
-    files = []
-    for path in folder.rglob("*"):
-        if path.is_file() and not path.is_symlink():
-            files.append(path)
-        if len(files) > options.limits.max_files:
+    files, broken_links = _list_files(folder, options.limits)
+    if not files:
+        links = f"{broken_links} symbolic links whose targets do not exist, and no files"
+        raise EmptyUpload(
+            f"The folder contains {links if broken_links else 'no files'}.",
+            expected=ACCEPTED_FORMATS,
+            advice="Fetch the files behind the links." if broken_links else "Check the folder.",
+        )
+    scan = _read_file(files[0], options) if len(files) == 1 else _read_files(_without_results(files), options)
+    if not broken_links:
+        return scan
+    note = f"The folder contains {broken_links} symbolic links whose targets do not exist. They are left out."
+    return replace(scan, source=replace(scan.source, notes=(*scan.source.notes, note)))
+
+
+def _list_files(folder: Path, limits: Limits) -> tuple[list[Path], int]:
+    """Return the files in a folder, sorted, each once, and the number of symbolic links without a target.
+
+    Links are followed, except to a folder that contains this one.
+    """
+    files: list[Path] = []
+    broken_links = 0
+    above = {_identity(parent) for parent in folder.resolve().parents}
+    visited = set()
+    for name, folders, names in os.walk(folder, followlinks=True):
+        visited.add(_identity(Path(name)))
+        # A killed run can leave copies of its scan in an unpacked folder.
+        folders[:] = [
+            other
+            for other in folders
+            if not other.startswith(UNPACKED_PREFIX) and _identity(Path(name, other)) not in above | visited
+        ]
+        for path in (Path(name, other) for other in names):
+            if path.is_file():
+                files.append(path)
+            elif path.is_symlink() and not path.exists():
+                broken_links += 1
+        if len(files) > limits.max_files:
             raise UnsafeArchive(
-                f"The folder contains more than {options.limits.max_files} files.",
+                f"The folder contains more than {limits.max_files} files.",
                 expected="one series.",
                 advice="Send only the folder of the series.",
             )
-    if not files:
-        raise EmptyUpload("The folder contains no files.", expected=ACCEPTED_FORMATS, advice="Check the folder.")
-    if len(files) == 1:
-        return _read_file(files[0], options)
-    return _read_files(sorted(files), options)
+    by_identity: dict[tuple[int, int], Path] = {}
+    for path in sorted(files, key=lambda path: (path.is_symlink(), path)):
+        by_identity.setdefault(_identity(path), path)
+    return sorted(by_identity.values()), broken_links
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Return what identifies a file under any name."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _without_results(files: Sequence[Path]) -> list[Path]:
+    """Leave out the DICOM results that Counterpart wrote beside a report.json. NIfTI results are known by content."""
+    written = {path.parent for path in files if path.name == RESULT_REPORT and _is_report(path)}
+    return [path for path in files if not (path.parent in written and path.name in RESULT_DICOM_NAMES)]
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return _REPORT_MARK in file.read(_REPORT_HEAD_BYTES)
 
 
 def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
-    """Read the one scan among many files; files of other formats are ignored."""
+    """Read the one scan among many files; files of other formats and results of Counterpart are ignored."""
+    files = list(files)
     found: dict[str, list[Path]] = {reader.format: [] for reader in READERS}
+    images = {image for path in files if (image := nifti_pair.find_image(path))}
+    results, lone_header = 0, None
     for path in files:
+        if path in images:
+            continue
         try:
-            found[_find_reader(path).format].append(path)
+            reader = _find_reader(path)
+            if reader is _NIFTI and nifti.is_result(read_inflated_head(path)):
+                results += 1
+            else:
+                found[reader.format].append(path)
+        except NotAnImageFormat as error:
+            lone_header = error if nifti.is_pair_header(read_inflated_head(path)) else lone_header
         except CounterpartError:
             continue
     scans = [(reader, found[reader.format]) for reader in READERS if found[reader.format]]
+    if not scans and lone_header:
+        raise lone_header
     if not scans:
         raise NoImageInArchive(
-            "None of the files is an image in a format that Counterpart reads.",
+            "The only images are results of Counterpart."
+            if results
+            else "None of the files is an image in a format that Counterpart reads.",
             expected=ACCEPTED_FORMATS,
             advice="Pack the images themselves. An archive inside an archive is not opened.",
         )
@@ -239,11 +342,11 @@ def _find_reader(path: Path) -> Reader:
     EmptyUpload, NotAnImageFormat, TruncatedFile
         If the file is empty, not an image, or a damaged gzip stream.
     """
-    head = _read_head(path)
-    name = detect_format(head)
+    if nifti_pair.find_image(path):
+        return _NIFTI
+    name = detect_format(_read_head(path))
     is_gzipped = name == "gzip"
-    if is_gzipped:
-        head = read_gzipped_head(path)
+    head = read_inflated_head(path)
     for reader in READERS:
         if reader.matches(head) and (reader.may_be_gzipped or not is_gzipped):
             return reader
@@ -256,9 +359,12 @@ def _find_reader(path: Path) -> Reader:
 
 
 def _is_image(head: bytes) -> bool:
-    """Return True if a file of a zip is extracted; a zip inside a zip is not."""
+    """Return True if a file of a zip is extracted; a zip inside a zip is not.
+
+    The lone header of a pair is extracted, so that the error can name it.
+    """
     try:
-        return detect_format(head) != "zip"
+        return nifti.is_pair_header(head) or detect_format(head) != "zip"
     except NotAnImageFormat:
         return False
 

@@ -9,6 +9,7 @@ import numpy as np
 from isal import igzip, isal_zlib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nibabel.volumeutils import apply_read_scaling
 
 from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, InvalidHeader, NotAVolume, TooManyVoxels, TruncatedFile, UnsupportedPixels
@@ -18,6 +19,8 @@ from app.volume import FloatArray, Scan
 GZIP_SIGNATURE = b"\x1f\x8b"
 # The stub of isal does not declare its error class as an exception.
 InflateError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
+# Deflate makes 258 bytes of two bits at best.
+MAX_DEFLATE_RATIO = 1032
 # nibabel raises these for an invalid header. Their text repeats the header's values, so it is never shown.
 HEADER_ERRORS = (HeaderDataError, ImageFileError, ValueError, KeyError, OverflowError)
 
@@ -78,14 +81,18 @@ def read_volume_file(path: Path, volume_format: VolumeFormat, scratch: Path, lim
             return volume_format.load(file, limits)
 
 
-def read_gzipped_head(path: Path) -> bytes:
-    """Return the first `HEAD_BYTES` bytes inside a gzipped file.
+def read_inflated_head(path: Path) -> bytes:
+    """Return the first `HEAD_BYTES` bytes of a file, or those inside a gzipped file.
 
     Raises
     ------
     TruncatedFile
         If the gzip stream is damaged.
     """
+    with path.open("rb") as file:
+        head = file.read(HEAD_BYTES)
+    if not head.startswith(GZIP_SIGNATURE):
+        return head
     try:
         with igzip.open(path) as stream:
             return bytes(stream.read(HEAD_BYTES))
@@ -101,6 +108,8 @@ def _inflate(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Lim
         with igzip.open(path) as stream:
             head = stream.read(HEAD_BYTES)
             remaining = volume_format.count_bytes(head, limits) - len(head)
+            if remaining > MAX_DEFLATE_RATIO * path.stat().st_size:
+                raise truncated("The header states more bytes than a gzip file of this size can contain.")
             out.write(head)
             while remaining > 0 and (chunk := stream.read(min(remaining, CHUNK_BYTES))):
                 out.write(chunk)
@@ -116,6 +125,43 @@ def _inflate(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Lim
         raise
     out.seek(0)
     return out
+
+
+# ---- voxels ------------------------------------------------------------------------------------
+
+
+def read_voxels(
+    file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype[Any], scaling: tuple[float | None, float | None]
+) -> FloatArray:
+    """Read voxels from the position of a file, first axis fastest, and scale them.
+
+    The values are those of nibabel. It would need two to four times the memory of the result.
+
+    Parameters
+    ----------
+    file : BinaryIO
+    shape : tuple of int
+    dtype : dtype
+        Of the file.
+    scaling : tuple of float or None
+        Slope and intercept. None means 1 and 0.
+
+    Returns
+    -------
+    ndarray of float32
+        In Fortran order.
+    """
+    flat = np.empty(math.prod(shape), dtype=np.float32)
+    step = max(1, CHUNK_BYTES // dtype.itemsize)
+    # A value beyond float32 becomes infinite, and `Volume` counts it as an invalid voxel.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, flat.size, step):
+            part = flat[start : start + step]
+            raw = np.frombuffer(file.read(part.size * dtype.itemsize), dtype=dtype)
+            if raw.size != part.size:
+                raise truncated("The file ends before its last voxel.")
+            part[:] = apply_read_scaling(raw, *scaling)
+    return flat.reshape(shape, order="F")
 
 
 # ---- checks of a header ------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from scipy import ndimage
 from app.manifest import Manifest, Residual
 from app.pipeline.detect import Detection
 from app.pipeline.preprocess import bounding_box
-from app.volume import BoolArray, FloatArray, Volume
+from app.volume import Affine, BoolArray, FloatArray, Volume
 
 MaskArray = npt.NDArray[np.uint8]
 LabelArray = npt.NDArray[np.integer]
@@ -34,6 +34,8 @@ class Lesion:
         Smallest and largest voxel centre along each axis, RAS+ mm.
     key_slice : int
         Index along the last axis of the scan of the slice with the largest part of the lesion.
+    key_z_mm : float
+        Height in RAS+ mm of the axial plane with the largest part of the lesion, whatever the axes of the scan.
     """
 
     label: int
@@ -43,6 +45,7 @@ class Lesion:
     centroid_mm: tuple[float, float, float]
     box_mm: tuple[tuple[float, float, float], tuple[float, float, float]]
     key_slice: int
+    key_z_mm: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +178,31 @@ def _describe_lesion(
         centroid_mm=_point(points.mean(axis=0)),
         box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
         key_slice=int(np.bincount(voxels[:, 2]).argmax()),
+        key_z_mm=_largest_plane(points[:, 2], volume.affine),
     )
+
+
+def _largest_plane(heights: npt.NDArray[np.float64], affine: Affine) -> float:
+    """Return the RAS+ height of the axial plane with the most of some voxels."""
+    planes, counts = np.unique(plane_numbers(heights, affine), return_counts=True)
+    return plane_height(float(planes[counts.argmax()]), affine)
+
+
+def plane_numbers(heights: npt.NDArray[np.float64], affine: Affine) -> npt.NDArray[np.float64]:
+    """Return the numbers of the closest axial planes: the slices of an axial scan, or steps of a slice or voxel."""
+    step, origin = _plane_steps(affine)
+    return np.asarray(np.round((heights - origin) / step), dtype=np.float64)
+
+
+def plane_height(number: float, affine: Affine) -> float:
+    """Return the RAS+ height of an axial plane in mm."""
+    step, origin = _plane_steps(affine)
+    return number * step + origin
+
+
+def _plane_steps(affine: Affine) -> tuple[float, float]:
+    axis = int(np.abs(affine[2, :3]).argmax())
+    return abs(float(affine[2, axis])), float(affine[2, 3])
 
 
 def _point(values: npt.NDArray[np.float64]) -> tuple[float, float, float]:

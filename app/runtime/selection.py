@@ -6,7 +6,7 @@ from typing import Literal
 
 from packaging.version import Version
 
-from app.errors import NonCommercialModel, UnknownModel, WrongModality, WrongSequence
+from app.errors import CounterpartError, NonCommercialModel, UnknownModel, WrongModality, WrongSequence
 from app.manifest import Manifest
 from app.volume import WITH_AGENT, Source
 
@@ -59,7 +59,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     if installed and not fitting:
         raise WrongModality(
             f"{_describe_modality(source)}, and no model was trained on it.",
-            expected=f"a scan that one of these models accepts: {_list_models(installed)}.",
+            expected=f"a scan that one of these models accepts: {list_models(installed)}.",
             advice="Send another series, or install a model for this modality.",
         )
     fitting = [m for m in fitting if not m.licence.non_commercial]
@@ -69,7 +69,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     if len(names) != 1:
         raise UnknownModel(
             "Several models are suitable for the scan." if names else "No model is suitable for the scan.",
-            expected=f"one of {_list_models(installed)}.",
+            expected=f"one of {list_models(installed)}.",
             advice="Name one with ?model= (or --model).",
         )
     selected = fitting[-1]
@@ -83,6 +83,23 @@ def trained_sequences(manifests: Sequence[Manifest], model: str | None) -> froze
     if model:
         return frozenset(m.sequence for m in available if model in (m.name, m.id))
     return frozenset(m.sequence for m in available if not m.licence.non_commercial)
+
+
+def explain_selection(
+    error: CounterpartError, selection: ModelSelection, manifests: Sequence[Manifest]
+) -> CounterpartError:
+    """Return the refusal of a scan with what was assumed to select its model, and how the caller can select another.
+
+    If the selection is certain, the error is returned unchanged.
+    """
+    if not selection.warning:
+        return error
+    return type(error)(
+        f"{error.found} {selection.warning} The model is {selection.manifest.id}.",
+        expected=error.expected,
+        advice=f"{error.advice} If another model fits the scan, name it with ?model= (or --model): "
+        f"{list_models(manifests)}.",
+    )
 
 
 def check_licence(manifest: Manifest, *, noncommercial: bool) -> None:
@@ -106,7 +123,7 @@ def _select_by_name(installed: Sequence[Manifest], source: Source, model: str) -
     if not named:
         raise UnknownModel(
             f"No model has the name {model!r}.",
-            expected=f"one of {_list_models(installed)}.",
+            expected=f"one of {list_models(installed)}.",
             advice="Name one with ?model= (or --model).",
         )
     selected = named[-1]
@@ -142,7 +159,7 @@ def _with_sequence(fitting: Sequence[Manifest], source: Source) -> list[Manifest
             return same_agent or known
     raise WrongSequence(
         f"The sequence of the scan is {' or '.join(source.sequences)}, and no model was trained on it.",
-        expected=f"a scan that one of these models accepts: {_list_models(fitting)}.",
+        expected=f"a scan that one of these models accepts: {list_models(fitting)}.",
         advice="Send that series of the examination. If the header is wrong, name the model (?model=, --model).",
     )
 
@@ -178,7 +195,8 @@ def _describe_modality(source: Source) -> str:
     return f"The scan's modality is {source.modality}"
 
 
-def _list_models(manifests: Sequence[Manifest]) -> str:
+def list_models(manifests: Sequence[Manifest]) -> str:
+    """Return the ids, modalities and sequences of models for an error message."""
     if not manifests:
         return "no model: none is installed"
 

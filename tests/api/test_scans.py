@@ -29,7 +29,7 @@ def test_scan_is_accepted_and_finished(client: TestClient) -> None:
     assert done["findings"][0]["centroid_mm"] == [1.0, -2.0, 3.0]
     assert done["lesion_volume_ml"] == 2.5
     assert done["timings"] == {"read": 0.1, "infer": 2.0}
-    assert set(done["links"]) == {"self", "events", "mask", "anomaly", "counterpart", "report", "preview"}
+    assert set(done["links"]) == {"self", "events", "mask", "labels", "anomaly", "counterpart", "report", "preview"}
     for link in done["links"].values():
         assert client.get(link).status_code == 200
 

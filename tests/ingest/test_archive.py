@@ -5,6 +5,7 @@ import stat
 import struct
 import time
 import zipfile
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -77,6 +78,16 @@ def test_a_bomb_stops_at_the_limit(tmp_path: Path, read_scan: Read, nifti: bytes
     with pytest.raises(UnsafeArchive):
         read_scan(path, limits=Limits(max_inflated_bytes=10_000_000))
     assert sum(file.stat().st_size for file in (tmp_path / "scratch").rglob("*") if file.is_file()) <= 10_000_000
+
+
+def test_a_stated_size_beyond_the_limit_is_refused_before_extraction(
+    tmp_path: Path, read_scan: Read, nifti: bytes
+) -> None:
+    path = make_zip(tmp_path / "bomb.zip", {"a.nii": nifti, "b.nii": nifti + bytes(24_000_000)})
+    with pytest.raises(UnsafeArchive):
+        read_scan(path, limits=Limits(max_inflated_bytes=10_000_000))
+    files = [file for file in (tmp_path / "scratch").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) == len(nifti)
 
 
 def test_the_limit_counts_all_files(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
@@ -197,3 +208,46 @@ def test_igzip_inflates_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     unpacked = archive.unpack(path, tmp_path / "scratch", Limits(), lambda _: True)
     assert [path.read_bytes() for path in unpacked] == list(files.values())
     assert window_bits == [-15, -15]
+
+
+def make_zip64(files: dict[str, bytes], *, stated_files: int | None = None, stated_bytes: int | None = None) -> bytes:
+    """Return an archive as streaming writers make it: all numbers in 64-bit fields, and none in the 32-bit ones."""
+    out, directory = bytearray(), bytearray()
+    for name, content in files.items():
+        at, path, crc = len(out), name.encode(), zlib.crc32(content)
+        sizes = struct.pack("<HHQQ", 1, 16, len(content), len(content))
+        common = (45, 0, 0, 0, 0, crc, 0xFFFFFFFF, 0xFFFFFFFF, len(path))
+        out += struct.pack("<4sHHHHHLLLHH", b"PK\3\4", *common, len(sizes)) + path + sizes + content
+        sizes = struct.pack("<HHQQQ", 1, 24, len(content), len(content), at)
+        directory += struct.pack("<4sHHHHHHLLLHHHHHLL", b"PK\1\2", 45, *common, len(sizes), 0, 0, 0, 0, 0xFFFFFFFF)
+        directory += path + sizes
+    start = len(out)
+    end = start + len(directory)
+    counts = (len(files) if stated_files is None else stated_files,) * 2
+    length = len(directory) if stated_bytes is None else stated_bytes
+    record = struct.pack("<4sQHHLLQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, *counts, length, start)
+    record += struct.pack("<4sLQL", b"PK\6\7", 0, end, 1)
+    last = struct.pack("<4sHHHHLLH", b"PK\5\6", 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    return bytes(out + directory + record + last)
+
+
+def test_an_archive_with_64_bit_records_is_read(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = {path.name: path.read_bytes() for path in write_series(tmp_path / "s", volume)}
+    (tmp_path / "a.zip").write_bytes(make_zip64(slices))
+    np.testing.assert_array_equal(read_scan(tmp_path / "a.zip").volume.array, reorient(volume, "axial")[0])
+
+
+@pytest.mark.parametrize("stated", [{"stated_files": 2**40}, {"stated_bytes": 2**40}])
+def test_64_bit_records_that_state_too_much_are_refused(
+    tmp_path: Path, read_scan: Read, nifti: bytes, stated: dict[str, int]
+) -> None:
+    (tmp_path / "a.zip").write_bytes(make_zip64({"scan.nii": nifti}, **stated))
+    with pytest.raises(UnsafeArchive):
+        read_scan(tmp_path / "a.zip")
+
+
+def test_a_damaged_64_bit_record_is_refused(tmp_path: Path, read_scan: Read, nifti: bytes) -> None:
+    content = make_zip64({"scan.nii": nifti})
+    (tmp_path / "a.zip").write_bytes(content.replace(b"PK\6\6", b"PK\6\5"))
+    with pytest.raises(TruncatedFile):
+        read_scan(tmp_path / "a.zip")

@@ -1,5 +1,6 @@
 """NIfTI files: number types, geometry, units and invalid headers."""
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from app.errors import (
     TooManyVoxels,
     UnsupportedPixels,
 )
-from app.ingest import reader
+from app.ingest import reader, volume_file
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.support.geometry import OBLIQUE, SPACING, make_affine
@@ -195,3 +196,131 @@ def test_header_extensions_are_not_parsed(tmp_path: Path, read_scan: Read, image
     content[code] = 2  # DICOM
     (tmp_path / "scan.nii").write_bytes(content)
     np.testing.assert_array_equal(read_scan(tmp_path / "scan.nii").volume.array, array)
+
+
+# ---- faults that are repaired with a note, or refused by name ----------------------------------
+
+
+def set_bytes(path: Path, changes: dict[int, bytes]) -> Path:
+    content = bytearray(path.read_bytes())
+    for at, value in changes.items():
+        content[at : at + len(value)] = value
+    path.write_bytes(content)
+    return path
+
+
+def save_both_forms(path: Path, volume: Volume, affine: Any) -> Path:
+    image = nib.Nifti1Image(volume.array, affine)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    path.write_bytes(image.to_bytes())
+    return path
+
+
+def test_voxels_that_begin_at_zero_are_read_from_the_end_of_the_header(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    path = save(tmp_path / "scan", volume.array, volume.affine, vox_offset=0)
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.volume.array, volume.array)
+    (note,) = scan.source.notes
+    assert "vox_offset" in note
+    packed = tmp_path / "scan.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    np.testing.assert_array_equal(read_scan(packed).volume.array, volume.array)
+
+
+def test_voxels_that_begin_at_zero_are_refused_beside_extensions(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    path = save(tmp_path / "scan", volume.array, volume.affine, vox_offset=0)
+    with pytest.raises(InvalidHeader, match="vox_offset"):
+        read_scan(set_bytes(path, {348: b"\1"}))
+    second = nib.Nifti2Image(volume.array, volume.affine).to_bytes()
+    (tmp_path / "second").write_bytes(second)
+    with pytest.raises(InvalidHeader, match="vox_offset"):
+        read_scan(set_bytes(tmp_path / "second", {168: bytes(8)}))
+
+
+@pytest.mark.parametrize("broken", [np.zeros(12, "<f4"), np.full(12, np.nan, "<f4"), np.ones(12, "<f4")])
+def test_the_qform_is_used_beside_a_broken_sform(
+    tmp_path: Path, read_scan: Read, volume: Volume, broken: np.ndarray[Any, Any]
+) -> None:
+    affine = make_affine(SPACING, OBLIQUE)
+    path = set_bytes(save_both_forms(tmp_path / "scan", volume, affine), {280: broken.tobytes()})
+    scan = read_scan(path)
+    np.testing.assert_allclose(scan.volume.affine, affine, atol=1e-4)
+    (note,) = scan.source.notes
+    assert "qform is used" in note
+    assert scan.source.sform_code == 1
+
+
+@pytest.mark.parametrize("at", [76 + 4, 256])  # voxel size, quaternion
+def test_the_sform_is_used_beside_a_broken_qform(tmp_path: Path, read_scan: Read, volume: Volume, at: int) -> None:
+    affine = make_affine(SPACING, OBLIQUE)
+    path = set_bytes(save_both_forms(tmp_path / "scan", volume, affine), {at: np.array([np.nan], "<f4").tobytes()})
+    scan = read_scan(path)
+    np.testing.assert_allclose(scan.volume.affine, affine, atol=1e-4)
+    (note,) = scan.source.notes
+    assert "sform is used" in note
+
+
+def test_a_broken_qform_alone_is_refused(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    path = save_both_forms(tmp_path / "scan", volume, volume.affine)
+    with pytest.raises(InvalidGeometry):
+        read_scan(set_bytes(path, {254: bytes(2), 256: np.array([5], "<f4").tobytes()}))
+
+
+@pytest.mark.parametrize("lengths", [(4, 32, 34, 14, 0), (5, 32, 34, 14, 0, 0), (7, 32, 34, 14, 1, 0, 1, 0)])
+def test_a_length_of_zero_behind_the_third_axis_is_one(
+    tmp_path: Path, read_scan: Read, volume: Volume, lengths: tuple[int, ...]
+) -> None:
+    path = save(tmp_path / "scan", volume.array, volume.affine)
+    dim = np.zeros(8, "<i2")
+    dim[: len(lengths)] = lengths
+    scan = read_scan(set_bytes(path, {40: dim.tobytes(), 112: bytes(8)}))  # the slope is 0, too
+    np.testing.assert_array_equal(scan.volume.array, volume.array)
+    (note,) = scan.source.notes
+    assert "length of 0" in note
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 34, 14), (4, 32, 34, 0, 1)])
+def test_a_length_of_zero_along_another_axis_is_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume, lengths: tuple[int, ...]
+) -> None:
+    path = save(tmp_path / "scan", volume.array, volume.affine)
+    with pytest.raises(NotAVolume):
+        read_scan(set_bytes(path, {40: np.array(lengths, "<i2").tobytes()}))
+
+
+@pytest.mark.parametrize(
+    ("unit", "name", "voxel"), [(1, "meter", 3.0), (1, "meter", 0.1), (3, "micron", 3.0), (0, "no unit", 0.003)]
+)
+def test_a_unit_that_no_scan_has_is_refused_by_name(
+    tmp_path: Path, read_scan: Read, volume: Volume, unit: int, name: str, voxel: float
+) -> None:
+    affine = np.diag([voxel, voxel, voxel, 1])
+    with pytest.raises(InvalidGeometry, match=name):
+        read_scan(save(tmp_path / "scan", volume.array, affine, xyzt_units=unit))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8", ">i2", ">f4", ">f8"])
+@pytest.mark.parametrize("scaling", [(0, 0), (1, 0), (0.37, 0), (1, -1024), (3.3e-3, 17.25), (-2.1, 1e4), (np.nan, 0)])
+def test_the_values_are_those_of_nibabel(
+    tmp_path: Path,
+    read_scan: Read,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    scaling: tuple[float, float],
+) -> None:
+    monkeypatch.setattr(volume_file, "CHUNK_BYTES", 1000)  # several chunks
+    rng = np.random.default_rng(3)
+    array = (rng.random((7, 9, 11)) * 120).astype(dtype)
+    header = nib.Nifti1Header(endianness=">" if dtype.startswith(">") else "<")
+    header.set_data_dtype(dtype)
+    image = nib.Nifti1Image(array, np.eye(4), header, dtype=np.dtype(dtype))
+    (tmp_path / "scan.nii").write_bytes(image.to_bytes())
+    numbers = np.array(scaling, ">f4" if dtype.startswith(">") else "<f4")
+    path = set_bytes(tmp_path / "scan.nii", {112: numbers.tobytes()})
+    expected = nib.Nifti1Image.from_filename(path).get_fdata(dtype=np.float32)
+    np.testing.assert_array_equal(read_scan(path).volume.array, expected)

@@ -1,14 +1,24 @@
 """Format detection, and the selection of one scan among many files."""
 
 import gzip
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from app.errors import CounterpartError, EmptyUpload, NotAnImageFormat, SeveralSeries, UnsafeArchive
-from app.ingest.reader import ACCEPTED_FORMATS, HEAD_BYTES, READERS, Limits, detect_format
+from app.errors import (
+    CounterpartError,
+    EmptyUpload,
+    NoImageInArchive,
+    NotAnImageFormat,
+    SeveralSeries,
+    UnsafeArchive,
+    UploadTooLarge,
+)
+from app.ingest.reader import ACCEPTED_FORMATS, HEAD_BYTES, READERS, RESULT_DICOM_NAMES, Limits, detect_format
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.support.dicom import Series, make_datasets, save, write_series
@@ -102,20 +112,99 @@ def test_too_many_files_in_a_folder_are_refused(tmp_path: Path, read_scan: Read,
         read_scan(tmp_path / "s", limits=Limits(max_files=13))
 
 
-def test_links_in_a_folder_are_not_followed(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    save(elsewhere, make_datasets(volume, Series(name="elsewhere")))
-    folder, links = tmp_path / "s", tmp_path / "links"
-    write_series(folder, volume)
+def test_a_folder_of_links_is_read(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    plain = read_scan(write_series(tmp_path / "store", volume)[0].parent)
+    to_files, to_folder = tmp_path / "files", tmp_path / "folder"
+    to_files.mkdir()
+    to_folder.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "store").iterdir())):
+        (to_files / f"{number}").symlink_to(path)
+    (to_folder / "series").symlink_to(tmp_path / "store", target_is_directory=True)
+    for folder in (to_files, to_folder):
+        scan = read_scan(folder)
+        np.testing.assert_array_equal(scan.volume.array, plain.volume.array)
+        assert scan.source.notes == ()
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    folder = tmp_path / "a" / "s"
+    paths = write_series(folder, volume)
+    (tmp_path / "a" / "other").write_bytes(nifti_bytes())
     (folder / "up").symlink_to(tmp_path, target_is_directory=True)
     (folder / "loop").symlink_to(folder, target_is_directory=True)
-    (folder / "file").symlink_to(next(elsewhere.iterdir()))
+    (folder / "twice").symlink_to(paths[0])
     scan = read_scan(folder)
     assert (len(scan.source.instances), scan.source.notes) == (14, ())
-    links.mkdir()
-    (links / "file").symlink_to(next(elsewhere.iterdir()))
-    with pytest.raises(EmptyUpload):
-        read_scan(links)
+
+
+def test_links_without_a_target_are_named(tmp_path: Path, read_scan: Read) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "missing").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(EmptyUpload, match="1 symbolic links"):
+        read_scan(folder)
+    (folder / "scan").write_bytes(nifti_bytes())
+    scan = read_scan(folder)
+    assert "1 symbolic links" in scan.source.notes[-1]
+
+
+def test_a_pipe_is_read(tmp_path: Path, read_scan: Read) -> None:
+    content = gzip.compress(nifti_bytes())
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.write_bytes, content)
+        assert read_scan(pipe).volume.shape == (3, 4, 5)
+        written.result()
+
+
+@pytest.mark.parametrize(("content", "error"), [(b"", EmptyUpload), (bytes(2000), UploadTooLarge)])
+def test_an_empty_or_endless_pipe_is_refused(
+    tmp_path: Path, read_scan: Read, content: bytes, error: type[CounterpartError]
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(pipe.write_bytes, content)
+        with pytest.raises(error):
+            read_scan(pipe, limits=Limits(max_inflated_bytes=1000))
+        written.result()
+
+
+def result_bytes() -> bytes:
+    image = nib.Nifti1Image.from_bytes(nifti_bytes())
+    image.header["descrip"] = b"counterpart: 1 where the scan differs from its counterpart; research use only"
+    return bytes(image.to_bytes())
+
+
+def test_results_of_counterpart_beside_a_scan_are_ignored(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    write_series(tmp_path / "s", volume)
+    first = read_scan(tmp_path / "s")
+    for folder in (tmp_path / "s" / "result", tmp_path / "s"):
+        folder.mkdir(exist_ok=True)
+        (folder / "mask.nii.gz").write_bytes(gzip.compress(result_bytes()))
+        (folder / "anomaly.nii").write_bytes(result_bytes())
+        (folder / "report.json").write_text('{\n "notice": "-",\n "research_use_only": true}\n')
+        for name in RESULT_DICOM_NAMES:
+            save(tmp_path / "other", make_datasets(volume, Series(name=f"{folder.name} {name}"))[:1])
+            next((tmp_path / "other").iterdir()).rename(folder / name)
+        (folder / ".unpacked-abc").mkdir()
+        (folder / ".unpacked-abc" / "000000").write_bytes(nifti_bytes())
+        again = read_scan(tmp_path / "s")
+        np.testing.assert_array_equal(again.volume.array, first.volume.array)
+        assert again.source.notes == first.source.notes
+
+
+def test_a_result_alone_can_be_read(tmp_path: Path, read_scan: Read) -> None:
+    (tmp_path / "mask.nii").write_bytes(result_bytes())
+    assert read_scan(tmp_path / "mask.nii").volume.shape == (3, 4, 5)
+
+
+def test_a_folder_of_results_is_refused_by_name(tmp_path: Path, read_scan: Read) -> None:
+    for name in ("a.nii", "b.nii"):
+        (tmp_path / name).write_bytes(result_bytes())
+    with pytest.raises(NoImageInArchive, match="results of Counterpart"):
+        read_scan(tmp_path)
 
 
 def test_default_limits_accept_a_large_ct() -> None:

@@ -74,6 +74,17 @@ def test_lesion_is_described(name: str, manifest: Manifest) -> None:
     assert per_slice[lesion.key_slice] == per_slice.max()
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_key_plane_is_axial_whatever_the_axes(axes: tuple[int, int, int], manifest: Manifest) -> None:
+    plain = brain(*GRIDS["thick"])
+    volume = Volume(plain.array.transpose(axes), plain.affine[:, [*axes, 3]])
+    result = to_scan_result(volume, detection_of_balls(volume, manifest, (LESION_MM, 15.0, 0.4)), manifest)
+    (lesion,) = result.lesions
+    heights = affines.apply_affine(volume.affine, np.argwhere(result.labels))[:, 2].round(3)
+    planes, counts = np.unique(heights, return_counts=True)
+    assert counts[np.isclose(planes, lesion.key_z_mm, atol=0.01)].tolist() == [counts.max()]
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_centroid_of_the_mask_is_that_of_the_lesion(name: str, manifest: Manifest) -> None:
     volume = brain(*GRIDS[name])

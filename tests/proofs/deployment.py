@@ -26,7 +26,7 @@ from tests.support.phantom import brain, grid
 from tests.support.servers import free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-RESULTS = ("mask.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "preview.png")
+RESULTS = ("mask.nii.gz", "labels.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "preview.png")
 URL = "/v1/scans"
 READY_SECONDS = 600
 

@@ -10,6 +10,8 @@ mutant. The file of each finding is kept. The exit status is 1 if there is a fin
 import argparse
 import ctypes
 import gc
+import gzip
+import io
 import json
 import os
 import resource
@@ -108,11 +110,83 @@ def drop(content: bytearray, rng: np.random.Generator) -> bytes:
     return bytes(content)
 
 
-MUTATIONS: tuple[Mutation, ...] = (flip, cut, extreme, insert, repeat, drop)
+def announce(content: bytearray, rng: np.random.Generator) -> bytes:
+    """State enormous sizes where the format has its sizes: NIfTI, MGH, DICOM or a zip."""
+    nifti, zip_entry = content.find(b"n+1\0"), content.find(b"PK\1\2")
+    if nifti == NIFTI_MAGIC:
+        at = int(rng.choice([42, 44, 46, 48, 70, 76, 80, 108, 112, 123, 252, 254, 280]))
+    elif zip_entry >= 0:
+        at = zip_entry + int(rng.choice([10, 20, 24, 42]))
+    else:
+        tags = [content.find(tag) for tag in SIZE_TAGS]
+        found = [at for at in tags if at >= 0]
+        at = (int(rng.choice(found)) + 8) if found else 4
+    value = [b"\xff\xff", b"\xff\x7f", b"\0\0", b"\1\0", b"\0\0\x80\x7f", b"\xff\xff\xff\x7f"][int(rng.integers(6))]
+    content[at : at + len(value)] = value
+    return bytes(content)
+
+
+def recode_text(content: bytearray, rng: np.random.Generator) -> bytes:
+    """Declare another character set, and put bytes that do not fit into texts."""
+    declared = content.find(b"ISO_IR 100")
+    if declared >= 0:
+        sets = [b"ISO_IR 192", b"ISO_IR 13 ", b"GB18030   ", b"ISO_IR 999", b"\\\\\\       "]
+        content[declared : declared + 10] = sets[int(rng.integers(len(sets)))]
+    for vr in (b"PN", b"LO", b"DS", b"IS"):
+        at = content.find(vr, int(rng.integers(min(4000, len(content)))))
+        if at >= 0:
+            text = [b"\xc3\x28\xff", b"1,5", b"\x1b$B\x1b", b"\0\0\0"][int(rng.integers(4))]
+            content[at + 4 : at + 4 + len(text)] = text
+    return bytes(content)
+
+
+def change_series(content: bytearray, rng: np.random.Generator) -> bytes:
+    """Repeat, drop or jitter files of a series in a zip."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            files = [archive.read(name) for name in archive.namelist()]
+    except Exception:  # noqa: BLE001 - not a zip, or damaged by another mutation
+        return flip(content, rng)
+    for _ in range(rng.integers(1, 6)):
+        chosen, kind = int(rng.integers(len(files))), int(rng.integers(4))
+        if kind == 0:
+            files.append(files[chosen])
+        elif kind == 1:
+            files.append(files[chosen][:-50] + rng.bytes(50))  # the same identifier, other pixels
+        elif kind == 2 and len(files) > 1:
+            del files[chosen]
+        else:
+            files[chosen] = _jitter(files[chosen], rng)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for number, file in enumerate(files):
+            archive.writestr(f"{number}", file)
+    return packed.getvalue()
+
+
+def _jitter(file: bytes, rng: np.random.Generator) -> bytes:
+    """Change one digit of position, orientation or spacing."""
+    tag = GEOMETRY_TAGS[int(rng.integers(len(GEOMETRY_TAGS)))]
+    at = file.find(tag)
+    digits = [i for i in range(at + 8, min(at + 80, len(file))) if chr(file[i]).isdigit()] if at >= 0 else []
+    if not digits:
+        return file
+    changed = bytearray(file)
+    changed[int(rng.choice(digits))] = ord("0") + int(rng.integers(10))
+    return bytes(changed)
+
+
+# Rows, Columns, NumberOfFrames, BitsAllocated and the pixel data of little endian DICOM.
+SIZE_TAGS = tuple(bytes.fromhex(tag) for tag in ("28001000", "28001100", "28000800", "28000001", "e07f1000"))
+# ImagePositionPatient, ImageOrientationPatient, PixelSpacing.
+GEOMETRY_TAGS = tuple(bytes.fromhex(tag) for tag in ("20003200", "20003700", "28003000"))
+NIFTI_MAGIC = 344
+MUTATIONS: tuple[Mutation, ...] = (flip, cut, extreme, insert, repeat, drop, announce, recode_text, change_series)
 
 
 def seeds(data: Path, scratch: Path) -> list[Path]:
-    """Return the files to mutate: DICOM files of the archives, small NIfTI files, and a zip of a short series."""
+    """Return the files to mutate: DICOM files of the archives, small NIfTI files, and a zip of a short series, an
+    uncompressed NIfTI file and a zip of a pair."""
     for path in sorted((data / "dicom").glob("*.tar.xz")):
         unpack_archive(path, scratch / path.name.removesuffix(".tar.xz"))
     files = [path for path in scratch.rglob("*.dcm") if path.stat().st_size <= MAX_SEED_BYTES]
@@ -123,7 +197,21 @@ def seeds(data: Path, scratch: Path) -> list[Path]:
         for path in sorted(scratch.rglob("compressed_rle/001/*.dcm")):
             archive.writestr(path.name, path.read_bytes())
     volumes = [path for path in (data / "nifti_misc").glob("*.nii.gz") if path.stat().st_size <= MAX_SEED_BYTES]
-    return sorted([*few, packed, *volumes])
+    # Faults of sizes, pairs and series need the few files that can show them, so these are taken more often.
+    special = [packed, *_plain_seeds(volumes, scratch)] * max(1, len(few) // 8)
+    return sorted([*few, *volumes, *special])
+
+
+def _plain_seeds(volumes: Sequence[Path], scratch: Path) -> list[Path]:
+    """Return an uncompressed volume, whose header mutations reach, and a zip of it as a pair."""
+    smallest = min(volumes, key=lambda path: (path.stat().st_size, path.name))
+    content = gzip.decompress(smallest.read_bytes())[: 4 * MAX_SEED_BYTES]
+    plain, pair = scratch / "plain.nii", scratch / "pair.zip"
+    plain.write_bytes(content)
+    with zipfile.ZipFile(pair, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.hdr", content[:NIFTI_MAGIC] + b"ni1\0")
+        archive.writestr("a.img", content[NIFTI_MAGIC + 8 :])
+    return [plain, pair]
 
 
 def mutants(originals: Sequence[Path], count: int, seed: int, folder: Path) -> Iterator[Path]:
