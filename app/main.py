@@ -15,6 +15,7 @@ from fastapi_offline import FastAPIOffline
 from app import __version__
 from app.api import events, health, models, problems, results, scans
 from app.api.dependencies import Readiness, Services
+from app.api.guard import RequestGuard
 from app.api.logging import AccessLog, configure_logging
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
@@ -79,11 +80,27 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
-        title="Counterpart", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+        title="Counterpart",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        root_path=settings.root_path,
+        # A redirect would repeat the caller's Host.
+        redirect_slashes=False,
+        # The spans of FastAPI contain query strings and the texts of exceptions, which may contain patient data.
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
     )
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
     return app

@@ -23,20 +23,26 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.UnknownModel: 400,
     errors.Unauthorised: 401,
     errors.NonCommercialModel: 403,
+    errors.ForeignHost: 403,
+    errors.ForeignOrigin: 403,
     errors.NotFound: 404,
     errors.NoSuchResult: 404,
+    errors.UploadTooSlow: 408,
     errors.NotFinished: 409,
     errors.AlreadyFinished: 409,
     errors.IdempotencyKeyReused: 409,
     errors.Cancelled: 409,
     errors.UploadTooLarge: 413,
     errors.NotAnImageFormat: 415,
+    errors.UnsupportedEncoding: 415,
     errors.UnreadableScan: 422,
     errors.CannotAnalyse: 422,
     errors.UnsatisfiableRange: 416,
     errors.QueueFull: 429,
     errors.NotReady: 503,
     errors.StoreUnavailable: 503,
+    errors.DatabaseUnavailable: 503,
+    errors.TooManyStreams: 503,
     errors.BundleError: 503,
     errors.ProviderUnavailable: 503,
     errors.StoreFull: 507,
@@ -107,7 +113,7 @@ def problem_of_missing_result(problem: Mapping[str, str]) -> Problem:
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the HTTP response that carries a problem."""
-    all_headers = dict(headers or {})
+    all_headers = {"X-Content-Type-Options": "nosniff", **(headers or {})}
     if problem.status in RETRY_AFTER:
         all_headers.setdefault("Retry-After", RETRY_AFTER[problem.status])
     if problem.status == 401:

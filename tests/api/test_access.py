@@ -8,7 +8,7 @@ from fastapi.testclient import TestClient
 from app.errors import DamagedBundle
 from app.main import create_app
 from app.settings import Settings
-from tests.api.support import URL, FakeEngine, fake_scan
+from tests.api.support import BASE_URL, URL, FakeEngine, fake_scan
 
 TOKEN = "a-long-random-value"  # noqa: S105
 
@@ -16,7 +16,7 @@ TOKEN = "a-long-random-value"  # noqa: S105
 def test_service_with_a_broken_model_is_not_ready_and_refuses_scans(tmp_path: Path) -> None:
     engine = FakeEngine()
     engine.warm_up_error = DamagedBundle("tiny/encoder.onnx is missing.", expected="it.", advice="Install it again.")
-    with TestClient(create_app(Settings(store=str(tmp_path), drain_seconds=0), engine)) as client:
+    with TestClient(create_app(Settings(store=str(tmp_path), drain_seconds=0), engine), BASE_URL) as client:
         answer = client.get("/readyz")
         assert client.get("/livez").status_code == 200
         assert client.post(URL, content=fake_scan()).json() == answer.json()
@@ -30,7 +30,7 @@ def test_service_with_a_broken_model_is_not_ready_and_refuses_scans(tmp_path: Pa
 )
 def test_token_is_required(tmp_path: Path, headers: dict[str, str], status: int) -> None:
     settings = Settings(store=str(tmp_path), token=TOKEN, drain_seconds=0)
-    with TestClient(create_app(settings, FakeEngine()), headers=headers) as client:
+    with TestClient(create_app(settings, FakeEngine()), BASE_URL, headers=headers) as client:
         for path in (URL, "/v1/models", "/metrics"):
             answer = client.get(path)
             assert answer.status_code == status

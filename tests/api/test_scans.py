@@ -294,6 +294,6 @@ def test_disk_that_fills_up_during_the_upload_is_507(client: TestClient, monkeyp
     def write(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("app.jobs.store.Incoming.write", write)
+    monkeypatch.setattr("app.jobs.store.Upload.write", write)
     answer = send(client, wait=False, name="half")
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
