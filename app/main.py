@@ -1,5 +1,7 @@
 """Creation of the service: the only module that connects its parts."""
 
+import os
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,22 +9,26 @@ from functools import partial
 from typing import Any
 
 import structlog
-import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi_offline import FastAPIOffline
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.api import events, health, models, problems, results, scans
 from app.api.dependencies import Readiness, Services
 from app.api.guard import RequestGuard
 from app.api.logging import AccessLog, configure_logging
+from app.api.server import open_listener, run_server
+from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
+from app.jobs.database import check_database
+from app.jobs.deadline import run_within
 from app.jobs.engine import BundleEngine, Engine
 from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits
-from app.jobs.store import Store
+from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
 from app.settings import Settings
@@ -35,6 +41,10 @@ API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.route
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
+# Seconds for the first check of the store.
+CHECK_SECONDS = 4.0
+# The store holds patients' scans.
+PRIVATE_UMASK = 0o077
 
 DESCRIPTION = (
     "Detects what differs between a brain scan and its generated healthy counterpart. "
@@ -64,14 +74,18 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     metrics = Metrics()
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
-    store = BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
+    store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
     services = Services(settings, engine, store, jobs.queue, Readiness(loading=worker))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(partial(jobs.start, worker=worker))
+        try:
+            await run_in_threadpool(partial(jobs.start, worker=worker))
+        except Exception as error:
+            app.state.start_error = error  # the server drops it
+            raise
         if worker:
             # In a thread: the server answers /livez while the models load.
             threading.Thread(target=services.readiness.load, args=(engine,), name="warm-up", daemon=True).start()
@@ -113,12 +127,12 @@ def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = Tr
     ------
     UnsafeExposure
         The host is not loopback and no token is set.
+    AddressUnavailable, StoreUnavailable, DatabaseUnavailable
     DamagedBundle
         A manifest cannot be read.
     """
-    settings.check_exposure()
-    configure_logging()
-    _run_server(create_app(settings, engine, worker=worker), settings)
+    listener = _prepare(settings)
+    _run_server(create_app(settings, engine, worker=worker), settings, listener)
 
 
 def run_worker(settings: Settings, engine: Engine | None = None) -> None:
@@ -135,14 +149,14 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
     ------
     UnsafeExposure
         The host is not loopback and no token is set.
+    AddressUnavailable, StoreUnavailable, DatabaseUnavailable
     DamagedBundle, ProviderUnavailable
         A model cannot be used. The worker does not start, because it would fail every scan.
     """
-    settings.check_exposure()
-    configure_logging()
+    listener = _prepare(settings)
     engine = engine or create_engine(settings, worker=True)
     engine.warm_up()
-    _run_server(create_app(settings, engine, api=False), settings)
+    _run_server(create_app(settings, engine, api=False), settings, listener)
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
@@ -159,14 +173,56 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
     return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments) if worker else engine
 
 
-def _run_server(app: FastAPI, settings: Settings) -> None:
-    log.info("starting", host=settings.host, port=settings.port, provider=settings.provider)
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,  # uvicorn's access log contains query strings
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
+def create_store(settings: Settings) -> Store:
+    """Create the store that the settings name.
+
+    Raises
+    ------
+    StoreUnavailable
+        Its folder cannot be created.
+    """
+    try:
+        return BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"The folder of the store cannot be created or written ({type(error).__name__}).",
+            expected="a folder that this user may create and write to.",
+            advice="Check COUNTERPART_STORE, COUNTERPART_SCRATCH and their disk.",
+        ) from None
+
+
+def _prepare(settings: Settings) -> socket.socket:
+    """Check address, store and database before the models load, and return the listening socket."""
+    settings.check_exposure()
+    configure_logging()
+    os.umask(PRIVATE_UMASK)
+    if is_open_to_others(settings.folder):
+        log.warning("store is open to other users of this machine: chmod 700 the folder")
+    listener = open_listener(settings.host, settings.port)
+    store = create_store(settings)
+    try:
+        run_within(CHECK_SECONDS, store.check)
+    except TimeoutError:
+        raise StoreUnavailable(
+            f"The store does not answer within {CHECK_SECONDS:g} s.",
+            expected="a store that can be written.",
+            advice="Check COUNTERPART_STORE, AWS_ENDPOINT_URL and the network.",
+        ) from None
+    check_database(settings.database_url)
+    return listener
+
+
+def _run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    log.info("starting", host=settings.host, port=port, provider=settings.provider)
+    try:
+        run_server(app, listener, on_stop=lambda: None, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    except SystemExit:
+        error = getattr(app.state, "start_error", None)
+        if isinstance(error, SQLAlchemyError):
+            raise DatabaseUnavailable(
+                f"The job database refuses what the service needs ({type(error).__name__}).",
+                expected="a database whose user may create and change tables.",
+                advice="Check COUNTERPART_DATABASE and the rights of its user.",
+            ) from None
+        raise error or RuntimeError from None

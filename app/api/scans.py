@@ -14,7 +14,13 @@ from fastapi.responses import JSONResponse
 from pydantic import AwareDatetime
 
 from app.analysis import AnalysisRequest
-from app.api.dependencies import JobId, Services, ServicesDependency, require_token
+from app.api.dependencies import (
+    JobId,
+    Services,
+    ServicesDependency,
+    refuse_unknown_parameters,
+    require_token,
+)
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
 from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
 from app.api.upload import REQUEST_BODY, declared_length, receive_upload
@@ -71,6 +77,7 @@ def analysis_request(
     status_code=202,
     response_model=ScanDetail,
     openapi_extra=REQUEST_BODY,
+    dependencies=[Depends(refuse_unknown_parameters)],
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait"},
         **problem_responses(400, 401, 403, 409, 413, 415, 422, 429, 500, 503, 507),
@@ -126,7 +133,7 @@ def job_filter(
     return JobFilter(tuple(state or ()), priority, model, code, created_after, created_before)
 
 
-@router.get("", responses=problem_responses(400, 401))
+@router.get("", dependencies=[Depends(refuse_unknown_parameters)], responses=problem_responses(400, 401))
 def list_scans(
     services: ServicesDependency,
     filters: Annotated[JobFilter, Depends(job_filter)],

@@ -21,6 +21,7 @@ from app.analysis import AnalysisRequest
 from app.export.outputs import REQUIRED_NAMES
 from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.engine import Engine
+from app.jobs.idempotency import KeyHasher
 from app.jobs.job import Cursor, Job, JobFilter, Priority, State
 from app.jobs.metrics import Metrics
 from app.jobs.recovery import WorkerRegistry
@@ -82,6 +83,7 @@ class JobQueue:
         self._metrics = metrics
         self._limits = limits
         self._table = workflow_table(database)
+        self._key_hasher = KeyHasher(database)
 
     # ---- submit ----
 
@@ -136,11 +138,14 @@ class JobQueue:
             The job is new, and the capacity was exhausted during the upload.
         """
         content_hash = self._content_hash(upload.digest, request)
-        # A key can contain a patient's name, so only its hash is stored.
-        identity = content_hash if key is None else _sha256("key", key)
-        job = self._find_reusable(identity, content_hash)
-        if job is not None:
-            return job
+        # A key can contain a patient's name, so only its keyed hash is stored.
+        identity = content_hash if key is None else self._key_hasher.hash_key(key)
+        # Version 0.1.0 hashed keys without a secret.
+        identities = (identity,) if key is None else (identity, _sha256("key", key))
+        for known in identities:
+            job = self._find_reusable(known, content_hash)
+            if job is not None:
+                return job
         self.check_capacity(0)  # a second time, because other scans may have come during the upload
         job = f"{identity[:16]}-{secrets.token_hex(8)}"
         self._store.commit_upload(upload, job)

@@ -1,6 +1,7 @@
 """Send, list, show, cancel and erase scans."""
 
 import errno
+import hashlib
 import shutil
 import threading
 import time
@@ -96,6 +97,30 @@ def test_idempotency_key_names_the_job(client: TestClient) -> None:
     assert post("key-2", name="keyed").json()["id"] != first
     other = post("key-1", name="another patient")
     assert (other.status_code, other.json()["code"]) == (409, "idempotency_key_reused")
+
+
+def test_idempotency_key_cannot_be_guessed_from_the_job(client: TestClient) -> None:
+    """A key may name a patient, and ids of jobs stand in logs."""
+    key = "Zweistein 1955-03-14"
+    job = client.post(URL, content=fake_scan(name="secret key"), headers={"Idempotency-Key": key, **WAIT}).json()["id"]
+    for text in (key, f"key\0{key}"):
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] != job[:16]
+
+
+def test_idempotency_key_of_an_older_version_still_names_its_job(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def post() -> str:
+        headers = {"Idempotency-Key": "old key", **WAIT}
+        job: str = client.post(URL, content=fake_scan(name="old key"), headers=headers).json()["id"]
+        return job
+
+    old = hashlib.sha256(b"key\0old key").hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr("app.jobs.idempotency.KeyHasher.hash_key", lambda *_: old)
+        job = post()
+    assert job.startswith(old[:16])
+    assert post() == job
 
 
 def test_failed_job_has_a_problem_and_is_not_reused(client: TestClient, engine: FakeEngine) -> None:
@@ -261,6 +286,21 @@ def test_invalid_filter_is_refused(client: TestClient, query: str) -> None:
 def test_invalid_parameter_is_refused(client: TestClient, query: str, code: str) -> None:
     answer = send(client, query=f"?{query}")
     assert (answer.status_code, answer.json()["code"]) == (400, code)
+
+
+@pytest.mark.parametrize(
+    ("query", "nearest"), [("modle=tiny", "model"), ("Seed=1", "seed"), ("wait=60&seed=1", "geometry, model")]
+)
+def test_unknown_parameter_is_refused_with_the_nearest_name(client: TestClient, query: str, nearest: str) -> None:
+    answer = send(client, query=f"?{query}")
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert answer.json()["expected"].startswith(nearest)
+    assert client.get(f"{URL}?{query}").status_code == 400
+
+
+def test_unknown_parameter_is_not_repeated(client: TestClient) -> None:
+    assert "Zweistein" not in client.get(f"{URL}?Zweistein=1").text
+    assert client.get(f"{URL}?stat=queued").json()["expected"] == "state."
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-0.0.1"])
