@@ -16,10 +16,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.api import events, health, models, problems, results, scans
+from app.api.calls import Calls
 from app.api.dependencies import Readiness, Services
+from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
 from app.api.logging import AccessLog, configure_logging
 from app.api.server import open_listener, run_server
+from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
@@ -77,7 +80,10 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
-    services = Services(settings, engine, store, jobs.queue, Readiness(loading=worker))
+    calls = Calls()
+    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    uploads = Uploads(jobs.queue)
+    services = Services(settings, engine, store, jobs.queue, Readiness(loading=worker), calls, follower, uploads)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -99,6 +105,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        # Operation ids are the names of the functions, so that generated clients stay the same.
+        generate_unique_id_function=lambda route: route.name,
         root_path=settings.root_path,
         # A redirect would repeat the caller's Host.
         redirect_slashes=False,
@@ -216,7 +224,7 @@ def _run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> No
     port = listener.getsockname()[1]
     log.info("starting", host=settings.host, port=port, provider=settings.provider)
     try:
-        run_server(app, listener, on_stop=lambda: None, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        run_server(app, listener, on_stop=app.state.services.stop, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
     except SystemExit:
         error = getattr(app.state, "start_error", None)
         if isinstance(error, SQLAlchemyError):

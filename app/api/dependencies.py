@@ -7,6 +7,9 @@ from typing import Annotated, cast
 from fastapi import Depends, Path, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.api.calls import Calls
+from app.api.follower import JobFollower
+from app.api.upload import Uploads
 from app.errors import BadRequest, CounterpartError, InternalError, Unauthorised, error_location
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
@@ -69,6 +72,14 @@ class Services:
     store: Store
     queue: JobQueue
     readiness: Readiness
+    calls: Calls
+    follower: JobFollower
+    uploads: Uploads
+
+    def stop(self) -> None:
+        """Let waiting callers and senders get an answer, because the process ends."""
+        self.follower.stop()
+        self.uploads.stop()
 
 
 def get_services(request: Request) -> Services:

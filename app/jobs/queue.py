@@ -6,9 +6,9 @@ Each job is a DBOS workflow. `app.jobs.workflow` runs the workflows, and only th
 import hashlib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -49,6 +49,19 @@ REUSABLE_STATUSES = [name for name, state in STATES.items() if state not in ("fa
 # DBOS runs the smallest number first, and equal numbers in order of submission. The odd numbers above these belong
 # to jobs whose worker died: `WorkerRegistry.lower_priority`.
 PRIORITIES: dict[Priority, int] = {"stat": 2, "routine": 10}
+
+
+@dataclass(frozen=True)
+class RawState:
+    """Columns of a job's row that change while it is followed."""
+
+    status: str
+    attributes: Mapping[str, Any] | None
+
+    @property
+    def queued(self) -> bool:
+        """Whether the job waits in the queue."""
+        return self.status in QUEUED_STATUSES
 
 
 class JobQueue:
@@ -102,7 +115,7 @@ class JobQueue:
         QueueFull
             The number of waiting jobs has reached the limit.
         """
-        self._limits.check_disk(self._store, size)
+        self.check_disk(size)
         waiting = len(self.positions())
         if waiting >= self._limits.queue_limit:
             raise errors.QueueFull(
@@ -110,6 +123,15 @@ class JobQueue:
                 expected=f"fewer than {self._limits.queue_limit} waiting scans.",
                 advice="Send the scan again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
             )
+
+    def check_disk(self, size: int) -> None:
+        """Refuse a scan if too little disk space would be left.
+
+        Raises
+        ------
+        StoreFull
+        """
+        self._limits.check_disk(self._store, size)
 
     def submit(self, upload: Upload, request: AnalysisRequest, key: str | None, priority: Priority = "routine") -> str:
         """Create a job for an upload, or return the existing job for the same content or key.
@@ -224,8 +246,19 @@ class JobQueue:
         query = query.order_by(t.created_at.desc(), t.workflow_uuid.desc()).limit(limit)
         with self._database.connect() as connection:
             ids = list(connection.execute(query).scalars())
-        jobs = {job.id: job for job in (map(to_job, list_workflows(workflow_ids=ids)) if ids else ())}
+        jobs = self.find(ids)
         return [jobs[job] for job in ids if job in jobs]
+
+    def find(self, jobs: Sequence[str]) -> dict[str, Job]:
+        """Return the jobs that exist, by id."""
+        return {job.id: job for job in (map(to_job, list_workflows(workflow_ids=list(jobs))) if jobs else ())}
+
+    def read_states(self, jobs: Collection[str]) -> dict[str, RawState]:
+        """Return the states of the jobs that exist, by id: one cheap query, to notice changes."""
+        t = self._table.c
+        query = sa.select(t.workflow_uuid, t.status, t.attributes).where(t.workflow_uuid.in_(jobs))
+        with self._database.connect() as connection:
+            return {row[0]: RawState(row[1], row[2]) for row in connection.execute(query)}
 
     def positions(self) -> dict[str, int]:
         """Return the position of each waiting job in the queue, starting with 1 for the next job."""

@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -14,6 +15,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from app.api.results import RESULT_NAMES
+from app.api.upload import Reception
 from tests.api.support import URL, WAIT, FakeEngine, fake_scan, send, send_running, wait_for_state
 
 
@@ -319,7 +321,7 @@ def test_unknown_path_is_404(client: TestClient, path: str) -> None:
 def test_wrong_method_is_405(client: TestClient) -> None:
     answer = client.put("/v1/models")
     assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
-    assert answer.headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, OPTIONS"
 
 
 def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +330,35 @@ def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypat
     answer = send(client, wait=False, name="one too many")
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
     assert int(answer.headers["retry-after"]) > 0
+
+
+def test_free_disk_space_counts_all_uploads_under_way(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another upload has announced bytes that it has not sent yet."""
+    usage = shutil.disk_usage("/")._replace(free=2_000_500_000)
+    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: usage)
+    assert send(client, name="alone").status_code == 200
+    uploads = client.app.state.services.uploads  # type: ignore[attr-defined]
+    other = Reception(None, 10**9)  # type: ignore[arg-type]
+    uploads._receptions.add(other)
+    try:
+        answer = send(client, wait=False, name="beside another")
+    finally:
+        uploads._receptions.discard(other)
+    assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
+
+
+def test_free_disk_space_is_checked_while_bytes_arrive(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage("/")._replace(free=10**9)
+    enough = full._replace(free=10**12)
+
+    def send_blocks() -> Iterator[bytes]:
+        yield fake_scan(name="long").ljust(400_000)
+        monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: full)
+        yield b" " * 400_000
+
+    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: enough)
+    answer = client.post(URL, content=send_blocks())
+    assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
 
 
 def test_disk_that_fills_up_during_the_upload_is_507(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

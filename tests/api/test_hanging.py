@@ -1,0 +1,166 @@
+"""A database or a store that hangs: callers get 503, and the other routes answer."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from fastapi.testclient import TestClient
+
+from app.api.calls import ThreadGroup
+from app.main import create_app
+from app.settings import Settings
+from tests.api.support import BASE_URL, URL, WAIT, FakeEngine, fake_scan, send, send_running
+
+
+@pytest.fixture
+def hanging(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Make the database hang until the event is set."""
+    services = client.app.state.services  # type: ignore[attr-defined]
+    release = threading.Event()
+
+    def hang(*_: object) -> None:
+        release.wait(60)
+
+    monkeypatch.setattr(services.calls._queries, "_seconds", 0.3)
+    monkeypatch.setattr(services.calls._probes, "_seconds", 0.3)
+    for name in ("get", "list_jobs", "check_capacity", "count_workers", "metrics", "read_states"):
+        monkeypatch.setattr(services.queue, name, hang)
+    yield release
+    release.set()
+
+
+def test_hanging_database_is_503_and_the_process_lives(client: TestClient, hanging: threading.Event) -> None:
+    assert not hanging.is_set()
+    start = time.monotonic()
+    # More calls than threads.
+    for path in [URL] * 30 + ["/readyz", "/metrics", f"{URL}/x", f"{URL}/x/events"]:
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable"), path
+        assert int(answer.headers["retry-after"]) > 0
+    assert client.post(URL, content=fake_scan(name="hanging")).status_code == 503
+    assert client.get("/livez").status_code == 200
+    assert client.get("/v1/models").status_code == 200
+    assert time.monotonic() - start < 60
+
+
+def test_database_error_is_503(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise sa.exc.OperationalError("SELECT geheim", {}, Exception("geheim"))
+
+    monkeypatch.setattr(client.app.state.services.queue, "list_jobs", fail)  # type: ignore[attr-defined]
+    answer = client.get(URL)
+    assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+    assert "geheim" not in answer.text
+
+
+def test_submission_that_hangs_removes_its_files_when_it_ends(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may still move the files: nobody removes them under it."""
+    services = client.app.state.services  # type: ignore[attr-defined]
+    release = threading.Event()
+    submit = services.queue.submit
+
+    def slow(*arguments: Any) -> object:
+        release.wait(60)
+        return submit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(services.calls._transfers, "_seconds", 0.3)
+        patch.setattr(services.queue, "submit", slow)
+        answer = client.post(URL, content=fake_scan(name="slow"))
+        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+        assert len(list((services.store.root / "incoming").iterdir())) == 1
+        release.set()
+    deadline = time.monotonic() + 60
+    while list((services.store.root / "incoming").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert send(client, name="slow").status_code == 200
+    assert not list((services.store.root / "incoming").iterdir())
+
+
+def test_event_streams_and_waiting_callers_are_limited(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    follower = client.app.state.services.follower  # type: ignore[attr-defined]
+    job = send_running(client, name="followed by many")
+    monkeypatch.setattr(follower, "_limit", 0)
+    refused = client.get(f"{URL}/{job}/events")
+    assert (refused.status_code, refused.json()["code"]) == (503, "too_many_streams")
+    waiting = client.post(URL, content=fake_scan(name="not waited for"), headers=WAIT)
+    assert (waiting.status_code, "preference-applied" in waiting.headers) == (202, False)
+    assert waiting.headers["location"]
+    client.delete(f"{URL}/{job}")
+
+
+def test_all_followers_share_one_query(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = client.app.state.services.queue  # type: ignore[attr-defined]
+    job = send(client, wait=False, seconds=2, name="shared").json()["id"]
+    polls, read_states = [], queue.read_states
+    monkeypatch.setattr(queue, "read_states", lambda jobs: polls.append(set(jobs)) or read_states(jobs))
+    texts: list[str] = []
+    threads = [threading.Thread(target=lambda: texts.append(client.get(f"{URL}/{job}/events").text)) for _ in range(8)]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(text.rstrip().splitlines()[-2] == "event: end" for text in texts)
+    assert len(polls) < 8 + 8 * (time.monotonic() - start)
+
+
+def test_stopping_service_answers_waiting_callers(tmp_path: Path) -> None:
+    settings = Settings(store=str(tmp_path), drain_seconds=0)
+    with TestClient(create_app(settings, FakeEngine()), BASE_URL) as client:
+        services = client.app.state.services  # type: ignore[attr-defined]
+        answers = []
+        post = lambda: answers.append(client.post(URL, content=fake_scan(seconds=60), headers=WAIT))  # noqa: E731
+        thread = threading.Thread(target=post)
+        thread.start()
+        while not services.follower._subscriptions:
+            time.sleep(0.02)
+        client.portal.call(services.stop)  # type: ignore[union-attr]
+        thread.join(30)
+        (answer,) = answers
+        assert answer.status_code == 202
+        assert client.get(answer.headers["location"]).status_code == 200
+        late = client.post(URL, content=fake_scan(name="late"))
+        assert (late.status_code, late.json()["code"]) == (503, "not_ready")
+
+
+def test_prefix_of_a_proxy_is_in_every_link(tmp_path: Path) -> None:
+    settings = Settings(store=str(tmp_path), drain_seconds=0, root_path="/counterpart/")
+    with TestClient(create_app(settings, FakeEngine()), BASE_URL) as client:
+        answer = client.post(URL, content=fake_scan(), headers=WAIT)
+        job = answer.json()
+        links = [answer.headers["location"], *job["links"].values()]
+        client.post(URL, content=fake_scan(name="second"), headers=WAIT)
+        links += [client.get(f"{URL}?limit=1").json()["next"]]
+        links += [model["link"] for model in client.get("/v1/models").json()["models"]]
+        for link in links:
+            assert link.startswith("/counterpart/v1/")
+            # A proxy may keep the prefix or remove it.
+            assert client.get(link).status_code == client.get(link.removeprefix("/counterpart")).status_code == 200
+        assert "/counterpart/openapi.json" in client.get("/docs").text
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/counterpart"}]
+
+
+def test_group_of_threads_leaves_abandoned_calls_out() -> None:
+    release, done = threading.Event(), []
+
+    async def use() -> None:
+        group = ThreadGroup("test", 1, 0.2)
+        with pytest.raises(TimeoutError):
+            await group.run(release.wait, 30)
+        with pytest.raises(TimeoutError):
+            await group.run(done.append, "never")
+        release.set()
+        await group.run(done.append, "later")
+        with pytest.raises(ZeroDivisionError):
+            await group.run(lambda: 1 // 0)
+
+    asyncio.run(use())
+    assert done == ["later"]
