@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +11,7 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from app.api.calls import ThreadGroup
-from app.main import create_app
-from app.settings import Settings
-from tests.api.support import BASE_URL, URL, WAIT, FakeEngine, fake_scan, send, send_running
+from tests.api.support import URL, WAIT, fake_scan, send, send_running
 
 
 @pytest.fixture
@@ -110,42 +107,6 @@ def test_all_followers_share_one_query(client: TestClient, monkeypatch: pytest.M
         thread.join()
     assert all(text.rstrip().splitlines()[-2] == "event: end" for text in texts)
     assert len(polls) < 8 + 8 * (time.monotonic() - start)
-
-
-def test_stopping_service_answers_waiting_callers(tmp_path: Path) -> None:
-    settings = Settings(store=str(tmp_path), drain_seconds=0)
-    with TestClient(create_app(settings, FakeEngine()), BASE_URL) as client:
-        services = client.app.state.services  # type: ignore[attr-defined]
-        answers = []
-        post = lambda: answers.append(client.post(URL, content=fake_scan(seconds=60), headers=WAIT))  # noqa: E731
-        thread = threading.Thread(target=post)
-        thread.start()
-        while not services.follower._subscriptions:
-            time.sleep(0.02)
-        client.portal.call(services.stop)  # type: ignore[union-attr]
-        thread.join(30)
-        (answer,) = answers
-        assert answer.status_code == 202
-        assert client.get(answer.headers["location"]).status_code == 200
-        late = client.post(URL, content=fake_scan(name="late"))
-        assert (late.status_code, late.json()["code"]) == (503, "not_ready")
-
-
-def test_prefix_of_a_proxy_is_in_every_link(tmp_path: Path) -> None:
-    settings = Settings(store=str(tmp_path), drain_seconds=0, root_path="/counterpart/")
-    with TestClient(create_app(settings, FakeEngine()), BASE_URL) as client:
-        answer = client.post(URL, content=fake_scan(), headers=WAIT)
-        job = answer.json()
-        links = [answer.headers["location"], *job["links"].values()]
-        client.post(URL, content=fake_scan(name="second"), headers=WAIT)
-        links += [client.get(f"{URL}?limit=1").json()["next"]]
-        links += [model["link"] for model in client.get("/v1/models").json()["models"]]
-        for link in links:
-            assert link.startswith("/counterpart/v1/")
-            # A proxy may keep the prefix or remove it.
-            assert client.get(link).status_code == client.get(link.removeprefix("/counterpart")).status_code == 200
-        assert "/counterpart/openapi.json" in client.get("/docs").text
-        assert client.get("/openapi.json").json()["servers"] == [{"url": "/counterpart"}]
 
 
 def test_group_of_threads_leaves_abandoned_calls_out() -> None:
