@@ -107,7 +107,6 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         redoc_url=None,
         # Operation ids are the names of the functions, so that generated clients stay the same.
         generate_unique_id_function=lambda route: route.name,
-        root_path=settings.root_path,
         # A redirect would repeat the caller's Host.
         redirect_slashes=False,
         # The spans of FastAPI contain query strings and the texts of exceptions, which may contain patient data.

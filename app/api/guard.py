@@ -21,6 +21,8 @@ NUL = re.compile(rb"%00|\x00")
 class RequestGuard:
     """Middleware that refuses requests of foreign sites, and forbids browsers to guess media types.
 
+    It also sets the path prefix of the proxy.
+
     A web page can send requests to a service on loopback: directly, or under a name of its own that it binds to
     127.0.0.1 (DNS rebinding). A service with a token refuses both already, because the page does not know the token.
 
@@ -34,11 +36,14 @@ class RequestGuard:
         self._app = app
         self._has_token = settings.token is not None
         self._hosts = settings.accepted_hosts
+        self._root_path = settings.root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+
+        scope["root_path"] = self._root_path or scope.get("root_path", "")
 
         async def add_header(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -61,7 +66,7 @@ class RequestGuard:
                 advice="Remove the character (%00).",
             )
         if self._has_token:
-            if self._hosts and scope["path"] not in PROBE_ROUTES:
+            if self._hosts and scope["path"].removeprefix(self._root_path) not in PROBE_ROUTES:
                 self._check_listed_host(headers)
         else:
             self._check_loopback_host(headers)

@@ -88,15 +88,23 @@ def open_listener(host: str, port: int) -> socket.socket:
     ------
     AddressUnavailable
     """
+    listener: socket.socket | None = None
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        # asyncio disables Nagle's algorithm only if the socket names its protocol.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise AddressUnavailable(
             f"The service cannot listen on {host}, port {port}: {error.strerror or type(error).__name__}.",
             expected="an address of this machine, and a port that no other program uses.",
             advice="Stop the other program, or choose another port with --port or COUNTERPART_PORT.",
         ) from None
+    return listener
 
 
 def run_server(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None], **options: Any) -> None:

@@ -1,4 +1,7 @@
-"""Services with other settings: broken models, a token, a stop, and a prefix. DBOS allows one service in a process at a time."""
+"""Services with other settings: broken models, a token, a stop, and a prefix.
+
+DBOS allows one service in a process at a time.
+"""
 
 import threading
 import time

@@ -96,8 +96,14 @@ def test_event_streams_and_waiting_callers_are_limited(client: TestClient, monke
 def test_all_followers_share_one_query(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     queue = client.app.state.services.queue  # type: ignore[attr-defined]
     job = send(client, wait=False, seconds=2, name="shared").json()["id"]
-    polls, read_states = [], queue.read_states
-    monkeypatch.setattr(queue, "read_states", lambda jobs: polls.append(set(jobs)) or read_states(jobs))
+    polls: list[set[str]] = []
+    read_states = queue.read_states
+
+    def count(jobs: set[str]) -> object:
+        polls.append(set(jobs))
+        return read_states(jobs)
+
+    monkeypatch.setattr(queue, "read_states", count)
     texts: list[str] = []
     threads = [threading.Thread(target=lambda: texts.append(client.get(f"{URL}/{job}/events").text)) for _ in range(8)]
     start = time.monotonic()
@@ -110,7 +116,8 @@ def test_all_followers_share_one_query(client: TestClient, monkeypatch: pytest.M
 
 
 def test_group_of_threads_leaves_abandoned_calls_out() -> None:
-    release, done = threading.Event(), []
+    release = threading.Event()
+    done: list[str] = []
 
     async def use() -> None:
         group = ThreadGroup("test", 1, 0.2)
