@@ -29,7 +29,7 @@ LABEL org.opencontainers.image.title="counterpart" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.description="Research use only, not a medical device."
 RUN useradd --uid 10001 --create-home --home-dir /home/counterpart counterpart \
-    && install -d -o counterpart -g counterpart /var/lib/counterpart
+    && install -d -m 700 -o counterpart -g counterpart /var/lib/counterpart
 COPY --from=build /opt/counterpart /opt/counterpart
 # The host cannot reach the container's loopback, so the service listens on every address of the container.
 # It refuses to start without COUNTERPART_TOKEN.

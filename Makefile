@@ -1,6 +1,6 @@
 # `make run` and `make test` install all that they need. Requirements: Python 3.11 and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format types imports unit proofs train doctor install install-dev clean
+.PHONY: help run test lint format types imports unit proofs peers train doctor install install-dev clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= $(or $(COUNTERPART_PORT),8000)
@@ -47,6 +47,15 @@ unit: $(DEV)/.installed ## Run the tests; ARGS is passed to pytest.
 
 proofs: $(DEV)/.installed ## Run the slow tests: killed processes, a cluster, the API contract (some minutes).
 	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs
+
+# Programs that judge the results. A test is skipped if its program is missing.
+PEERS := orthanc orthanc-dicomweb dcmtk dicom3tools dcm2niix chromium postgresql
+
+peers: ## Install the Debian packages that tests use as independent judges; needs root.
+	@missing=$$(for name in $(PEERS); do dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
+	if [ -z "$$missing" ]; then echo "All peers are installed."; \
+	elif [ "$$(id -u)" -ne 0 ]; then echo "Missing:" $$missing"." "Run as root: make peers" >&2; exit 1; \
+	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
 
 format: $(DEV)/.installed ## Format the code.
 	$(BIN)/ruff check --fix .

@@ -141,6 +141,8 @@ def check_bundles(settings: Settings) -> Iterator[Check]:
 
 def check_store(settings: Settings) -> Check:
     """Check that the local folder is writable and has free space."""
+    from app.jobs.store import is_open_to_others
+
     store = settings.folder
     # A check must not create the folder, so the nearest existing parent is tested.
     existing = next(p for p in (store, *store.parents) if p.exists())
@@ -151,13 +153,15 @@ def check_store(settings: Settings) -> Check:
         fix = f"Make the folder writable for this user, or set {PREFIX}STORE to another folder."
         return Check("store", "fail", f"{store}: {error.strerror}", fix)
     free = shutil.disk_usage(existing).free / GIGABYTE
+    if is_open_to_others(store):
+        return Check("store", "warn", f"{store}: open to other users of this machine", f"chmod -R go= {store}")
     status: Status = "ok" if free >= COMFORTABLE_GB else "warn" if free >= ONE_SCAN_GB else "fail"
     fix = "" if status == "ok" else f"Free some disk space, or set {PREFIX}STORE to a folder on another disk."
     return Check("store", status, f"{store}: writable, {free:.1f} GB free", fix)
 
 
 def check_shared(settings: Settings) -> Iterator[Check]:
-    """Check the bucket and the database, if the settings name them."""
+    """Check the bucket, if the store is one, and the database, if it exists."""
     if settings.bucket:
         from app.jobs.bucket import BucketStore
 
@@ -167,21 +171,30 @@ def check_shared(settings: Settings) -> Iterator[Check]:
             except CounterpartError as error:
                 yield Check("bucket", "fail", error.found, error.advice)
             else:
-                yield Check("bucket", "ok", settings.bucket)
-    if settings.database:
-        from app.jobs.database import connect
-        from app.jobs.recovery import WorkerRegistry
+                yield Check("bucket", "ok", settings.format_value("store"))
+    if settings.database or (settings.folder / "jobs.sqlite").exists():
+        yield check_jobs(settings)
 
-        database = connect(settings.database_url)
-        try:
-            WorkerRegistry(database).create_tables()
-        except Exception as error:  # noqa: BLE001  # any class of the driver, and its text may contain the password
-            fix = f"Check {PREFIX}DATABASE, and that its user may log in and create tables."
-            yield Check("database", "fail", f"no answer ({type(error).__name__})", fix)
-        else:
-            yield Check("database", "ok", settings.format_value("database"))
-        finally:
-            database.dispose()
+
+def check_jobs(settings: Settings) -> Check:
+    """Check that the job database answers, and that a SQLite file is sound."""
+    from app.jobs.database import check_database, connect
+    from app.jobs.recovery import WorkerRegistry
+
+    try:
+        check_database(settings.database_url)
+        if settings.database:
+            database = connect(settings.database_url)
+            try:
+                WorkerRegistry(database).create_tables()
+            finally:
+                database.dispose()
+    except CounterpartError as error:
+        return Check("database", "fail", error.found, error.advice)
+    except Exception as error:  # noqa: BLE001  # any class of the driver; its text may contain the password
+        fix = f"Check {PREFIX}DATABASE, and that its user may log in and create tables."
+        return Check("database", "fail", f"no answer ({type(error).__name__})", fix)
+    return Check("database", "ok", settings.format_value("database") if settings.database else "the file is sound")
 
 
 def print_checks(checks: list[Check], console: Console) -> None:

@@ -336,6 +336,47 @@ class StoreUnavailable(CounterpartError):
     title = "Store not available"
 
 
+class DatabaseUnavailable(CounterpartError):
+    """The job database does not answer, or is damaged."""
+
+    code = "database_unavailable"
+    title = "Job database not available"
+
+
+class TooManyStreams(CounterpartError):
+    code = "too_many_streams"
+    title = "Too many open event streams"
+
+
+class UploadTooSlow(CounterpartError):
+    code = "upload_too_slow"
+    title = "Upload stopped"
+
+
+class UnsupportedEncoding(CounterpartError):
+    code = "unsupported_encoding"
+    title = "Unsupported Content-Encoding"
+
+
+class ForeignHost(CounterpartError):
+    """The Host header names another server: a web page may have bound its own name to this address."""
+
+    code = "foreign_host"
+    title = "Host not accepted"
+
+
+class ForeignOrigin(CounterpartError):
+    """A web page of another site sent the request."""
+
+    code = "foreign_origin"
+    title = "Request of another site"
+
+
+class AddressUnavailable(CounterpartError):
+    code = "address_unavailable"
+    title = "Cannot listen on the address"
+
+
 class WorkerLost(CounterpartError):
     """The process that analysed the scan died repeatedly."""
 

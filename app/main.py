@@ -1,5 +1,7 @@
 """Creation of the service: the only module that connects its parts."""
 
+import os
+import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -7,21 +9,29 @@ from functools import partial
 from typing import Any
 
 import structlog
-import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.concurrency import run_in_threadpool
 from fastapi_offline import FastAPIOffline
+from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.api import events, health, models, problems, results, scans
+from app.api.calls import Calls
 from app.api.dependencies import Readiness, Services
+from app.api.follower import JobFollower
+from app.api.guard import RequestGuard
 from app.api.logging import AccessLog, configure_logging
+from app.api.server import open_listener, run_server
+from app.api.upload import Uploads
+from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
+from app.jobs.database import check_database
+from app.jobs.deadline import run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
 from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits
-from app.jobs.store import Store
+from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
 from app.settings import Settings
@@ -36,6 +46,10 @@ API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.route
 SHUTDOWN_SECONDS = 5
 # Seconds until models that could not be loaded are loaded again.
 RELOAD_SECONDS = 30.0
+# Seconds for the first check of the store.
+CHECK_SECONDS = 4.0
+# The store holds patients' scans.
+PRIVATE_UMASK = 0o077
 
 DESCRIPTION = (
     "Detects what differs between a brain scan and its generated healthy counterpart. "
@@ -65,24 +79,33 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     metrics = Metrics()
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
-    store = BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
+    store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
-    services = Services(settings, engine, store, jobs.queue, Readiness(loading=worker), jobs.health)
+    calls = Calls()
+    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    uploads = Uploads(jobs.queue)
+    services = Services(
+        settings, engine, store, jobs.queue, Readiness(loading=worker), jobs.health, calls, follower, uploads
+    )
     stopped = threading.Event()
 
     def load_models() -> None:
         """Load the models, and try again until they can be used. Meanwhile, the worker takes no scan."""
         while not stopped.is_set():
-            services.readiness.load(engine)
-            jobs.health.fault = services.readiness.error
-            if services.readiness.error is None:
+            readiness.load(engine)
+            jobs.health.fault = readiness.error
+            if readiness.error is None:
                 return
             stopped.wait(RELOAD_SECONDS)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await run_in_threadpool(partial(jobs.start, worker=worker))
+        try:
+            await run_in_threadpool(partial(jobs.start, worker=worker))
+        except Exception as error:
+            app.state.start_error = error  # the server drops it
+            raise
         if worker:
             # In a thread: the server answers /livez while the models load.
             threading.Thread(target=load_models, name="warm-up", daemon=True).start()
@@ -92,11 +115,28 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
-        title="Counterpart", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+        title="Counterpart",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        # Operation ids are the names of the functions, so that generated clients stay the same.
+        generate_unique_id_function=lambda route: route.name,
+        # A redirect would repeat the caller's Host.
+        redirect_slashes=False,
+        # The spans of FastAPI contain query strings and the texts of exceptions, which may contain patient data.
+        telemetry={
+            "tracing": False,
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+        },
     )
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
     return app
@@ -109,17 +149,17 @@ def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = Tr
     ------
     UnsafeExposure
         The host is not loopback and no token is set.
+    AddressUnavailable, StoreUnavailable, DatabaseUnavailable
     DamagedBundle
         A manifest cannot be read.
     NotReady, ProviderUnavailable
         A worker has no model, or no provider. The service does not start, because it could analyse no scan.
     """
-    settings.check_exposure()
-    configure_logging()
+    listener = _prepare(settings)
     engine = engine or create_engine(settings, worker=worker)
     if worker:
         check_engine(engine)
-    _run_server(create_app(settings, engine, worker=worker), settings)
+    _run_server(create_app(settings, engine, worker=worker), settings, listener)
 
 
 def run_worker(settings: Settings, engine: Engine | None = None) -> None:
@@ -136,14 +176,14 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
     ------
     UnsafeExposure
         The host is not loopback and no token is set.
+    AddressUnavailable, StoreUnavailable, DatabaseUnavailable
     DamagedBundle, ProviderUnavailable
         A model cannot be used. The worker does not start, because it would fail every scan.
     """
-    settings.check_exposure()
-    configure_logging()
+    listener = _prepare(settings)
     engine = engine or create_engine(settings, worker=True)
     engine.warm_up()
-    _run_server(create_app(settings, engine, api=False), settings)
+    _run_server(create_app(settings, engine, api=False), settings, listener)
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
@@ -162,14 +202,56 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
     return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments, settings.deadline_seconds)
 
 
-def _run_server(app: FastAPI, settings: Settings) -> None:
-    log.info("starting", host=settings.host, port=settings.port, provider=settings.provider)
-    uvicorn.run(
-        app,
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,  # uvicorn's access log contains query strings
-        server_header=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-    )
+def create_store(settings: Settings) -> Store:
+    """Create the store that the settings name.
+
+    Raises
+    ------
+    StoreUnavailable
+        Its folder cannot be created.
+    """
+    try:
+        return BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
+    except OSError as error:
+        raise StoreUnavailable(
+            f"The folder of the store cannot be created or written ({type(error).__name__}).",
+            expected="a folder that this user may create and write to.",
+            advice="Check COUNTERPART_STORE, COUNTERPART_SCRATCH and their disk.",
+        ) from None
+
+
+def _prepare(settings: Settings) -> socket.socket:
+    """Check address, store and database before the models load, and return the listening socket."""
+    settings.check_exposure()
+    configure_logging()
+    os.umask(PRIVATE_UMASK)
+    if is_open_to_others(settings.folder):
+        log.warning("store is open to other users of this machine: chmod 700 the folder")
+    listener = open_listener(settings.host, settings.port)
+    store = create_store(settings)
+    try:
+        run_within(CHECK_SECONDS, store.check)
+    except TimeoutError:
+        raise StoreUnavailable(
+            f"The store does not answer within {CHECK_SECONDS:g} s.",
+            expected="a store that can be written.",
+            advice="Check COUNTERPART_STORE, AWS_ENDPOINT_URL and the network.",
+        ) from None
+    check_database(settings.database_url)
+    return listener
+
+
+def _run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
+    port = listener.getsockname()[1]
+    log.info("starting", host=settings.host, port=port, provider=settings.provider)
+    try:
+        run_server(app, listener, on_stop=app.state.services.stop, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    except SystemExit:
+        error = getattr(app.state, "start_error", None)
+        if isinstance(error, SQLAlchemyError):
+            raise DatabaseUnavailable(
+                f"The job database refuses what the service needs ({type(error).__name__}).",
+                expected="a database whose user may create and change tables.",
+                advice="Check COUNTERPART_DATABASE and the rights of its user.",
+            ) from None
+        raise error or RuntimeError from None

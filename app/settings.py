@@ -5,6 +5,8 @@
 
 import os
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +19,17 @@ from app.errors import InvalidSettings, UnsafeExposure
 PREFIX = "COUNTERPART_"
 # This variable names the settings file. A file in the working folder is never read without it.
 SETTINGS_FILE_VARIABLE = f"{PREFIX}SETTINGS"
+# Variables with the prefix that are no settings: the settings file, the scans of the tests, and those of compose.
+OTHER_VARIABLES = frozenset(
+    {SETTINGS_FILE_VARIABLE, *(f"{PREFIX}{name}" for name in ("DATA", "BUCKET", "API_PORT", "ORTHANC_NAMESPACE"))}
+)
+# Kubernetes adds variables like these to a pod if a service has the name of the prefix.
+SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)|PORT_\d)\w*")
+MASK = "**********"
+# Parameters of a database URL that hold no secret.
+HARMLESS_PARAMETERS = frozenset(
+    {"application_name", "connect_timeout", "host", "hostaddr", "port", "sslmode", "target_session_attrs"}
+)
 Origin = Literal["default", "environment", "file", "argument"]
 
 
@@ -39,6 +52,13 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on. An address other than loopback needs a token.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on. 0 selects a free port.")
     token: SecretStr | None = Field(None, description="Bearer token for every call under /v1 and for /metrics.")
+    hosts: str = Field(
+        "",
+        description="Accepted values of the Host header, separated by commas, if a token is set. Empty accepts all.",
+    )
+    root_path: str = Field(
+        "", description="Path prefix under which a proxy publishes the service, such as /counterpart."
+    )
     models: Path | None = Field(None, description="Folder of model bundles. By default, the shipped bundles are used.")
     store: str = Field(
         default_factory=default_data_folder,
@@ -67,6 +87,11 @@ class Settings(BaseSettings):
     max_files: int = Field(20_000, ge=1, description="Largest number of files in one upload.")
     queue_limit: int = Field(
         100, ge=1, description="Largest number of waiting scans. Further scans are refused with status 429."
+    )
+    max_streams: int = Field(
+        1000,
+        ge=1,
+        description="Largest number of open event streams and waiting callers. Further streams get status 503.",
     )
     min_free_gb: float = Field(
         2.0,
@@ -114,6 +139,26 @@ class Settings(BaseSettings):
             raise ValueError("the database must be sqlite:///path or postgresql://user:password@host/name")
         return None if database is None else re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", database)
 
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, root_path: str) -> str:
+        if not re.fullmatch(r"(/[\w.~-]+)*/?", root_path):
+            raise ValueError("the prefix must be a path such as /counterpart")
+        return root_path.rstrip("/")
+
+    @field_validator("hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: str) -> str:
+        names = [name.strip().lower() for name in hosts.split(",") if name.strip()]
+        if not all(re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name) for name in names):
+            raise ValueError("hosts are names or addresses without scheme and port, separated by commas")
+        return ",".join(names)
+
+    @property
+    def accepted_hosts(self) -> frozenset[str]:
+        """Names of `hosts`, in lower case. An empty set accepts every name."""
+        return frozenset(self.hosts.split(",")) - {""}
+
     @property
     def bucket(self) -> str | None:
         """URL of the store if it is a bucket, else None."""
@@ -135,17 +180,23 @@ class Settings(BaseSettings):
 
     def format_value(self, name: str) -> str:
         """Return a setting's value as text. Secrets and passwords in URLs are masked."""
-        return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:**********@", str(getattr(self, name)))
+        return mask_url(str(getattr(self, name)))
 
     def check_exposure(self) -> None:
-        """Refuse to listen on an address that other machines can reach if no token is set.
+        """Refuse to listen for other machines if no token is set.
 
         Raises
         ------
         UnsafeExposure
-            The host is not loopback and no token is set.
+            The host is not loopback, or other host names are listed, and no token is set.
         """
-        if self.token is None and not _is_loopback(self.host):
+        if self.token is None and self.hosts:
+            raise UnsafeExposure(
+                f"{PREFIX}HOSTS is set, and no token is set.",
+                expected="a token. Without it, only loopback names are accepted.",
+                advice=f"Set {PREFIX}TOKEN to a long random value (openssl rand -hex 32), or unset {PREFIX}HOSTS.",
+            )
+        if self.token is None and not is_loopback(self.host):
             raise UnsafeExposure(
                 f"The service was asked to listen on {self.host}, and no token is set.",
                 expected="127.0.0.1, or a token.",
@@ -173,12 +224,13 @@ def read_settings(**arguments: Any) -> Settings:
             expected=f"a file with lines such as {PREFIX}PORT=8000.",
             advice="Correct the path, or unset the variable.",
         )
+    _refuse_unknown(name for name, value in os.environ.items() if value)
     try:
         return Settings(**arguments)
     except ValidationError as error:
-        invalid = "; ".join(
-            f"{PREFIX}{str(e['loc'][0]).removeprefix(PREFIX.lower()).upper()}: {e['msg']}" for e in error.errors()
-        )
+        names = {f"{PREFIX}{str(e['loc'][0]).removeprefix(PREFIX.lower()).upper()}": e["msg"] for e in error.errors()}
+        _refuse_unknown(names)
+        invalid = "; ".join(f"{name}: {message}" for name, message in names.items())
         raise InvalidSettings(
             f"{invalid}.",
             expected="a value that fits the setting's description (see `counterpart doctor`).",
@@ -186,7 +238,42 @@ def read_settings(**arguments: Any) -> Settings:
         ) from None
 
 
-def _is_loopback(host: str) -> bool:
+def _refuse_unknown(names: Iterable[str]) -> None:
+    """Refuse a variable with the prefix that is no setting: a setting with a typing error would have no effect."""
+    known = {name.upper() for name in Settings.model_fields}
+    for name in sorted(name.upper() for name in names):
+        short = name.removeprefix(PREFIX)
+        if short == name or short in known or name in OTHER_VARIABLES or SERVICE_LINKS.fullmatch(name):
+            continue
+        nearest = nearest_name(short, known)
+        raise InvalidSettings(
+            f"{name}: no setting has this name.",
+            expected=f"{PREFIX}{nearest}." if nearest else "a setting that `counterpart doctor` lists.",
+            advice="Correct the name, or unset the variable.",
+        )
+
+
+def mask_url(text: str) -> str:
+    """Return a text with the secrets of a URL masked: the password, and all parameters that may hold one.
+
+    A password may contain any character, and parameters of a driver may contain a second one. So everything up to the
+    last @ is masked, and every parameter that is not known to be harmless.
+    """
+    text = re.sub(r"(://[^:@]*):.*@", rf"\1:{MASK}@", text, flags=re.DOTALL)
+    return re.sub(
+        r"([?&#;])([^=&#;]*)=([^&#;]*)",
+        lambda m: m[0] if m[2].lower() in HARMLESS_PARAMETERS else f"{m[1]}{m[2]}={MASK}",
+        text,
+    )
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most similar to a name, None if no name is similar."""
+    return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host name or an address is that of the machine itself."""
     if host == "localhost":
         return True
     try:

@@ -84,6 +84,34 @@ def test_store_that_is_not_writable_fails(settings: Callable[..., Settings], tmp
     assert "COUNTERPART_STORE" in check.fix
 
 
+def test_open_store_is_a_warning(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o755)
+    check = doctor.check_store(settings())
+    assert (check.status, "open to other users" in check.found) == ("warn", True)
+    (tmp_path / "store").chmod(0o700)
+    assert "open to" not in doctor.check_store(settings()).found
+
+
+def test_damaged_sqlite_file_fails(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir(mode=0o700)
+    file = tmp_path / "store" / "jobs.sqlite"
+    file.touch()
+    assert [c.status for c in doctor.check_shared(settings())] == ["ok"]
+    file.write_bytes(b"no database" * 1000)
+    (check,) = doctor.check_shared(settings())
+    assert (check.status, "damaged" in check.found) == ("fail", True)
+
+
+def test_password_is_not_printed(settings: Callable[..., Settings]) -> None:
+    database = "postgresql://127.0.0.1:1/db?user=me&password=geheim"
+    checks = [
+        *doctor.check_shared(settings(database=database)),
+        *doctor.check_shared(settings(database=database + "x:y")),
+    ]
+    assert {check.status for check in checks} == {"fail"}
+    assert "geheim" not in repr(checks)
+
+
 @pytest.mark.parametrize(("free_gb", "status"), [(50.0, "ok"), (5.0, "warn"), (0.5, "fail")])
 def test_free_disk_space_is_checked(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, free_gb: float, status: str

@@ -7,11 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from app.errors import InvalidSettings, UnsafeExposure
-from app.settings import PREFIX, SETTINGS_FILE_VARIABLE, Settings, read_settings
+from app.settings import OTHER_VARIABLES, PREFIX, Settings, mask_url, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
-# Variables with the prefix that are not settings of the service.
-OTHER_VARIABLES = {SETTINGS_FILE_VARIABLE, f"{PREFIX}DATA"}
 
 
 def test_defaults_are_local_and_outside_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -94,6 +92,74 @@ def test_secrets_are_masked() -> None:
     assert "t0k3n" not in repr(settings) + settings.format_value("token")
     assert settings.format_value("database") == "postgresql://user:**********@host/db"
     assert settings.format_value("port") == "8000"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://user:geheim@host/db",
+        "postgresql://user:geh@eim@host/db",
+        "postgresql://user:geh/eim?x#@host:5432/db",
+        "postgresql://:geheim@host/db",
+        "postgresql://user:geheim@one,two:5432/db?sslmode=require",
+        "postgresql://host/db?user=me&password=geheim",
+        "postgresql://host/db?sslpassword=geheim&host=other",
+        "postgresql://user:geheim@host/db?passw%6Frd=geheim;options=-c%20geheim",
+        "s3://key:geheim@bucket/prefix",
+        "s3://bucket/prefix?secret_access_key=geheim",
+    ],
+)
+def test_password_is_masked_in_every_form_of_url(url: str) -> None:
+    masked = mask_url(url)
+    assert not {"geheim", "eim", "geh"} & set(re.split(r"[^a-z]", masked)), masked
+    assert "**********" in masked
+
+
+def test_url_without_a_password_is_unchanged() -> None:
+    for url in ("sqlite:////var/lib/jobs.sqlite", "postgresql://user@host/db?sslmode=require", "s3://bucket/prefix"):
+        assert mask_url(url) == url
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("COUNTERPART_PROT", "COUNTERPART_PORT"),
+        ("COUNTERPART_TOKN", "COUNTERPART_TOKEN"),
+        ("COUNTERPART_KEEP_DAY", "COUNTERPART_KEEP_DAYS"),
+        ("counterpart_stores", "COUNTERPART_STORE"),
+        ("COUNTERPART_XYZZY", "counterpart doctor"),
+    ],
+)
+def test_unknown_variable_is_refused_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    monkeypatch.setenv(name, "geheim")
+    with pytest.raises(InvalidSettings, match=f"{name.upper()}: .*{nearest}") as error:
+        read_settings()
+    assert "geheim" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("COUNTERPART_XYZZY", ""), ("COUNTERPART_DATA", "x"), ("COUNTERPART_SERVICE_HOST", "10.0.0.1")]
+)
+def test_variable_of_another_program_is_no_setting(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    read_settings()
+
+
+def test_hosts_need_a_token() -> None:
+    Settings(hosts="scanner.example", token="secret").check_exposure()  # noqa: S106
+    with pytest.raises(UnsafeExposure, match="COUNTERPART_HOSTS"):
+        Settings(hosts="scanner.example").check_exposure()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("HOSTS", "http://a"), ("HOSTS", "a:8000"), ("ROOT_PATH", "x"), ("ROOT_PATH", "http://a/b")]
+)
+def test_host_or_prefix_in_another_form_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(f"COUNTERPART_{name}", value)
+    with pytest.raises(InvalidSettings, match=f"COUNTERPART_{name}: "):
+        read_settings()
 
 
 def test_every_setting_is_documented_with_its_default_and_description() -> None:

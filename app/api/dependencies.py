@@ -7,12 +7,15 @@ from typing import Annotated, cast
 from fastapi import Depends, Path, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.errors import CounterpartError, InternalError, Unauthorised, error_location
+from app.api.calls import Calls
+from app.api.follower import JobFollower
+from app.api.upload import Uploads
+from app.errors import BadRequest, CounterpartError, InternalError, Unauthorised, error_location
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
 from app.jobs.worker import WorkerHealth
-from app.settings import Settings
+from app.settings import Settings, nearest_name
 
 JobId = Annotated[str, Path(description="Id of the job.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
 
@@ -72,6 +75,14 @@ class Services:
     queue: JobQueue
     readiness: Readiness
     worker_health: WorkerHealth
+    calls: Calls
+    follower: JobFollower
+    uploads: Uploads
+
+    def stop(self) -> None:
+        """Let waiting callers and senders get an answer, because the process ends."""
+        self.follower.stop()
+        self.uploads.stop()
 
 
 def get_services(request: Request) -> Services:
@@ -80,6 +91,28 @@ def get_services(request: Request) -> Services:
 
 
 ServicesDependency = Annotated[Services, Depends(get_services)]
+
+
+def refuse_unknown_parameters(request: Request) -> None:
+    """Refuse a query with a parameter that the route does not have: a typing error would have no effect.
+
+    The message does not repeat the name, which may contain patient data.
+
+    Raises
+    ------
+    BadRequest
+    """
+    # FastAPI keeps the document after its first use.
+    operation = request.app.openapi()["paths"][request.scope["route"].path][request.method.lower()]
+    known = sorted(parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query")
+    for name in request.query_params:
+        if name not in known:
+            nearest = nearest_name(name, known)
+            raise BadRequest(
+                "The query has an unknown parameter.",
+                expected=f"{nearest}." if nearest else f"{', '.join(known)}.",
+                advice="Correct the name of the parameter, or remove it.",
+            )
 
 
 def require_token(

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Depends, Response
 from app.api.dependencies import ServicesDependency, require_token
 from app.api.problems import problem_responses
 from app.api.schemas import Health, ReadyHealth
-from app.errors import NotReady, error_location
+from app.errors import CounterpartError, NotReady, error_location
 
 router = APIRouter(tags=["health"])
 
@@ -17,7 +17,7 @@ async def get_liveness() -> Health:
 
 
 @router.get("/readyz", responses=problem_responses(503))
-def get_readiness(services: ServicesDependency) -> ReadyHealth:
+async def get_readiness(services: ServicesDependency) -> ReadyHealth:
     """Confirm that all models passed a real inference, that store and database answer, and that the worker works."""
     services.readiness.check()
     if services.readiness.loading:
@@ -27,9 +27,11 @@ def get_readiness(services: ServicesDependency) -> ReadyHealth:
             advice="Try again in a few seconds (see Retry-After).",
         )
     services.worker_health.check()
-    services.store.check()
+    await services.calls.probe(services.store.check)
     try:
-        workers = services.queue.count_workers()
+        workers = await services.calls.probe(services.queue.count_workers)
+    except CounterpartError:
+        raise
     except Exception as error:  # noqa: BLE001  # each database driver raises classes of its own
         raise NotReady(
             f"The job database does not answer ({error_location(error)['exception']}).",
@@ -40,7 +42,12 @@ def get_readiness(services: ServicesDependency) -> ReadyHealth:
     return ReadyHealth(status="ready", provider=services.engine.provider, models=models, workers=workers)
 
 
-@router.get("/metrics", dependencies=[Depends(require_token)], response_class=Response)
-def get_metrics(services: ServicesDependency) -> Response:
+@router.get(
+    "/metrics",
+    dependencies=[Depends(require_token)],
+    response_class=Response,
+    responses=problem_responses(401, 403, 503),
+)
+async def get_metrics(services: ServicesDependency) -> Response:
     """Return the Prometheus metrics of this process and of the queue."""
-    return Response(services.queue.metrics(), media_type="text/plain; version=0.0.4")
+    return Response(await services.calls.probe(services.queue.metrics), media_type="text/plain; version=0.0.4")

@@ -24,6 +24,8 @@ ALLOWED_KEYS = frozenset(
 )
 # Probes and scrapes call these routes every few seconds. Only their errors are logged.
 UNLOGGED_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
+# A caller can send any text as the method.
+LOGGED_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
 log = structlog.get_logger("counterpart.http")
 
@@ -80,7 +82,8 @@ class AccessLog:
             route = getattr(scope.get("route"), "path", None)
             seconds = round(time.perf_counter() - start, 3)
             if status >= 400 or route not in UNLOGGED_ROUTES:
-                log.info("request", method=scope["method"], route=route, status=status, seconds=seconds)
+                method = scope["method"] if scope["method"] in LOGGED_METHODS else "OTHER"
+                log.info("request", method=method, route=route, status=status, seconds=seconds)
 
 
 def _drop_message(_: Any, __: str, event: EventDict) -> EventDict:

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter, Depends
 
-from app.api.dependencies import ServicesDependency, require_token
+from app.api.dependencies import Services, ServicesDependency, require_token
 from app.api.problems import problem_responses
 from app.api.schemas import Model, ModelCard, ModelList
 from app.errors import NotFound
@@ -11,13 +11,13 @@ from app.manifest import Manifest
 router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_token)])
 
 
-@router.get("", responses=problem_responses(401))
+@router.get("", responses=problem_responses(401, 403))
 def list_models(services: ServicesDependency) -> ModelList:
     """List the installed models."""
-    return ModelList(models=tuple(_to_model(manifest) for manifest in services.engine.manifests))
+    return ModelList(models=tuple(_to_model(services, manifest) for manifest in services.engine.manifests))
 
 
-@router.get("/{model}", responses=problem_responses(401, 404))
+@router.get("/{model}", responses=problem_responses(401, 403, 404))
 def get_model(services: ServicesDependency, model: str) -> ModelCard:
     """Show a model's manifest and card."""
     for manifest in services.engine.manifests:
@@ -30,7 +30,7 @@ def get_model(services: ServicesDependency, model: str) -> ModelCard:
     )
 
 
-def _to_model(manifest: Manifest) -> Model:
+def _to_model(services: Services, manifest: Manifest) -> Model:
     return Model(
         id=manifest.id,
         name=manifest.name,
@@ -40,5 +40,5 @@ def _to_model(manifest: Manifest) -> Model:
         modality=manifest.modality,
         sequence=manifest.sequence,
         licence=manifest.licence.licence,
-        link=f"/v1/models/{manifest.id}",
+        link=f"{services.settings.root_path}/v1/models/{manifest.id}",
     )

@@ -5,10 +5,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from app import errors
 from app.errors import CounterpartError
@@ -23,20 +26,26 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.UnknownModel: 400,
     errors.Unauthorised: 401,
     errors.NonCommercialModel: 403,
+    errors.ForeignHost: 403,
+    errors.ForeignOrigin: 403,
     errors.NotFound: 404,
     errors.NoSuchResult: 404,
+    errors.UploadTooSlow: 408,
     errors.NotFinished: 409,
     errors.AlreadyFinished: 409,
     errors.IdempotencyKeyReused: 409,
     errors.Cancelled: 409,
     errors.UploadTooLarge: 413,
     errors.NotAnImageFormat: 415,
+    errors.UnsupportedEncoding: 415,
     errors.UnreadableScan: 422,
     errors.CannotAnalyse: 422,
     errors.UnsatisfiableRange: 416,
     errors.QueueFull: 429,
     errors.NotReady: 503,
     errors.StoreUnavailable: 503,
+    errors.DatabaseUnavailable: 503,
+    errors.TooManyStreams: 503,
     errors.BundleError: 503,
     errors.ProviderUnavailable: 503,
     errors.StoreFull: 507,
@@ -77,7 +86,18 @@ class Problem(BaseModel):
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the problem responses of a route for the OpenAPI document."""
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": "Problem", "content": content} for status in statuses}
+    responses: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        responses[status] = {"description": "Problem", "content": content}
+        if status in RETRY_AFTER:
+            responses[status]["headers"] = {"Retry-After": _header("Seconds until the request may succeed.")}
+        if status == 401:
+            responses[status]["headers"] = {"WWW-Authenticate": _header("Bearer")}
+    return responses
+
+
+def _header(description: str) -> dict[str, Any]:
+    return {"description": description, "schema": {"type": "string"}}
 
 
 def status_of(error: type[CounterpartError]) -> int:
@@ -107,7 +127,7 @@ def problem_of_missing_result(problem: Mapping[str, str]) -> Problem:
 
 def problem_response(problem: Problem, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return the HTTP response that carries a problem."""
-    all_headers = dict(headers or {})
+    all_headers = {"X-Content-Type-Options": "nosniff", **(headers or {})}
     if problem.status in RETRY_AFTER:
         all_headers.setdefault("Retry-After", RETRY_AFTER[problem.status])
     if problem.status == 401:
@@ -122,13 +142,30 @@ def install_handlers(app: FastAPI) -> None:
     async def counterpart_error(_: Request, error: CounterpartError) -> JSONResponse:
         return problem_response(problem_of(error))
 
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(InterfaceError)
+    @app.exception_handler(PoolTimeout)
+    async def database_error(_: Request, error: SQLAlchemyError) -> JSONResponse:
+        cause = errors.DatabaseUnavailable(
+            f"The job database does not answer as expected ({type(error).__name__}).",
+            expected="a database that can be read and written.",
+            advice="Try again later (see Retry-After). The operator must check the database.",
+        )
+        return problem_response(problem_of(cause))
+
     @app.exception_handler(RequestValidationError)
     async def invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
         return problem_response(_problem_of_validation_error(error))
 
     @app.exception_handler(HTTPException)
-    async def framework_error(_: Request, error: HTTPException) -> JSONResponse:
-        return problem_response(_problem_of_http_exception(error), error.headers)
+    async def framework_error(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        if error.status_code == 405:
+            # Each method is a route of its own, and the framework names the methods of one route only.
+            headers["Allow"] = ", ".join(sorted(allowed_methods(app, request)))
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+        return problem_response(_problem_of_http_exception(error, headers), headers)
 
     @app.exception_handler(ClientDisconnect)
     async def client_disconnect(_: Request, __: ClientDisconnect) -> JSONResponse:
@@ -147,6 +184,16 @@ def install_handlers(app: FastAPI) -> None:
             advice="Try again. If it fails again, report the time to the operator: the log has the location.",
         )
         return problem_response(problem_of(error))
+
+
+def allowed_methods(app: FastAPI, request: Request) -> set[str]:
+    """Return the methods that the path of a request accepts."""
+    methods = {"OPTIONS"}
+    for method in ("GET", "HEAD", "POST", "DELETE"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes):
+            methods.add(method)
+    return methods
 
 
 def _to_problem(cause: Mapping[str, str], status: int) -> Problem:
@@ -173,12 +220,12 @@ def _problem_of_validation_error(error: RequestValidationError) -> Problem:
     )
 
 
-def _problem_of_http_exception(error: HTTPException) -> Problem:
+def _problem_of_http_exception(error: HTTPException, headers: Mapping[str, str]) -> Problem:
     """Return the problem details of an error that the framework raised: unknown path, wrong method."""
     if error.status_code == 404:
         return problem_of(_unknown_path())
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        allowed = headers.get("Allow", "another method")
         cause = errors.BadRequest(
             "This path does not accept this method.", expected=f"{allowed}.", advice="See /docs."
         ).problem

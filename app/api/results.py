@@ -1,32 +1,35 @@
-"""/v1/scans/{job}/{name}: fetch a result file."""
+"""/v1/scans/{job}/{name}: fetch a result file. There is one route for each entry of `OUTPUTS`."""
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.dependencies import JobId, ServicesDependency, require_token
+from app.api.dependencies import JobId, Services, ServicesDependency, require_token
 from app.api.problems import problem_of, problem_of_failed_job, problem_response, problem_responses
 from app.api.schemas import find_reason_absent
 from app.errors import BadRange, InternalError, NoSuchResult, NotFinished, UnsatisfiableRange
-from app.export.outputs import OUTPUTS, media_type
+from app.export.outputs import OUTPUTS, Output, media_type
+from app.export.report import Report
 from app.jobs.store import StoredFile
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
 
-# The names in the OpenAPI document; `Literal` needs a constant expression for the type checker.
+REPORT_NAME = "report.json"
 RESULT_NAMES = tuple(output.name for output in OUTPUTS)
 
-if TYPE_CHECKING:
-    ResultName = str
-else:
-    ResultName = Literal[RESULT_NAMES]
-
-_FILE = {"schema": {"type": "string", "format": "binary"}}
-_CONTENT = dict.fromkeys((output.media_type for output in OUTPUTS), _FILE)
+# For the OpenAPI document.
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_HEADERS = {
+    "ETag": {"description": "Id of the job: results never change.", "schema": {"type": "string"}},
+    "Content-Disposition": {"description": "File name with the id of the job.", "schema": {"type": "string"}},
+    "Accept-Ranges": {"description": "`bytes`.", "schema": {"type": "string"}},
+}
+_CONTENT_RANGE = {"Content-Range": {"description": "Position of the part in the file.", "schema": {"type": "string"}}}
+_STATUSES = (400, 401, 403, 404, 409, 416, 422, 500, 503)
 
 
 class ResultFile(FileResponse):
@@ -35,13 +38,14 @@ class ResultFile(FileResponse):
     Parameters
     ----------
     stored : StoredFile
+    job : str
+        Id of the job, which begins the name of the file for the caller.
     name : str
-        Name of the file for the caller.
     headers : mapping of str to str
     """
 
-    def __init__(self, stored: StoredFile, name: str, headers: Mapping[str, str]) -> None:
-        super().__init__(stored.path, headers=headers, media_type=media_type(name), filename=name)
+    def __init__(self, stored: StoredFile, job: str, name: str, headers: Mapping[str, str]) -> None:
+        super().__init__(stored.path, headers=headers, media_type=media_type(name), filename=f"{job}-{name}")
         self._stored = stored
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,27 +75,57 @@ class ResultFile(FileResponse):
         await problem_response(problem, length)(scope, receive, send)
 
 
-@router.head("/{job}/{name}", include_in_schema=False)
-@router.get(
-    "/{job}/{name}",
-    response_class=FileResponse,
-    responses={
-        200: {"content": _CONTENT, "description": "The file"},
-        206: {"content": _CONTENT, "description": "The requested Range of the file"},
+def describe_responses(output: Output) -> dict[int | str, dict[str, Any]]:
+    """Return the responses of a result's route for the OpenAPI document."""
+    whole: dict[str, Any] = {"description": output.description, "headers": _HEADERS}
+    if output.name == REPORT_NAME:
+        whole["model"] = Report
+    else:
+        whole["content"] = {output.media_type: _BINARY}
+    return {
+        200: whole,
+        206: {
+            "description": "The requested Range of the file",
+            "content": {output.media_type: _BINARY},
+            "headers": _HEADERS | _CONTENT_RANGE,
+        },
         304: {"description": "The file has the ETag of If-None-Match"},
-        **problem_responses(400, 401, 404, 409, 416, 422, 500, 503),
-    },
-)
-def get_result(
-    services: ServicesDependency,
-    job: JobId,
-    name: ResultName,
-    if_none_match: Annotated[str | None, Header(description="ETag of a copy that the caller has.")] = None,
-) -> Response:
-    """Fetch a result file. HEAD, ETag and Range are supported. 409 until the job has succeeded.
+        **problem_responses(*_STATUSES),
+    }
 
-    Images have the grid of the scan. `brain.nii.gz` exists if the brain was extracted from a head, and the DICOM
-    results exist if the scan is DICOM. If a result does not exist, 404 states the reason.
+
+def _add_routes(output: Output) -> None:
+    """Add GET and HEAD of one result."""
+
+    async def get_result(
+        services: ServicesDependency,
+        job: JobId,
+        if_none_match: Annotated[str | None, Header(description="ETag of a copy that the caller has.")] = None,
+    ) -> Response:
+        return await services.calls.transfer(fetch_result, services, job, output.name, if_none_match)
+
+    path = f"/{{job}}/{output.name}"
+    name = f"get_{re.sub(r'[^a-z0-9]+', '_', output.name.lower())}"
+    router.add_api_route(path, get_result, methods=["HEAD"], name=f"{name}_head", include_in_schema=False)
+    router.add_api_route(
+        path,
+        get_result,
+        methods=["GET"],
+        name=name,
+        summary=f"Fetch {output.name}",
+        description=f"{output.description.rstrip('.')}. HEAD, ETag and Range are supported. 409 until the job has "
+        "succeeded. If the scan has no such result, 404 states the reason.",
+        response_class=FileResponse,
+        responses=describe_responses(output),
+    )
+
+
+def fetch_result(services: Services, job: str, name: str, if_none_match: str | None) -> Response:
+    """Return the response with a result file of a job, or with the reason why it does not exist.
+
+    Raises
+    ------
+    NotFound, NotFinished, NoSuchResult, StoreUnavailable
     """
     found = services.queue.get(job)
     if found.state == "failed":
@@ -106,7 +140,7 @@ def get_result(
         return Response(status_code=304, headers=headers)
     stored = services.store.fetch(found.id, name)
     if stored is not None:
-        return ResultFile(stored, name, headers)
+        return ResultFile(stored, found.id, name, headers)
     if reason := find_reason_absent(services, found, name):
         return problem_response(reason)
     if name not in found.results:
@@ -120,3 +154,7 @@ def get_result(
         expected=", ".join(RESULT_NAMES) + ".",
         advice="Check the store. DELETE the job and send the scan again.",
     )
+
+
+for _output in OUTPUTS:
+    _add_routes(_output)

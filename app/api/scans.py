@@ -1,25 +1,33 @@
 """/v1/scans: send, list, show, cancel and erase scans."""
 
-import asyncio
 import re
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import AwareDatetime
 
 from app.analysis import AnalysisRequest
-from app.api.dependencies import JobId, Services, ServicesDependency, require_token
+from app.api.dependencies import (
+    JobId,
+    Services,
+    ServicesDependency,
+    refuse_unknown_parameters,
+    require_token,
+)
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
 from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
-from app.api.upload import REQUEST_BODY, declared_length, receive_upload
+from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
 from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Priority, State
+from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
 
@@ -27,8 +35,51 @@ router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(req
 
 # Longest time for `Prefer: wait`. Proxies close a request after some minutes.
 MAX_WAIT_SECONDS = 300
-POLL_SECONDS = 0.15
+# Seconds between two looks whether a waiting caller has disconnected.
+DISCONNECT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = "2"
+# For the OpenAPI document.
+_TEXT = {"schema": {"type": "string"}}
+JOB_HEADERS: dict[str, Any] = {
+    "Location": {"description": "Path of the job.", **_TEXT},
+    "Preference-Applied": {"description": "`wait=SECONDS`, if the request waited.", **_TEXT},
+}
+RETRY_HEADER: dict[str, Any] = {"Retry-After": {"description": "Seconds until the next poll.", **_TEXT}}
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A complete upload on its way into the queue. Its thread removes the temporary files, whoever waits for it."""
+
+    services: Services
+    upload: Upload
+    parameters: AnalysisRequest
+    key: str | None
+    priority: Priority
+    files: ExitStack
+    # Held by whoever removes the files: the thread, or the caller if no thread has started.
+    claim: threading.Lock = field(default_factory=threading.Lock)
+
+    async def run(self) -> str:
+        """Return the id of the job.
+
+        Raises
+        ------
+        StoreUnavailable
+            The submission takes too long. It may still succeed: then the same scan gives the same job.
+        """
+        try:
+            return await self.services.calls.transfer(self._submit)
+        except BaseException:
+            if self.claim.acquire(blocking=False):
+                self.files.close()
+            raise
+
+    def _submit(self) -> str:
+        if not self.claim.acquire(blocking=False):
+            raise TimeoutError
+        with self.files:
+            return self.services.queue.submit(self.upload, self.parameters, self.key, self.priority)
 
 
 def analysis_request(
@@ -71,9 +122,11 @@ def analysis_request(
     status_code=202,
     response_model=ScanDetail,
     openapi_extra=REQUEST_BODY,
+    dependencies=[Depends(refuse_unknown_parameters)],
     responses={
-        200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait"},
-        **problem_responses(400, 401, 403, 409, 413, 415, 422, 429, 500, 503, 507),
+        200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
+        202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
+        **problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503, 507),
     },
 )
 async def send_scan(
@@ -90,13 +143,19 @@ async def send_scan(
 ) -> Response:
     """Send a scan. The same bytes and parameters, or the same Idempotency-Key, return the same job."""
     services.readiness.check()
-    await run_in_threadpool(services.queue.check_capacity, declared_length(request))
-    with services.store.receive_upload() as upload:
-        await receive_upload(request, upload, services.settings.max_upload_mb, services.settings.max_files)
-        job_id = await run_in_threadpool(services.queue.submit, upload, parameters, idempotency_key, priority)
+    missing = services.uploads.missing + declared_length(request)
+    await services.calls.query(services.queue.check_capacity, missing)
+    with ExitStack() as stack:
+        upload = stack.enter_context(services.store.receive_upload())
+        settings = services.settings
+        await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
+        submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
+    job_id = await submission.run()
     seconds = _parse_wait_seconds(prefer)
+    if services.follower.full or services.follower.stopping:
+        seconds = 0
     job = await _wait_for_job(request, services, job_id, seconds)
-    headers = {"Location": scan_path(job.id)}
+    headers = {"Location": scan_path(services, job.id)}
     if seconds:
         headers["Preference-Applied"] = f"wait={seconds}"
     if seconds and job.state == "failed":
@@ -105,7 +164,7 @@ async def send_scan(
     finished = bool(seconds) and job.state in ENDED_STATES
     if not finished:
         headers["Retry-After"] = RETRY_AFTER_SECONDS
-    detail = await run_in_threadpool(describe_job, services, job)
+    detail = await services.calls.query(describe_job, services, job)
     return JSONResponse(detail.model_dump(mode="json"), 200 if finished else 202, headers)
 
 
@@ -126,8 +185,8 @@ def job_filter(
     return JobFilter(tuple(state or ()), priority, model, code, created_after, created_before)
 
 
-@router.get("", responses=problem_responses(400, 401))
-def list_scans(
+@router.get("", dependencies=[Depends(refuse_unknown_parameters)], responses=problem_responses(400, 401, 403, 503))
+async def list_scans(
     services: ServicesDependency,
     filters: Annotated[JobFilter, Depends(job_filter)],
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs on a page.")] = 50,
@@ -135,27 +194,28 @@ def list_scans(
 ) -> ScanList:
     """List jobs, newest first. New jobs do not shift the later pages."""
     # One more than a page: it shows whether another page follows.
-    jobs = services.queue.list_jobs(filters, limit + 1, _parse_cursor(after))
-    return ScanList(scans=summarise_jobs(services, jobs[:limit]), next=_next_page(jobs, filters, limit))
+    jobs = await services.calls.query(services.queue.list_jobs, filters, limit + 1, _parse_cursor(after))
+    scans = await services.calls.query(summarise_jobs, services, jobs[:limit])
+    return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit))
 
 
-@router.get("/{job}", responses=problem_responses(401, 404))
-def get_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
+@router.get("/{job}", responses=problem_responses(401, 403, 404, 503))
+async def get_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
     """Show a scan: state, stage, progress, queue position, and its findings when it has succeeded."""
-    return describe_job(services, services.queue.get(job))
+    return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
 
 
-@router.post("/{job}/cancel", responses=problem_responses(401, 404, 409))
-def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
+@router.post("/{job}/cancel", responses=problem_responses(401, 403, 404, 409, 503))
+async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
     """Cancel a scan that is queued or running. If the same content is sent again, it becomes a new job."""
-    services.queue.cancel(job)
-    return describe_job(services, services.queue.get(job))
+    await services.calls.query(services.queue.cancel, job)
+    return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
 
 
-@router.delete("/{job}", status_code=204, responses=problem_responses(401, 404))
-def erase_scan(services: ServicesDependency, job: JobId) -> None:
+@router.delete("/{job}", status_code=204, responses=problem_responses(401, 403, 404, 503))
+async def erase_scan(services: ServicesDependency, job: JobId) -> None:
     """Erase a scan with its results and all other traces. A running scan is stopped."""
-    services.queue.erase(job)
+    await services.calls.transfer(services.queue.erase, job)
 
 
 def _parse_wait_seconds(prefer: str | None) -> int:
@@ -164,14 +224,17 @@ def _parse_wait_seconds(prefer: str | None) -> int:
     return min(int(wait[1]), MAX_WAIT_SECONDS) if wait else 0
 
 
-async def _wait_for_job(request: Request, services: Services, job_id: str, seconds: int) -> Job:
-    """Return the job when it has ended, when the time is up, or when the caller has disconnected."""
+async def _wait_for_job(request: Request, services: Services, job: str, seconds: int) -> Job:
+    """Return the job when it has ended, the time is up, the caller has disconnected, or the process ends."""
     deadline = time.monotonic() + seconds
-    while True:
-        job = await run_in_threadpool(services.queue.get, job_id)
-        if job.state in ENDED_STATES or time.monotonic() >= deadline or await request.is_disconnected():
-            return job
-        await asyncio.sleep(POLL_SECONDS)
+    if seconds:
+        with services.follower.follow(job, waiting=True) as subscription:
+            while (remaining := deadline - time.monotonic()) > 0:
+                await subscription.next(min(remaining, DISCONNECT_SECONDS))
+                ended = subscription.snapshot is not None and subscription.snapshot.ended
+                if ended or services.follower.stopping or await request.is_disconnected():
+                    break
+    return await services.calls.query(services.queue.get, job)
 
 
 def _parse_cursor(after: str | None) -> Cursor | None:
@@ -187,7 +250,7 @@ def _parse_cursor(after: str | None) -> Cursor | None:
     return Cursor(datetime.fromtimestamp(int(parts[1]) / 1_000_000, UTC), parts[2])
 
 
-def _next_page(jobs: Sequence[Job], filters: JobFilter, limit: int) -> str | None:
+def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limit: int) -> str | None:
     """Return the path of the next page, None on the last page."""
     if len(jobs) <= limit:
         return None
@@ -201,4 +264,5 @@ def _next_page(jobs: Sequence[Job], filters: JobFilter, limit: int) -> str | Non
         "created_before": filters.created_before and filters.created_before.isoformat(),
     }
     query = {"limit": limit, **{name: value for name, value in parameters.items() if value}}
-    return f"/v1/scans?{urlencode({**query, 'after': Cursor(last.created, last.id)}, doseq=True)}"
+    encoded = urlencode({**query, "after": Cursor(last.created, last.id)}, doseq=True)
+    return f"{services.settings.root_path}/v1/scans?{encoded}"

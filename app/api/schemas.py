@@ -6,6 +6,7 @@ from datetime import datetime
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.dependencies import Services
+from app.api.follower import QUEUE_POSITION
 from app.api.problems import Problem, problem_of_failed_job, problem_of_missing_result
 from app.export.report import Finding, ModelSelectionReport, ReportSummary, read_report_summary
 from app.jobs.job import Job, Priority, State
@@ -14,23 +15,11 @@ from app.manifest import Manifest
 # The default name of a link is the file name without its suffix. "report" is report.json already.
 LINK_NAMES = {"report.dcm": "structured_report"}
 
-QUEUE_POSITION = "Position in the queue, 1 for the next job; null unless queued."
-
 
 class Schema(BaseModel):
     """Base class of the schemas."""
 
     model_config = ConfigDict(frozen=True)
-
-
-class Event(Schema):
-    """Data of a server-sent event."""
-
-    state: State
-    stage: str | None
-    percent: float = Field(ge=0, le=100)
-    queue_position: int | None = Field(description=QUEUE_POSITION)
-    seconds_left: float | None = Field(description="Estimate from the speed so far; null if it is not known.")
 
 
 class ScanSummary(Schema):
@@ -110,15 +99,15 @@ class ReadyHealth(Health):
     workers: int = Field(ge=0, description="Running workers in all processes.")
 
 
-def scan_path(job: str) -> str:
-    """Return the path of a job."""
-    return f"/v1/scans/{job}"
+def scan_path(services: Services, job: str) -> str:
+    """Return the path of a job, with the prefix of the proxy."""
+    return f"{services.settings.root_path}/v1/scans/{job}"
 
 
 def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
     """Return the summaries of jobs, in the same order."""
     positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
-    return tuple(_summarise(job, positions.get(job.id)) for job in jobs)
+    return tuple(_summarise(services, job, positions.get(job.id)) for job in jobs)
 
 
 def describe_job(services: Services, job: Job) -> ScanDetail:
@@ -147,13 +136,14 @@ def _read_report(services: Services, job: Job) -> ReportSummary | None:
     return read_report_summary(content) if content else None
 
 
-def _summarise(job: Job, queue_position: int | None) -> ScanSummary:
-    links = {"self": scan_path(job.id), "events": f"{scan_path(job.id)}/events"}
+def _summarise(services: Services, job: Job, queue_position: int | None) -> ScanSummary:
+    path = scan_path(services, job.id)
+    links = {"self": path, "events": f"{path}/events"}
     if job.state in {"queued", "running"}:
-        links["cancel"] = f"{scan_path(job.id)}/cancel"
+        links["cancel"] = f"{path}/cancel"
     if job.state == "succeeded":
         names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
-        links |= {link: f"{scan_path(job.id)}/{name}" for link, name in names.items()}
+        links |= {link: f"{path}/{name}" for link, name in names.items()}
     return ScanSummary(
         id=job.id,
         state=job.state,

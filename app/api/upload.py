@@ -1,7 +1,10 @@
 """Receive the body of a request: stream it to the disk in blocks, hash it, and check its format early."""
 
+import asyncio
 import errno
-from collections.abc import AsyncIterator, Mapping
+import zlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import Request
@@ -9,13 +12,27 @@ from fastapi.concurrency import run_in_threadpool
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.errors import BadRequest, EmptyUpload, NotAnImageFormat, StoreFull, UploadTooLarge
+from app.errors import (
+    BadRequest,
+    EmptyUpload,
+    NotAnImageFormat,
+    NotReady,
+    StoreFull,
+    UnsupportedEncoding,
+    UploadTooLarge,
+    UploadTooSlow,
+)
 from app.ingest.reader import ACCEPTED_FORMATS, HEAD_BYTES, detect_format
+from app.jobs.queue import JobQueue
 from app.jobs.store import Upload
 
 # Bytes that a thread writes at once. Starting a thread costs as much as hashing some kilobytes.
 BLOCK_BYTES = 1 << 20
 MIB = 1 << 20
+# Seconds without a byte after which an upload is refused.
+BODY_SECONDS = 60.0
+# zlib reads the head of a gzip stream if 16 is added to the largest window.
+GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 _FORM = {
@@ -51,38 +68,171 @@ class BodyParser(Protocol):
         """Finish the body; raise if it contains no scan."""
 
 
-async def receive_upload(request: Request, upload: Upload, max_mb: int, max_files: int) -> None:
-    """Stream the body of a request into an upload.
+@dataclass(eq=False)
+class Reception:
+    """An upload under way.
 
-    Raises
-    ------
-    EmptyUpload
-        The body has no bytes, or the form has no file.
-    UploadTooLarge
-        The body exceeds a limit. It is refused as soon as this is known.
-    NotAnImageFormat
-        No file begins like a known image format.
-    BadRequest
-        The form is malformed.
-    StoreFull
-        The disk is full.
+    Attributes
+    ----------
+    timer : asyncio.Timeout
+        Ends the upload if no byte arrives.
+    missing : int
+        Bytes that the caller has announced and not sent.
     """
-    limit = max_mb * MIB
-    if declared_length(request) > limit:
-        raise _too_large(max_mb)
-    parser = _create_parser(request.headers.get("content-type", ""), upload, max_files)
-    try:
-        async for block in _read_blocks(request.stream(), limit, max_mb):
-            await run_in_threadpool(parser.write, block)
-        await run_in_threadpool(parser.finish)
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise StoreFull(
-            "The disk became full during the upload.",
-            expected="disk space for the scan and its results.",
-            advice="Send the scan again later. The operator must free disk space.",
-        ) from None
+
+    timer: asyncio.Timeout
+    missing: int
+
+
+class Uploads:
+    """All uploads under way in this process.
+
+    Parameters
+    ----------
+    queue : JobQueue
+        Source of the limit on disk space.
+    """
+
+    def __init__(self, queue: JobQueue) -> None:
+        self._queue = queue
+        self._receptions: set[Reception] = set()
+        self._stopping = False
+
+    @property
+    def missing(self) -> int:
+        """Bytes that all uploads under way have announced and not sent."""
+        return sum(reception.missing for reception in self._receptions)
+
+    def stop(self) -> None:
+        """End all uploads, because the process ends."""
+        self._stopping = True
+        for reception in self._receptions:
+            reception.timer.reschedule(asyncio.get_running_loop().time())
+
+    async def receive(self, request: Request, upload: Upload, max_mb: int, max_files: int) -> None:
+        """Stream the body of a request into an upload.
+
+        Raises
+        ------
+        EmptyUpload
+            The body has no bytes, or the form has no file.
+        UploadTooLarge
+            The body exceeds a limit. It is refused as soon as this is known.
+        NotAnImageFormat
+            No file begins like a known image format.
+        BadRequest
+            The form is malformed.
+        UnsupportedEncoding
+            The body is compressed in another way than gzip.
+        StoreFull
+            The disk is full, or will be when all uploads under way are complete.
+        UploadTooSlow
+            No byte arrived for a minute.
+        NotReady
+            The process ends.
+        """
+        length = declared_length(request)
+        if length > max_mb * MIB:
+            raise _too_large(max_mb)
+        inflate = _create_decoder(request.headers.get("content-encoding", ""))
+        parser = _create_parser(request.headers.get("content-type", ""), upload, max_files)
+        try:
+            async with asyncio.timeout(BODY_SECONDS) as timer:
+                reception = Reception(timer, length)
+                self._receptions.add(reception)
+                if self._stopping:
+                    timer.reschedule(0)
+                try:
+                    await self._receive(request, reception, inflate, parser, max_mb)
+                finally:
+                    self._receptions.discard(reception)
+            await run_in_threadpool(parser.finish)
+        except TimeoutError:
+            raise _stopping() if self._stopping else _too_slow() from None
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            raise StoreFull(
+                "The disk became full during the upload.",
+                expected="disk space for the scan and its results.",
+                advice="Send the scan again later. The operator must free disk space.",
+            ) from None
+
+    async def _receive(
+        self, request: Request, reception: Reception, decoder: "Decoder", parser: "BodyParser", max_mb: int
+    ) -> None:
+        def write(block: bytes) -> int:
+            self._queue.check_disk(missing)
+            written = 0
+            for data in decoder.decode(block):
+                written += len(data)
+                if size + written > max_mb * MIB:
+                    raise _too_large(max_mb)
+                parser.write(data)
+            return written
+
+        size = 0
+        async for block in _read_blocks(self._stream(request, reception), max_mb * MIB, max_mb):
+            missing = self.missing
+            size += await run_in_threadpool(write, block)
+        decoder.finish()
+
+    async def _stream(self, request: Request, reception: Reception) -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        async for chunk in request.stream():
+            reception.missing = max(0, reception.missing - len(chunk))
+            if not self._stopping:
+                reception.timer.reschedule(loop.time() + BODY_SECONDS)
+            yield chunk
+
+
+class Decoder:
+    """Decoder for a body without Content-Encoding."""
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
+        """Yield the decoded bytes in blocks."""
+        yield data
+
+    def finish(self) -> None:
+        """Raise if the body is incomplete."""
+
+
+class GzipDecoder(Decoder):
+    """Decoder for `Content-Encoding: gzip`. A block is never larger than `BLOCK_BYTES`, whatever the body announces."""
+
+    def __init__(self) -> None:
+        self._inflate = zlib.decompressobj(GZIP_WINDOW)
+        self._started = False
+
+    def decode(self, data: bytes) -> Iterator[bytes]:
+        """Yield the inflated bytes in blocks. A body may have several gzip members."""
+        try:
+            while data:
+                if self._inflate.eof:
+                    self._inflate = zlib.decompressobj(GZIP_WINDOW)
+                self._started = True
+                yield self._inflate.decompress(data, BLOCK_BYTES)
+                data = self._inflate.unused_data or self._inflate.unconsumed_tail
+        except zlib.error:
+            raise _bad_gzip() from None
+
+    def finish(self) -> None:
+        """Raise if the last member is incomplete."""
+        if self._started and not self._inflate.eof:
+            raise _bad_gzip()
+
+
+def _create_decoder(encoding: str) -> Decoder:
+    name = encoding.strip().lower()
+    if name in {"", "identity"}:
+        return Decoder()
+    if name in {"gzip", "x-gzip"}:
+        return GzipDecoder()
+    raise UnsupportedEncoding(
+        "The body has an unsupported Content-Encoding.",
+        expected="no Content-Encoding, or gzip.",
+        advice="Send the scan without Content-Encoding. A file .nii.gz needs none.",
+    )
 
 
 def declared_length(request: Request) -> int:
@@ -263,6 +413,30 @@ def _too_large(max_mb: int) -> UploadTooLarge:
         f"The upload is larger than {max_mb} MiB.",
         expected=f"at most {max_mb} MiB.",
         advice="Send one series, compressed, or raise COUNTERPART_MAX_UPLOAD_MB.",
+    )
+
+
+def _too_slow() -> UploadTooSlow:
+    return UploadTooSlow(
+        f"No byte of the upload arrived for {BODY_SECONDS:g} s.",
+        expected="the whole scan without long breaks.",
+        advice="Send the scan again.",
+    )
+
+
+def _stopping() -> NotReady:
+    return NotReady(
+        "The service stops, and the upload is not complete.",
+        expected="a running service.",
+        advice="Send the scan again when the service has started (see Retry-After).",
+    )
+
+
+def _bad_gzip() -> BadRequest:
+    return BadRequest(
+        "The body is not the gzip stream that Content-Encoding announces, or it is incomplete.",
+        expected="a complete gzip stream, or no Content-Encoding.",
+        advice="Remove the header Content-Encoding if the body is the file itself.",
     )
 
 

@@ -7,6 +7,7 @@
     jobs/<job>/inferred/<name>            inference result (`app.inference_result`), until the results are published
     jobs/<job>/published                  name of the published attempt, created once and never changed
     erased/<job>                          job being erased: its row is deleted before this object
+    check                                 block that the readiness check overwrites
 
 A local folder holds uploads in progress and the scan that this process analyses. Endpoint and credentials come
 from the environment, as for every S3 client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
@@ -26,11 +27,13 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import S3Store
 
 from app.errors import StoreUnavailable
-from app.jobs.store import Slot, Store, StoredFile, Upload, file_or_folder
+from app.jobs.store import CHECK_BYTES, Slot, Store, StoredFile, Upload, file_or_folder
 
 TRANSFER_THREADS = 16
 # Bytes of one block of a download.
 BLOCK_BYTES = 1 << 20
+# Object that `check` overwrites.
+CHECK_NAME = "check"
 
 
 class BucketStore(Store):
@@ -50,14 +53,16 @@ class BucketStore(Store):
         self._local_jobs = scratch / "jobs"
 
     def check(self) -> None:
-        """Check that the bucket answers.
+        """Check that the local folder and the bucket are writable, by writing a block to each.
 
         Raises
         ------
         StoreUnavailable
         """
+        super().check()
         with _store_errors():
             next(iter(obstore.list(self._bucket, "jobs/", chunk_size=1)), None)
+            obstore.put(self._bucket, CHECK_NAME, bytes(CHECK_BYTES))
 
     def commit_upload(self, upload: Upload, job: str) -> None:
         """Make an upload the scan of a job. When this returns, the scan is in the bucket."""

@@ -1,12 +1,70 @@
 """Database connection beside that of DBOS, for queries that DBOS has no call for."""
 
-from contextlib import suppress
+import sqlite3
+from contextlib import closing, suppress
+from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
+from app.errors import DatabaseUnavailable
+from app.jobs.deadline import run_within
+
 # Longest time that truncating the log waits for readers, in milliseconds.
 TRUNCATE_TIMEOUT = 100
+
+
+# Seconds for a connection, and for a free one of the pool. `connect_timeout` of the URL takes precedence.
+CONNECT_SECONDS = 3
+POOL_SECONDS = 5
+# Seconds for `check_database`.
+CHECK_SECONDS = 4.0
+
+
+def check_database(database_url: str) -> None:
+    """Check that the database answers, and that the file of a SQLite database is sound. No file is created.
+
+    Raises
+    ------
+    DatabaseUnavailable
+    """
+    try:
+        run_within(CHECK_SECONDS, lambda: _check(database_url))
+    except DatabaseUnavailable:
+        raise
+    except Exception as error:  # noqa: BLE001  # any class of the driver; its text may contain the password
+        raise DatabaseUnavailable(
+            f"The job database does not answer ({type(error).__name__}).",
+            expected="a database that can be reached, read and written.",
+            advice="Check COUNTERPART_DATABASE, its server and its user, or the disk of COUNTERPART_STORE.",
+        ) from None
+
+
+def _check(database_url: str) -> None:
+    url = sa.make_url(database_url)
+    if url.get_backend_name() != "sqlite":
+        database = connect(database_url)
+        try:
+            with database.connect() as connection:
+                connection.execute(sa.text("SELECT 1"))
+        finally:
+            database.dispose()
+        return
+    if not url.database or not Path(url.database).exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{Path(url.database).absolute().as_uri()}?mode=rw", uri=True)) as file:
+            found = file.execute("PRAGMA quick_check(1)").fetchall()
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):
+            raise
+        found = []
+    if found != [("ok",)]:
+        raise DatabaseUnavailable(
+            "The SQLite file of the job database is damaged.",
+            expected="a file that passes SQLite's quick_check.",
+            advice="Stop the service and restore the file from a backup (see docs/operations.md).",
+        )
 
 
 def connect(database_url: str) -> sa.Engine:
@@ -14,7 +72,8 @@ def connect(database_url: str) -> sa.Engine:
     url = sa.make_url(database_url)
     if url.get_backend_name() == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
-        return sa.create_engine(url, pool_size=2, pool_pre_ping=True)
+        timeout = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_SECONDS}
+        return sa.create_engine(url, pool_size=2, pool_pre_ping=True, pool_timeout=POOL_SECONDS, connect_args=timeout)
     # Writers wait for each other, as the writers of DBOS do.
     return sa.create_engine(url, connect_args={"timeout": 30})
 

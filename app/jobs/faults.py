@@ -2,10 +2,18 @@
 
 import errno
 
-from app.errors import CounterpartError, DamagedBundle, NotReady, ProviderUnavailable, StoreFull, StoreUnavailable
+from app.errors import (
+    CounterpartError,
+    DamagedBundle,
+    DatabaseUnavailable,
+    NotReady,
+    ProviderUnavailable,
+    StoreFull,
+    StoreUnavailable,
+)
 
 # Errors whose cause is the service and not the scan.
-SERVICE_ERRORS = (DamagedBundle, NotReady, ProviderUnavailable, StoreFull, StoreUnavailable)
+SERVICE_ERRORS = (DamagedBundle, DatabaseUnavailable, NotReady, ProviderUnavailable, StoreFull, StoreUnavailable)
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 NO_FILES = {errno.EMFILE, errno.ENFILE}

@@ -6,9 +6,9 @@ Each job is a DBOS workflow. `app.jobs.workflow` runs the workflows, and only th
 import hashlib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from app.analysis import AnalysisRequest
 from app.export.outputs import REQUIRED_NAMES
 from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.engine import Engine
+from app.jobs.idempotency import KeyHasher
 from app.jobs.job import Cursor, Job, JobFilter, Priority, State
 from app.jobs.metrics import Metrics
 from app.jobs.recovery import WorkerRegistry
@@ -49,6 +50,19 @@ REUSABLE_STATUSES = [name for name, state in STATES.items() if state not in ("fa
 # DBOS runs the smallest number first, and equal numbers in order of submission. The odd numbers above these belong
 # to jobs whose worker died: `WorkerRegistry.lower_priority`.
 PRIORITIES: dict[Priority, int] = {"stat": 2, "routine": 10}
+
+
+@dataclass(frozen=True)
+class RawState:
+    """Columns of a job's row that change while it is followed."""
+
+    status: str
+    attributes: Mapping[str, Any] | None
+
+    @property
+    def queued(self) -> bool:
+        """Whether the job waits in the queue."""
+        return self.status in QUEUED_STATUSES
 
 
 class JobQueue:
@@ -83,6 +97,7 @@ class JobQueue:
         self._metrics = metrics
         self._limits = limits
         self._table = workflow_table(database)
+        self._key_hasher = KeyHasher(database)
 
     # ---- submit ----
 
@@ -101,7 +116,7 @@ class JobQueue:
         QueueFull
             The number of waiting jobs has reached the limit.
         """
-        self._limits.check_disk(self._store, size)
+        self.check_disk(size)
         waiting = len(self.positions())
         if waiting >= self._limits.queue_limit:
             raise errors.QueueFull(
@@ -109,6 +124,15 @@ class JobQueue:
                 expected=f"fewer than {self._limits.queue_limit} waiting scans.",
                 advice="Send the scan again later (see Retry-After), or raise COUNTERPART_QUEUE_LIMIT.",
             )
+
+    def check_disk(self, size: int) -> None:
+        """Refuse a scan if too little disk space would be left.
+
+        Raises
+        ------
+        StoreFull
+        """
+        self._limits.check_disk(self._store, size)
 
     def submit(self, upload: Upload, request: AnalysisRequest, key: str | None, priority: Priority = "routine") -> str:
         """Create a job for an upload, or return the existing job for the same content or key.
@@ -137,11 +161,14 @@ class JobQueue:
             The job is new, and the capacity was exhausted during the upload.
         """
         content_hash = self._content_hash(upload.digest, request)
-        # A key can contain a patient's name, so only its hash is stored.
-        identity = content_hash if key is None else _sha256("key", key)
-        job = self._find_reusable(identity, content_hash)
-        if job is not None:
-            return job
+        # A key can contain a patient's name, so only its keyed hash is stored.
+        identity = content_hash if key is None else self._key_hasher.hash_key(key)
+        # Version 0.1.0 hashed keys without a secret.
+        identities = (identity,) if key is None else (identity, _sha256("key", key))
+        for known in identities:
+            job = self._find_reusable(known, content_hash)
+            if job is not None:
+                return job
         self.check_capacity(0)  # a second time, because other scans may have come during the upload
         job = f"{identity[:16]}-{secrets.token_hex(8)}"
         self._store.commit_upload(upload, job)
@@ -220,8 +247,19 @@ class JobQueue:
         query = query.order_by(t.created_at.desc(), t.workflow_uuid.desc()).limit(limit)
         with self._database.connect() as connection:
             ids = list(connection.execute(query).scalars())
-        jobs = {job.id: job for job in (map(to_job, list_workflows(workflow_ids=ids)) if ids else ())}
+        jobs = self.find(ids)
         return [jobs[job] for job in ids if job in jobs]
+
+    def find(self, jobs: Sequence[str]) -> dict[str, Job]:
+        """Return the jobs that exist, by id."""
+        return {job.id: job for job in (map(to_job, list_workflows(workflow_ids=list(jobs))) if jobs else ())}
+
+    def read_states(self, jobs: Collection[str]) -> dict[str, RawState]:
+        """Return the states of the jobs that exist, by id: one cheap query, to notice changes."""
+        t = self._table.c
+        query = sa.select(t.workflow_uuid, t.status, t.attributes).where(t.workflow_uuid.in_(jobs))
+        with self._database.connect() as connection:
+            return {row[0]: RawState(row[1], row[2]) for row in connection.execute(query)}
 
     def positions(self) -> dict[str, int]:
         """Return the position of each waiting job in the queue, starting with 1 for the next job."""

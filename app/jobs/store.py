@@ -36,6 +36,8 @@ from app.ingest.reader import HEAD_BYTES
 # Age at which the rest of an interrupted upload is removed at a start. No upload takes longer.
 STALE_SECONDS = 24 * 3600
 MAX_PROCESSES = 64
+# A full disk still creates empty files.
+CHECK_BYTES = 1 << 16
 SYNC_THREADS = 32
 ERASE_ATTEMPTS = 4
 # The prefix of the name of a job's inference result.
@@ -271,15 +273,17 @@ class Store:
         """Remove the local copies of an attempt that has ended. A local store has none."""
 
     def check(self) -> None:
-        """Check that the store is writable.
+        """Check that the store is writable, by writing a block.
 
         Raises
         ------
         StoreUnavailable
         """
         try:
-            with TemporaryFile(dir=self.root / "incoming"):
-                pass
+            with TemporaryFile(dir=self.root / "incoming") as file:
+                file.write(bytes(CHECK_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise StoreUnavailable(
                 f"The store is not writable ({type(error).__name__}).",
@@ -384,6 +388,11 @@ class Store:
 
     def _job_folder(self, job: str) -> Path:
         return self.root / "jobs" / job
+
+
+def is_open_to_others(folder: Path) -> bool:
+    """Return whether a folder exists and other users of the machine may read it or write to it."""
+    return folder.is_dir() and bool(folder.stat().st_mode & 0o077)
 
 
 def file_or_folder(folder: Path) -> Path:

@@ -24,6 +24,8 @@ from app.runtime.session import Provider
 from tests.support.bundle import tiny_manifest
 
 URL = "/v1/scans"
+# Without a token, the service accepts loopback names only.
+BASE_URL = "http://127.0.0.1"
 WAIT = {"Prefer": "wait=120"}
 # Seconds. Far more than any test needs, because the machine may be busy.
 TIMEOUT_SECONDS = 180

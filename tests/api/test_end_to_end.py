@@ -15,7 +15,7 @@ from nibabel.spatialimages import SpatialImage
 from app.main import create_app
 from app.settings import Settings
 from app.volume import Volume
-from tests.api.support import URL, WAIT
+from tests.api.support import BASE_URL, URL, WAIT
 from tests.support.dicom import write_series, zip_files
 from tests.support.phantom import brain, with_lesion
 from tests.support.segmentation import segment_points
@@ -25,7 +25,7 @@ from tests.support.segmentation import segment_points
 def client(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     store = tmp_path_factory.mktemp("store")
     settings = Settings(store=str(store), models=tiny_models, threads=1, drain_seconds=0)
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), BASE_URL) as client:
         yield client
 
 

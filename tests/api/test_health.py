@@ -5,7 +5,7 @@ import re
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.api.support import send
+from tests.api.support import BASE_URL, send
 
 
 def test_models_are_listed_and_shown(client: TestClient) -> None:
@@ -55,7 +55,7 @@ def test_unexpected_error_is_a_problem_without_its_text(client: TestClient, monk
         raise RuntimeError("Zweistein")
 
     monkeypatch.setattr(queue, "list_jobs", fail)
-    lenient = TestClient(client.app, raise_server_exceptions=False)
+    lenient = TestClient(client.app, BASE_URL, raise_server_exceptions=False)
     answer = lenient.get("/v1/scans")
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert answer.headers["content-type"] == "application/problem+json"

@@ -84,7 +84,9 @@ def _check_shutdown(service: RunningService) -> None:
 def _check_early_refusal(service: RunningService) -> None:
     """A text is refused before all of it was sent."""
     with socket.create_connection(("127.0.0.1", service.port), 60) as connection:
-        connection.sendall(b"POST /v1/scans HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"hello " * 1000)
+        connection.sendall(
+            b"POST /v1/scans HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n" + b"hello " * 1000
+        )
         assert connection.recv(100).startswith(b"HTTP/1.1 415 ")
 
 

@@ -5,8 +5,7 @@ import json
 import pytest
 from fastapi.testclient import TestClient
 
-from app.api.results import RESULT_NAMES
-from app.export.outputs import OUTPUTS
+from app.export.outputs import OUTPUTS, Output
 from tests.api.support import URL, send
 
 
@@ -19,7 +18,7 @@ def test_result_is_sent_with_its_headers(client: TestClient, url: str) -> None:
     whole = client.get(f"{url}/mask.nii.gz")
     assert whole.content == b"mask.nii.gz" * 10
     assert whole.headers["content-type"] == "application/gzip"
-    assert 'filename="mask.nii.gz"' in whole.headers["content-disposition"]
+    assert f'filename="{url.rpartition("/")[2]}-mask.nii.gz"' in whole.headers["content-disposition"]
 
     head = client.head(f"{url}/mask.nii.gz")
     assert (head.status_code, head.content) == (200, b"")
@@ -72,8 +71,38 @@ def test_report_of_an_older_version_is_still_read(client: TestClient) -> None:
     assert (missing.status_code, missing.json()["code"]) == (404, "no_such_result")
 
 
-def test_openapi_lists_every_result(client: TestClient) -> None:
-    operation = client.get("/openapi.json").json()["paths"]["/v1/scans/{job}/{name}"]["get"]
-    (parameter,) = [p for p in operation["parameters"] if p["name"] == "name"]
-    assert tuple(parameter["schema"]["enum"]) == RESULT_NAMES
-    assert set(operation["responses"]["200"]["content"]) == {output.media_type for output in OUTPUTS}
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: output.name)
+def test_openapi_has_one_operation_with_one_media_type_for_each_result(client: TestClient, output: Output) -> None:
+    operation = client.get("/openapi.json").json()["paths"][f"/v1/scans/{{job}}/{output.name}"]["get"]
+    assert operation["operationId"] == "get_" + output.name.replace(".", "_")
+    answer = operation["responses"]["200"]
+    assert list(answer["content"]) == [output.media_type]
+    assert {"ETag", "Content-Disposition"} <= set(answer["headers"])
+    if output.name == "report.json":
+        assert answer["content"][output.media_type]["schema"] == {"$ref": "#/components/schemas/Report"}
+
+
+def test_operation_ids_are_the_names_of_the_functions(client: TestClient) -> None:
+    """Generated clients use them as names of their functions."""
+    paths = client.get("/openapi.json").json()["paths"]
+    ids = [operation["operationId"] for methods in paths.values() for operation in methods.values()]
+    assert len(set(ids)) == len(ids)
+    assert {"send_scan", "list_scans", "get_scan", "cancel_scan", "erase_scan", "follow_scan"} <= set(ids)
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        (URL, "GET, OPTIONS, POST"),
+        (f"{URL}/x", "DELETE, GET, OPTIONS"),
+        (f"{URL}/x/mask.nii.gz", "GET, HEAD, OPTIONS"),
+        (f"{URL}/x/cancel", "OPTIONS, POST"),
+        ("/v1/models", "GET, OPTIONS"),
+    ],
+)
+def test_allow_names_all_methods_of_a_path(client: TestClient, path: str, allowed: str) -> None:
+    options = client.options(path)
+    assert (options.status_code, options.headers["allow"], options.content) == (204, allowed, b"")
+    refused = client.put(path)
+    assert (refused.status_code, refused.headers["allow"], refused.json()["expected"]) == (405, allowed, f"{allowed}.")
+    assert client.options("/v1/none").status_code == 404

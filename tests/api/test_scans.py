@@ -1,9 +1,11 @@
 """Send, list, show, cancel and erase scans."""
 
 import errno
+import hashlib
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -13,6 +15,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 
 from app.api.results import RESULT_NAMES
+from app.api.upload import Reception
 from tests.api.support import URL, WAIT, FakeEngine, fake_scan, send, send_running, wait_for_state
 
 
@@ -96,6 +99,30 @@ def test_idempotency_key_names_the_job(client: TestClient) -> None:
     assert post("key-2", name="keyed").json()["id"] != first
     other = post("key-1", name="another patient")
     assert (other.status_code, other.json()["code"]) == (409, "idempotency_key_reused")
+
+
+def test_idempotency_key_cannot_be_guessed_from_the_job(client: TestClient) -> None:
+    """A key may name a patient, and ids of jobs stand in logs."""
+    key = "Zweistein 1955-03-14"
+    job = client.post(URL, content=fake_scan(name="secret key"), headers={"Idempotency-Key": key, **WAIT}).json()["id"]
+    for text in (key, f"key\0{key}"):
+        assert hashlib.sha256(text.encode()).hexdigest()[:16] != job[:16]
+
+
+def test_idempotency_key_of_an_older_version_still_names_its_job(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def post() -> str:
+        headers = {"Idempotency-Key": "old key", **WAIT}
+        job: str = client.post(URL, content=fake_scan(name="old key"), headers=headers).json()["id"]
+        return job
+
+    old = hashlib.sha256(b"key\0old key").hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr("app.jobs.idempotency.KeyHasher.hash_key", lambda *_: old)
+        job = post()
+    assert job.startswith(old[:16])
+    assert post() == job
 
 
 def test_failed_job_has_a_problem_and_is_not_reused(client: TestClient, engine: FakeEngine) -> None:
@@ -263,6 +290,21 @@ def test_invalid_parameter_is_refused(client: TestClient, query: str, code: str)
     assert (answer.status_code, answer.json()["code"]) == (400, code)
 
 
+@pytest.mark.parametrize(
+    ("query", "nearest"), [("modle=tiny", "model"), ("Seed=1", "seed"), ("wait=60&seed=1", "geometry, model")]
+)
+def test_unknown_parameter_is_refused_with_the_nearest_name(client: TestClient, query: str, nearest: str) -> None:
+    answer = send(client, query=f"?{query}")
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+    assert answer.json()["expected"].startswith(nearest)
+    assert client.get(f"{URL}?{query}").status_code == 400
+
+
+def test_unknown_parameter_is_not_repeated(client: TestClient) -> None:
+    assert "Zweistein" not in client.get(f"{URL}?Zweistein=1").text
+    assert client.get(f"{URL}?stat=queued").json()["expected"] == "state."
+
+
 @pytest.mark.parametrize("model", ["tiny", "tiny-0.0.1"])
 def test_parameters_reach_the_engine(client: TestClient, engine: FakeEngine, model: str) -> None:
     assert send(client, query=f"?model={model}&series=1.2.3/2&geometry=resample", model=model).status_code == 200
@@ -279,7 +321,7 @@ def test_unknown_path_is_404(client: TestClient, path: str) -> None:
 def test_wrong_method_is_405(client: TestClient) -> None:
     answer = client.put("/v1/models")
     assert (answer.status_code, answer.json()["code"]) == (405, "method_not_allowed")
-    assert answer.headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, OPTIONS"
 
 
 def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +330,35 @@ def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypat
     answer = send(client, wait=False, name="one too many")
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
     assert int(answer.headers["retry-after"]) > 0
+
+
+def test_free_disk_space_counts_all_uploads_under_way(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another upload has announced bytes that it has not sent yet."""
+    usage = shutil.disk_usage("/")._replace(free=2_000_500_000)
+    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: usage)
+    assert send(client, name="alone").status_code == 200
+    uploads = client.app.state.services.uploads  # type: ignore[attr-defined]
+    other = Reception(None, 10**9)  # type: ignore[arg-type]
+    uploads._receptions.add(other)
+    try:
+        answer = send(client, wait=False, name="beside another")
+    finally:
+        uploads._receptions.discard(other)
+    assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
+
+
+def test_free_disk_space_is_checked_while_bytes_arrive(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage("/")._replace(free=10**9)
+    enough = full._replace(free=10**12)
+
+    def send_blocks() -> Iterator[bytes]:
+        yield fake_scan(name="long").ljust(400_000)
+        monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: full)
+        yield b" " * 400_000
+
+    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: enough)
+    answer = client.post(URL, content=send_blocks())
+    assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
 
 
 def test_disk_that_fills_up_during_the_upload_is_507(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

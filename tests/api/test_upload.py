@@ -1,7 +1,12 @@
 """Receive an upload: body, form, DICOMweb message, and their limits."""
 
+import asyncio
+import gzip
+from collections.abc import AsyncIterator
+
 import pytest
 from fastapi.testclient import TestClient
+from httpx2 import Response
 
 from tests.api.support import URL, WAIT, FakeEngine, fake_scan
 
@@ -96,3 +101,49 @@ def test_dicomweb_message_is_split_into_its_parts(client: TestClient, engine: Fa
     assert answer.status_code == 200
     folder, _ = engine.inferences[-1]
     assert [path.read_bytes() for path in sorted(folder.iterdir())] == parts
+
+
+def send_encoded(client: TestClient, body: bytes, encoding: str, media_type: str = "") -> Response:
+    headers = {"Content-Encoding": encoding, "Content-Type": media_type}
+    return client.post(URL, content=body, headers={**headers, **WAIT})
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP"])
+def test_gzip_encoded_body_is_the_same_scan(client: TestClient, encoding: str) -> None:
+    scan = fake_scan(name="encoded")
+    plain = client.post(URL, content=scan, headers=WAIT).json()["id"]
+    assert send_encoded(client, gzip.compress(scan), encoding).json()["id"] == plain
+    assert send_encoded(client, gzip.compress(scan[:100]) + gzip.compress(scan[100:]), encoding).json()["id"] == plain
+    assert send_encoded(client, gzip.compress(form(scan)), encoding, FORM).json()["id"] == plain
+    assert send_encoded(client, scan, "identity").json()["id"] == plain
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status", "code"),
+    [
+        ("br", b"x", 415, "unsupported_encoding"),
+        ("gzip, gzip", b"x", 415, "unsupported_encoding"),
+        ("gzip", fake_scan(), 400, "bad_request"),
+        ("gzip", gzip.compress(fake_scan())[:-9], 400, "bad_request"),
+        ("gzip", gzip.compress(fake_scan() + bytes(50 * MIB)), 413, "upload_too_large"),
+        ("gzip", b"", 400, "empty_upload"),
+    ],
+)
+def test_other_or_broken_encoding_is_refused(
+    client: TestClient, encoding: str, body: bytes, status: int, code: str
+) -> None:
+    answer = send_encoded(client, body, encoding)
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+
+
+def test_upload_that_stops_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stream(_: object) -> AsyncIterator[bytes]:
+        yield fake_scan()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr("app.api.upload.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("starlette.requests.Request.stream", stream)
+    answer = client.post(URL, content=b"")
+    assert (answer.status_code, answer.json()["code"]) == (408, "upload_too_slow")
+    store = client.app.state.services.store.root  # type: ignore[attr-defined]
+    assert not list((store / "incoming").iterdir())

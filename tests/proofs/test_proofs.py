@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.proofs import cluster, contract, hostile, kill, operations, soak
+from tests.proofs import cluster, contract, hostile, kill, operations, soak, streams
 from tests.support.servers import find_postgres
 
 pytestmark = pytest.mark.proof
@@ -35,6 +35,10 @@ def test_hostile_uploads_get_the_right_answers(tmp_path: Path) -> None:
 
 def test_mixed_traffic_leaves_memory_and_files_flat(tmp_path: Path) -> None:
     assert soak.prove(tmp_path, minutes=1.5)
+
+
+def test_event_streams_do_not_slow_status_calls_down(tmp_path: Path) -> None:
+    assert streams.prove(tmp_path)
 
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=needs_postgres)])

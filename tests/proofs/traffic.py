@@ -187,7 +187,7 @@ class Traffic:
     def _upload_slowly(self, _: httpx2.Client, *, complete: bool = False) -> None:
         """Upload a kilobyte at a time. Close the connection early unless `complete`."""
         slow_part = self._scan[: int(SLOW_SECONDS / PAUSE_SECONDS) * SLOW_BYTES]
-        head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(self._scan)}\r\nConnection: close\r\n"
+        head = f"POST {URL} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(self._scan)}\r\nConnection: close\r\n"
         key = self._new_key()["Idempotency-Key"]
         with socket.create_connection(("127.0.0.1", self._port), 60) as connection:
             connection.sendall(f"{head}Idempotency-Key: {key}\r\n\r\n".encode())
@@ -212,7 +212,7 @@ class Traffic:
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 * SLOW_BYTES)
             connection.connect(("127.0.0.1", self._port))
-            connection.sendall(f"GET {succeeded[0]['links']['anomaly']} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.sendall(f"GET {succeeded[0]['links']['anomaly']} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             deadline = time.monotonic() + SLOW_SECONDS
             while time.monotonic() < deadline and not self._stopped.wait(PAUSE_SECONDS):
                 if not connection.recv(SLOW_BYTES):

@@ -16,7 +16,7 @@ from app.manifest import Manifest
 from app.runtime.selection import check_licence, select_model
 from app.settings import Settings
 from app.volume import Source
-from tests.api.support import FakeEngine, fake_scan
+from tests.api.support import BASE_URL, FakeEngine, fake_scan
 from tests.support.bundle import tiny_manifest, write_tiny_bundle
 from tests.support.phantom import brain
 
@@ -100,7 +100,7 @@ def test_request_for_a_restricted_bundle_is_refused_at_once(tmp_path: Path, stat
     engine = FakeEngine()
     engine.manifests = [restricted(), tiny_manifest()]
     settings = Settings(store=str(tmp_path), allow_noncommercial=allowed, drain_seconds=0)
-    with TestClient(create_app(settings, engine)) as client:
+    with TestClient(create_app(settings, engine), BASE_URL) as client:
         answer = client.post("/v1/scans?model=flair", content=fake_scan(), headers={"content-type": "application/gzip"})
     assert answer.status_code == status
     assert answer.json().get("code") == (None if allowed else "non_commercial_model")

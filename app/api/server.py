@@ -1,0 +1,125 @@
+"""The HTTP server: its socket, its limits on slow connections, and its end."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.errors import AddressUnavailable
+
+# Seconds for the head of a request. A slower connection is closed.
+HEADER_SECONDS = 20.0
+KEEP_ALIVE_SECONDS = 15
+# Open connections of all callers. Further requests get status 503 at once.
+MAX_CONNECTIONS = 4000
+BACKLOG = 1024
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 protocol that closes a connection whose request does not arrive."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._set_header_timer()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # IDLE: the head of a request is incomplete.
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel_header_timer()
+        elif self._header_timer is None:
+            self._set_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_header_timer()
+        super().connection_lost(exc)
+
+    def _set_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
+
+    def _cancel_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_if_idle(self) -> None:
+        self._header_timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """Server that announces its end, so that waiting callers get an answer.
+
+    Parameters
+    ----------
+    config : uvicorn.Config
+    on_stop : callable
+        Called on the event loop when a signal stops the server.
+    """
+
+    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_stop = on_stop
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._on_stop)
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address.
+
+    Raises
+    ------
+    AddressUnavailable
+    """
+    listener: socket.socket | None = None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        # asyncio disables Nagle's algorithm only if the socket names its protocol.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        if listener is not None:
+            listener.close()
+        raise AddressUnavailable(
+            f"The service cannot listen on {host}, port {port}: {error.strerror or type(error).__name__}.",
+            expected="an address of this machine, and a port that no other program uses.",
+            advice="Stop the other program, or choose another port with --port or COUNTERPART_PORT.",
+        ) from None
+    return listener
+
+
+def run_server(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None], **options: Any) -> None:
+    """Serve an application until a signal stops the process."""
+    config = uvicorn.Config(
+        app,
+        http=TimedProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,  # uvicorn's access log contains query strings
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        backlog=BACKLOG,
+        headers=[("X-Content-Type-Options", "nosniff")],
+        **options,
+    )
+    Server(config, on_stop).run(sockets=[listener])

@@ -1,0 +1,56 @@
+"""Hashes of idempotency keys, with a secret of the database.
+
+A key can name a patient, and the id of a job begins with the hash of its key. With a hash that everybody can compute,
+a reader of a log could try all names. The secret is random, and it is created by the first process that needs it.
+"""
+
+import hashlib
+import hmac
+import secrets
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+secrets_table = sa.Table(
+    "counterpart_secrets",
+    metadata,
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+NAME = "idempotency"
+
+
+class KeyHasher:
+    """Keyed hash of idempotency keys. All processes that share the database compute the same hash.
+
+    Parameters
+    ----------
+    database : sqlalchemy.Engine
+    """
+
+    def __init__(self, database: sa.Engine) -> None:
+        self._database = database
+        self._secret: bytes | None = None
+
+    def hash_key(self, key: str) -> str:
+        """Return the hash of an idempotency key: 64 hexadecimal digits."""
+        if self._secret is None:
+            self._secret = self._read_secret()
+        return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()
+
+    def _read_secret(self) -> bytes:
+        """Return the secret of the database. Two processes may create it at once: the first one wins."""
+        for create in (lambda c: secrets_table.create(c, checkfirst=True), self._insert):
+            try:
+                with self._database.begin() as connection:
+                    create(connection)
+            except sa.exc.DBAPIError:
+                if not sa.inspect(self._database).has_table(secrets_table.name):
+                    raise
+        with self._database.connect() as connection:
+            query = sa.select(secrets_table.c.value).where(secrets_table.c.name == NAME)
+            return bytes.fromhex(connection.execute(query).scalar_one())
+
+    def _insert(self, connection: sa.Connection) -> None:
+        if connection.execute(sa.select(secrets_table).where(secrets_table.c.name == NAME)).first() is None:
+            connection.execute(secrets_table.insert().values(name=NAME, value=secrets.token_hex(32)))
