@@ -85,9 +85,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     calls = Calls()
     follower = JobFollower(jobs.queue, calls, settings.max_streams)
     uploads = Uploads(jobs.queue)
-    services = Services(
-        settings, engine, store, jobs.queue, Readiness(loading=worker), jobs.health, calls, follower, uploads
-    )
+    readiness = Readiness(loading=worker)
+    services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
     stopped = threading.Event()
 
     def load_models() -> None:
