@@ -26,8 +26,7 @@ from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
-from app.jobs.database import check_database
-from app.jobs.deadline import run_within
+from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
 from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits

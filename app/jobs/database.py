@@ -1,24 +1,53 @@
 """Database connection beside that of DBOS, for queries that DBOS has no call for."""
 
 import sqlite3
+import threading
+from collections.abc import Callable
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 
 from app.errors import DatabaseUnavailable
-from app.jobs.deadline import run_within
 
 # Longest time that truncating the log waits for readers, in milliseconds.
 TRUNCATE_TIMEOUT = 100
-
-
 # Seconds for a connection, and for a free one of the pool. `connect_timeout` of the URL takes precedence.
 CONNECT_SECONDS = 3
 POOL_SECONDS = 5
 # Seconds for `check_database`.
 CHECK_SECONDS = 4.0
+
+T = TypeVar("T")
+
+
+def run_within(seconds: float, function: Callable[[], T]) -> T:
+    """Return the result of a function, or raise its exception.
+
+    Raises
+    ------
+    TimeoutError
+        The function takes longer. Its thread continues, and it does not delay the end of the process.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001  # raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError
+    return results[0]
 
 
 def check_database(database_url: str) -> None:
