@@ -341,7 +341,9 @@ def test_the_sequence_of_a_model_is_preferred_to_an_acquired_series(
     save(tmp_path / "s", [*corrected, *with_agent, *other])
     scan = read_scan(tmp_path / "s", sequences={"T1"})
     assert scan.source.series_uid == series_uid(Series(name="one"))
-    assert scan.source.notes[0].startswith("Left out: 2 stacks of a sequence that no model was trained on (14 slices")
+    assert scan.source.notes[0].startswith(
+        "Left out: 2 stacks of another sequence or contrast agent than a model's (14 slices"
+    )
     assert read_scan(tmp_path / "s", sequences={"T1c"}).source.series_uid == series_uid(Series(name="agent"))
 
 

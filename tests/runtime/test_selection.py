@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import UnknownModel, WrongModality, WrongSequence
 from app.manifest import Manifest
-from app.runtime.selection import select_model
+from app.runtime.selection import select_model, trained_sequences
 from app.volume import Source
 from tests.support.bundle import tiny_manifest
 
@@ -123,6 +123,15 @@ def test_sequence_without_a_model_is_refused() -> None:
     with pytest.raises(WrongSequence, match="FLAIR") as caught:
         select_model(HEAD, FLAIR_SCAN, None)
     assert "t1-1.9.0 (MR, T1), t1-1.10.0 (MR, T1)" in caught.value.expected
+
+
+def test_sequences_are_those_of_models_that_can_be_selected() -> None:
+    licence = T1.licence.model_copy(update={"non_commercial": True})
+    restricted = named("t2", sequence="T2").model_copy(update={"licence": licence})
+    models = [*HEAD, FLAIR, restricted]
+    assert trained_sequences(models, None) == {"T1", "FLAIR"}
+    assert trained_sequences(models, "t2") == {"T2"}
+    assert trained_sequences(models, "ct") == set()
 
 
 def test_unknown_model_is_refused() -> None:

@@ -172,7 +172,7 @@ EXCLUSION_RULES: tuple[tuple[str, ExclusionTest], ...] = (
     (f"stacks of fewer than {MIN_SLICES} slices", lambda stack, *_: stack.is_short),
     ("time series", lambda stack, *_: stack.is_time_series),
     ("phase, real or imaginary stacks", lambda stack, *_: all(plane.key.component for plane in stack.planes)),
-    ("stacks of a sequence that no model was trained on", _has_other_sequence),
+    ("stacks of another sequence or contrast agent than a model's", _has_other_sequence),
     ("derived stacks", _is_less_than_acquired),
 )
 
