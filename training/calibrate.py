@@ -64,7 +64,7 @@ def smallest_component(scans: list[ScanFeatures], threshold: float, empty_fracti
 
 
 def latent_mask(view: ViewFeatures, threshold: float, min_component: int, grow: int) -> BoolArray:
-    """Return the latent mask of one view, (K, h, w)."""
+    """Return the latent mask of one view, (M, h, w)."""
     return diffusion.latent_mask(view.kl, view.encoded.foreground_latents, threshold, min_component, grow)
 
 
@@ -111,8 +111,8 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
         [_scanner_scores(scan, i, networks, config) for i, scan in enumerate(tqdm(scans, desc="scanners"))]
     )
     outside = detection.ood_refused_share / scores.shape[2]
-    # The check asks whether two ranges overlap. The low end therefore comes from the largest values of healthy scans, the
-    # high end from their smallest.
+    # The check asks whether two ranges overlap. The low end therefore comes from the largest values of healthy scans,
+    # and the high end from the smallest.
     ranges = [
         make_range(prediction_interval(score[..., 1], outside).low, prediction_interval(score[..., 0], outside).high)
         for score in np.moveaxis(scores, 2, 0)
@@ -147,7 +147,7 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
 
     Parameters
     ----------
-    maps : list of (K, H, W) ndarray
+    maps : list of (M, H, W) ndarray
         Anomaly maps of healthy scans. NaN outside the valid mask.
     settings : Residual
         Smallest finding, and the ratio of the extent threshold to the threshold.
@@ -196,7 +196,7 @@ def calibrate_residual(
 
 
 def separate_slices(stack: FloatArray) -> FloatArray:
-    """Insert NaN slices between the slices of a stack, (2 K - 1, H, W), so that findings cannot join across them.
+    """Insert NaN slices between the slices of a stack, (2 M - 1, H, W), so that findings cannot join across them.
 
     Consecutive images of an archive may not be neighbours: some are left out, and a block can mix heads. In the
     calibration, each image therefore counts alone. The evaluation and the service treat them as a stack.

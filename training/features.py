@@ -42,9 +42,9 @@ class ViewFeatures:
     ----------
     encoded : EncodedView
         Slices and latents.
-    kl : (K, h, w) ndarray
+    kl : (M, h, w) ndarray
         Smoothed KL map, in nats.
-    reconstruction : (K, H, W) ndarray
+    reconstruction : (M, H, W) ndarray
         D(z0).
     """
 
@@ -59,7 +59,7 @@ class ScanFeatures:
 
     Attributes
     ----------
-    foreground : (K, H, W) ndarray of bool
+    foreground : (M, H, W) ndarray of bool
     views : dict of View to ViewFeatures
         The identity view first.
     """
@@ -105,7 +105,7 @@ def extract_features(scan: HealthyScan, networks: Networks, config: Config) -> S
 
 
 def decode_view(view: ViewFeatures, mask: BoolArray, networks: Networks, timesteps: tuple[int, ...]) -> FloatArray:
-    """Return the decoded counterpart of one view, (K, H, W). A slice with an empty mask has D(z0)."""
+    """Return the decoded counterpart of one view, (M, H, W). A slice with an empty mask has D(z0)."""
     masked = np.flatnonzero(mask.any(axis=(1, 2)))
     counterpart = view.reconstruction.copy()
     if masked.size:
@@ -116,7 +116,7 @@ def decode_view(view: ViewFeatures, mask: BoolArray, networks: Networks, timeste
 def anomaly_map(
     scan: ScanFeatures, masks: list[BoolArray], counterparts: list[FloatArray], config: Config
 ) -> FloatArray:
-    """Return the anomaly map as `detect` computes it, (K, H, W), with NaN outside the valid mask.
+    """Return the anomaly map as `detect` computes it, (M, H, W), with NaN outside the valid mask.
 
     Parameters
     ----------

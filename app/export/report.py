@@ -226,8 +226,8 @@ def build_report(
         findings=build_findings(result),
         work=Cost(
             seconds={stage: round(value, 3) for stage, value in seconds.items()},
-            slices_reversed=detection.reversed[0],
-            network_evaluations=network_evaluations(manifest, len(analysed), detection.reversed),
+            slices_reversed=detection.reversed_slices[0],
+            network_evaluations=network_evaluations(manifest, len(analysed), detection.reversed_slices),
         ),
     )
 
