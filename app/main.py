@@ -38,7 +38,6 @@ from app.settings import Settings
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-# `events` precedes `results`, because the path of a result also matches /v1/scans/{job}/events.
 API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.router, models.router)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.

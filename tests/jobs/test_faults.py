@@ -144,7 +144,7 @@ WRITES = [
     (Store, "stage", DEAD_BUCKET),
     (Store, "publish", FULL_DISK),
     (Store, "publish", DEAD_BUCKET),
-    (WorkerRegistry, "crashes_if_quarantined", FULL_DATABASE),
+    (WorkerRegistry, "is_quarantined", FULL_DATABASE),
     (JobService, "is_assigned", FULL_DATABASE),
     (JobService, "record_progress", FULL_DATABASE),
     (SystemDatabase, "record_operation_result", FULL_DATABASE),
