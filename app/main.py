@@ -152,11 +152,11 @@ def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = Tr
     NotReady, ProviderUnavailable
         A worker has no model, or no provider. The service does not start, because it could analyse no scan.
     """
-    listener = _prepare(settings)
-    engine = engine or create_engine(settings, worker=worker)
-    if worker:
-        check_engine(engine)
-    _run_server(create_app(settings, engine, worker=worker), settings, listener)
+    with _prepare(settings) as listener:
+        engine = engine or create_engine(settings, worker=worker)
+        if worker:
+            check_engine(engine)
+        _run_server(create_app(settings, engine, worker=worker), settings, listener)
 
 
 def run_worker(settings: Settings, engine: Engine | None = None) -> None:
@@ -177,10 +177,10 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
     DamagedBundle, ProviderUnavailable
         A model cannot be used. The worker does not start, because it would fail every scan.
     """
-    listener = _prepare(settings)
-    engine = engine or create_engine(settings, worker=True)
-    engine.warm_up()
-    _run_server(create_app(settings, engine, api=False), settings, listener)
+    with _prepare(settings) as listener:
+        engine = engine or create_engine(settings, worker=True)
+        engine.warm_up()
+        _run_server(create_app(settings, engine, api=False), settings, listener)
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
