@@ -136,7 +136,7 @@ def load_inference_result(path: Path) -> InferenceResult:
             metadata.reconstruction,
             metadata.outlier_fraction,
         ),
-        reversed=metadata.reversed,
+        reversed_slices=metadata.reversed,
     )
     brain = _load_brain(metadata, arrays)
     return InferenceResult(metadata.manifest, metadata.model, detection, brain, metadata.seconds)
@@ -158,7 +158,7 @@ def _metadata(inference: InferenceResult) -> Metadata:
         median_kl_range=scores.median_kl_range,
         reconstruction=scores.reconstruction,
         outlier_fraction=scores.outlier_fraction,
-        reversed=inference.detection.reversed,
+        reversed=inference.detection.reversed_slices,
         seconds=inference.seconds,
     )
 

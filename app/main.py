@@ -38,7 +38,6 @@ from app.settings import Settings
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-# `events` precedes `results`, because the path of a result also matches /v1/scans/{job}/events.
 API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.router, models.router)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
@@ -153,11 +152,11 @@ def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = Tr
     NotReady, ProviderUnavailable
         A worker has no model, or no provider. The service does not start, because it could analyse no scan.
     """
-    listener = _prepare(settings)
-    engine = engine or create_engine(settings, worker=worker)
-    if worker:
-        check_engine(engine)
-    _run_server(create_app(settings, engine, worker=worker), settings, listener)
+    with _prepare(settings) as listener:
+        engine = engine or create_engine(settings, worker=worker)
+        if worker:
+            check_engine(engine)
+        _run_server(create_app(settings, engine, worker=worker), settings, listener)
 
 
 def run_worker(settings: Settings, engine: Engine | None = None) -> None:
@@ -178,10 +177,10 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
     DamagedBundle, ProviderUnavailable
         A model cannot be used. The worker does not start, because it would fail every scan.
     """
-    listener = _prepare(settings)
-    engine = engine or create_engine(settings, worker=True)
-    engine.warm_up()
-    _run_server(create_app(settings, engine, api=False), settings, listener)
+    with _prepare(settings) as listener:
+        engine = engine or create_engine(settings, worker=True)
+        engine.warm_up()
+        _run_server(create_app(settings, engine, api=False), settings, listener)
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:

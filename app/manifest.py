@@ -298,7 +298,7 @@ class Manifest(FrozenModel):
     seed: int = Field(description="Default seed of the keyed noise.")
     views: tuple[View, ...] = Field(
         default=(View(),),
-        description="Test-time augmentations, the identity first. Residuals and counterparts are averaged over them.",
+        description="Test-time augmentation, the identity view first. Residuals and counterparts are means over views.",
     )
     kl: KlMap
     reverse: Reverse
@@ -343,7 +343,7 @@ class Manifest(FrozenModel):
         if list(self.reverse.timesteps) != sorted(set(self.reverse.timesteps), reverse=True):
             raise ValueError("the reverse time steps must descend")
         if not self.views or self.views[0] != View():
-            raise ValueError("the first view must be the identity")
+            raise ValueError("the first view must be the identity view")
         if len(self.ood.timesteps) != len(self.ood.median_kl_range):
             raise ValueError("the out-of-distribution check needs one range for each of its time steps")
         if self.preprocessing.window is not None and self.modality != "CT":

@@ -16,6 +16,7 @@ BoolArray = npt.NDArray[np.bool_]
 Affine = npt.NDArray[np.float64]
 # Handling of missing, tilted or unevenly spaced slices.
 Geometry = Literal["refuse", "resample"]
+Format = Literal["nifti", "mgh", "dicom"]
 
 # Suffix of a sequence with contrast agent, as in "T1c".
 WITH_AGENT = "c"
@@ -109,7 +110,7 @@ class Source:
         Sentences about decisions and omissions of the reader, without patient data. The report contains them.
     """
 
-    format: Literal["nifti", "mgh", "dicom"]
+    format: Format
     modality: Literal["MR", "CT"] | None = None
     sequences: tuple[str, ...] = ()
     contrast_agent: bool = False

@@ -28,7 +28,7 @@ HEALTHY_SUBJECTS = 3
 PERCENTILE = 97.5
 
 IntArray = npt.NDArray[np.int64]
-# volume, x (K, 1, H, W), foreground (K, H, W), indices (K,) among the analysed slices -> anomaly map (K, H, W).
+# volume, x (M, 1, H, W), foreground (M, H, W), indices (M,) among the analysed slices -> anomaly map (M, H, W).
 AnomalyMap = Callable[[Volume, FloatArray, BoolArray, IntArray], FloatArray]
 
 
@@ -42,7 +42,7 @@ def make_cases(config: Config, count: int) -> Iterator[tuple[Volume, BoolArray]]
 
 
 def choose_slices(truth: BoolArray) -> IntArray:
-    """Choose evenly spaced slices with the lesion and as many without it, (N, H, W) -> (K,)."""
+    """Choose evenly spaced slices with the lesion and as many without it, (N, H, W) -> (M,)."""
     has_lesion = truth.any(axis=(1, 2))
     groups = [np.flatnonzero(group) for group in (has_lesion, ~has_lesion)]
     chosen = [g[np.unique(np.linspace(0, len(g) - 1, SLICES).round().astype(int))] for g in groups if len(g)]

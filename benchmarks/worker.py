@@ -140,14 +140,14 @@ class RowBenchmark:
         return measure_accuracy(config, self.manifest, self.inputs.cases, self.anomaly_map)
 
     def anomaly_map(self, volume: Any, x: Any, foreground: Any, chosen: Any) -> Any:
-        """Return the anomaly map of some slices, (K, H, W).
+        """Return the anomaly map of some slices, (M, H, W).
 
         Parameters
         ----------
         volume : Volume
         x, foreground : ndarray
             The chosen slices.
-        chosen : (K,) ndarray of int
+        chosen : (M,) ndarray of int
             Their indices among the analysed slices of the volume.
         """
         from app.pipeline.residual import erode_foreground

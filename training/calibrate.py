@@ -31,7 +31,8 @@ from training.features import (
 COMPONENT_SIZES = range(1, 40)
 # Percentiles of the KL of healthy latents. The out-of-distribution check counts the latents outside them.
 LATENT_PERCENTILES = (0.1, 99.9)
-# Percentiles of the healthy slices' mean KL, which is reported together with that of a scan.
+# Percentiles of the mean KL of healthy slices. The report shows them, and the out-of-distribution check can use them
+# (`max_outlier_slice_fraction`).
 SLICE_PERCENTILES = (0.5, 99.5)
 # Random stream of the simulated scanners, in addition to the seed of the configuration.
 SCANNER_STREAM = 6
@@ -53,7 +54,7 @@ def smallest_component(scans: list[ScanFeatures], threshold: float, empty_fracti
         No candidate size is large enough.
     """
     for size in COMPONENT_SIZES:
-        empty = [~latent_mask(s.unchanged, threshold, size, 0).any(axis=(1, 2)) for s in scans]
+        empty = [~latent_mask(s.identity, threshold, size, 0).any(axis=(1, 2)) for s in scans]
         if np.concatenate(empty).mean() >= empty_fraction:
             return size
     raise SystemExit(
@@ -63,7 +64,7 @@ def smallest_component(scans: list[ScanFeatures], threshold: float, empty_fracti
 
 
 def latent_mask(view: ViewFeatures, threshold: float, min_component: int, grow: int) -> BoolArray:
-    """Return the latent mask of one view, (K, h, w)."""
+    """Return the latent mask of one view, (M, h, w)."""
     return diffusion.latent_mask(view.kl, view.encoded.foreground_latents, threshold, min_component, grow)
 
 
@@ -91,46 +92,51 @@ def prediction_interval(values: npt.NDArray[np.float64], outside: float) -> Rang
     """
     logs = np.log(values)
     n, scanners = logs.shape
-    between = scanners * logs.mean(axis=1).var(ddof=1)
+    subject_mean_square = scanners * logs.mean(axis=1).var(ddof=1)
     within = logs.var(axis=1, ddof=1).mean() if scanners > 1 else 0.0
-    parts = np.array([between / scanners, within * (scanners - 1) / scanners])
-    degrees = parts.sum() ** 2 / (parts**2 / [n - 1, max(n * (scanners - 1), 1)]).sum()
-    sd = np.sqrt(parts.sum() + between / (n * scanners))  # the second term: the mean is estimated from n subjects
+    variances = np.array([subject_mean_square / scanners, within * (scanners - 1) / scanners])
+    degrees = variances.sum() ** 2 / (variances**2 / [n - 1, max(n * (scanners - 1), 1)]).sum()
+    # The second term: the mean is estimated from n subjects.
+    sd = np.sqrt(variances.sum() + subject_mean_square / (n * scanners))
     margin = stats.t.ppf(1 - outside / 2, degrees) * sd
     return make_range(np.exp(logs.mean() - margin), np.exp(logs.mean() + margin))
 
 
-def calibrate_ood(scans: list[ScanFeatures], models: Networks, config: Config) -> OodCheck:
+def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config) -> OodCheck:
     """Calibrate the out-of-distribution check. All scores together refuse the configured share of healthy scans."""
-    d = config.detection
-    low, high = np.percentile(np.concatenate([s.foreground_kl for s in scans]), LATENT_PERCENTILES)
+    detection = config.detection
+    low, high = np.percentile(np.concatenate([scan.foreground_kl for scan in scans]), LATENT_PERCENTILES)
     # (subjects, scanners, time steps + 1, 2): the smallest and the largest value of each score in a scan.
-    scores = np.array([_scanner_scores(s, i, models, config) for i, s in enumerate(tqdm(scans, desc="scanners"))])
-    outside = d.ood_refused_share / scores.shape[2]
+    scores = np.array(
+        [_scanner_scores(scan, i, networks, config) for i, scan in enumerate(tqdm(scans, desc="scanners"))]
+    )
+    outside = detection.ood_refused_share / scores.shape[2]
+    # The check asks whether two ranges overlap. The low end therefore comes from the largest values of healthy scans,
+    # and the high end from the smallest.
     ranges = [
         make_range(prediction_interval(score[..., 1], outside).low, prediction_interval(score[..., 0], outside).high)
         for score in np.moveaxis(scores, 2, 0)
     ]
     return OodCheck(
-        timesteps=d.ood_timesteps,
+        timesteps=detection.ood_timesteps,
         median_kl_range=tuple(ranges[:-1]),
         reconstruction_range=ranges[-1],
         latent_kl_range=make_range(low, high),
-        max_outlier_fraction=d.ood_max_outlier_fraction,
-        max_outlier_slice_fraction=d.ood_max_outlier_slice_fraction,
+        max_outlier_fraction=detection.ood_max_outlier_fraction,
+        max_outlier_slice_fraction=detection.ood_max_outlier_slice_fraction,
     )
 
 
 def _scanner_scores(
-    scan: ScanFeatures, subject: int, models: Networks, config: Config
+    scan: ScanFeatures, subject: int, networks: Networks, config: Config
 ) -> list[list[tuple[float, float]]]:
     """Return the scores of one healthy scan, unchanged and on each simulated scanner."""
-    original, rng = scan.unchanged.encoded, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
+    original, rng = scan.identity.encoded, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
     encoded = [original]
     for _ in range(config.detection.ood_simulated_scanners):
         x = simulate_scanner(original.x[:, 0], config.augmentation.scanner, rng)[:, None]
-        encoded.append(encode_view(x, original.foreground, original.slice_indices, models, original.diffusion))
-    errors = [reconstruction_error(e, models) for e in encoded]
+        encoded.append(encode_view(x, original.foreground, original.slice_indices, networks, original.diffusion))
+    errors = [reconstruction_error(e, networks) for e in encoded]
     return [
         [*median_kl_ranges(e, config.detection.ood_timesteps), (r, r)] for e, r in zip(encoded, errors, strict=True)
     ]
@@ -141,17 +147,17 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
 
     Parameters
     ----------
-    maps : list of (K, H, W) ndarray
+    maps : list of (M, H, W) ndarray
         Anomaly maps of healthy scans. NaN outside the valid mask.
     settings : Residual
         Smallest finding, and the ratio of the extent threshold to the threshold.
     false_positive_ml : float
     voxel_ml : float
     """
-    share = settings.extent_threshold / settings.threshold
+    extent_share = settings.extent_threshold / settings.threshold
 
     def median_ml(threshold: float) -> float:
-        trial = settings.model_copy(update={"threshold": threshold, "extent_threshold": share * threshold})
+        trial = settings.model_copy(update={"threshold": threshold, "extent_threshold": extent_share * threshold})
         return float(np.median([(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
 
     low, high = 0.0, float(np.nanmax(np.concatenate([m.ravel() for m in maps])))
@@ -162,14 +168,14 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
 
 
 def calibrate_residual(
-    scans: list[ScanFeatures], models: Networks, config: Config, threshold: float, min_component: int
+    scans: list[ScanFeatures], networks: Networks, config: Config, threshold: float, min_component: int
 ) -> Residual:
     """Calibrate the residual thresholds on the anomaly maps of healthy scans.
 
     Parameters
     ----------
     scans : list of ScanFeatures
-    models : Networks
+    networks : Networks
     config : Config
     threshold : float
         KL threshold.
@@ -181,7 +187,7 @@ def calibrate_residual(
         views = [scan.views[view] for view in d.views]
         masks = [latent_mask(view, threshold, min_component, d.grow) for view in views]
         counterparts = [
-            decode_view(view, mask, models, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
+            decode_view(view, mask, networks, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
         ]
         maps.append(anomaly_map(scan, masks, counterparts, config))
     if config.data.image_archive is not None:
@@ -190,9 +196,10 @@ def calibrate_residual(
 
 
 def separate_slices(stack: FloatArray) -> FloatArray:
-    """Insert NaN slices between the slices of a stack, (2 K - 1, H, W), so that findings cannot join across them.
+    """Insert NaN slices between the slices of a stack, (2 M - 1, H, W), so that findings cannot join across them.
 
-    The images of an archive are not neighbours in a head.
+    Consecutive images of an archive may not be neighbours: some are left out, and a block can mix heads. In the
+    calibration, each image therefore counts alone. The evaluation and the service treat them as a stack.
     """
     separated = np.full((2 * len(stack) - 1, *stack.shape[1:]), np.nan, dtype=np.float32)
     separated[::2] = stack
@@ -228,10 +235,10 @@ def calibration_path(config: Config) -> Path:
 def calibrate(config: Config) -> None:
     """Write the calibrated parts of the manifest."""
     d = config.detection
-    models = load_exported_networks(config)
+    networks = load_exported_networks(config)
     subjects = load_split(config.data.splits).validation
     scans = [
-        extract_features(load_scan(config, s), models, config) for s in tqdm(subjects, desc="KL maps", unit="scan")
+        extract_features(load_scan(config, s), networks, config) for s in tqdm(subjects, desc="KL maps", unit="scan")
     ]
     threshold = kl_threshold(scans, d.kl_percentile)
     min_component = smallest_component(scans, threshold, d.empty_slice_fraction)
@@ -239,7 +246,7 @@ def calibrate(config: Config) -> None:
     slice_means = [
         kl[latents].mean()
         for s in scans
-        for kl, latents in zip(s.unchanged.kl, s.unchanged.encoded.foreground_latents, strict=True)
+        for kl, latents in zip(s.identity.kl, s.identity.encoded.foreground_latents, strict=True)
     ]
     low, high = np.percentile(slice_means, SLICE_PERCENTILES)
     scan_means = [s.foreground_kl.mean() for s in scans]
@@ -258,8 +265,8 @@ def calibrate(config: Config) -> None:
             grow=d.grow,
         ),
         "reverse": Reverse(timesteps=d.reverse_timesteps),
-        "residual": calibrate_residual(scans, models, config, threshold, min_component),
-        "ood": calibrate_ood(scans, models, config),
+        "residual": calibrate_residual(scans, networks, config, threshold, min_component),
+        "ood": calibrate_ood(scans, networks, config),
         "calibration": Calibration(
             subjects=subjects,
             slice_score=make_range(low, high),

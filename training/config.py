@@ -78,11 +78,11 @@ class ScannerConfig(FrozenModel):
 class AugmentationConfig(FrozenModel):
     """In-plane and intensity changes that are small enough to keep a healthy slice healthy."""
 
-    max_rotation_degrees: float
-    max_scale: float
-    max_shift_pixels: float
-    max_gain: float
-    max_log_gamma: float
+    max_rotation_degrees: float = Field(description="Largest rotation in the plane.")
+    max_scale: float = Field(description="Largest relative change of the size: 0.04 is 4 %.")
+    max_shift_pixels: float = Field(description="Largest shift along rows and columns.")
+    max_gain: float = Field(description="Largest relative change of the intensity: 0.06 is 6 %.")
+    max_log_gamma: float = Field(description="Largest absolute value of the logarithm of gamma.")
     anchor: float = Field(
         default=1.0, description="Slice value that gamma and tissue shifts keep: preprocessing scales scans to it."
     )
@@ -95,7 +95,7 @@ class AugmentationConfig(FrozenModel):
         default=0.0,
         description="Share of slices whose brain mask is eroded by one pixel, or by two in a third of them.",
     )
-    scanner: ScannerConfig
+    scanner: ScannerConfig = Field(description="Simulated scanners.")
 
 
 class CoarseNoiseConfig(FrozenModel):
@@ -110,39 +110,61 @@ class CoarseNoiseConfig(FrozenModel):
     edge_sd_pixels: tuple[float, float] = Field(description="Smallest and largest blur of a patch's edge.")
 
 
+def check_start(warm_start: str, steps: int) -> None:
+    """Raise a ValueError if a stage would ship random weights."""
+    if not warm_start and not steps:
+        raise ValueError("the network would keep its random weights. Set steps, or the version in warm_start")
+
+
 class VqvaeConfig(FrozenModel):
     """Architecture and training of the VQ-VAE."""
 
-    warm_start: str = Field(description="Version of this bundle whose VQ-VAE training starts from. Empty for none.")
-    channels: tuple[int, ...]
-    residual_layers: int
-    embedding_dim: int
+    warm_start: str = Field(
+        description="Version of this bundle whose VQ-VAE the training starts from. Empty: random weights."
+    )
+    channels: tuple[int, ...] = Field(description="Channels of each level. Each level halves rows and columns.")
+    residual_layers: int = Field(description="Residual layers of each level.")
+    embedding_dim: int = Field(description="Channels C of a latent.")
     codes: int = Field(description="Size of the codebook.")
-    codebook_decay: float
-    commitment_cost: float
+    codebook_decay: float = Field(description="Decay of the moving averages of the codebook at each step.")
+    commitment_cost: float = Field(description="Weight of the commitment term in the loss.")
     dead_code_fraction: float = Field(description="A code used less than this share of the mean use is restarted.")
     dead_code_interval: int = Field(description="Steps between two restarts of dead codes.")
-    batch: int
-    steps: int
-    learning_rate: float
+    batch: int = Field(description="Slices per step.")
+    steps: int = Field(description="Training steps. 0 takes the networks of `warm_start` unchanged.")
+    learning_rate: float = Field(description="Learning rate of AdamW at the start. It falls as a cosine.")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        check_start(self.warm_start, self.steps)
+        return self
 
 
 class DenoiserConfig(FrozenModel):
     """Architecture and training of the denoising network."""
 
-    warm_start: str = Field(description="Version of this bundle whose denoiser training starts from. Empty for none.")
-    channels: tuple[int, ...]
-    residual_blocks: int
-    attention_levels: tuple[bool, ...]
-    head_channels: int
-    batch: int
-    steps: int
-    learning_rate: float
-    warmup_steps: int
-    ema_decay: float
+    warm_start: str = Field(
+        description="Version of this bundle whose denoiser the training starts from. Empty: random weights."
+    )
+    channels: tuple[int, ...] = Field(description="Channels of each level of the U-Net.")
+    residual_blocks: int = Field(description="Residual blocks of each level.")
+    attention_levels: tuple[bool, ...] = Field(description="Whether each level has self-attention.")
+    head_channels: int = Field(description="Channels of one attention head.")
+    batch: int = Field(description="Slices per step.")
+    steps: int = Field(description="Training steps. 0 takes the network of `warm_start` unchanged.")
+    learning_rate: float = Field(
+        description="Largest learning rate of AdamW, after the warm-up. It then falls as a cosine."
+    )
+    warmup_steps: int = Field(description="Steps in which the learning rate rises from 0.")
+    ema_decay: float = Field(description="Decay of the moving average of the weights at each step.")
     min_snr_gamma: float = Field(description="Limit of the signal-to-noise ratio in the loss weight (Min-SNR).")
     low_noise_below: int = Field(description="Time steps below this one are the noise levels of the KL map.")
     low_noise_probability: float = Field(description="Probability of drawing only from those time steps.")
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        check_start(self.warm_start, self.steps)
+        return self
 
 
 class ExportConfig(FrozenModel):
@@ -157,29 +179,37 @@ class DetectionConfig(FrozenModel):
     method: str = Field(
         default=DEFAULT_METHOD, description="Name in `app.pipeline.methods.METHODS`. The manifest gets it."
     )
-    kl_timesteps: tuple[int, ...]
-    kl_mean: Literal["arithmetic", "geometric"]
-    kl_smoothing_mm: float
-    kl_percentile: float
+    kl_timesteps: tuple[int, ...] = Field(description="Noise levels t of the KL map.")
+    kl_mean: Literal["arithmetic", "geometric"] = Field(description="Mean of the KL map over the noise levels.")
+    kl_smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the KL map. 0 for none.")
+    kl_percentile: float = Field(description="Percentile of healthy foreground latents that gives the KL threshold.")
     empty_slice_fraction: float = Field(
         description="Share of healthy slices whose latent mask must be empty. 0 keeps components of every size."
     )
-    grow: int
-    reverse_timesteps: tuple[int, ...]
-    views: tuple[View, ...] = Field(description="Views of test-time augmentation, the unchanged one first.")
-    contrast_floor: float
-    weighted_by_intensity: bool = False
-    erosion: int
+    grow: int = Field(description="Number of dilations of the latent mask, by one latent each.")
+    reverse_timesteps: tuple[int, ...] = Field(description="Descending noise levels t of the partial reverse process.")
+    views: tuple[View, ...] = Field(description="Views of test-time augmentation, the identity view first.")
+    contrast_floor: float = Field(
+        description="The residual is divided by this plus the local contrast, in slice values. 0 for no division."
+    )
+    weighted_by_intensity: bool = Field(
+        default=False, description="Multiply the residual by the slice, for sequences with bright lesions."
+    )
+    erosion: int = Field(description="Pixels at the edge of the foreground that are not analysed.")
     median_pixels: int = Field(default=1, description="Side of the median filter over the anomaly map. 1 for none.")
-    smoothing_mm: float
+    smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map. 0 for none.")
     false_positive_ml: float = Field(description="Median volume of findings allowed in healthy scans.")
     extent_share: float = Field(description="A finding extends to voxels above this share of the threshold.")
-    min_threshold: float = Field(description="Smallest allowed threshold of the residual.")
-    min_lesion_ml: float
-    ood_timesteps: tuple[int, ...]
+    min_threshold: float = Field(description="Smallest allowed threshold of the anomaly map.")
+    min_lesion_ml: float = Field(description="Volume of the smallest finding.")
+    ood_timesteps: tuple[int, ...] = Field(
+        description="Noise levels t at which the out-of-distribution check takes the median KL."
+    )
     ood_simulated_scanners: int = Field(description="Simulated scanners per healthy scan in the calibration.")
     ood_refused_share: float = Field(description="Share of healthy scans that all scores together may refuse.")
-    ood_max_outlier_fraction: float
+    ood_max_outlier_fraction: float = Field(
+        description="Share of foreground latents that may be outside the healthy range."
+    )
     ood_max_outlier_slice_fraction: float | None = Field(
         default=None, description="Share of slices whose score may be out of range. Null disables this check."
     )
@@ -195,19 +225,21 @@ class DetectionConfig(FrozenModel):
 class EvaluationConfig(FrozenModel):
     """Parts of the evaluation on test subjects (`training.evaluate`)."""
 
-    parts: tuple[EvaluationPart, ...]
+    parts: tuple[EvaluationPart, ...] = Field(description="Parts to run. `healthy` and `lesions` are required.")
 
 
 class BundleConfig(FrozenModel):
     """Texts of the manifest and the model card."""
 
-    title: str
-    intended_use: str
-    modality: Literal["MR", "CT"]
-    sequence: str
-    data: str
-    licence: str
-    attribution: str
+    title: str = Field(description="Name of the model for users.")
+    intended_use: str = Field(description="Intended use, in one or two sentences.")
+    modality: Literal["MR", "CT"] = Field(description="DICOM modality of the scans. The selection of a model uses it.")
+    sequence: str = Field(
+        description="MR sequence, or body part for CT: T1, FLAIR, head. The selection of a model uses it."
+    )
+    data: str = Field(description="Name and origin of the training data.")
+    licence: str = Field(description="Licence of the training data, as an SPDX identifier.")
+    attribution: str = Field(description="Attribution that the licence requires.")
     non_commercial: bool = Field(default=False, description="The data allow neither published images nor services.")
     card: str = Field(description="Sections of the model card in Markdown. {m} is the manifest, {spacing} in mm.")
 
@@ -215,20 +247,20 @@ class BundleConfig(FrozenModel):
 class Config(FrozenModel):
     """Whole configuration of one bundle."""
 
-    name: str
-    version: str
-    seed: int
-    data: DataConfig
-    preprocessing: Preprocessing
-    schedule: NoiseSchedule
-    augmentation: AugmentationConfig
-    coarse_noise: CoarseNoiseConfig
-    vqvae: VqvaeConfig
-    denoiser: DenoiserConfig
-    export: ExportConfig
-    detection: DetectionConfig
-    evaluation: EvaluationConfig
-    bundle: BundleConfig
+    name: str = Field(description="Name of the bundle and of the TOML file.")
+    version: str = Field(description="Version of the bundle. Each release has a new one.")
+    seed: int = Field(description="Seed of the training, of the calibration and of the keyed noise.")
+    data: DataConfig = Field(description="Training data.")
+    preprocessing: Preprocessing = Field(description="From a scan to slices. The manifest gets it.")
+    schedule: NoiseSchedule = Field(description="Noise schedule. The manifest gets it.")
+    augmentation: AugmentationConfig = Field(description="Augmentation of the slices for both networks.")
+    coarse_noise: CoarseNoiseConfig = Field(description="Patches in the input of the denoiser.")
+    vqvae: VqvaeConfig = Field(description="Encoder and decoder.")
+    denoiser: DenoiserConfig = Field(description="Denoising network.")
+    export: ExportConfig = Field(description="Exported graphs.")
+    detection: DetectionConfig = Field(description="Detection method and its calibration.")
+    evaluation: EvaluationConfig = Field(description="Evaluation on test subjects.")
+    bundle: BundleConfig = Field(description="Texts of the manifest and the model card.")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -103,7 +103,7 @@ class HealthyScan:
     healthy: BoolArray | None = None
 
     def usable_slices(self, slices: Slices, preprocessing: Preprocessing) -> npt.NDArray[np.int64]:
-        """Return the indices (K,) of the healthy slices with enough foreground."""
+        """Return the indices (M,) of the healthy slices with enough foreground."""
         if self.healthy is None:
             return analysed_slices(slices, preprocessing)
         enough = foreground_cm2(slices, preprocessing) >= preprocessing.min_foreground_cm2

@@ -100,8 +100,8 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
                 **_scores(detection),
                 "seconds": seconds,
                 "slices": slices,
-                "slices_reversed": detection.reversed[0],
-                "network_evaluations": network_evaluations(bundle.manifest, slices, detection.reversed),
+                "slices_reversed": detection.reversed_slices[0],
+                "network_evaluations": network_evaluations(bundle.manifest, slices, detection.reversed_slices),
             }
         )
     return rows

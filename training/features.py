@@ -42,9 +42,9 @@ class ViewFeatures:
     ----------
     encoded : EncodedView
         Slices and latents.
-    kl : (K, h, w) ndarray
+    kl : (M, h, w) ndarray
         Smoothed KL map, in nats.
-    reconstruction : (K, H, W) ndarray
+    reconstruction : (M, H, W) ndarray
         D(z0).
     """
 
@@ -59,23 +59,23 @@ class ScanFeatures:
 
     Attributes
     ----------
-    foreground : (K, H, W) ndarray of bool
+    foreground : (M, H, W) ndarray of bool
     views : dict of View to ViewFeatures
-        The unchanged view first.
+        The identity view first.
     """
 
     foreground: BoolArray
     views: dict[View, ViewFeatures]
 
     @property
-    def unchanged(self) -> ViewFeatures:
-        """The unchanged view."""
+    def identity(self) -> ViewFeatures:
+        """The identity view."""
         return self.views[View()]
 
     @property
     def foreground_kl(self) -> FloatArray:
-        """KL of the foreground latents of the unchanged view, one-dimensional, in nats."""
-        return self.unchanged.kl[self.unchanged.encoded.foreground_latents]
+        """KL of the foreground latents of the identity view, one-dimensional, in nats."""
+        return self.identity.kl[self.identity.encoded.foreground_latents]
 
 
 def load_exported_networks(config: Config) -> Networks:
@@ -86,7 +86,7 @@ def load_exported_networks(config: Config) -> Networks:
     return Networks(encode, denoise, decode).in_batches(BATCH, lambda _: None)
 
 
-def extract_features(scan: HealthyScan, models: Networks, config: Config) -> ScanFeatures:
+def extract_features(scan: HealthyScan, networks: Networks, config: Config) -> ScanFeatures:
     """Preprocess and encode the usable slices of a scan and compute their KL map in every view, as `detect` does."""
     slices = to_slices(scan.volume, config.training_preprocessing)
     usable = scan.usable_slices(slices, config.training_preprocessing)
@@ -96,27 +96,27 @@ def extract_features(scan: HealthyScan, models: Networks, config: Config) -> Sca
     views = {}
     for index, view in enumerate(d.views):
         noise = KeyedNoise(config.seed, config.latent_shape, index)
-        diffusion = Diffusion(Schedule.from_settings(config.schedule), models.denoise, noise)
-        encoded = encode_view(augment(x, view), augment(foreground, view), usable, models, diffusion)
+        diffusion = Diffusion(Schedule.from_settings(config.schedule), networks.denoise, noise)
+        encoded = encode_view(augment(x, view), augment(foreground, view), usable, networks, diffusion)
         kl = kl_map(encoded.z0, usable, diffusion, d.kl_timesteps, d.kl_mean)
         smoothed = smooth_kl(kl, encoded.foreground_latents, sigma)
-        views[view] = ViewFeatures(encoded, smoothed, models.decode(encoded.z0)[:, 0])
+        views[view] = ViewFeatures(encoded, smoothed, networks.decode(encoded.z0)[:, 0])
     return ScanFeatures(foreground, views)
 
 
-def decode_view(view: ViewFeatures, mask: BoolArray, models: Networks, timesteps: tuple[int, ...]) -> FloatArray:
-    """Return the decoded counterpart of one view, (K, H, W). A slice with an empty mask has D(z0)."""
+def decode_view(view: ViewFeatures, mask: BoolArray, networks: Networks, timesteps: tuple[int, ...]) -> FloatArray:
+    """Return the decoded counterpart of one view, (M, H, W). A slice with an empty mask has D(z0)."""
     masked = np.flatnonzero(mask.any(axis=(1, 2)))
     counterpart = view.reconstruction.copy()
     if masked.size:
-        counterpart[masked] = decode_counterpart(view.encoded, mask, masked, models, timesteps)
+        counterpart[masked] = decode_counterpart(view.encoded, mask, masked, networks, timesteps)
     return counterpart
 
 
 def anomaly_map(
     scan: ScanFeatures, masks: list[BoolArray], counterparts: list[FloatArray], config: Config
 ) -> FloatArray:
-    """Return the anomaly map as `detect` computes it, (K, H, W), with NaN outside the valid mask.
+    """Return the anomaly map as `detect` computes it, (M, H, W), with NaN outside the valid mask.
 
     Parameters
     ----------
@@ -134,5 +134,5 @@ def anomaly_map(
     views = [scan.views[view] for view in d.views]
     mean = average_views([weighted(*each) for each in zip(views, masks, counterparts, strict=True)], d.views)
     valid = erode_foreground(scan.foreground, d.erosion)
-    processed = postprocess_residual(mean, scan.unchanged.encoded.x, valid, d, config.preprocessing.spacing_mm)
+    processed = postprocess_residual(mean, scan.identity.encoded.x, valid, d, config.preprocessing.spacing_mm)
     return np.where(valid, processed, np.float32(np.nan))

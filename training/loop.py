@@ -297,8 +297,8 @@ def load_start_weights(config: Config, version: str, name: str, module: nn.Modul
     found = next((folder for folder in folders if folder.is_dir()), None)
     if found is None:
         raise SystemExit(
-            f"Neither {path} nor {folders[-1]} exists. Train version {version} from its own commit, or take its bundle "
-            'from that commit, or set warm_start = "" and more steps to train from random weights.'
+            f"Neither {path} nor {folders[-1]} exists. Set warm_start to a version in models/, or train "
+            f'version {version} from its own commit, or set warm_start = "" and thousands of steps for random weights.'
         )
     module.load_state_dict(stage_weights(found, config, name))
 

@@ -1,7 +1,7 @@
 """Registry of the result files of a scan.
 
-A new result file is one new entry in `OUTPUTS`. The export, the command line, the API and its OpenAPI document read
-this registry. Also add a row to docs/api.md. A test compares it.
+A new result file is one entry in `OUTPUTS`. The export, the command line, the API and its OpenAPI document read this
+registry. CONTRIBUTING.md lists the other places.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,11 @@ from app.export.preview import write_preview
 from app.export.report import Report
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
-from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Scan
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Format, Scan
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
     from pydicom.dataset import Dataset
 
-Format = Literal["nifti", "mgh", "dicom"]
 ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 
 BRAIN_NAME = "brain.nii.gz"
@@ -92,11 +91,13 @@ class Output:
         One sentence for the OpenAPI document.
     writer : callable
     order : int
-        Outputs are written in ascending order. Outputs with the same number are written concurrently.
+        Outputs are written in ascending order. Outputs with the same number are written concurrently. A new one takes
+        1 to 5: counterpart.nii.gz is first and alone, and report.json is last.
     always : bool
         The file exists for every scan.
     formats : tuple of {"nifti", "mgh", "dicom"}
-        Formats of the scan for which the file can exist.
+        Formats of the scan for which the file can exist: all, or only DICOM. For other formats than DICOM, the file is
+        then absent with the code `not_from_dicom`.
     """
 
     name: str

@@ -12,7 +12,7 @@ from app import __version__
 from app.manifest import FrozenModel, Manifest, Precision, Range
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult
-from app.volume import Scan
+from app.volume import Format, Scan
 
 # A scan whose score is above the healthy range by this factor is far outside of it. Large lesions raise the score less.
 FAR_OUTSIDE = 2.0
@@ -49,7 +49,7 @@ class ModelUsed(FrozenModel):
 class Input(FrozenModel):
     """Properties of the scan after it was read."""
 
-    format: Literal["nifti", "mgh", "dicom"]
+    format: Format
     modality: str | None
     shape: tuple[int, int, int]
     spacing_mm: Point
@@ -226,8 +226,8 @@ def build_report(
         findings=build_findings(result),
         work=Cost(
             seconds={stage: round(value, 3) for stage, value in seconds.items()},
-            slices_reversed=detection.reversed[0],
-            network_evaluations=network_evaluations(manifest, len(analysed), detection.reversed),
+            slices_reversed=detection.reversed_slices[0],
+            network_evaluations=network_evaluations(manifest, len(analysed), detection.reversed_slices),
         ),
     )
 

@@ -147,8 +147,8 @@ def read_scan(
         A file of a supported format (NIfTI and MGH may be gzipped), a zip of such a file or of a DICOM series,
         or a folder of them. A pipe is copied into `scratch` first. Symbolic links are followed.
     scratch : Path
-        Folder for extracted files. It is created if it is missing, and must exist as long as the files in
-        `Scan.source.instances` are needed.
+        Folder for extracted files. It is created if it is missing. Keep it until the DICOM results are
+        written, because `Scan.source.instances` names files in it.
     series : str, optional
         SeriesInstanceUID of the series to read if there are several. "<UID>/2" is the second stack of a series.
     geometry : {"refuse", "resample"}, optional
@@ -222,7 +222,7 @@ def _copy_pipe(path: Path, options: ReadOptions) -> Path:
 def _read_file(path: Path, options: ReadOptions) -> Scan:
     path = nifti_pair.find_header(path) or path
     if nifti_pair.find_image(path) is None and detect_format(_read_head(path)) == "zip":
-        return _read_files(archive.unpack(path, options.scratch, options.limits, _is_image), options)
+        return _read_files(archive.unpack(path, options.scratch, options.limits, _is_extracted), options)
     return _find_reader(path).read([path], options)
 
 
@@ -325,7 +325,7 @@ def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
         )
     reader, paths = scans[0]
     if len(scans) > 1 or (reader.one_file and len(paths) > 1):
-        counts = " and ".join(f"{len(paths)} {reader.title} files" for reader, paths in scans)
+        counts = " and ".join(f"{len(group)} {each.title} files" for each, group in scans)
         raise SeveralSeries(
             f"The upload contains {counts}.",
             expected="one scan: one file, or the DICOM files of one series.",
@@ -358,7 +358,7 @@ def _find_reader(path: Path) -> Reader:
     )
 
 
-def _is_image(head: bytes) -> bool:
+def _is_extracted(head: bytes) -> bool:
     """Return True if a file of a zip is extracted; a zip inside a zip is not.
 
     The lone header of a pair is extracted, so that the error can name it.

@@ -27,8 +27,8 @@ RETENTION_SECONDS = 600.0
 ERASURE_SECONDS = 30.0
 # A scan is quarantined after this many crashes if one of them is confirmed: the child process of the analysis ended and
 # its worker recorded it. If the worker itself died, the cause is unknown, and the scan is tried again. The memory of
-# the child process is limited (`app.jobs.child`), so that the child dies before its worker. The second limit ends a
-# row of unconfirmed crashes.
+# the child process is limited (`app.jobs.child`), so that the child dies before its worker. The second number limits
+# the unconfirmed crashes.
 MAX_CRASHES = 2
 MAX_UNCONFIRMED_CRASHES = 20
 # A worker name with this mark in a crash record stands for a confirmed crash.
@@ -49,7 +49,7 @@ workers_table = sa.Table(
     sa.Column("beats", sa.BigInteger, nullable=False),
 )
 crashes_table = sa.Table(
-    "counterpart_deaths",
+    "counterpart_deaths",  # the name is older than the term crash
     metadata,
     sa.Column("job", sa.Text, primary_key=True),
     sa.Column("worker", sa.Text, primary_key=True),
@@ -97,8 +97,15 @@ class WorkerRegistry:
         with self._database.connect() as connection:
             return {row.worker: row.beats for row in connection.execute(sa.select(workers_table))}
 
-    def record_dead_worker(self, worker: str, jobs: Iterable[str]) -> None:
-        """Record that a worker died while it held these jobs. To record the same death again changes nothing."""
+    def record_crash(self, worker: str, jobs: Iterable[str]) -> None:
+        """Record an unconfirmed crash of these jobs: their worker died. Recording it again changes nothing."""
+        self._insert_crash(worker, jobs)
+
+    def record_child_crash(self, worker: str, job: str) -> None:
+        """Record a confirmed crash: the child process died while it ran this job, and its worker lives."""
+        self._insert_crash(f"{worker}{CONFIRMED_MARK}{secrets.token_hex(4)}", [job])
+
+    def _insert_crash(self, worker: str, jobs: Iterable[str]) -> None:
         now = time.time()
         for job in jobs:
             try:
@@ -109,19 +116,14 @@ class WorkerRegistry:
         with self._database.begin() as connection:
             connection.execute(crashes_table.delete().where(crashes_table.c.at < now - CRASH_RECORD_SECONDS))
 
-    def record_confirmed_crash(self, worker: str, job: str) -> None:
-        """Record that a job ended its child process while the worker observed it."""
-        self.record_dead_worker(f"{worker}{CONFIRMED_MARK}{secrets.token_hex(4)}", [job])
-
     def count_crashes(self, job: str) -> int:
         """Return the number of recorded crashes of a job."""
         return self._count(crashes_table.c.job == job)
 
-    def crashes_if_quarantined(self, job: str) -> int:
-        """Return the number of recorded crashes of a job if it is quarantined, else 0."""
-        crashes = self.count_crashes(job)
+    def is_quarantined(self, job: str) -> bool:
+        """Return whether a job has so many recorded crashes that it is not tried again."""
         confirmed = self._count(crashes_table.c.job == job, crashes_table.c.worker.contains(CONFIRMED_MARK))
-        return crashes if crashes >= (MAX_CRASHES if confirmed else MAX_UNCONFIRMED_CRASHES) else 0
+        return self.count_crashes(job) >= (MAX_CRASHES if confirmed else MAX_UNCONFIRMED_CRASHES)
 
     def delete_crash_records(self, job: str) -> None:
         """Delete the crash records of a job."""
@@ -261,8 +263,9 @@ class Supervisor:
 def return_job(database: sa.Engine, job: str, worker: str, code: str | None) -> int:
     """Put a job that a worker holds back into the queue, after a fault of the service.
 
-    The claim loses its token, so that what still runs of it can record nothing more. DBOS makes the job available
-    after a delay. It has no call that does this for one job of a live worker.
+    DBOS writes a token into the job's row at each claim (`owner_xid`). A claim can record only while the row has its
+    token. The token is removed, so that what still runs of this claim can record nothing more. DBOS makes the job
+    available after a delay. It has no call that does this for one job of a live worker.
 
     Parameters
     ----------
@@ -325,7 +328,8 @@ def restart_outdated_jobs(
     if dead_worker is not None:
         held = sa.and_(workflows.c.status == "PENDING", workflows.c.executor_id == dead_worker)
         available = sa.or_(available, held)
-    outdated = workflows.c.application_version != version  # null for a job that no worker has started
+    # The version of a job that no worker has started is NULL. NULL != version is not true, so that it is not outdated.
+    outdated = workflows.c.application_version != version
     update = workflows.update().where(workflows.c.name == workflow, available, outdated)
     with database.begin() as connection:
         # The update locks the rows, so that no worker of the other version can claim them in the meantime.

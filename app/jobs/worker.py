@@ -77,8 +77,8 @@ class WorkerHealth:
             raise fault
 
 
-class JobState(Protocol):
-    """State of the jobs that the worker reads and updates."""
+class JobControl(Protocol):
+    """Operations on the records of jobs that the worker needs."""
 
     def is_assigned(self, job: str) -> bool:
         """Return whether this worker still has the job: it was not cancelled, erased or given to another worker."""
@@ -89,8 +89,14 @@ class JobState(Protocol):
     def check_database(self) -> None:
         """Write to the database, and raise the error if that fails."""
 
-    def record_crash(self, job: str) -> int:
-        """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
+    def record_child_crash(self, job: str) -> int:
+        """Record that the child process died while it ran this job.
+
+        Returns
+        -------
+        int
+            Number of crashes of the job if it is quarantined now, else 0.
+        """
 
 
 class Worker:
@@ -100,7 +106,7 @@ class Worker:
     ----------
     engine : Engine
     store : Store
-    state : JobState
+    state : JobControl
     metrics : Metrics
 
     Attributes
@@ -108,7 +114,7 @@ class Worker:
     health : WorkerHealth
     """
 
-    def __init__(self, engine: Engine, store: Store, state: JobState, metrics: Metrics) -> None:
+    def __init__(self, engine: Engine, store: Store, state: JobControl, metrics: Metrics) -> None:
         self.health = WorkerHealth()
         self._engine = engine
         self._store = store
@@ -203,7 +209,7 @@ class Attempt:
     request: AnalysisRequest
     engine: Engine
     store: Store
-    state: JobState
+    state: JobControl
     metrics: Metrics
     stopping: Event
     scan: Path | None = None
@@ -224,7 +230,7 @@ class Attempt:
         ServiceFault
             The service, not the scan, is the cause.
         """
-        return self._run_step(self._infer)
+        return self._retry_step(self._infer)
 
     def export(self, inferred: str) -> StepOutput:
         """Write the results into a folder from which any worker can publish them.
@@ -245,7 +251,7 @@ class Attempt:
         Interrupted, ServiceFault
             See `infer`.
         """
-        return self._run_step(lambda: self._export(inferred))
+        return self._retry_step(lambda: self._export(inferred))
 
     def cleanup(self) -> None:
         """Remove the files of this attempt, which can include an unpacked scan."""
@@ -254,7 +260,7 @@ class Attempt:
         self.work = self.scan = None
         self.store.cleanup(self.job)
 
-    def _run_step(self, step: Callable[[], StepOutput]) -> StepOutput:
+    def _retry_step(self, step: Callable[[], StepOutput]) -> StepOutput:
         """Return the output of a step or its problem. Repeat the step if the child process died."""
         start = time.perf_counter()
         while True:
@@ -265,7 +271,7 @@ class Attempt:
             except ChildProcessDied as died:
                 self.cleanup()
                 log.warning("child process died", job=self.job, code=str(died))
-                if crashes := self.state.record_crash(self.job):
+                if crashes := self.state.record_child_crash(self.job):
                     return {"problem": quarantine_problem(self.job, crashes)}
             except Exception as error:  # noqa: BLE001  # no exception may stop the queue
                 # The row of an erased job goes after its files and before the record of the erasure, hence this order.
@@ -380,7 +386,7 @@ def quarantine_problem(job: str, crashes: int) -> dict[str, str]:
     """Log and return the problem of a job that is quarantined after a number of crashes."""
     log.error("job failed", job=job, code=WorkerLost.code)
     return WorkerLost(
-        f"{crashes} workers died while they analysed this scan.",
+        f"The process that analysed this scan died {crashes} times.",
         expected="a result, or an error with a reason.",
         advice="The machine may be short of memory. Report the id of the job. Other scans are not affected.",
     ).problem

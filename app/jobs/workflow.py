@@ -2,8 +2,9 @@
 
 A job is a workflow of three steps, `infer`, `export` and `publish`. DBOS records the output of each step. If a
 process dies, its job stays pending until another process puts it back into the queue (`app.jobs.recovery`). The
-next worker continues after the last recorded step. Each claim of a job has its own token, so that a slow worker that
-lost its lease can no longer record anything. The database holds ids and parameters only, as JSON. See decision 14.
+next worker continues after the last recorded step. DBOS writes a new token into the job's row at each claim, so that a
+slow worker that lost its lease can no longer record anything. The database holds ids and parameters only, as JSON. See
+decision 14.
 """
 
 import logging
@@ -35,8 +36,8 @@ from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem,
 log = structlog.get_logger("counterpart.jobs")
 
 # Version of the steps and their recorded outputs, the file of `app.inference_result` included. DBOS gives a started
-# job only to workers of the same version. Code that keeps the steps keeps the number, so that an upgrade continues
-# started jobs. A job that no worker has started has no version yet.
+# job only to workers of the same version. Increase it only if a step or its recorded output changes, because an upgrade
+# to another version restarts started jobs. A job that no worker has started has no version yet.
 STEPS_VERSION = "3"
 POLLING_SECONDS = 0.1
 # Seconds until a job that nobody runs returns to the queue.
@@ -48,7 +49,7 @@ SWEEP_SECONDS = 6 * 3600.0
 class JobService:
     """The queue with its worker and supervisor, from start to stop.
 
-    It implements `JobState` for the worker and `JobRecovery` for the supervisor. Every method blocks. Call none of
+    It implements `JobControl` for the worker and `JobRecovery` for the supervisor. Every method blocks. Call none of
     them on an event loop.
 
     Parameters
@@ -113,7 +114,7 @@ class JobService:
             )
         )
 
-        # `_run_step` limits the attempts instead of DBOS, because it distinguishes crashes from restarts.
+        # DBOS does not limit the attempts. `_run_recorded_step` does, because it distinguishes crashes from restarts.
         @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
         def analyse_scan(job: str, request: dict[str, Any]) -> dict[str, Any]:
             return self._run_job(job, AnalysisRequest(**request))
@@ -133,7 +134,7 @@ class JobService:
         self._worker.stop(drain_seconds)
         self._supervisor.stop()
         DBOS.destroy()
-        # Only after the queue's thread has ended, which would otherwise claim the job again.
+        # This comes after the end of the queue's thread. The thread would claim the job again.
         client = DBOSClient(system_database_url=self._database_url, serializer=DBOSPortableJSONSerializer())
         try:
             for status in client.list_workflows(name=WORKFLOW, status="PENDING", executor_id=self._executor_id):
@@ -162,7 +163,7 @@ class JobService:
         self._restart_outdated_jobs(dead_worker=worker)
         pending = list_workflows(status="PENDING", executor_id=worker, load_output=False)
         jobs = [status.workflow_id for status in pending]
-        self._registry.record_dead_worker(worker, jobs)
+        self._registry.record_crash(worker, jobs)
         self._registry.lower_priority(jobs)
         # Unlike `resume_workflow`, this skips jobs that another worker has claimed in the meantime.
         DBOS._recover_pending_workflows([worker])
@@ -215,7 +216,7 @@ class JobService:
                 self._store.erase(job)
                 log.info("orphaned upload removed", job=job)
 
-    # ---- JobState, for the worker ----
+    # ---- JobControl, for the worker ----
 
     def is_assigned(self, job: str) -> bool:
         """Return whether this worker still has the job: it was not cancelled, erased or given to another worker."""
@@ -230,9 +231,15 @@ class JobService:
         """Write to the database, and raise the error if that fails."""
         self._registry.send_heartbeat(self._executor_id)
 
-    def record_crash(self, job: str) -> int:
-        """Record that a job ended its child process. Return the number of crashes if it is quarantined, else 0."""
-        self._registry.record_confirmed_crash(self._executor_id, job)
+    def record_child_crash(self, job: str) -> int:
+        """Record that the child process died while it ran this job.
+
+        Returns
+        -------
+        int
+            Number of crashes of the job if it is quarantined now, else 0.
+        """
+        self._registry.record_child_crash(self._executor_id, job)
         return self._quarantine(job)
 
     # ---- workflow ----
@@ -279,10 +286,10 @@ class JobService:
     def _run_steps(self, job: str, request: AnalysisRequest) -> dict[str, Any]:
         """Run the steps of a job. DBOS returns the output of a recorded step without running it again."""
         with self._worker.start_attempt(job, request) as attempt:
-            inferred = DBOS.run_step({"name": "infer"}, self._run_step, job, attempt.infer)
+            inferred = DBOS.run_step({"name": "infer"}, self._run_recorded_step, job, attempt.infer)
             self._raise_problem(job, inferred)
             name = str(inferred["inferred"])
-            exported = DBOS.run_step({"name": "export"}, self._run_step, job, lambda: attempt.export(name))
+            exported = DBOS.run_step({"name": "export"}, self._run_recorded_step, job, lambda: attempt.export(name))
             self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
         self._metrics.outcomes.labels("succeeded").inc()
@@ -303,7 +310,7 @@ class JobService:
             if self.queue.is_cancelled(job):
                 self._store.discard_all_but_scan(job)
 
-    def _run_step(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
+    def _run_recorded_step(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         """Run a step, and record its problem or model for `JobFilter`."""
         with self._as_service_fault(job):
             return self._run_step_once(job, step)
@@ -340,7 +347,7 @@ class JobService:
         """Fail the workflow if a step's output has a problem."""
         if "problem" not in output:
             return
-        # If the store does not answer, the intermediate files go with the job at the latest.
+        # If the store does not answer, the intermediate files stay until the job is erased.
         with suppress(errors.StoreUnavailable, OSError):
             self._store.discard_intermediate(job)
         problem = cast("dict[str, str]", output["problem"])
@@ -349,9 +356,10 @@ class JobService:
 
     def _quarantine(self, job: str) -> int:
         """Return the number of crashes of a job if it is quarantined, and delete their records, else 0."""
-        crashes = self._registry.crashes_if_quarantined(job)
-        if crashes:
-            self._registry.delete_crash_records(job)
+        if not self._registry.is_quarantined(job):
+            return 0
+        crashes = self._registry.count_crashes(job)
+        self._registry.delete_crash_records(job)
         return crashes
 
 

@@ -1,4 +1,8 @@
-"""Detection on one scan: the steps of docs/method.md in their order."""
+"""Detection on one scan: steps 1 to 9 of docs/method.md.
+
+In shapes, N counts all slices of the scan, M the analysed slices, and R the slices that are reversed. Step 10 is
+`app.pipeline.findings.to_scan_result`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +36,7 @@ from app.pipeline.residual import (
 )
 from app.volume import BoolArray, FloatArray, IntArray, Volume
 
-T = TypeVar("T", bound=np.generic)
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +45,9 @@ class ViewResult:
 
     Attributes
     ----------
-    mask : (K, h, w) ndarray of bool
+    mask : (M, h, w) ndarray of bool
         Latents that the reverse process was free to change.
-    counterpart, residual : (K, H, W) ndarray
+    counterpart, residual : (M, H, W) ndarray
     """
 
     mask: BoolArray
@@ -62,9 +66,9 @@ class Detection:
     analysed : (N,) ndarray of bool
         Slices with enough foreground to be analysed.
     kl : (N, h, w) ndarray
-        KL map of the unchanged view in nats. NaN outside the analysed foreground.
+        KL map of the identity view in nats. NaN outside the analysed foreground.
     latent_mask : (N, h, w) ndarray of bool
-        Latents that the reverse process was free to change in the unchanged view.
+        Latents that the reverse process was free to change in the identity view.
     counterpart : (N, H, W) ndarray
         Healthy counterpart in [0, 1], mean over views. It equals x in pixels that were not changed, and is NaN in
         slices that were not analysed.
@@ -73,7 +77,7 @@ class Detection:
         healthy tissue.
     scores : ScanScores
         Scores of the whole scan.
-    reversed : tuple of int
+    reversed_slices : tuple of int
         Number of slices that went through the reverse process, one number per view.
     """
 
@@ -84,7 +88,7 @@ class Detection:
     counterpart: FloatArray
     anomaly: FloatArray
     scores: ScanScores
-    reversed: tuple[int, ...]
+    reversed_slices: tuple[int, ...]
 
 
 def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | None = None) -> Detection:
@@ -116,32 +120,33 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
     noise = KeyedNoise(manifest.seed if seed is None else seed, manifest.latent_shape)
     diffusion = Diffusion(Schedule.from_settings(manifest.schedule), networks.denoise, noise)
 
-    # 1. Resample the scan to slices ("Preprocessing").
+    # 1. Sample axial slices from the scan ("Preprocessing").
     slices = to_slices(volume, manifest.preprocessing)
     indices = analysed_slices(slices, manifest.preprocessing)
     x, foreground = slices.x[indices], slices.foreground[indices]
 
-    # 2. Encode the slices and compute the KL map ("KL map").
-    plain = encode_view(x, foreground, indices, networks, diffusion)
-    kl = smoothed_kl_map(plain, manifest)
+    # 2. Encode the slices. The first view is the identity view ("Notation").
+    identity = encode_view(x, foreground, indices, networks, diffusion)
 
-    # 3. Refuse a scan that differs everywhere ("Out-of-distribution check").
-    scores = compute_scan_scores(kl, plain, networks, manifest.ood)
+    # 3. Compute the KL map and smooth it ("KL map").
+    kl = smoothed_kl_map(identity, manifest)
+
+    # 4. Refuse a scan that is unlike the training data ("Out-of-distribution check").
+    scores = compute_scan_scores(kl, identity, networks, manifest.ood)
     check_in_distribution(scores, manifest)
 
-    # 4. Mask the latents, generate the counterpart and compute the residual
-    #    ("Latent mask", "Partial reverse process", "Residual").
-    results = [compare_view(plain, kl, networks, manifest)]
+    # 5 to 7. Threshold the KL map, inpaint and decode, subtract and weight.
+    results = [compare_view(identity, kl, networks, manifest)]
 
-    # 5. Repeat it on mirrored and shifted slices and average ("Test-time augmentation").
+    # 8. Repeat steps 2, 3 and 5 to 7 for each other view and average ("Test-time augmentation").
     for index, view in enumerate(manifest.views[1:], start=1):
-        own = replace(diffusion, noise=replace(noise, view=index))
-        encoded = encode_view(augment(x, view), augment(foreground, view), indices, networks, own)
+        view_diffusion = replace(diffusion, noise=replace(noise, view=index))
+        encoded = encode_view(augment(x, view), augment(foreground, view), indices, networks, view_diffusion)
         results.append(compare_view(encoded, smoothed_kl_map(encoded, manifest), networks, manifest))
     counterpart = average_views([result.counterpart for result in results], manifest.views)
     residual = average_views([result.residual for result in results], manifest.views)
 
-    # 6. Post-process the mean residual ("Residual").
+    # 9. Weight, filter and smooth the mean ("Residual").
     valid_mask = erode_foreground(foreground, manifest.residual.erosion)
     residual = postprocess_residual(residual, x, valid_mask, manifest.residual, manifest.preprocessing.spacing_mm)
 
@@ -149,41 +154,44 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
     return Detection(
         slices=slices,
         analysed=_scatter(np.ones(len(indices), dtype=bool), indices, count, False),
-        kl=_scatter(np.where(plain.foreground_latents, kl, np.nan), indices, count, np.nan),
+        kl=_scatter(np.where(identity.foreground_latents, kl, np.nan), indices, count, np.nan),
         latent_mask=_scatter(results[0].mask, indices, count, False),
         counterpart=_scatter(np.clip(counterpart, 0, 1), indices, count, np.nan),
         anomaly=_scatter(np.where(valid_mask, residual, np.nan), indices, count, np.nan),
         scores=scores,
-        reversed=tuple(int(result.mask.any(axis=(1, 2)).sum()) for result in results),
+        reversed_slices=tuple(int(result.mask.any(axis=(1, 2)).sum()) for result in results),
     )
 
 
 def compare_view(view: EncodedView, kl: FloatArray, networks: Networks, manifest: Manifest) -> ViewResult:
-    """Compare the slices of one view with their healthy counterpart.
+    """Compare the slices of one view with their healthy counterpart: steps 5 to 7 of docs/method.md.
 
-    docs/method.md, "Latent mask", "Partial reverse process" and "Residual". A slice with an empty mask has a residual
+    A slice with an empty mask has a residual
     of 0, so it is not reversed and not decoded.
 
     Parameters
     ----------
     view : EncodedView
-    kl : (K, h, w) ndarray
+    kl : (M, h, w) ndarray
         Smoothed KL map of the view in nats.
     networks : Networks
     manifest : Manifest
     """
+    # 5. Threshold the KL map ("Latent mask").
     settings = manifest.kl
     mask = latent_mask(kl, view.foreground_latents, settings.threshold, settings.min_component, settings.grow)
-    chosen = np.flatnonzero(mask.any(axis=(1, 2)))
+    masked_slices = np.flatnonzero(mask.any(axis=(1, 2)))
     counterpart, residual = view.x[:, 0].copy(), np.zeros_like(view.x[:, 0])
-    if chosen.size:
-        x = view.x[chosen, 0]  # (F, H, W)
-        decoded = decode_counterpart(view, mask, chosen, networks, manifest.reverse.timesteps)
-        difference = masked_residual(x, decoded, mask[chosen])
-        residual[chosen] = weight_residual(difference, decoded, manifest.residual.contrast_floor)
+    if masked_slices.size:
+        # 6. Inpaint the masked latents and decode ("Partial reverse process").
+        x = view.x[masked_slices, 0]  # (R, H, W)
+        decoded = decode_counterpart(view, mask, masked_slices, networks, manifest.reverse.timesteps)
+        # 7. Subtract and weight ("Residual").
+        difference = masked_residual(x, decoded, mask[masked_slices])
+        residual[masked_slices] = weight_residual(difference, decoded, manifest.residual.contrast_floor)
         # The up-sampled mask reaches beyond the foreground, which must not change.
-        share = upsample(mask[chosen], view.x.shape[2:]) * view.foreground[chosen]
-        counterpart[chosen] += share * (decoded - x)
+        mask_weight = upsample(mask[masked_slices], view.x.shape[2:]) * view.foreground[masked_slices]
+        counterpart[masked_slices] += mask_weight * (decoded - x)
     return ViewResult(mask, counterpart, residual)
 
 
@@ -203,7 +211,7 @@ def network_evaluations(manifest: Manifest, analysed: int, reversed_slices: Sequ
     return ood + kl + sum(reversed_slices) * len(manifest.reverse.timesteps)
 
 
-def _scatter(values: npt.NDArray[T], at: IntArray, count: int, fill: object) -> npt.NDArray[T]:
+def _scatter(values: npt.NDArray[ScalarT], at: IntArray, count: int, fill: object) -> npt.NDArray[ScalarT]:
     """Place the values of the analysed slices among all `count` slices of the scan."""
     whole = np.full((count, *values.shape[1:]), fill, dtype=values.dtype)
     whole[at] = values

@@ -1,8 +1,9 @@
 """Diffusion model on latents: noise schedule, keyed noise, KL map, latent mask and inpainting.
 
 The method is that of Pinaya et al. 2022 (arXiv 2206.03461). docs/method.md describes it with its differences. DDPM is
-Ho et al. 2020 (arXiv 2006.11239), DDIM is Song et al. 2021 (arXiv 2010.02502). Symbols are those of the papers. Time
-steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z0 itself, for which alpha_bar is 1.
+Ho et al. 2020 (arXiv 2006.11239), DDIM is Song et al. 2021 (arXiv 2010.02502). Symbols are those of
+these papers. Time steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z0 itself, for which alpha_bar is 1. In
+shapes, M counts the analysed slices, R the slices that are reversed, and N any number of slices.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ Mean = Literal["arithmetic", "geometric"]
 
 CLEAN = -1
 
-# 8-connectivity within a slice. Slices are processed independently, so components never span slices.
+# 8-connectivity within a slice. Components are computed in each slice separately. Only the smoothing of the KL map uses
+# neighbouring slices.
 IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
 IN_PLANE[1] = True
 
@@ -124,7 +126,7 @@ class KeyedNoise:
     shape : tuple of int
         (C, h, w) of the latent of one slice.
     view : int
-        Index of the view in the manifest. View 0 is the identity.
+        Index of the view in the manifest. View 0 is the identity view.
     """
 
     seed: int
@@ -180,14 +182,14 @@ class EncodedView:
 
     Attributes
     ----------
-    x : (K, 1, H, W) ndarray
+    x : (M, 1, H, W) ndarray
         Slices in [0, 1].
-    foreground : (K, H, W) ndarray of bool
-    slice_indices : (K,) ndarray of int
+    foreground : (M, H, W) ndarray of bool
+    slice_indices : (M,) ndarray of int
         Indices of the slices in the stack of the scan. They are keys of the noise.
-    z0 : (K, C, h, w) ndarray
+    z0 : (M, C, h, w) ndarray
         Latents.
-    foreground_latents : (K, h, w) ndarray of bool
+    foreground_latents : (M, h, w) ndarray of bool
     diffusion : Diffusion
         Diffusion model with the noise of this view.
     """
@@ -207,9 +209,9 @@ def encode_view(
 
     Parameters
     ----------
-    x : (K, 1, H, W) ndarray
-    foreground : (K, H, W) ndarray of bool
-    slice_indices : (K,) ndarray of int
+    x : (M, 1, H, W) ndarray
+    foreground : (M, H, W) ndarray of bool
+    slice_indices : (M,) ndarray of int
     networks : Networks
     diffusion : Diffusion
     """
@@ -298,7 +300,7 @@ def smooth_kl(kl: FloatArray, foreground: BoolArray, sigma: tuple[float, float, 
 
 
 def smoothed_kl_map(view: EncodedView, manifest: Manifest) -> FloatArray:
-    """Compute the KL map of one view and smooth it with the settings of the manifest, (K, h, w), in nats."""
+    """Compute the KL map of one view and smooth it with the settings of the manifest, (M, h, w), in nats."""
     kl = kl_map(view.z0, view.slice_indices, view.diffusion, manifest.kl.timesteps, manifest.kl.mean)
     return smooth_kl(kl, view.foreground_latents, manifest.kl_sigma)
 
@@ -375,25 +377,27 @@ def inpaint(
 
 
 def decode_counterpart(
-    view: EncodedView, mask: BoolArray, chosen: IntArray, networks: Networks, timesteps: tuple[int, ...]
+    view: EncodedView, mask: BoolArray, masked_slices: IntArray, networks: Networks, timesteps: tuple[int, ...]
 ) -> FloatArray:
     """Inpaint the latents of some slices of a view and decode them (docs/method.md, "Partial reverse process").
 
     Parameters
     ----------
     view : EncodedView
-    mask : (K, h, w) ndarray of bool
-    chosen : (F,) ndarray of int
-        Positions of the slices in the view, 0 ... K - 1.
+    mask : (M, h, w) ndarray of bool
+    masked_slices : (R,) ndarray of int
+        Positions of the slices in the view, 0 ... M - 1.
     networks : Networks
     timesteps : tuple of int
 
     Returns
     -------
-    (F, H, W) ndarray
+    (R, H, W) ndarray
         Healthy counterpart of the slices, in [0, 1].
     """
-    counterpart = inpaint(view.z0[chosen], mask[chosen], view.slice_indices[chosen], view.diffusion, timesteps)
+    counterpart = inpaint(
+        view.z0[masked_slices], mask[masked_slices], view.slice_indices[masked_slices], view.diffusion, timesteps
+    )
     return networks.decode(counterpart)[:, 0]
 
 

@@ -13,7 +13,7 @@ from app.volume import Volume
 
 
 class Method(Protocol):
-    """Detection method. tests/pipeline/test_methods.py states its contract."""
+    """Detection method. The docstring of tests/pipeline/test_methods.py lists the rules that it must follow."""
 
     def __call__(self, volume: Volume, networks: Networks, manifest: Manifest, seed: int | None = None) -> Detection:
         """Analyse a volume with the networks and settings of a bundle. `seed` replaces that of the manifest."""

@@ -22,7 +22,7 @@ class ScanScores:
     ----------
     scan : float
         Mean KL over the foreground latents of the analysed slices, in nats.
-    slices : (K,) ndarray
+    slices : (M,) ndarray
         Mean KL of each analysed slice, in nats. NaN if the slice has no foreground latent.
     median_kl_range : tuple of (float, float)
         Smallest and largest median KL of the sampled slices, in nats, one pair for each noise level of the check.
@@ -44,10 +44,10 @@ def compute_scan_scores(kl: FloatArray, view: EncodedView, networks: Networks, s
 
     Parameters
     ----------
-    kl : (K, h, w) ndarray
-        Smoothed KL map of the unchanged view, in nats.
+    kl : (M, h, w) ndarray
+        Smoothed KL map of the identity view, in nats.
     view : EncodedView
-        Unchanged view.
+        Identity view.
     networks : Networks
     settings : OodCheck
     """
@@ -94,13 +94,13 @@ def reconstruction_error(view: EncodedView, networks: Networks) -> float:
 
 
 def slice_scores(kl: FloatArray, foreground: BoolArray) -> FloatArray:
-    """Return the mean KL over the foreground latents of each slice, (K,), in nats. NaN if there is none."""
+    """Return the mean KL over the foreground latents of each slice, (M,), in nats. NaN if there is none."""
     scores = [_mean_kl(k, f) if f.any() else np.nan for k, f in zip(kl, foreground, strict=True)]
     return np.array(scores, np.float32)
 
 
 def outlier_slice_fraction(slices: FloatArray, healthy: Range) -> float:
-    """Return the fraction of slice scores (K,) outside the healthy range. A NaN counts as outside."""
+    """Return the fraction of slice scores (M,) outside the healthy range. A NaN counts as outside."""
     return float(1 - ((slices >= healthy.low) & (slices <= healthy.high)).mean())
 
 

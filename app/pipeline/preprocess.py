@@ -136,7 +136,7 @@ def foreground_cm2(slices: Slices, settings: Preprocessing) -> npt.NDArray[np.fl
 
 
 def analysed_slices(slices: Slices, settings: Preprocessing) -> IntArray:
-    """Return the indices of the slices that are analysed, (K,).
+    """Return the indices of the slices that are analysed, (M,).
 
     They run from the first to the last slice with enough foreground. A slice between them with less foreground is
     analysed too, so that neighbours in the result are neighbours in the head.

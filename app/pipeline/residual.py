@@ -102,10 +102,10 @@ def postprocess_residual(
 
     Parameters
     ----------
-    residual : (K, H, W) ndarray
-    x : (K, 1, H, W) ndarray
+    residual : (M, H, W) ndarray
+    x : (M, 1, H, W) ndarray
         Slices in [0, 1].
-    valid_mask : (K, H, W) ndarray of bool
+    valid_mask : (M, H, W) ndarray of bool
         Pixels that have a value in the result.
     settings : ResidualSettings
     spacing_mm : tuple of float
@@ -113,7 +113,7 @@ def postprocess_residual(
 
     Returns
     -------
-    (K, H, W) ndarray
+    (M, H, W) ndarray
     """
     if settings.weighted_by_intensity:
         residual = residual * x[:, 0]
@@ -191,6 +191,6 @@ def invert_augmentation(stack: npt.NDArray[T], view: View) -> npt.NDArray[T]:
 
 
 def average_views(stacks: Sequence[FloatArray], views: Sequence[View]) -> FloatArray:
-    """Return the mean of one stack of each view, mapped back to the unchanged view, (K, H, W)."""
+    """Return the mean of one stack of each view, mapped back to the identity view, (M, H, W)."""
     restored = [invert_augmentation(stack, view) for stack, view in zip(stacks, views, strict=True)]
     return np.asarray(np.mean(restored, axis=0), dtype=np.float32)

@@ -6,7 +6,7 @@ from pydantic import SecretStr
 
 from app.main import create_app
 from app.settings import Settings
-from tests.api.support import FakeEngine
+from tests.api.support import BASE_URL, FakeEngine
 
 # Probes of a load balancer have no token. They return nothing of a scan.
 PUBLIC = {"/livez", "/readyz"}
@@ -16,7 +16,7 @@ PUBLIC = {"/livez", "/readyz"}
 def routes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[TestClient, str, str]]:
     store = tmp_path_factory.mktemp("store")
     app = create_app(Settings(store=str(store), token=SecretStr("secret"), drain_seconds=0), FakeEngine())
-    client = TestClient(app)
+    client = TestClient(app, BASE_URL)
     paths = {path: operations for path, operations in app.openapi()["paths"].items() if path not in PUBLIC}
     return [(client, method, path) for path, operations in paths.items() for method in operations]
 

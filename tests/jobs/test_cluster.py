@@ -6,7 +6,7 @@ import pytest
 
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect
-from app.jobs.recovery import MAX_CRASHES, WorkerRegistry
+from app.jobs.recovery import WorkerRegistry
 from tests.api.service_process import API_ONLY, WORKER_ONLY, run_service
 from tests.api.support import URL, fake_scan, wait_for_state
 from tests.jobs.support import JOB
@@ -21,10 +21,11 @@ def test_registry_works_on_postgresql(database: str) -> None:
     one.send_heartbeat("w")
     assert two.heartbeats() == {"w": 0}
     for registry in (one, two):
-        registry.record_dead_worker("w", [JOB])
-    assert (two.count_crashes(JOB), two.crashes_if_quarantined(JOB)) == (1, 0)
-    one.record_confirmed_crash("v", JOB)
-    assert two.crashes_if_quarantined(JOB) == MAX_CRASHES
+        registry.record_crash("w", [JOB])
+    assert two.count_crashes(JOB) == 1
+    assert not two.is_quarantined(JOB)
+    one.record_child_crash("v", JOB)
+    assert two.is_quarantined(JOB)
     one.delete_crash_records(JOB)
     two.remove_worker("w")
     for engine in engines:

@@ -32,7 +32,7 @@ from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
 from app.main import create_app, serve
 from app.settings import read_settings
-from tests.api.support import FakeEngine
+from tests.api.support import BASE_URL, FakeEngine
 from tests.jobs.support import problem_of, running_service, submit, wait_for_state
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
@@ -144,7 +144,7 @@ WRITES = [
     (Store, "stage", DEAD_BUCKET),
     (Store, "publish", FULL_DISK),
     (Store, "publish", DEAD_BUCKET),
-    (WorkerRegistry, "crashes_if_quarantined", FULL_DATABASE),
+    (WorkerRegistry, "is_quarantined", FULL_DATABASE),
     (JobService, "is_assigned", FULL_DATABASE),
     (JobService, "record_progress", FULL_DATABASE),
     (SystemDatabase, "record_operation_result", FULL_DATABASE),
@@ -288,7 +288,7 @@ def test_service_without_model_or_provider_does_not_start(
 
 def test_readiness_names_the_fault_that_pauses_the_worker(tmp_path: Path) -> None:
     app = create_app(read_settings(store=str(tmp_path)), FakeEngine())
-    with TestClient(app) as http:
+    with TestClient(app, BASE_URL) as http:
         while http.get("/readyz").status_code != 200:
             time.sleep(0.05)
         app.state.services.worker_health.fault = DEAD_BUCKET

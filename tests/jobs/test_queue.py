@@ -106,7 +106,7 @@ def test_erased_job_leaves_no_trace_in_the_database(tmp_path: Path) -> None:
         wait_for_state(service, failed, "failed")
         running = submit(service, tmp_path, seconds=60)
         wait_for_state(service, running, "running")
-        service._registry.record_dead_worker("a worker", [running])
+        service._registry.record_crash("a worker", [running])
         erased = [succeeded, failed, running, submit(service, tmp_path, name="waiting")]
         for job in erased:
             service.queue.erase(job)

@@ -8,7 +8,6 @@ from app.jobs.database import connect, step_table, workflow_table
 from app.jobs.queue import WORKFLOW
 from app.jobs.recovery import (
     LEASE_SECONDS,
-    MAX_CRASHES,
     MAX_UNCONFIRMED_CRASHES,
     HeartbeatMonitor,
     WorkerRegistry,
@@ -38,26 +37,27 @@ def test_heartbeats_are_counted_until_the_worker_is_removed(registry: WorkerRegi
 
 
 def test_scan_is_quarantined_at_the_second_crash_if_one_is_confirmed(registry: WorkerRegistry) -> None:
-    registry.record_confirmed_crash("w1", A)
-    assert registry.crashes_if_quarantined(A) == 0
-    registry.record_confirmed_crash("w1", A)
-    assert registry.crashes_if_quarantined(A) == MAX_CRASHES
+    registry.record_child_crash("w1", A)
+    assert not registry.is_quarantined(A)
+    registry.record_child_crash("w1", A)
+    assert registry.is_quarantined(A)
     registry.delete_crash_records(A)
-    assert registry.crashes_if_quarantined(A) == 0
-    registry.record_dead_worker("w1", [B])
-    assert registry.crashes_if_quarantined(B) == 0
-    registry.record_confirmed_crash("w2", B)
-    assert registry.crashes_if_quarantined(B) == MAX_CRASHES
+    assert not registry.is_quarantined(A)
+    registry.record_crash("w1", [B])
+    assert not registry.is_quarantined(B)
+    registry.record_child_crash("w2", B)
+    assert registry.is_quarantined(B)
 
 
 def test_unconfirmed_crashes_quarantine_a_scan_only_after_many(registry: WorkerRegistry) -> None:
     for number in range(MAX_UNCONFIRMED_CRASHES - 1):
-        registry.record_dead_worker(f"w{number}", [A, C])
-        registry.record_dead_worker(f"w{number}", [A])  # recorded by two processes
+        registry.record_crash(f"w{number}", [A, C])
+        registry.record_crash(f"w{number}", [A])  # recorded by two processes
         assert registry.count_crashes(A) == number + 1
-        assert registry.crashes_if_quarantined(A) == 0
-    registry.record_dead_worker("the last", [A])
-    assert (registry.crashes_if_quarantined(A), registry.crashes_if_quarantined(C)) == (MAX_UNCONFIRMED_CRASHES, 0)
+        assert not registry.is_quarantined(A)
+    registry.record_crash("the last", [A])
+    assert registry.is_quarantined(A)
+    assert not registry.is_quarantined(C)
 
 
 def test_worker_without_heartbeat_for_a_lease_is_dead() -> None:
@@ -84,7 +84,7 @@ def test_job_of_a_dead_worker_is_requeued_once(tmp_path: Path) -> None:
         while len(engine.inferences) < 2:
             time.sleep(0.05)
         assert service.find_busy_workers() == {worker}
-        assert service._registry.crashes_if_quarantined(job) == 0
+        assert not service._registry.is_quarantined(job)
 
 
 def test_outdated_jobs_of_live_workers_are_not_restarted(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_scan_that_crashes_twice_is_quarantined_and_victims_of_kills_are_not(tmp
         crashing = submit(service, tmp_path, exit_process=True, seconds=1)
         victim = submit(service, tmp_path, name="victim")
         for number in range(5):
-            service._registry.record_dead_worker(f"killed by hand {number}", [victim])
+            service._registry.record_crash(f"killed by hand {number}", [victim])
         problem = problem_of(service, crashing)
         assert problem["code"] == "worker_lost"
         assert problem["found"].startswith("2 workers")

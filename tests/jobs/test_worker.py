@@ -14,7 +14,7 @@ from tests.api.support import FakeEngine, fake_scan
 from tests.jobs.support import JOB, commit_scan
 
 
-class FakeJobState:
+class FakeJobControl:
     """A state in memory, which withdraws the job after some checks."""
 
     def __init__(self, checks: int = 1000) -> None:
@@ -30,7 +30,7 @@ class FakeJobState:
     def check_database(self) -> None:
         pass
 
-    def record_crash(self, job: str) -> int:
+    def record_child_crash(self, job: str) -> int:
         assert job == JOB
         self.crashes += 1
         return self.crashes if self.crashes == 2 else 0
@@ -40,7 +40,7 @@ class FakeJobState:
         self.progress.append((stage, progress))
 
 
-def make_worker(folder: Path, state: FakeJobState, **orders: object) -> Worker:
+def make_worker(folder: Path, state: FakeJobControl, **orders: object) -> Worker:
     store = Store(folder)
     commit_scan(store, JOB, fake_scan(**orders))
     return Worker(FakeEngine(), store, state, Metrics())
@@ -54,7 +54,7 @@ def run_job(worker: Worker) -> StepOutput:
 
 
 def test_progress_covers_the_whole_job(tmp_path: Path) -> None:
-    state = FakeJobState()
+    state = FakeJobControl()
     output = run_job(make_worker(tmp_path, state))
     assert state.progress == [("read", 0.05), ("infer", 0.05), ("export", 0.95)]
     assert output["model"] == "tiny-0.0.1"
@@ -63,7 +63,7 @@ def test_progress_covers_the_whole_job(tmp_path: Path) -> None:
 
 
 def test_problem_of_an_unexpected_exception_has_its_class_and_not_its_text(tmp_path: Path) -> None:
-    output = run_job(make_worker(tmp_path, FakeJobState(), raise_value_error="Zweistein"))
+    output = run_job(make_worker(tmp_path, FakeJobControl(), raise_value_error="Zweistein"))
     assert "Zweistein" not in str(output)
     assert "ValueError" in str(output["problem"])
 
@@ -72,19 +72,19 @@ def test_problem_of_an_unexpected_exception_has_its_class_and_not_its_text(tmp_p
 def test_cancelled_job_stops_early_and_leaves_only_its_scan(tmp_path: Path, orders: dict[str, object]) -> None:
     start = time.monotonic()
     with pytest.raises(Interrupted):
-        run_job(make_worker(tmp_path, FakeJobState(checks=2), **orders))
+        run_job(make_worker(tmp_path, FakeJobControl(checks=2), **orders))
     assert time.monotonic() - start < 45
     assert [path.name for path in (tmp_path / "jobs" / JOB).iterdir()] == ["scan"]
 
 
 def test_exception_after_an_erasure_is_no_failure(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        run_job(make_worker(tmp_path, FakeJobState(checks=1), raise_value_error="the folder is gone"))
+        run_job(make_worker(tmp_path, FakeJobControl(checks=1), raise_value_error="the folder is gone"))
 
 
 @pytest.mark.parametrize(("drain_seconds", "finishes"), [(50.0, True), (0.0, False)])
 def test_stop_waits_for_the_running_job(tmp_path: Path, drain_seconds: float, finishes: bool) -> None:  # noqa: FBT001
-    worker = make_worker(tmp_path, FakeJobState(), seconds=0.5 if finishes else 60)
+    worker = make_worker(tmp_path, FakeJobControl(), seconds=0.5 if finishes else 60)
     outputs: list[object] = []
 
     def run() -> None:
@@ -113,5 +113,5 @@ def test_error_location_has_no_text() -> None:
 
 
 def test_memory_error_is_reported_as_out_of_memory(tmp_path: Path) -> None:
-    output = run_job(make_worker(tmp_path, FakeJobState(), allocate_bytes=1 << 60))
+    output = run_job(make_worker(tmp_path, FakeJobControl(), allocate_bytes=1 << 60))
     assert "'out_of_memory'" in str(output["problem"])

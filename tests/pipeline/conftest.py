@@ -36,12 +36,12 @@ def healthy() -> Volume:
 
 
 @pytest.fixture(scope="session")
-def sick(healthy: Volume) -> Volume:
+def volume_with_lesion(healthy: Volume) -> Volume:
     """Return the same brain with a lesion."""
     return with_lesion(healthy, LESION_MM, RADIUS_MM, 1.5)
 
 
 @pytest.fixture(scope="session")
-def found(sick: Volume, networks: Networks, manifest: Manifest) -> Detection:
+def found(volume_with_lesion: Volume, networks: Networks, manifest: Manifest) -> Detection:
     """Return the detection on the brain with a lesion."""
-    return detect(sick, networks, manifest)
+    return detect(volume_with_lesion, networks, manifest)

@@ -101,12 +101,16 @@ def test_slices_without_a_lesion_are_unchanged(found: Detection) -> None:
     assert np.nanmax(found.anomaly[other]) == 0.0
 
 
-def test_only_masked_slices_are_reversed(sick: Volume, networks: Networks, manifest: Manifest) -> None:
+def test_only_masked_slices_are_reversed(volume_with_lesion: Volume, networks: Networks, manifest: Manifest) -> None:
     counter = Counter(networks)
-    d = detect(sick, counter.networks, manifest)
+    d = detect(volume_with_lesion, counter.networks, manifest)
     k, hit = int(d.analysed.sum()), int(d.latent_mask.any(axis=(1, 2)).sum())
     assert 0 < hit < k
-    assert counter.calls["denoise"] == network_evaluations(manifest, k, d.reversed) == 3 * k + 5 * hit + SAMPLED_SLICES
+    assert (
+        counter.calls["denoise"]
+        == network_evaluations(manifest, k, d.reversed_slices)
+        == 3 * k + 5 * hit + SAMPLED_SLICES
+    )
     assert counter.calls["encode"] == k
     assert counter.calls["decode"] == SAMPLED_SLICES + hit
 
@@ -143,7 +147,9 @@ def test_scan_without_a_large_slice_is_refused(networks: Networks, manifest: Man
         detect(Volume(array, grid(shape)), networks, manifest)
 
 
-def test_cancelling_stops_between_evaluations(sick: Volume, networks: Networks, manifest: Manifest) -> None:
+def test_cancelling_stops_between_evaluations(
+    volume_with_lesion: Volume, networks: Networks, manifest: Manifest
+) -> None:
     counter = Counter(networks)
     batches = []
 
@@ -153,7 +159,7 @@ def test_cancelling_stops_between_evaluations(sick: Volume, networks: Networks, 
             raise Cancelled("Cancelled.", expected="-", advice="-")
 
     with pytest.raises(Cancelled):
-        detect(sick, counter.networks.in_batches(8, on_batch), manifest)
+        detect(volume_with_lesion, counter.networks.in_batches(8, on_batch), manifest)
     assert sum(counter.calls.values()) == sum(batches)
     assert counter.calls["decode"] == 0
 
@@ -164,20 +170,22 @@ FOUR = (View(), View(mirrored=True, shift=(1, 1)), View(shift=(1, 1)), View(mirr
 
 
 @pytest.fixture(scope="module")
-def averaged(sick: Volume, networks: Networks, manifest: Manifest) -> tuple[Counter, Detection]:
+def averaged(volume_with_lesion: Volume, networks: Networks, manifest: Manifest) -> tuple[Counter, Detection]:
     counter = Counter(networks)
-    return counter, detect(sick, counter.networks, manifest.model_copy(update={"views": FOUR}))
+    return counter, detect(volume_with_lesion, counter.networks, manifest.model_copy(update={"views": FOUR}))
 
 
-def test_kl_map_and_scores_are_those_of_the_plain_view(averaged: tuple[Counter, Detection], found: Detection) -> None:
+def test_kl_map_and_scores_are_those_of_the_identity_view(
+    averaged: tuple[Counter, Detection], found: Detection
+) -> None:
     _, d = averaged
     np.testing.assert_array_equal(d.kl, found.kl)
     np.testing.assert_array_equal(d.latent_mask, found.latent_mask)
     assert d.scores.median_kl_range == found.scores.median_kl_range
-    assert d.reversed[0] == found.reversed[0] == found.latent_mask.any(axis=(1, 2)).sum()
+    assert d.reversed_slices[0] == found.reversed_slices[0] == found.latent_mask.any(axis=(1, 2)).sum()
 
 
-def test_residuals_are_averaged_in_the_plain_view(averaged: tuple[Counter, Detection], found: Detection) -> None:
+def test_residuals_are_averaged_in_the_identity_view(averaged: tuple[Counter, Detection], found: Detection) -> None:
     """The lesion is on one side. A mirrored residual would appear on the other side."""
     _, d = averaged
     sides = [
@@ -193,6 +201,6 @@ def test_evaluations_of_all_views_are_counted(averaged: tuple[Counter, Detection
     counter, d = averaged
     k = int(d.analysed.sum())
     views = manifest.model_copy(update={"views": FOUR})
-    assert counter.calls["denoise"] == network_evaluations(views, k, d.reversed)
-    assert counter.calls["denoise"] == SAMPLED_SLICES + 4 * 3 * k + 5 * sum(d.reversed)
+    assert counter.calls["denoise"] == network_evaluations(views, k, d.reversed_slices)
+    assert counter.calls["denoise"] == SAMPLED_SLICES + 4 * 3 * k + 5 * sum(d.reversed_slices)
     assert counter.calls["encode"] == 4 * k

@@ -40,11 +40,11 @@ def test_range_of_the_median_kl_must_overlap_the_healthy_range(
 
 
 def test_large_fraction_of_outlier_latents_is_refused(
-    healthy: Volume, sick: Volume, networks: Networks, manifest: Manifest
+    healthy: Volume, volume_with_lesion: Volume, networks: Networks, manifest: Manifest
 ) -> None:
     largest = np.nanmax(detect(healthy, networks, manifest).kl)
     strict = with_part(manifest, "ood", latent_kl_range=Range(low=0.0, high=float(largest)), max_outlier_fraction=0.1)
-    assert 0 < detect(sick, networks, strict).scores.outlier_fraction < 0.1
+    assert 0 < detect(volume_with_lesion, networks, strict).scores.outlier_fraction < 0.1
     huge = with_lesion(healthy, (0.0, 0.0, 0.0), 55.0, 0.45)
     with pytest.raises(OutOfDistribution, match="of its latents"):
         detect(huge, networks, strict)

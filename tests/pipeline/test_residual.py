@@ -98,17 +98,17 @@ def test_eroded_rim_is_not_analysed(healthy: Volume, networks: Networks, manifes
 
 
 def test_weighting_by_intensity_multiplies_by_the_slices(
-    sick: Volume, networks: Networks, manifest: Manifest, found: Detection
+    volume_with_lesion: Volume, networks: Networks, manifest: Manifest, found: Detection
 ) -> None:
-    weighted = detect(sick, networks, with_part(manifest, "residual", weighted_by_intensity=True))
+    weighted = detect(volume_with_lesion, networks, with_part(manifest, "residual", weighted_by_intensity=True))
     assert np.nanmax(found.anomaly) > 0
     np.testing.assert_allclose(weighted.anomaly, found.anomaly * found.slices.x[:, 0], rtol=1e-6)
 
 
 def test_smoothing_keeps_the_sum_and_lowers_the_peak(
-    sick: Volume, networks: Networks, manifest: Manifest, found: Detection
+    volume_with_lesion: Volume, networks: Networks, manifest: Manifest, found: Detection
 ) -> None:
-    smooth = detect(sick, networks, with_part(manifest, "residual", smoothing_mm=3.0)).anomaly
+    smooth = detect(volume_with_lesion, networks, with_part(manifest, "residual", smoothing_mm=3.0)).anomaly
     assert np.nanmax(smooth) < np.nanmax(found.anomaly)
     assert np.nansum(smooth) == pytest.approx(np.nansum(found.anomaly), rel=0.05)
     np.testing.assert_array_equal(np.isnan(smooth), np.isnan(found.anomaly))

@@ -1,4 +1,7 @@
-"""Tests of every configuration in training/configs: a new bundle is a configuration and a splits file, nothing else."""
+"""Tests of every configuration in training/configs.
+
+A new bundle is a configuration, a splits file and the folder in models/ that `make train` writes.
+"""
 
 import hashlib
 import json
@@ -8,8 +11,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import training.config  # noqa: E402
 from app import __version__  # noqa: E402
-from app.manifest import DEFAULT_METHOD, Manifest  # noqa: E402
+from app.manifest import DEFAULT_METHOD, FrozenModel, Manifest  # noqa: E402
 from app.pipeline.diffusion import Schedule  # noqa: E402
 from app.pipeline.methods import METHODS  # noqa: E402
 from app.runtime.bundle import CARD, read_manifest  # noqa: E402
@@ -79,6 +83,30 @@ def test_code_does_not_depend_on_the_name_of_a_bundle() -> None:
     names = {f'"{path.stem}"' for path in CONFIGS}
     for path in (ROOT / "training").glob("*.py"):
         assert not [name for name in names if name in path.read_text()], path.name
+
+
+def field_descriptions() -> dict[str, str | None]:
+    """Return the description of each field of each section of a configuration."""
+    found: dict[str, str | None] = {}
+    for part in vars(training.config).values():
+        if isinstance(part, type) and issubclass(part, FrozenModel) and part.__module__ == training.config.__name__:
+            found |= {f"{part.__name__}.{name}": field.description for name, field in part.model_fields.items()}
+    return found
+
+
+def test_every_field_is_described() -> None:
+    """docs/training.md refers to these descriptions."""
+    assert [name for name, text in field_descriptions().items() if not text] == []
+
+
+@pytest.mark.parametrize("stage", ["vqvae", "denoiser"])
+def test_a_network_without_start_weights_needs_steps(config: Config, stage: str) -> None:
+    values = config.model_dump()
+    values[stage] |= {"warm_start": "", "steps": 0}
+    with pytest.raises(ValueError, match="random weights"):
+        Config.model_validate(values)
+    values[stage]["steps"] = 1
+    Config.model_validate(values)
 
 
 # ---- method ------------------------------------------------------------------------------------

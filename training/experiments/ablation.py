@@ -181,7 +181,7 @@ def measure_thresholds(
 
     Parameters
     ----------
-    healthy, maps : list of (K, H, W) ndarray
+    healthy, maps : list of (M, H, W) ndarray
         Shipped anomaly maps of healthy validation scans and of the cases.
     """
     config, manifest = experiment.config, experiment.manifest

@@ -191,7 +191,7 @@ def difference_maps(x: FloatArray, reference: FloatArray) -> dict[str, FloatArra
 
 
 def reconstruction_maps(reconstruction: Callable[[Case], FloatArray]) -> dict[str, AnomalyMap]:
-    """Return both maps of a method that reconstructs the slices (K, H, W) of a case."""
+    """Return both maps of a method that reconstructs the slices (M, H, W) of a case."""
 
     def only(variant: str) -> AnomalyMap:
         return lambda case: difference_maps(case.x[:, 0], reconstruction(case))[variant]

@@ -44,10 +44,10 @@ class Case:
         Row or column of the tables.
     volume : Volume
     slices : Slices
-    slice_indices : (K,) ndarray of int
+    slice_indices : (M,) ndarray of int
         Indices of the evaluated slices.
-    truth : (K, H, W) ndarray of bool
-    evaluated : (K, H, W) ndarray of bool
+    truth : (M, H, W) ndarray of bool
+    evaluated : (M, H, W) ndarray of bool
         Foreground without its edge, the same for every method.
     """
 
@@ -61,12 +61,12 @@ class Case:
 
     @property
     def x(self) -> FloatArray:
-        """The evaluated slices, (K, 1, H, W)."""
+        """The evaluated slices, (M, 1, H, W)."""
         return self.slices.x[self.slice_indices]
 
     @property
     def foreground(self) -> BoolArray:
-        """Foreground of the evaluated slices, (K, H, W)."""
+        """Foreground of the evaluated slices, (M, H, W)."""
         return self.slices.foreground[self.slice_indices]
 
 

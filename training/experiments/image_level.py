@@ -40,7 +40,7 @@ from training.lesion_insertion import insert_ellipses
 
 HEALTHY, NEAR = "healthy", "near"
 NEAR_GRADE = "grade 2"
-# The image-level score of `docs/method.md`, and the score of report.json, which uses only the unchanged view.
+# The image-level score of `docs/method.md`, and the score of report.json, which uses only the identity view.
 MEAN_KL = "KL, mean over the head"
 REPORTED = "KL of the plain view, mean over the head"
 # Noise levels in addition to those of the bundle. Those of the paper begin at 400.

@@ -43,20 +43,20 @@ SHIPPED, NO_EDGES, NO_FALSE_ALARMS, NO_MISSES, TRUE_MASK, TRUE_COUNTERPART, NO_M
 
 
 def lesion_latents(truth: BoolArray, shape: tuple[int, ...]) -> BoolArray:
-    """Return which latents contain a pixel of the lesion: (K, H, W) -> `shape` (K, h, w)."""
+    """Return which latents contain a pixel of the lesion: (M, H, W) -> `shape` (M, h, w)."""
     count, rows, columns = shape
     blocks = truth.reshape(count, rows, truth.shape[1] // rows, columns, truth.shape[2] // columns)
     return np.asarray(blocks.any(axis=(2, 4)), dtype=np.bool_)
 
 
 def edge_pixels(truth: BoolArray) -> BoolArray:
-    """Return the pixels on either side of a lesion's in-plane edge, (K, H, W)."""
+    """Return the pixels on either side of a lesion's in-plane edge, (M, H, W)."""
     grown = ndimage.binary_dilation(truth, structure=diffusion.IN_PLANE)
     return np.asarray(grown & ~residual.erode_foreground(truth, 1), dtype=np.bool_)
 
 
 def load_healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
-    """Load the evaluated slices without the lesion, (K, 1, H, W), at the brightness that they have with it."""
+    """Load the evaluated slices without the lesion, (M, 1, H, W), at the brightness that they have with it."""
     plain = to_slices(load_scan(config, case.subject).volume, manifest.preprocessing).x[case.slice_indices]
     beside = (case.foreground & ~case.truth)[:, None]
     # A lesion changes the percentile that a scan is scaled by.
@@ -64,16 +64,16 @@ def load_healthy_slices(config: Config, case: Case, manifest: Manifest) -> Float
 
 
 def truth_of(step: str, case: Case) -> BoolArray:
-    """Return the truth of a step, (K, H, W). Pixels that the step leaves out would count as missed."""
+    """Return the truth of a step, (M, H, W). Pixels that the step leaves out would count as missed."""
     return case.truth & ~edge_pixels(case.truth) if step == NO_EDGES else case.truth
 
 
 def compute_maps(case: Case, healthy: FloatArray, models: Networks, manifest: Manifest) -> dict[str, FloatArray]:
-    """Return the anomaly map of each step, (K, H, W).
+    """Return the anomaly map of each step, (M, H, W).
 
     Parameters
     ----------
-    healthy : (K, 1, H, W) ndarray
+    healthy : (M, 1, H, W) ndarray
         Slices, as returned by `load_healthy_slices`.
     """
     schedule = Schedule.from_settings(manifest.schedule)

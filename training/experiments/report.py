@@ -61,7 +61,7 @@ POOLED, TUMOURS = "grade 2 and grade 3", "tumours"
 # Labels of stored results, as the page shows them.
 SHOWN_LABELS = {
     "healthy and every foreign class": "healthy and all other body parts",
-    "KL of the plain view": "KL of the first view",
+    "KL of the plain view": "KL of the identity view",
     "over local contrast": "divided by local contrast",
     ", as it is ": ", not smoothed ",
     "in one picture of 3": "in every third image",

@@ -84,7 +84,7 @@ class CodeResampler:
         return torch.cat([self.vqvae.decoder.decode_codes(part) for part in resampled.split(BATCH)])
 
     def residuals(self, case: Case, draws: int, *, mirrored: bool) -> dict[str, FloatArray]:
-        """Return the difference from the resampled slices, mean over draws and directions, (K, H, W), by variant.
+        """Return the difference from the resampled slices, mean over draws and directions, (M, H, W), by variant.
 
         The variant `RESAMPLED_ONLY` keeps the pixels of resampled codes, as Pinaya et al. do to exclude the
         autoencoder's own error.

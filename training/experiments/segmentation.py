@@ -22,7 +22,7 @@ from training.experiments.metrics import ScoreCounts, average_precision, best_di
 from training.experiments.results import Choice, ScanScores
 from training.experiments.results_cache import Outcome
 
-# Case -> anomaly map of its evaluated slices, (K, H, W).
+# Case -> anomaly map of its evaluated slices, (M, H, W).
 AnomalyMap = Callable[[Case], FloatArray]
 
 BATCH = 16
@@ -79,7 +79,7 @@ def counterpart_map(models: Networks, manifest: Manifest) -> AnomalyMap:
 
 
 def mask_map(values: FloatArray, case: Case) -> FloatArray:
-    """Set a map to NaN in pixels that are not evaluated, (K, H, W)."""
+    """Set a map to NaN in pixels that are not evaluated, (M, H, W)."""
     return np.where(case.evaluated, values, np.float32(np.nan))
 
 
@@ -130,6 +130,6 @@ def score_method(
 
 
 def shipped_dice(values: FloatArray, case: Case, manifest: Manifest) -> float:
-    """Return Dice of the mask that a map (K, H, W) becomes at the bundle's thresholds."""
+    """Return Dice of the mask that a map (M, H, W) becomes at the bundle's thresholds."""
     labels, _ = label_findings(mask_map(values, case), manifest.residual, manifest.preprocessing.voxel_ml)
     return dice(labels > 0, case.truth)
