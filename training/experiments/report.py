@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from training.config import ROOT
+from training.config import ROOT, Config
 from training.experiments import results_cache
 from training.experiments.markdown import bold, bullets, fill_template, format_interval, table
 from training.experiments.methods import COUNTERPART, METHOD_INFO
@@ -125,7 +125,7 @@ def write(path: Path = PAGE) -> None:
     values = {
         "summary": make_summary(stored),
         "false_positives": ", ".join(
-            f"{name} {np.median(ml):.2f} ml"
+            f"{evaluated_bundle(name)} {np.median(ml):.2f} ml"
             for name, found in stored.evaluation.items()
             if (ml := false_positives(found))
         ),
@@ -178,6 +178,11 @@ def make_summary(stored: Stored) -> str:
     return table(header, rows)
 
 
+def evaluated_bundle(name: str) -> str:
+    """Return the id of the bundle that docs/evaluation describes: the version of the configuration."""
+    return f"{name}-{Config.load(ROOT / 'training' / 'configs' / f'{name}.toml').version}"
+
+
 def make_number_guide(stored: Stored) -> str:
     """Make the table of the numbers of other pages: their scans, statistics and commands."""
     experiment = {part: f"`python -m training.experiments {part}`, this page" for part in PARTS}
@@ -189,31 +194,32 @@ def make_number_guide(stored: Stored) -> str:
     for name, document in stored.evaluation.items():
         if ml := false_positives(document):
             number = f"{np.median(ml):.2f} ml of false findings"
-            rows.append(
-                [name, number, f"{len(ml)} {TEST_SCANS[name]}, healthy slices", "median", evaluation(name, "healthy")]
-            )
+            scans = f"{len(ml)} {TEST_SCANS[name]}, healthy slices"
+            rows.append([evaluated_bundle(name), number, scans, "median", evaluation(name, "healthy")])
         found = [row["found_ml"] for row in document.get("heads", {}).get("rows", []) if _is_ixi(row)]
         if found:
-            scans = f"{len(found)} analysed heads of IXI, other scanners"
-            rows.append(
-                [name, f"{np.median(found):.0f} ml of false findings", scans, "median", evaluation(name, "heads")]
-            )
+            scans, number = f"{len(found)} analysed heads of IXI", f"{np.median(found):.2g} ml of false findings"
+            rows.append([evaluated_bundle(name), number, scans, "median", evaluation(name, "heads")])
         if (inserted := document.get("lesions", {}).get("rows", [])) and name in ("t1", "headct"):
             number = f"Dice {np.median([row['dice'] for row in inserted]):.2f}, grade 3"
             scans = f"{len(inserted)} insertions of {INSERTED[name]} into {TEST_SCANS[name]}"
-            rows.append([name, number, scans, "median, shipped threshold", evaluation(name, "lesions")])
+            rows.append(
+                [evaluated_bundle(name), number, scans, "median, shipped threshold", evaluation(name, "lesions")]
+            )
     for part, bundle, kind, scores in stored.own_scores():
         own = scores[COUNTERPART]
         if part in INSERTED_PARTS and own.mean_shipped_dice is not None:
             name = bundle.rpartition("-")[0]
             scans = f"{own.cases} {TEST_SCANS[name]} with {INSERTED_PARTS[part]}"
             number = f"Dice {own.mean_shipped_dice.value:.2f}" + (f", {kind}" if kind != part else "")
-            rows.append([name, number, scans, "mean, shipped threshold", experiment[part]])
+            rows.append([bundle, number, scans, "mean, shipped threshold", experiment[part]])
     if stored.tumour_row:
         number = f"Dice {stored.tumour_row['shipped_pooled'][0]:.2f}"
         patients = sum("subject" in row for row in stored.evaluation["flair"]["tumours"]["rows"])
         scans = f"{patients} {TEST_SCANS['flair']}, tumours in all slices"
-        rows.append(["flair", number, scans, "pooled, shipped threshold", evaluation("flair", "tumours")])
+        rows.append(
+            [evaluated_bundle("flair"), number, scans, "pooled, shipped threshold", evaluation("flair", "tumours")]
+        )
     return table(["model", "number", "scans", "statistic", "command and page"], rows)
 
 

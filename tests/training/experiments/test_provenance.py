@@ -97,11 +97,11 @@ def test_hashes_of_the_shipped_bundles_are_those_of_the_stored_results() -> None
     """Renaming a field of the manifest must not invalidate the stored results."""
     for part, bundle in (("shapes", "t1"), ("ellipses", "headct"), ("tumours", "flair")):
         root = Path(__file__).parents[3]
-        (folder,) = (root / "models").glob(f"{bundle}-*")
-        manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
         stored = json.loads((root / "docs" / "results" / f"{part}.json").read_text())["provenance"]
-        if stored["bundle"] != manifest.id:
+        folder = root / "models" / stored["bundle"]
+        if not folder.is_dir():
             continue  # measured with an earlier version
+        manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
         for name in ("cases", "codes", "detection"):
             assert stored[f"{name}_sha256"] == HASHES[name](manifest), (bundle, name)
 
