@@ -60,7 +60,7 @@ def test_scan_that_ends_two_processes_fails_and_the_queue_continues(tmp_path: Pa
         _kill_children(second.process.pid, while_running=lambda: wait_for_state(second.http, killer, "running"))
         problem = wait_for_state(second.http, killer, "failed")["problem"]
         assert (problem["code"], problem["status"]) == ("worker_lost", 500)
-        assert "2 workers" in problem["found"]
+        assert "2 times" in problem["found"]
         assert second.http.get("/readyz").status_code == 200
     assert "signal 9" in log.read_text()
 
