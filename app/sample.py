@@ -50,7 +50,7 @@ scan.nii.gz   MNI152 T1 template as shipped with nilearn, scaled by {scale}, int
 truth.nii.gz  1 where that change exceeds half of its size: {volume:.2f} ml.
 
 What to expect: the template is an average of 152 heads and smoother than any scan. The model t1 finds the lesion, and
-also marks other regions in which the template differs from a scan. A warning of the result says so.
+also marks other regions, in which the template differs from a scan, with lower peaks.
 
 Template: Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological
 Institute, McGill University. Permission to use, copy, modify, and distribute this software and its
