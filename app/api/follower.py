@@ -74,7 +74,7 @@ class Snapshot:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing will follow."""
+        """Return whether no further state will follow."""
         return self.job is None or self.job.state in ENDED_STATES
 
     @cached_property
@@ -147,7 +147,7 @@ class JobFollower:
 
     @property
     def full(self) -> bool:
-        """Whether no further follower is accepted."""
+        """Return whether no further follower is accepted."""
         return len(self._subscriptions) >= self._limit
 
     def check_limit(self) -> None:

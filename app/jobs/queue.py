@@ -61,7 +61,7 @@ class RawState:
 
     @property
     def queued(self) -> bool:
-        """Whether the job waits in the queue."""
+        """Return whether the job waits in the queue."""
         return self.status in QUEUED_STATUSES
 
 

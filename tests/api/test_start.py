@@ -1,4 +1,4 @@
-"""What ends a start: one clear sentence on standard error within seconds, and status 1."""
+"""Failed starts: one clear sentence on standard error within seconds, and status 1."""
 
 import os
 import socket
