@@ -4,8 +4,8 @@ highdicom derives the positions, pydicom decodes the pixels.
 """
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,7 @@ from app.errors import (
 )
 from app.ingest.dicom.files import Header, hash_pixels, read_headers
 from app.ingest.dicom.geometry import Arrangement, arrange_slices
-from app.ingest.dicom.pixels import Frame, read_frames
+from app.ingest.dicom.pixels import Frame, hash_values, read_frames
 from app.ingest.dicom.resample import plan_grid, resample
 from app.ingest.dicom.sequence import classify_sequence_file
 from app.ingest.dicom.series import Stack, select_stack
@@ -75,7 +75,7 @@ def read_dicom(
     with silence_libraries():
         readable, damaged = read_headers(paths, limits)
         _refuse_several_patients(readable)
-        headers, unplaced, left_out = _select_images(readable, len(damaged))
+        headers, unplaced, left_out = _select_images(readable, len(damaged), limits)
         stack, excluded = select_stack(headers, series, sequences)
         _refuse_several_mosaics(stack)
         arrangement = arrange_slices(stack.planes)
@@ -135,7 +135,9 @@ def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[st
     arrangement.check_regular(hint)
 
 
-def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[Header], list[str]]:
+def _select_images(
+    headers: Sequence[Header], damaged: int, limits: Limits
+) -> tuple[list[Header], list[Header], list[str]]:
     """Return the grey MR and CT images with a position, those without one, and notes that count all that is left out.
 
     If no image passes one of the tests, the error of that test is raised.
@@ -171,7 +173,7 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
         left_out[name] = len(remaining) - len(passed)
         unplaced = [header for header in remaining if not header.is_placed and not header.is_screenshot]
         remaining = passed
-    unique = _drop_duplicates(remaining)
+    unique = _drop_duplicates(remaining, limits)
     left_out["duplicates of other files"] = len(remaining) - len(unique)
     notes = [f"Left out: {count} {name}." for name, count in left_out.items() if count]
     shared = len(unique) - len({header.instance or str(header.path) for header in unique})
@@ -183,21 +185,34 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
     return unique, unplaced, notes
 
 
-def _drop_duplicates(headers: Sequence[Header]) -> list[Header]:
-    """Return the first of all files that agree in SOPInstanceUID, position and stored pixels.
+def _drop_duplicates(headers: Sequence[Header], limits: Limits) -> list[Header]:
+    """Return the first of all files that agree in SOPInstanceUID, position and pixels, in whatever transfer syntax.
 
     A file without a SOPInstanceUID is no duplicate. An anonymiser can give one UID to all slices, so the UID alone
     does not decide.
     """
-    instances = Counter(header.instance for header in headers if header.instance)
-    unique: dict[object, Header] = {}
+    groups: dict[object, list[Header]] = defaultdict(list)
     for header in headers:
-        key: object = header.path
-        if instances[header.instance] > 1:
-            place = (header.series, header.rows, header.columns, header.planes)
-            key = (header.instance, place, hash_pixels(header.path))
-        unique.setdefault(key, header)
-    return list(unique.values())
+        place = (header.instance, header.series, header.rows, header.columns, header.planes)
+        groups[place if header.instance else header.path].append(header)
+    kept = {header.path for group in groups.values() for header in _find_different(group, limits)}
+    return [header for header in headers if header.path in kept]
+
+
+def _find_different(group: Sequence[Header], limits: Limits) -> Iterable[Header]:
+    """Return the first of all files with equal pixels. Pixels are decoded only if the stored ones differ."""
+    if len(group) == 1:
+        return group
+    stored = {hash_pixels(header.path): header for header in reversed(group)}
+    if len(stored) == 1:
+        return stored.values()
+    return {_hash_values(header, limits): header for header in reversed(stored.values())}.values()
+
+
+def _hash_values(header: Header, limits: Limits) -> object:
+    """Return a hash of the decoded pixels of a file. A file that is too large or damaged is equal to no other."""
+    too_large = _count_voxels(header) > MAX_FILE_FACTOR * limits.max_voxels
+    return header.path if too_large else hash_values(header.path) or header.path
 
 
 def _refuse_several_patients(headers: Sequence[Header]) -> None:
@@ -311,14 +326,19 @@ def _check_file_sizes(stack: Stack, limits: Limits) -> None:
     TooManyVoxels
     """
     for header in {header.path: header for header, _, _ in stack.frames}.values():
-        frames = max(len(header.planes), header.tiles**2)
-        voxels = frames * header.rows * header.columns
+        voxels = _count_voxels(header)
         if voxels > MAX_FILE_FACTOR * limits.max_voxels:
+            frames = voxels // (header.rows * header.columns)
             raise TooManyVoxels(
                 f"A file of the series announces {frames} frames with {voxels} voxels.",
                 expected=f"at most {MAX_FILE_FACTOR * limits.max_voxels} voxels in a file.",
                 advice="Split the file into one file for each volume.",
             )
+
+
+def _count_voxels(header: Header) -> int:
+    """Return the number of voxels that a file announces."""
+    return max(len(header.planes), header.tiles**2) * header.rows * header.columns
 
 
 def _modality(header: Header) -> Literal["MR", "CT"]:
