@@ -1,6 +1,7 @@
 """Read from DICOM files the header attributes that select and order their frames."""
 
 import hashlib
+import math
 import secrets
 import zlib
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ _KEYWORDS = (
     "ImageOrientationPatient",
     "PixelSpacing",
     "SliceThickness",
+    "AcquisitionNumber",
     "ComplexImageComponent",
     "EchoTime",
     "DiffusionBValue",
@@ -350,7 +352,14 @@ def _locate_frame(dataset: pydicom.Dataset, frame: int, invalid: dict[str, None]
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
     thickness = next(iter(optional_numbers(measures, "SliceThickness")), 0.0) or None
-    return Plane(position, orientation, spacing, thickness, _acquisition_key(dataset, frame))
+    key, number = _acquisition_key(dataset, frame), _acquisition_number(dataset, frame)
+    return Plane(position, orientation, spacing, thickness, key, number)
+
+
+def _acquisition_number(dataset: pydicom.Dataset, frame: int) -> int | None:
+    content = functional_group(dataset, frame, "FrameContentSequence")
+    stated = optional_numbers(content, "FrameAcquisitionNumber") or optional_numbers(dataset, "AcquisitionNumber")
+    return int(stated[0]) if stated and math.isfinite(stated[0]) else None
 
 
 def _acquisition_key(dataset: pydicom.Dataset, frame: int) -> AcquisitionKey:

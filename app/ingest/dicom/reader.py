@@ -6,6 +6,7 @@ highdicom derives the positions, pydicom decodes the pixels.
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,7 @@ from app.errors import (
     TruncatedFile,
     WrongModality,
 )
+from app.ingest.dicom.acquisitions import check_overlaps, find_overlaps
 from app.ingest.dicom.files import Header, hash_pixels, read_headers
 from app.ingest.dicom.geometry import Arrangement, arrange_slices
 from app.ingest.dicom.pixels import Frame, hash_values, read_frames
@@ -78,6 +80,7 @@ def read_dicom(
         headers, unplaced, left_out = _select_images(readable, len(damaged), limits)
         stack, excluded = select_stack(headers, series, sequences)
         _refuse_several_mosaics(stack)
+        stack, overlaps = _leave_out_overlaps(stack, geometry)
         arrangement = arrange_slices(stack.planes)
         if geometry == "refuse":
             _check_complete(stack, arrangement, damaged, unplaced)
@@ -91,7 +94,7 @@ def read_dicom(
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arrangement.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     affine = arrangement.affine
-    notes = [*left_out, *excluded, *_stack_notes(stack), *arrangement.notes, *pixel_notes]
+    notes = [*left_out, *excluded, *overlaps, *_stack_notes(stack), *arrangement.notes, *pixel_notes]
     if grid:
         notes += [*arrangement.faults, grid.note]
         array, affine = resample(array, grid), grid.affine
@@ -107,6 +110,26 @@ def read_dicom(
         notes=tuple(notes),
     )
     return Scan(Volume(array, affine), source)
+
+
+def _leave_out_overlaps(stack: Stack, geometry: Geometry) -> tuple[Stack, list[str]]:
+    """Return the stack without the images that a longer acquisition shows, and notes that place them.
+
+    Raises
+    ------
+    IrregularSlices
+        If acquisitions overlap, and the caller did not choose to resample, or most images of one are repeats.
+    """
+    planes, size = stack.planes, (stack.head.rows, stack.head.columns)
+    overlaps = find_overlaps(planes)
+    check_overlaps(overlaps, planes, size, join=geometry == "resample")
+    without = {int(index) for overlap in overlaps for index in overlap.images}
+    frames = tuple(frame for index, frame in enumerate(stack.frames) if index not in without)
+    notes = [
+        f"Left out: {overlap.describe(planes, size)}. A longer acquisition of the series shows the same region."
+        for overlap in overlaps
+    ]
+    return replace(stack, frames=frames), notes
 
 
 def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str], unplaced: Sequence[Header]) -> None:
