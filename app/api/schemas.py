@@ -43,6 +43,9 @@ class ScanDetail(ScanSummary):
     """A job with its findings. Positions are in RAS+ millimetres."""
 
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
+    warnings: tuple[str, ...] | None = Field(
+        description="Why the result may be wrong as a whole, the most important reason first; null unless succeeded."
+    )
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
     lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
     selection: ModelSelectionReport | None = Field(
@@ -117,6 +120,7 @@ def describe_job(services: Services, job: Job) -> ScanDetail:
     return ScanDetail(
         **dict(summary),
         research_use_only=True,
+        warnings=report.warnings if report else None,
         findings=report.findings if report else None,
         lesion_volume_ml=report.lesion_volume_ml if report else None,
         selection=report.selection if report else None,

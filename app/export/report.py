@@ -152,6 +152,7 @@ class ReportSummary(BaseModel):
     selection: ModelSelectionReport | None
     seconds: dict[str, float]
     absent: dict[str, dict[str, str]]
+    warnings: tuple[str, ...]
 
 
 def read_report_summary(content: bytes) -> ReportSummary:
@@ -167,6 +168,7 @@ def read_report_summary(content: bytes) -> ReportSummary:
         selection=selection,
         seconds=document["work"]["seconds"],
         absent=document.get("absent", {}),
+        warnings=document.get("warnings", ()),
     )
 
 

@@ -189,7 +189,7 @@ def _qualitative_evaluations(report: Report) -> ContainerContentItem:
 
 
 def _comments(report: Report) -> Iterator[TextContentItem]:
-    """Yield the notice, the notes of the reader and the warning of the model selection."""
-    warning = report.model.selection.warning if report.model.selection else None
-    for text in (report.notice, *report.input.notes, *([warning] if warning else [])):
+    """Yield the notice, the warnings about the whole result and the notes of the reader."""
+    warnings = (f"Warning: {warning}" for warning in report.warnings)
+    for text in (report.notice, *warnings, *report.input.notes):
         yield TextContentItem(codes.DCM.Comment, text, RelationshipTypeValues.CONTAINS)
