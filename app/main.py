@@ -21,6 +21,7 @@ from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
 from app.api.logging import AccessLog, configure_logging
+from app.api.openapi import remove_validation_errors
 from app.api.server import open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
@@ -136,6 +137,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
+    remove_validation_errors(app)
     return app
 
 

@@ -14,6 +14,8 @@ router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(req
 
 # Proxies close a connection without traffic after about a minute.
 KEEP_ALIVE_SECONDS = 15.0
+# For the OpenAPI document.
+_TEXT = {"schema": {"type": "string"}}
 
 
 async def stream_events(follower: JobFollower, job: str) -> AsyncIterator[str]:
@@ -43,7 +45,7 @@ async def stream_events(follower: JobFollower, job: str) -> AsyncIterator[str]:
     "/{job}/events",
     response_class=StreamingResponse,
     responses={
-        200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": {}}},
+        200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": _TEXT}},
         **problem_responses(401, 403, 404, 503),
     },
 )

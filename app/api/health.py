@@ -46,7 +46,10 @@ async def get_readiness(services: ServicesDependency) -> ReadyHealth:
     "/metrics",
     dependencies=[Depends(require_token)],
     response_class=Response,
-    responses=problem_responses(401, 403, 503),
+    responses={
+        200: {"description": "Metrics in the text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problem_responses(401, 403, 503),
+    },
 )
 async def get_metrics(services: ServicesDependency) -> Response:
     """Return the Prometheus metrics of this process and of the queue."""

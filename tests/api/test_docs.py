@@ -51,6 +51,16 @@ def test_openapi_describes_the_upload(app: FastAPI) -> None:
     assert set(upload["responses"]) == {str(status) for status in statuses}
 
 
+def test_openapi_describes_no_answer_that_only_the_framework_gives(app: FastAPI) -> None:
+    document = app.openapi()
+    assert "HTTPValidationError" not in str(document)
+    assert not document["components"]["schemas"].keys() & {"HTTPValidationError", "ValidationError"}
+    scan = document["paths"]["/v1/scans/{job}"]["get"]["responses"]
+    assert set(scan) == {"200", "401", "403", "404", "503"}
+    assert document["paths"]["/v1/scans/{job}/report.json"]["get"]["responses"]["422"]["description"] == "Problem"
+    assert app.openapi() is document
+
+
 def test_worker_serves_only_health_and_metrics(tmp_path: Path) -> None:
     app = create_app(Settings(store=str(tmp_path)), FakeEngine(), api=False)
     assert set(app.openapi()["paths"]) == {"/livez", "/readyz", "/metrics"}
