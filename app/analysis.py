@@ -126,7 +126,7 @@ def infer(
         with _timed("infer", seconds):
             detection = _run_detection(volume, bundle, request.seed, progress)
     except (CannotAnalyse, UnreadableScan) as refusal:
-        raise explain_selection(refusal, selection, manifests) from None
+        raise explain_selection(refusal, selection, scan.source, manifests) from None
     progress("infer", 1.0)
     model = ModelUsed(
         id=manifest.id,

@@ -72,7 +72,7 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:
-    """Print the warnings, the findings as a table, the surest first, and the folder of the results."""
+    """Print the warnings, the findings as a table, the surest first, the notes, and the folder of the results."""
     for warning in report.warnings:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
@@ -86,7 +86,7 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
-    lines = [note for note in report.input.notes if note.startswith("Left out:")]
+    lines = list(report.input.notes)
     if report.brain:
         made_by = f"{report.brain.method} {report.brain.version}"
         lines.append(f"Brain: {report.brain.volume_ml:.0f} ml, extracted by {made_by} (brain.nii.gz).")

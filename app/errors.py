@@ -348,6 +348,16 @@ class TooManyStreams(CounterpartError):
     title = "Too many open event streams"
 
 
+class TooManyConnections(CounterpartError):
+    code = "too_many_connections"
+    title = "Too many open connections"
+
+
+class HeaderTooLarge(BadRequest):
+    code = "header_too_large"
+    title = "Request header too large"
+
+
 class UploadTooSlow(CounterpartError):
     code = "upload_too_slow"
     title = "Upload stopped"

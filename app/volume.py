@@ -122,6 +122,13 @@ class Source:
     resampled: bool = False
     notes: tuple[str, ...] = ()
 
+    @property
+    def position_warning(self) -> str:
+        """Sentence about an assumed position in space; empty if the file states its position."""
+        if self.sform_code:
+            return ""
+        return "The file states no position in space. Its axes were assumed, and left and right may be exchanged."
+
 
 @dataclass(frozen=True, eq=False)
 class Scan:

@@ -91,6 +91,25 @@ def test_detect_writes_dicom_results_of_a_dicom_folder(run: Run, tmp_path: Path)
     assert SECRET not in "".join(result.output for result in outcomes.values())
 
 
+def test_assumptions_and_repairs_are_printed(run: Run, tmp_path: Path) -> None:
+    image = nib.Nifti1Image(with_lesion(brain(), LESION_MM, RADIUS_MM).array, grid())
+    image.set_sform(grid(), 0)
+    image.set_qform(grid(), 0)
+    image.header["pixdim"][4] = 1
+    nib.save(image, tmp_path / "scan.nii")
+    result = run("detect", tmp_path / "scan.nii", "-o", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (warning,) = [text for text in report["warnings"] if "left and right may be exchanged" in text]
+    assert f"Warning: {warning}" in result.stdout
+    assert len(report["input"]["notes"]) == 2  # position and unit
+    assert all(note in result.stdout for note in report["input"]["notes"])
+    chest = brain(scale=1.9, shape=(90, 110, 80), affine=grid((90, 110, 80))).array
+    nib.save(nib.Nifti1Image(chest, None), tmp_path / "chest.nii")
+    refused = run("detect", tmp_path / "chest.nii", "-o", tmp_path / "none")
+    assert refused.exit_code == 2
+    assert warning in refused.stderr
+
+
 def test_json_report_is_alone_on_standard_output(run: Run, scan: Path, tmp_path: Path) -> None:
     result = run("detect", scan, "-o", tmp_path / "out", "--json", "--seed", 3, "--model", "tiny")
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The HTTP server: its socket, its limits on slow connections, and its end."""
+"""The HTTP server: its socket and its end."""
 
 import asyncio
 import socket
@@ -6,54 +6,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from app.api.protocol import HttpProtocol
 from app.errors import AddressUnavailable
 
-# Seconds for the head of a request. A slower connection is closed.
-HEADER_SECONDS = 20.0
 KEEP_ALIVE_SECONDS = 15
-# Open connections of all callers. Further requests get status 503 at once.
-MAX_CONNECTIONS = 4000
 BACKLOG = 1024
-
-
-class TimedProtocol(H11Protocol):
-    """HTTP/1.1 protocol that closes a connection whose request does not arrive."""
-
-    _header_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._set_header_timer()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        # IDLE: the head of a request is incomplete.
-        if self.conn.their_state is not h11.IDLE:
-            self._cancel_header_timer()
-        elif self._header_timer is None:
-            self._set_header_timer()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._cancel_header_timer()
-        super().connection_lost(exc)
-
-    def _set_header_timer(self) -> None:
-        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
-
-    def _cancel_header_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
-
-    def _close_if_idle(self) -> None:
-        self._header_timer = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -111,12 +71,11 @@ def run_server(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None
     """Serve an application until a signal stops the process."""
     config = uvicorn.Config(
         app,
-        http=TimedProtocol,
+        http=HttpProtocol,
         ws="none",
         log_config=None,
         access_log=False,  # uvicorn's access log contains query strings
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=BACKLOG,
         headers=[("X-Content-Type-Options", "nosniff")],

@@ -204,7 +204,7 @@ def build_report(
     analysed = np.flatnonzero(detection.analysed)
     heights = detection.slices.grid.affine[2, 0] * analysed + detection.slices.grid.affine[2, 3]
     return Report(
-        warnings=_warnings(detection, manifest, model, brain),
+        warnings=_warnings(detection, manifest, model, brain, scan.source.position_warning),
         code_version=__version__,
         model=model,
         input=Input(
@@ -256,7 +256,9 @@ def by_certainty(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (-finding.peak_score, finding.label))
 
 
-def _warnings(detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None) -> tuple[str, ...]:
+def _warnings(
+    detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None, position: str
+) -> tuple[str, ...]:
     """Return why the result may be wrong as a whole."""
     warnings = []
     score, healthy = detection.scores.scan, manifest.calibration.scan_score
@@ -267,7 +269,7 @@ def _warnings(detection: Detection, manifest: Manifest, model: ModelUsed, brain:
         )
     if model.selection and model.selection.warning:
         warnings.append(f"The model may not fit the scan: {model.selection.warning}")
-    return (*warnings, *(brain.warnings if brain else ()))
+    return (*warnings, *([position] if position else []), *(brain.warnings if brain else ()))
 
 
 def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:
