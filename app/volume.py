@@ -108,6 +108,8 @@ class Source:
         The grid of the volume differs from that of the instances, because irregular slices were resampled on request.
     notes : tuple of str
         Sentences about decisions and omissions of the reader, without patient data. The report contains them.
+    warnings : tuple of str
+        Sentences about faults of the scan that may make the whole result wrong.
     """
 
     format: Format
@@ -121,6 +123,7 @@ class Source:
     series_uid: str = ""
     resampled: bool = False
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def position_warning(self) -> str:

@@ -6,6 +6,7 @@ other error.
 
 import asyncio
 import sys
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -80,7 +81,9 @@ class HttpProtocol(H11Protocol):
         """Send a problem without a request, and close the connection."""
         if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
             response = _to_response(error)
-            head = h11.Response(status_code=response.status_code, headers=response.raw_headers)
+            head = h11.Response(
+                status_code=response.status_code, headers=response.raw_headers, reason=_phrase(response)
+            )
             for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
@@ -100,6 +103,10 @@ class HttpProtocol(H11Protocol):
         if self.conn.trailing_data[0]:
             self._refuse(_head_too_slow())
         self.transport.close()
+
+
+def _phrase(response: JSONResponse) -> bytes:
+    return HTTPStatus(response.status_code).phrase.encode()
 
 
 def _to_response(error: CounterpartError) -> JSONResponse:

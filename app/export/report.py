@@ -12,7 +12,7 @@ from app import __version__
 from app.manifest import FrozenModel, Manifest, Precision, Range
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult
-from app.volume import Format, Scan
+from app.volume import Format, Scan, Source
 
 # A scan whose score is above the healthy range by this factor is far outside of it. Large lesions raise the score less.
 FAR_OUTSIDE = 2.0
@@ -204,7 +204,7 @@ def build_report(
     analysed = np.flatnonzero(detection.analysed)
     heights = detection.slices.grid.affine[2, 0] * analysed + detection.slices.grid.affine[2, 3]
     return Report(
-        warnings=_warnings(detection, manifest, model, brain, scan.source.position_warning),
+        warnings=_warnings(detection, manifest, model, brain, scan.source),
         code_version=__version__,
         model=model,
         input=Input(
@@ -257,7 +257,7 @@ def by_certainty(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def _warnings(
-    detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None, position: str
+    detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None, source: Source
 ) -> tuple[str, ...]:
     """Return why the result may be wrong as a whole."""
     warnings = []
@@ -269,7 +269,8 @@ def _warnings(
         )
     if model.selection and model.selection.warning:
         warnings.append(f"The model may not fit the scan: {model.selection.warning}")
-    return (*warnings, *([position] if position else []), *(brain.warnings if brain else ()))
+    warnings += filter(None, (source.position_warning, *source.warnings))
+    return (*warnings, *(brain.warnings if brain else ()))
 
 
 def _scores(detection: Detection, manifest: Manifest) -> ScoreReport:

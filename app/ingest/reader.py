@@ -23,6 +23,7 @@ from app.errors import (
 from app.ingest import archive, mgh, nifti, nifti_pair
 from app.ingest.limits import CHUNK_BYTES, DEFAULT_LIMITS, HEAD_BYTES, UNPACKED_PREFIX, Limits
 from app.ingest.outliers import repair_outliers
+from app.ingest.planes import check_planes
 from app.ingest.volume_file import GZIP_SIGNATURE, VolumeFormat, read_inflated_head, read_volume_file
 from app.volume import Geometry, Scan
 
@@ -165,10 +166,10 @@ def read_scan(
     """
     options = ReadOptions(scratch, series, geometry, limits, sequences)
     if path.is_dir():
-        return repair_outliers(_read_folder(path, options))
+        return check_planes(repair_outliers(_read_folder(path, options)))
     if path.exists() and not path.is_file():
         path = _copy_pipe(path, options)
-    return repair_outliers(_read_file(path, options))
+    return check_planes(repair_outliers(_read_file(path, options)))
 
 
 def detect_format(head: bytes) -> str:

@@ -92,7 +92,7 @@ def explain_selection(
 
     If nothing was assumed, the error is returned unchanged.
     """
-    assumptions = " ".join(filter(None, (source.position_warning, selection.warning)))
+    assumptions = " ".join(filter(None, (source.position_warning, *source.warnings, selection.warning)))
     if not assumptions:
         return error
     return type(error)(
