@@ -12,7 +12,7 @@ from typing import Any
 import h11
 from fastapi.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import DEFAULT_MAX_INCOMPLETE_EVENT_SIZE, H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.problems import problem_of, problem_response
 from app.errors import BadRequest, CounterpartError, HeaderTooLarge, NotReady, TooManyConnections, UploadTooSlow
@@ -21,6 +21,8 @@ from app.errors import BadRequest, CounterpartError, HeaderTooLarge, NotReady, T
 HEADER_SECONDS = 20.0
 # Open connections of all callers. Further requests get status 503 at once.
 MAX_CONNECTIONS = 4000
+# Longest head of a request that is parsed in parts, in bytes.
+MAX_HEADER_BYTES = 1 << 14
 # Status that h11 proposes for a head longer than it accepts.
 TOO_LARGE = 431
 
@@ -71,7 +73,7 @@ class HttpProtocol(H11Protocol):
             await send(message)
 
         try:
-            await self._routes(scope, receive, send_and_remember)  # type: ignore[arg-type]
+            await self._routes(scope, receive, send_and_remember)
         except asyncio.CancelledError:  # the server ends, and this request takes too long
             if started:
                 raise
@@ -124,7 +126,7 @@ def _not_http() -> BadRequest:
 def _header_too_large() -> HeaderTooLarge:
     return HeaderTooLarge(
         "The request line and the header fields are too long.",
-        expected=f"at most {DEFAULT_MAX_INCOMPLETE_EVENT_SIZE >> 10} KiB.",
+        expected=f"at most {MAX_HEADER_BYTES >> 10} KiB.",
         advice="Send parameters in the query and the scan in the body.",
     )
 

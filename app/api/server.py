@@ -9,7 +9,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from app.api.protocol import HttpProtocol
+from app.api.protocol import MAX_HEADER_BYTES, HttpProtocol
 from app.errors import AddressUnavailable
 
 KEEP_ALIVE_SECONDS = 15
@@ -78,6 +78,7 @@ def run_server(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=BACKLOG,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         headers=[("X-Content-Type-Options", "nosniff")],
         **options,
     )

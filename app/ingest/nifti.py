@@ -1,11 +1,13 @@
 """Reader for NIfTI-1 and NIfTI-2 files. nibabel derives the geometry."""
 
+import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 
 from app.errors import InvalidGeometry, InvalidHeader, NotAnImageFormat
 from app.ingest.limits import HEAD_BYTES, Limits
@@ -27,6 +29,8 @@ _NIFTI1_BYTES, _NIFTI1_MAGIC_OFFSET = 348, 344
 # The voxels start here if there are no extensions: behind the header and a flag of four bytes.
 _NIFTI1_VOXELS = 352
 _NIFTI2_BYTES = 540
+# Voxel sizes of sform and pixdim agree within this fraction.
+MAX_SIZE_ERROR = 0.01
 _DESCRIPTION = slice(148, 228)
 _MAX_AXES = 7
 # Bits per voxel of each data type of Analyze 7.5.
@@ -165,7 +169,8 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     """Read an uncompressed NIfTI file: see `app.ingest.volume_file.VolumeFormat`."""
     file.seek(0)
     header, notes = _parse_header(file.read(HEAD_BYTES))
-    check_complete(file, _count_bytes(header, limits))
+    expected = _count_bytes(header, limits)
+    check_complete(file, expected)
     try:
         scaling = header.get_slope_inter()
         file.seek(header.get_data_offset())
@@ -177,8 +182,23 @@ def load(file: BinaryIO, limits: Limits) -> Scan:
     if array.ndim == 2:
         array = array[..., np.newaxis]  # (X, Y) -> (X, Y, 1)
     affine, code = _affine_mm(header, array.shape, notes)
-    source = Source(format="nifti", looks_hounsfield=looks_hounsfield(array), sform_code=code, notes=tuple(notes))
+    source = Source(
+        format="nifti",
+        looks_hounsfield=looks_hounsfield(array),
+        sform_code=code,
+        notes=tuple(notes),
+        warnings=tuple(_find_surplus(file, expected)),
+    )
     return Scan(Volume(array, affine), source)
+
+
+def _find_surplus(file: BinaryIO, expected: int) -> Iterator[str]:
+    """Yield a warning if bytes follow the voxels: the header may announce fewer slices than the file has."""
+    if file.seek(0, io.SEEK_END) > expected:
+        yield (
+            f"More data follows the {expected} bytes that the header of the file announces. It was left out. If it is "
+            "a part of the scan, the scan is truncated."
+        )
 
 
 # ---- position ----------------------------------------------------------------------------------
@@ -230,7 +250,18 @@ def _choose_affine(header: Header, shape: tuple[int, ...], unit_mm: float, notes
             notes.append(f"The sform and the qform of the file differ by up to {distance:.1f} mm. The sform is used.")
         elif not is_valid_affine(qform):
             notes.append("The qform of the file is not an invertible matrix. The sform is used.")
+    if sform_code and not qform_code:
+        notes += _compare_voxel_sizes(sform, np.abs(header["pixdim"][1:4].astype(np.float64)) * unit_mm)
     return (sform, sform_code) if sform_code else (qform, qform_code)
+
+
+def _compare_voxel_sizes(sform: Affine, sizes: npt.NDArray[np.float64]) -> list[str]:
+    """Return a note if the sform has other voxel sizes than the header states (pixdim)."""
+    own = np.linalg.norm(sform[:3, : len(sizes)], axis=0)
+    if np.allclose(own, sizes, rtol=MAX_SIZE_ERROR, atol=0):
+        return []
+    stated, used = (" x ".join(f"{size:.3g}" for size in values) for values in (sizes, own))
+    return [f"The header states voxels of {stated} mm (pixdim), the sform {used} mm. The sform is used."]
 
 
 def _affine_of(get: Callable[[], Affine], unit_mm: float) -> Affine:

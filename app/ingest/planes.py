@@ -20,8 +20,8 @@ LEVEL_PERCENTILE = 95
 # Only planes as bright as this fraction of the usual level are compared.
 MIN_LEVEL = 0.5
 USUAL_PERCENTILE = 75
-# A longer run of planes is no single fault, but may be another part of the body.
-MAX_RUN = 8
+# A longer run of planes is no single fault. A bright organ can fill several planes, so fewer are warned of.
+MAX_EMPTY_RUN, MAX_SCALED_RUN = 8, 3
 MIN_PLANES = 10
 
 
@@ -46,7 +46,7 @@ class FaultyPlanes:
     def describe(self, count: int) -> str:
         """Return the numbers of the planes, for a sentence."""
         numbers = f"{self.first + 1}" if self.first == self.last else f"{self.first + 1} to {self.last + 1}"
-        return f"{numbers} of {count} along axis {self.axis + 1}"
+        return f"plane {numbers} of {count} along axis {self.axis + 1}"
 
 
 def check_planes(scan: Scan) -> Scan:
@@ -67,16 +67,16 @@ def check_planes(scan: Scan) -> Scan:
     empty = [fault for fault in faults if fault.empty]
     if empty:
         raise InvalidVoxels(
-            f"{sum(fault.last - fault.first + 1 for fault in empty)} planes inside the scan are empty. The first are "
-            f"{empty[0].describe(shape[empty[0].axis])}.",
+            f"Empty planes are inside the scan, {sum(fault.last - fault.first + 1 for fault in empty)} in all: "
+            f"{empty[0].describe(shape[empty[0].axis])}{'' if len(empty) == 1 else ', and more'}.",
             expected="an image in every slice between the first and the last.",
             advice="Export the scan again, and check that every slice arrived.",
         )
     if not faults:
         return scan
     warning = (
-        f"Planes {faults[0].describe(shape[faults[0].axis])} are at least {LEVEL_FACTOR:.0f} times as bright or dark "
-        "as those on both sides. Their intensities may have another scale, and the result may be wrong."
+        f"A part of the scan is at least {LEVEL_FACTOR:.0f} times as bright or dark as the planes on both sides: "
+        f"{faults[0].describe(shape[faults[0].axis])}. It may have another scale, and the result may be wrong."
     )
     return replace(scan, source=replace(scan.source, warnings=(*scan.source.warnings, warning)))
 
@@ -93,7 +93,8 @@ def find_faulty_planes(array: FloatArray, axis: int) -> Iterator[FaultyPlanes]:
         stop = _find_end(levels, start, usual)
         if stop > start:
             empty = all(plane.min() == plane.max() for plane in planes[start:stop])
-            yield FaultyPlanes(axis, start, stop - 1, empty)
+            if empty or stop - start <= MAX_SCALED_RUN:
+                yield FaultyPlanes(axis, start, stop - 1, empty)
         start = max(stop, start + 1)
 
 
@@ -107,7 +108,7 @@ def _measure_levels(planes: FloatArray) -> FloatArray:
 def _find_end(levels: FloatArray, start: int, usual: float) -> int:
     """Return the index behind the run of dark or bright planes that begins at `start`, or `start` if there is none."""
     before = levels[start - 1]
-    for stop in range(start + 1, min(start + MAX_RUN + 1, len(levels))):
+    for stop in range(start + 1, min(start + MAX_EMPTY_RUN + 1, len(levels))):
         run, sides = levels[start:stop], (before, levels[stop])
         dark = run.max() * LEVEL_FACTOR < min(sides) and min(sides) > MIN_LEVEL * usual
         bright = run.min() > LEVEL_FACTOR * max(sides) and run.min() > LEVEL_FACTOR * MIN_LEVEL * usual

@@ -101,7 +101,7 @@ def read_inflated_head(path: Path) -> bytes:
 
 
 def _inflate(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Limits) -> BinaryIO:
-    """Inflate a gzipped file into a temporary file, up to the last voxel and no further."""
+    """Inflate a gzipped file into a temporary file, up to the last voxel and one byte."""
     scratch.mkdir(parents=True, exist_ok=True)
     out = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - closed by the caller
     try:
@@ -114,7 +114,8 @@ def _inflate(path: Path, volume_format: VolumeFormat, scratch: Path, limits: Lim
             while remaining > 0 and (chunk := stream.read(min(remaining, CHUNK_BYTES))):
                 out.write(chunk)
                 remaining -= len(chunk)
-            stream.read(1)  # at the end of the stream, its checksum is compared
+            # At the end, the checksum is compared. One byte more shows that bytes were left out.
+            out.write(stream.read(1))
     except (OSError, EOFError, InflateError) as failure:
         out.close()
         if isinstance(failure, OSError) and not isinstance(failure, igzip.BadGzipFile):

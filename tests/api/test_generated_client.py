@@ -40,7 +40,14 @@ def client(service: RunningService, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("client")
     (folder / "openapi.json").write_bytes(service.http.get("/openapi.json").content)
     (folder / "client.yaml").write_text(configuration())
-    command = [CLIENT / "openapi-python-client", "generate", "--path", "openapi.json", "--config", "client.yaml"]
+    command: list[str | Path] = [
+        CLIENT / "openapi-python-client",
+        "generate",
+        "--path",
+        "openapi.json",
+        "--config",
+        "client.yaml",
+    ]
     command += ["--meta", "none", "--output-path", "counterpart_client"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -87,7 +94,7 @@ def use_client(http: httpx2.Client, client: Path, scan: Path, out: Path) -> dict
     """Run the script in the environment of the generator, and return the answers that it got."""
     out.mkdir()
     environ = {"PYTHONPATH": str(client), "COUNTERPART_TOKEN": TOKEN}
-    command = [CLIENT / "python", SCRIPT, str(http.base_url).rstrip("/"), scan, out]
+    command: list[str | Path] = [CLIENT / "python", SCRIPT, str(http.base_url).rstrip("/"), scan, out]
     done = subprocess.run(command, cwd=client, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answers: dict[str, Any] = json.loads((out / "answers.json").read_text())

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pydicom.dataset import FileDataset
+from pydicom.uid import UID
 
 from app.errors import CounterpartError, IrregularSlices, NotAVolume
 from app.volume import Volume
@@ -20,7 +21,7 @@ def acquire(volume: Volume, ranges: list[range]) -> list[FileDataset]:
         datasets = make_datasets(changed, Series(modality="CT"))
         for k in chosen:
             datasets[k].AcquisitionNumber = number + 3
-            datasets[k].SOPInstanceUID = datasets[k].file_meta.MediaStorageSOPInstanceUID = f"1.2.{number + 3}.{k}"
+            datasets[k].SOPInstanceUID = datasets[k].file_meta.MediaStorageSOPInstanceUID = UID(f"1.2.{number + 3}.{k}")
             slices.append(datasets[k])
     return slices
 

@@ -13,6 +13,7 @@ import numpy as np
 from app.errors import IrregularSlices
 from app.ingest.dicom.geometry import (
     MAX_SPACING_ERROR_MM,
+    Float64Array,
     IntArray,
     Plane,
     count_images_per_position,
@@ -76,9 +77,10 @@ def _shares_positions(planes: Sequence[Plane], images: IntArray) -> bool:
     return bool(count_images_per_position([planes[i] for i in images]).max() > 1)
 
 
-def _compare_extents(distances: IntArray, numbered: dict[int, IntArray]) -> list[Overlap]:
+def _compare_extents(distances: Float64Array, numbered: dict[int, IntArray]) -> list[Overlap]:
     """Return the images of each acquisition that lie inside the extent of a longer one."""
-    extents, overlaps = [], []
+    extents: list[tuple[float, float]] = []
+    overlaps = []
     for number, images in sorted(numbered.items(), key=lambda item: (-len(item[1]), item[0])):
         own = distances[images]
         inside = np.zeros(len(images), dtype=bool)
@@ -86,7 +88,7 @@ def _compare_extents(distances: IntArray, numbered: dict[int, IntArray]) -> list
             inside |= (own >= low - MAX_SPACING_ERROR_MM) & (own <= high + MAX_SPACING_ERROR_MM)
         if inside.any():
             overlaps.append(Overlap(number, images[inside], len(images)))
-        extents.append((own.min(), own.max()))
+        extents.append((float(own.min()), float(own.max())))
     return overlaps
 
 
