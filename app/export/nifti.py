@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from isal import igzip
 
+from app.volume import FloatArray
+
 # A qform has no shear. If a sheared affine differs from its qform by more than this, the qform would move voxels and is
 # switched off.
 QFORM_TOLERANCE_MM = 1e-3
@@ -45,3 +47,22 @@ def write_nifti(
     # Without a file name and a time in the gzip header, the same volume gives the same bytes.
     with path.open("wb") as raw, igzip.IGzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as compressed:
         image.to_stream(compressed)
+
+
+def to_smallest_type(array: FloatArray) -> FloatArray | npt.NDArray[np.int16]:
+    """Return an array as int16 if that changes no value, else unchanged.
+
+    Parameters
+    ----------
+    array : (X, Y, Z) ndarray of float32
+        Finite values.
+    """
+    limits = np.iinfo(np.int16)
+    whole = np.empty(array.shape, dtype=np.int16)
+    for source, target in zip(array, whole, strict=True):  # plane by plane, to save memory
+        if source.min() < limits.min or source.max() > limits.max:
+            return array
+        target[:] = source
+        if (target != source).any():
+            return array
+    return whole

@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
-from app.export.nifti import write_nifti
+from app.export.nifti import to_smallest_type, write_nifti
 from app.export.preview import write_preview
 from app.export.report import Report
+from app.export.thumbnail import write_thumbnail
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
 from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Format, Scan
@@ -125,6 +126,10 @@ def _write_counterpart(context: ExportContext, path: Path) -> None:
     _write_volume(context, path, context.result.counterpart, "imagined healthy counterpart")
 
 
+def _write_image(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, to_smallest_type(context.scan.volume.array), "scan, as it was read")
+
+
 def _write_brain(context: ExportContext, path: Path) -> NoBrainMask | None:
     if isinstance(context.brain, NoBrainMask):
         return context.brain
@@ -139,6 +144,10 @@ def _write_volume(context: ExportContext, path: Path, array: npt.NDArray[Any], c
 
 def _write_preview(context: ExportContext, path: Path) -> None:
     write_preview(path, context.result, context.report)
+
+
+def _write_thumbnail(context: ExportContext, path: Path) -> None:
+    write_thumbnail(path, context.result)
 
 
 def _write_segmentation(context: ExportContext, path: Path) -> CounterpartError | None:
@@ -204,6 +213,15 @@ OUTPUTS: tuple[Output, ...] = (
         always=True,
     ),
     Output(
+        "image.nii.gz",
+        "application/gzip",
+        "The scan as it was read, on its own grid, for viewers: int16 if that is exact, else float32.",
+        _write_image,
+        # The only output of its size beside counterpart.nii.gz. It is written when the maps are.
+        order=2,
+        always=True,
+    ),
+    Output(
         "report.json",
         "application/json",
         "Findings, scores, model and provenance.",
@@ -217,6 +235,14 @@ OUTPUTS: tuple[Output, ...] = (
         "image/png",
         "Planes of the surest findings: scan, counterpart, anomaly map and outlines of the mask side by side.",
         _write_preview,
+        order=3,
+        always=True,
+    ),
+    Output(
+        "thumbnail.png",
+        "image/png",
+        "Axial plane of the surest finding with its outline, 160 by 160 pixels.",
+        _write_thumbnail,
         order=3,
         always=True,
     ),

@@ -19,7 +19,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import errors
 from app.analysis import AnalysisRequest
-from app.export.outputs import REQUIRED_NAMES
 from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.engine import Engine
 from app.jobs.idempotency import KeyHasher
@@ -44,6 +43,8 @@ STATES: dict[str, State] = {
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",  # set by older versions only
     "CANCELLED": "cancelled",
 }
+# The results of version 0.1.0, which did not record them.
+FIRST_RESULTS = ("mask.nii.gz", "labels.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png")
 QUEUED_STATUSES = [name for name, state in STATES.items() if state == "queued"]
 # A failed or cancelled job is never the answer to the same content again.
 REUSABLE_STATUSES = [name for name, state in STATES.items() if state not in ("failed", "cancelled")]
@@ -395,8 +396,7 @@ def to_job(status: WorkflowStatus) -> Job:
         stage=attributes.get("stage") if state == "running" else None,
         progress=1.0 if state == "succeeded" else attributes.get("progress", 0.0),
         model=output.get("model") or attributes.get("model"),
-        # A job of version 0.1.0 has no list of results. It has the files that existed then.
-        results=tuple(output.get("results") or REQUIRED_NAMES) if state == "succeeded" else (),
+        results=tuple(output.get("results") or FIRST_RESULTS) if state == "succeeded" else (),
         created=cast("datetime", _time(status.created_at)),
         started=_time(status.dequeued_at),
         ended=_time(status.completed_at),
