@@ -39,7 +39,10 @@ export function collectWarnings(report) {
   return [...warnings.map((text) => ({ text, isWarning: true })), ...notes.map((text) => ({ text, isWarning: false }))];
 }
 
-function leftOut({ slices, slices_not_analysed: missing, z_mm: [low, high] }) {
-  if (missing.length === 0) return null;
-  return `${missing.length} of ${slices} slices were not analysed. Results are valid from z = ${low} to ${high} mm.`;
+/** Return a note if slices between analysed slices are missing. The empty slices above and below a head are no news. */
+function leftOut({ slices_not_analysed: missing, slices }) {
+  const analysed = [...Array(slices).keys()].filter((index) => !missing.includes(index));
+  const inside = missing.filter((index) => index > analysed[0] && index < analysed.at(-1));
+  if (inside.length === 0) return null;
+  return `${inside.length} slices inside the head were not analysed. The results have gaps there.`;
 }

@@ -31,8 +31,8 @@ export function formatVolume(millilitres) {
   return millilitres === null || millilitres === undefined ? "–" : `${millilitres.toFixed(millilitres < 1 ? 2 : 1)} ml`;
 }
 
-export function formatPosition(mm) {
-  return mm.map((value) => value.toFixed(1).replace("-", "−")).join(", ");
+export function formatPosition(mm, digits = 1) {
+  return mm.map((value) => value.toFixed(digits).replace("-", "−").replace(/^−(0(\.0*)?)$/, "$1")).join(", ");
 }
 
 const UNITS = [["day", 86400], ["hour", 3600], ["minute", 60]];

@@ -1,7 +1,7 @@
 // The list of findings, and the reader's reviews.
 
 import { getJson, request, sendJson } from "./api.js";
-import { certaintyOf, isDoubtful, peakRatio } from "./certainty.js";
+import { certaintyOf, isDoubtful } from "./certainty.js";
 import { announce, byId, el, formatPosition, formatVolume, plural } from "./dom.js";
 import { getSession } from "./page.js";
 
@@ -115,7 +115,7 @@ export class Findings {
       el("th", { scope: "row", text: `${finding.label}${finding.isDoubtful ? "?" : ""}` }),
       el("td", { class: "number", text: formatVolume(finding.volume_ml) }),
       el("td", { class: "number", text: finding.peak_score.toFixed(2) }),
-      el("td", {}, formatPosition(finding.centroid_mm), el("span", { class: "certainty", text: finding.isDoubtful ? "doubtful" : "clear" })),
+      el("td", {}, el("span", { class: "nowrap", text: formatPosition(finding.centroid_mm, 0) }), el("span", { class: "certainty", text: finding.isDoubtful ? "doubtful" : "clear" })),
       el("td", { text: VERDICTS[verdict] ?? "–" }),
     );
   }
@@ -125,10 +125,10 @@ export class Findings {
     const box = byId("finding-detail");
     box.hidden = !finding;
     if (!finding) return;
-    box.replaceChildren(
-      el("p", {}, el("strong", { text: `Finding ${finding.label}` }), ` is ${certaintyOf(finding, this._report)} (${this._report.threshold}).`),
-      this._canReview ? this._form(finding) : el("p", { class: "quiet", text: `Peak ${peakRatio(finding, this._report).toFixed(2)} × threshold.` }),
-    );
+    box.replaceChildren(...[
+      el("p", {}, el("strong", { text: `Finding ${finding.label}` }), ` is ${certaintyOf(finding, this._report)} (${this._report.threshold}). Its centre is at ${formatPosition(finding.centroid_mm)} mm.`),
+      this._canReview ? this._form(finding) : null,
+    ].filter(Boolean));
   }
 
   _form(finding) {

@@ -1,6 +1,7 @@
 // Controls of mask, map and window. Each acts at once on all scenes.
 
 import { byId, el } from "./dom.js";
+import { robustWindow } from "./volume.js";
 
 // Width and level in Hounsfield units.
 const CT_PRESETS = [["brain", 80, 40], ["subdural", 200, 75], ["stroke", 40, 40], ["bone", 2800, 600]];
@@ -33,21 +34,22 @@ export class Layers {
       `A finding has a peak above ${report.threshold} and extends to ${report.extent_threshold}. The sliders change the display, never the result.`;
   }
 
-  get mapOptions() {
-    return { colormap: "hot", cal_min: Number(byId("map-threshold").value), cal_max: this.scaleMax };
-  }
-
   get mapThreshold() {
     return Number(byId("map-threshold").value);
   }
 
-  /** Offer the presets for the modality of the base image. */
+  /** Offer the presets for the modality of the base image, and return the first window. */
   setBase(base, isCt) {
     const options = isCt ? CT_PRESETS.map(([name, width, level]) => [`CT ${name} (W ${width}, L ${level})`, level - width / 2, level + width / 2]) : [];
-    options.push(["robust range (2 to 98 %)", base.robust_min, base.robust_max], ["full range", base.global_min, base.global_max]);
+    options.push(["robust range", ...robustWindow(base)], ["full range", base.global_min, base.global_max]);
     this._presets = options;
     byId("preset").replaceChildren(...options.map(([name], index) => el("option", { value: String(index), text: name })), el("option", { value: "own", text: "own", hidden: true }));
     this._applyPreset();
+    return [this._low, this._high];
+  }
+
+  get window() {
+    return [this._low, this._high];
   }
 
   nextMaskStyle() {
@@ -89,7 +91,6 @@ export class Layers {
     const outline = style === "off" ? 0 : opacity;
     const fill = style === "fill" ? opacity / 2 : 0;
     for (const scene of this._scenes) {
-      scene.annotations.isOn = style !== "off";
       scene.setMaskStyle({ outline, fill });
     }
   }

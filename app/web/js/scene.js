@@ -15,6 +15,12 @@ export const VIEWS = {
 const LAST_LABEL = 255;
 const COLOURS = { clear: [255, 92, 80], doubtful: [255, 214, 10], selected: [120, 220, 255] };
 
+// Three planes, the axial one largest: [view, left, top, width, height] as fractions of the canvas. 3D is a view of its
+// own, because it is slow without a graphics processor.
+const WIDE = [["axial", 0, 0, 0.62, 1], ["coronal", 0.63, 0, 0.37, 0.5], ["sagittal", 0.63, 0.5, 0.37, 0.5]];
+const NARROW = [["axial", 0, 0, 1, 0.62], ["coronal", 0, 0.63, 0.5, 0.37], ["sagittal", 0.5, 0.63, 0.5, 0.37]];
+const toLayout = (tiles) => tiles.map(([view, ...position]) => ({ sliceType: VIEWS[view], position }));
+
 const OPTIONS = {
   dragAndDropEnabled: false,
   viewModeHotKey: "",
@@ -24,15 +30,14 @@ const OPTIONS = {
   loadingText: "",
   backColor: [0, 0, 0, 1],
   crosshairColor: [0.42, 0.71, 1, 0.7],
-  crosshairWidth: 0.6,
+  crosshairWidth: 0.3,
   crosshairGap: 6,
   fontColor: [0.75, 0.8, 0.85, 1],
   isRadiologicalConvention: true,
   sagittalNoseLeft: true,
   showAllOrientationMarkers: true,
   dragMode: DRAG_MODE.windowing,
-  multiplanarShowRender: SHOW_RENDER.ALWAYS,
-  multiplanarForceRender: true,
+  multiplanarShowRender: SHOW_RENDER.NEVER,
   multiplanarPadPixels: 6,
   show3Dcrosshair: true,
 };
@@ -51,7 +56,9 @@ export class Scene {
     this.canvas = container.querySelector("canvas.picture");
     this.canvas.setAttribute("aria-label", label);
     this._notes = container.querySelector("canvas.notes");
-    this.annotations = { findings: [], isOn: true };
+    this.annotations = { findings: [], outline: 1, cache: new Map() };
+    this.view = "multi";
+    this._refresh = new Set(); // layers whose textures are out of date
     this.followers = new Set();
     this.onMove = () => {};
     this.onWindow = () => {};
@@ -64,8 +71,10 @@ export class Scene {
     await this.nv.attachToCanvas(this.canvas);
     this.nv.onLocationChange = () => this.onMove();
     this.nv.onIntensityChange = () => this.onWindow();
+    this._drawSolidMaskIn3D();
     const draw = this.nv.drawScene.bind(this.nv);
     this.nv.drawScene = () => {
+      this._arrange();
       draw();
       annotate(this._notes, this.nv, this.annotations);
       for (const follower of this.followers) follower.copyViewOf(this);
@@ -73,33 +82,52 @@ export class Scene {
     return this;
   }
 
-  setBase(image) {
-    this.nv.addVolume(image);
+  /** In 3D, show the findings themselves: the map would cover them with regions below the threshold of a finding. */
+  _drawSolidMaskIn3D() {
+    const { nv } = this;
+    const draw = nv.draw3D.bind(nv);
+    nv.draw3D = (...options) => {
+      const { drawOpacity } = nv;
+      nv.drawOpacity = this._solid ?? 0;
+      nv.renderShader.use(nv.gl);
+      nv.gl.uniform1f(nv.renderShader.uniforms.overlays, 0);
+      const result = draw(...options);
+      nv.drawOpacity = drawOpacity;
+      return result;
+    };
+  }
+
+  setBase(image, [low, high]) {
+    this.nv.addVolume(Object.assign(image, { cal_min: low, cal_max: high }));
   }
 
   /** Replace the map, an overlay that is transparent below its threshold. */
   setMap(image) {
-    if (this.map) this.nv.removeVolume(this.map);
+    const { nv } = this;
     this.map = image;
-    if (image) this.nv.addVolume(image);
+    // Not with `addVolume`, which computes the textures of the scan again.
+    nv.volumes = [nv.volumes[0], image];
+    nv.overlays = [image];
+    nv.refreshLayers(image, 1);
+    this.redraw();
   }
 
   setMapThreshold(threshold) {
-    if (!this.map) return;
+    if (!this.map || this.map.cal_min === threshold) return;
     this.map.cal_min = threshold;
-    this.nv.refreshLayers(this.map, 1);
+    this._refresh.add(1);
     this.redraw();
   }
 
   setMapOpacity(opacity) {
     this.nv.overlayAlphaShader = opacity;
-    if (this.map) this.map.opacity = opacity > 0 ? 1 : 0;
     this.redraw();
   }
 
   /** Show the findings of a label image. */
   setMask(labels) {
     const values = labels.img instanceof Uint8Array ? labels.img : Uint8Array.from(labels.img, (label) => Math.min(label, LAST_LABEL));
+    this.annotations.cache.clear();
     this.nv.loadDrawing({ hdr: labels.hdr, permRAS: labels.permRAS, img: values });
   }
 
@@ -114,19 +142,19 @@ export class Scene {
     this.redraw();
   }
 
-  /** Draw the mask as outline (rim) and fill, with an opacity from 0 to 1 each. */
+  /** Set the opacity of the outlines and of the fill, 0 to 1. In 3D, the mask is solid unless both are 0. */
   setMaskStyle({ outline, fill }) {
-    this.nv.drawRimOpacity = outline;
-    // The shader skips voxels whose opacity is zero, and with them the rim.
-    this.nv.drawOpacity = Math.max(fill, outline > 0 ? 0.004 : 0);
+    this.annotations.outline = outline;
+    this.nv.drawOpacity = fill;
+    this._solid = Math.max(outline, fill) > 0 ? 1 : 0;
     this.redraw();
   }
 
   setWindow(low, high) {
     const [base] = this.nv.volumes;
-    base.cal_min = low;
-    base.cal_max = high;
-    this.nv.refreshLayers(base, 0);
+    if (base.cal_min === low && base.cal_max === high) return;
+    Object.assign(base, { cal_min: low, cal_max: high });
+    this._refresh.add(0);
     this.redraw();
   }
 
@@ -136,7 +164,14 @@ export class Scene {
   }
 
   setView(name) {
-    this.nv.setSliceType(VIEWS[name]);
+    this.view = name;
+    this.nv.opts.sliceType = VIEWS[name];
+    this.redraw();
+  }
+
+  _arrange() {
+    const { clientWidth, clientHeight } = this.canvas;
+    this.nv.customLayout = this.view === "multi" ? toLayout(clientWidth > clientHeight ? WIDE : NARROW) : null;
   }
 
   setRadiological(isRadiological) {
@@ -175,9 +210,9 @@ export class Scene {
   copyViewOf(other) {
     const [mine, theirs] = [this.nv.scene, other.nv.scene];
     const state = JSON.stringify([[...theirs.crosshairPos], [...theirs.pan2Dxyzmm], theirs.renderAzimuth, theirs.renderElevation, theirs.volScaleMultiplier]);
-    if (state === this._copied && this.nv.opts.sliceType === other.nv.opts.sliceType) return;
+    if (state === this._copied && this.view === other.view) return;
     this._copied = state;
-    this.nv.opts.sliceType = other.nv.opts.sliceType;
+    this.setView(other.view);
     mine.crosshairPos = [...theirs.crosshairPos];
     mine.pan2Dxyzmm = [...theirs.pan2Dxyzmm];
     for (const name of ["renderAzimuth", "renderElevation", "volScaleMultiplier"]) mine[name] = theirs[name];
@@ -190,6 +225,8 @@ export class Scene {
   redraw() {
     this._frame ??= requestAnimationFrame(() => {
       this._frame = undefined;
+      for (const layer of this._refresh) this.nv.refreshLayers(this.nv.volumes[layer], layer);
+      this._refresh.clear();
       this.nv.drawScene();
     });
   }

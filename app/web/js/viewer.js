@@ -12,6 +12,8 @@ const isEmbedded = /\/embed\/[^/]+\/?$/.test(location.pathname);
 const jobId = location.pathname.match(/\/(?:scans|embed)\/([^/]+)\/?$/)[1];
 const jobPath = `v1/scans/${jobId}`;
 const STAGES = { read: "Reading the scan", infer: "Comparing the scan with its counterpart", export: "Writing the results" };
+// Values below cal_min are transparent, and colours begin at 0, so that the threshold does not change them.
+const MAP_STYLE = { colormapType: 1 };
 const SLICE_INPUTS = { axial: 2, coronal: 1, sagittal: 0 };
 
 const scenes = [];
@@ -86,7 +88,7 @@ function showAbout(job, report) {
     ["Selected by", { caller: "the sender", sequence: "the sequence", modality: "the modality", default: "no other model" }[report.model.selection?.by] ?? "–"],
     ["Site profile", profile ? (profile.name ?? String(profile)) : "none: thresholds of the training scanners"],
     ["Input", `${report.input.format}, ${report.input.modality ?? "modality not stated"}, ${report.input.shape.join(" × ")}, ${report.input.spacing_mm.map((mm) => mm.toFixed(2)).join(" × ")} mm`],
-    ["Analysed", `${report.analysed.volume_ml} ml`],
+    ["Analysed", `${report.analysed.volume_ml} ml, z = ${report.analysed.z_mm.join(" to ")} mm, ${report.analysed.slices - report.analysed.slices_not_analysed.length} of ${report.analysed.slices} slices`],
     ["Time", `${seconds.toFixed(1)} s on ${report.model.provider}`],
     ["Finished", formatTime(job.ended)],
     ["Version", `Counterpart ${report.code_version}, seed ${report.model.seed}`],
@@ -115,16 +117,15 @@ async function loadPicture(job, report) {
   const read = async (name, options) => readNifti(await getBytes(job.links[name], showLoading(name)), `${name}.nii.gz`, options);
   // All downloads start at once. The scan is drawn first.
   const labels = read("labels");
-  const map = read("anomaly", layers.mapOptions);
+  const map = read("anomaly", { colormap: "hot" });
   labels.catch(() => {});
   map.catch(() => {});
   const base = await read("image", { colormap: "gray" });
   byId("scan-scene").hidden = false;
   scan = await new Scene(byId("scan-scene"), "Scan with the findings. Use the slice sliders or the arrow keys to move.").start();
-  scenes.push(scan);
   const isCt = report.input.modality === "CT" || (await isCtModel(report.model.id));
-  scan.setBase(base);
-  layers.setBase(base, isCt);
+  scan.setBase(base, layers.setBase(base, isCt));
+  scenes.push(scan);
   scan.onMove = showPosition;
   scan.onWindow = () => layers.showWindow(scan);
   bindSlices();
@@ -150,14 +151,14 @@ function dress(scene, { withMap = true } = {}) {
   scene.setMask(images.labels);
   scene.annotations.findings = findings.list;
   scene.colourMask(findings.list);
-  if (withMap) scene.setMap(Object.assign(images.anomaly, { colormapType: 1 }));
+  if (withMap) scene.setMap(Object.assign(images.anomaly, MAP_STYLE, { cal_min: layers.mapThreshold, cal_max: layers.scaleMax }));
   layers.apply();
 }
 
 async function openCounterpart(job, readNifti, Scene) {
   const bytes = await getBytes(job.links.counterpart, showLoading("counterpart"));
   const scene = await new Scene(byId("counterpart-scene"), "Healthy counterpart with linked crosshair.").start();
-  scene.setBase(await readNifti(bytes, "counterpart.nii.gz", { colormap: "gray" }));
+  scene.setBase(await readNifti(bytes, "counterpart.nii.gz", { colormap: "gray" }), layers.window);
   scene.setRadiological(isRadiological());
   scene.onMove = () => showPosition(scene);
   scene.onWindow = () => layers.showWindow(scene);
@@ -180,7 +181,7 @@ function bindMaps(job, read) {
   for (const input of document.querySelectorAll("input[name=map]")) {
     input.addEventListener("change", async () => {
       images[input.value] ??= await read(input.value, { colormap: "viridis" });
-      scan.setMap(Object.assign(images[input.value], { colormapType: 1 }));
+      scan.setMap(Object.assign(images[input.value], MAP_STYLE));
       layers.apply();
       byId("progress").hidden = true;
     });
@@ -236,7 +237,7 @@ const isRadiological = () => byId("convention").getAttribute("aria-pressed") ===
 function setConvention(isOn) {
   const button = byId("convention");
   button.setAttribute("aria-pressed", String(isOn));
-  button.textContent = isOn ? "Radiological: patient's right is on the left" : "Neurological: patient's right is on the right";
+  button.textContent = isOn ? "Radiological: R is left" : "Neurological: R is right";
   for (const scene of scenes) scene.setRadiological(isOn);
 }
 
