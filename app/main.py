@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, pages, problems, results, reviews, scans
+from app.api import events, health, models, pages, problems, results, reviews, sample, scans
 from app.api.calls import Calls
 from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
@@ -40,6 +40,7 @@ log = structlog.get_logger("counterpart.service")
 # A new endpoint goes into one of these routers, or into a new one that is added here.
 API_ROUTERS: tuple[APIRouter, ...] = (
     events.router,
+    sample.router,
     scans.router,
     results.router,
     reviews.router,
