@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import __version__
 from app.api import events, health, models, pages, problems, results, reviews, sample, scans
 from app.api.calls import Calls
+from app.api.cross_origin import allow_origins
 from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
@@ -141,6 +142,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    if settings.allowed_origins:
+        allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
