@@ -15,8 +15,9 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, pages, problems, results, scans
+from app.api import events, health, models, pages, problems, results, reviews, sample, scans
 from app.api.calls import Calls
+from app.api.cross_origin import allow_origins
 from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
@@ -38,7 +39,15 @@ from app.settings import Settings
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.router, models.router, pages.router)
+API_ROUTERS: tuple[APIRouter, ...] = (
+    events.router,
+    sample.router,
+    scans.router,
+    results.router,
+    reviews.router,
+    models.router,
+    pages.router,
+)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
@@ -133,6 +142,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    if settings.allowed_origins:
+        allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)

@@ -26,7 +26,7 @@ from app.api.problems import problem_of_failed_job, problem_response, problem_re
 from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
-from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Priority, State
+from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Order, Priority, State
 from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
@@ -191,12 +191,13 @@ async def list_scans(
     filters: Annotated[JobFilter, Depends(job_filter)],
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs on a page.")] = 50,
     after: Annotated[str | None, Query(description="Start of the page; see `next` of the previous page.")] = None,
+    order: Annotated[Order, Query(description="The job that comes first.")] = "newest",
 ) -> ScanList:
-    """List jobs, newest first. New jobs do not shift the later pages."""
+    """List jobs, newest first by default. New jobs do not shift the later pages."""
     # One more than a page: it shows whether another page follows.
-    jobs = await services.calls.query(services.queue.list_jobs, filters, limit + 1, _parse_cursor(after))
+    jobs = await services.calls.query(services.queue.list_jobs, filters, limit + 1, _parse_cursor(after), order)
     scans = await services.calls.query(summarise_jobs, services, jobs[:limit])
-    return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit))
+    return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit, order))
 
 
 @router.get("/{job}", responses=problem_responses(401, 403, 404, 503))
@@ -250,7 +251,7 @@ def _parse_cursor(after: str | None) -> Cursor | None:
     return Cursor(datetime.fromtimestamp(int(parts[1]) / 1_000_000, UTC), parts[2])
 
 
-def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limit: int) -> str | None:
+def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limit: int, order: Order) -> str | None:
     """Return the path of the next page, None on the last page."""
     if len(jobs) <= limit:
         return None
@@ -262,6 +263,7 @@ def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limi
         "code": filters.code,
         "created_after": filters.created_after and filters.created_after.isoformat(),
         "created_before": filters.created_before and filters.created_before.isoformat(),
+        "order": order if order != "newest" else None,
     }
     query = {"limit": limit, **{name: value for name, value in parameters.items() if value}}
     encoded = urlencode({**query, "after": Cursor(last.created, last.id)}, doseq=True)

@@ -1,6 +1,6 @@
 """JSON schemas of the API, and the functions that build them from a job."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +10,7 @@ from app.api.follower import QUEUE_POSITION
 from app.api.problems import Problem, problem_of_failed_job, problem_of_missing_result
 from app.export.report import Finding, ModelSelectionReport, ReportSummary, read_report_summary
 from app.jobs.job import Job, Priority, State
+from app.jobs.reviews import Verdict
 from app.manifest import Manifest
 
 # The default name of a link is the file name without its suffix. "report" is report.json already.
@@ -20,6 +21,14 @@ class Schema(BaseModel):
     """Base class of the schemas."""
 
     model_config = ConfigDict(frozen=True)
+
+
+class ReviewCounts(Schema):
+    """Number of readers' verdicts of each kind on the findings of a job."""
+
+    right: int = 0
+    wrong: int = 0
+    unsure: int = 0
 
 
 class ScanSummary(Schema):
@@ -36,6 +45,14 @@ class ScanSummary(Schema):
     started: datetime | None
     ended: datetime | None
     problem: Problem | None = Field(description="Cause of the failure; null unless failed.")
+    lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
+    findings_count: int | None = Field(
+        description="Number of findings. This and the two fields below are null unless succeeded, and in the list "
+        "for a job of a version that did not record them."
+    )
+    scan_score: float | None = Field(description="`scores.scan` of report.json.")
+    warnings_count: int | None = Field(description="Number of `warnings` of report.json.")
+    reviews: ReviewCounts = Field(description="Readers' verdicts on the findings.")
     links: dict[str, str] = Field(description="Paths of the job, its actions and its results.")
 
 
@@ -44,7 +61,6 @@ class ScanDetail(ScanSummary):
 
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
-    lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
     selection: ModelSelectionReport | None = Field(
         description="The rule that selected the model, and whether the scan surely fits; null unless succeeded."
     )
@@ -54,7 +70,7 @@ class ScanDetail(ScanSummary):
 class ScanList(Schema):
     """A page of jobs."""
 
-    scans: tuple[ScanSummary, ...] = Field(description="Newest first.")
+    scans: tuple[ScanSummary, ...] = Field(description="Newest first, unless `order` is `oldest`.")
     next: str | None = Field(description="Path of the next page; null on the last page.")
 
 
@@ -107,7 +123,9 @@ def scan_path(services: Services, job: str) -> str:
 def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
     """Return the summaries of jobs, in the same order."""
     positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
-    return tuple(_summarise(services, job, positions.get(job.id)) for job in jobs)
+    succeeded = [job.id for job in jobs if job.state == "succeeded"]
+    reviews = services.queue.reviews.count(succeeded) if succeeded else {}
+    return tuple(_summarise(services, job, positions.get(job.id), reviews.get(job.id, {})) for job in jobs)
 
 
 def describe_job(services: Services, job: Job) -> ScanDetail:
@@ -115,10 +133,9 @@ def describe_job(services: Services, job: Job) -> ScanDetail:
     report = _read_report(services, job) if job.state == "succeeded" else None
     (summary,) = summarise_jobs(services, [job])
     return ScanDetail(
-        **dict(summary),
+        **dict(summary) | ({"lesion_volume_ml": report.lesion_volume_ml} if report else {}),
         research_use_only=True,
         findings=report.findings if report else None,
-        lesion_volume_ml=report.lesion_volume_ml if report else None,
         selection=report.selection if report else None,
         timings=report.seconds if report else None,
     )
@@ -136,12 +153,13 @@ def _read_report(services: Services, job: Job) -> ReportSummary | None:
     return read_report_summary(content) if content else None
 
 
-def _summarise(services: Services, job: Job, queue_position: int | None) -> ScanSummary:
+def _summarise(services: Services, job: Job, queue_position: int | None, reviews: Mapping[Verdict, int]) -> ScanSummary:
     path = scan_path(services, job.id)
     links = {"self": path, "events": f"{path}/events"}
     if job.state in {"queued", "running"}:
         links["cancel"] = f"{path}/cancel"
     if job.state == "succeeded":
+        links["reviews"] = f"{path}/reviews"
         names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
         links |= {link: f"{path}/{name}" for link, name in names.items()}
     return ScanSummary(
@@ -156,5 +174,10 @@ def _summarise(services: Services, job: Job, queue_position: int | None) -> Scan
         started=job.started,
         ended=job.ended,
         problem=problem_of_failed_job(job.problem) if job.problem else None,
+        lesion_volume_ml=job.summary and job.summary.lesion_volume_ml,
+        findings_count=job.summary and job.summary.findings_count,
+        scan_score=job.summary and job.summary.scan_score,
+        warnings_count=job.summary and job.summary.warnings_count,
+        reviews=ReviewCounts(**reviews),
         links=links,
     )

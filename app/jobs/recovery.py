@@ -16,7 +16,7 @@ import structlog
 from sqlalchemy.exc import IntegrityError
 
 from app.errors import error_location
-from app.jobs.database import step_table, workflow_table
+from app.jobs.database import create_tables, step_table, workflow_table
 
 # Seconds between two heartbeats, and without one until a worker is considered dead. A busy machine may miss some.
 HEARTBEAT_SECONDS = 2.0
@@ -71,13 +71,7 @@ class WorkerRegistry:
 
     def create_tables(self) -> None:
         """Create the tables if they are missing. Two processes may do so at once."""
-        for table in metadata.sorted_tables:
-            try:
-                with self._database.begin() as connection:
-                    table.create(connection, checkfirst=True)
-            except sa.exc.DBAPIError:
-                if not sa.inspect(self._database).has_table(table.name):
-                    raise
+        create_tables(self._database, metadata)
 
     def send_heartbeat(self, worker: str) -> None:
         """Increment the counter of a worker. The first heartbeat creates its row."""
