@@ -2,16 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from typing import ParamSpec, Protocol, TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.calls import Calls
 from app.errors import TooManyStreams, error_location
 from app.jobs.job import ENDED_STATES, Job, State
 from app.jobs.queue import JobQueue
@@ -25,6 +25,9 @@ QUEUE_POSITION = "Position in the queue, 1 for the next job; null unless queued.
 MIN_POLL_SECONDS = 0.05
 # Fraction of a job that must be done before the remaining time is estimated.
 MIN_PROGRESS_FOR_ESTIMATE = 0.1
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 log = structlog.get_logger("counterpart.http")
 
@@ -123,20 +126,27 @@ class Subscription:
         return True
 
 
+class Query(Protocol):
+    """Runner of blocking calls that read the database (`app.api.dependencies.Calls.query`)."""
+
+    async def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of a call, or raise its exception."""
+
+
 class JobFollower:
     """The followers of all jobs in this process.
 
     Parameters
     ----------
     queue : JobQueue
-    calls : Calls
+    query : Query
     limit : int
         Largest number of followers.
     """
 
-    def __init__(self, queue: JobQueue, calls: Calls, limit: int) -> None:
+    def __init__(self, queue: JobQueue, query: Query, limit: int) -> None:
         self._queue = queue
-        self._calls = calls
+        self._query = query
         self._limit = limit
         self._subscriptions: set[Subscription] = set()
         self._states: dict[str, object] = {}
@@ -206,7 +216,7 @@ class JobFollower:
 
     async def _poll(self) -> None:
         followed = {subscription.job for subscription in self._subscriptions}
-        states, positions, jobs = await self._calls.query(self._read, followed, dict(self._states))
+        states, positions, jobs = await self._query(self._read, followed, dict(self._states))
         now = datetime.now(UTC)
         for job in followed:
             old = self._snapshots.get(job)
