@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
-from typing import ParamSpec, Protocol, TypeVar
+from functools import cached_property, partial
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,8 +25,8 @@ MIN_POLL_SECONDS = 0.05
 # Fraction of a job that must be done before the remaining time is estimated.
 MIN_PROGRESS_FOR_ESTIMATE = 0.1
 
-P = ParamSpec("P")
-T = TypeVar("T")
+# Raw states, queue positions and changed jobs, by id.
+Reading = tuple[dict[str, object], dict[str, int], dict[str, Job]]
 
 log = structlog.get_logger("counterpart.http")
 
@@ -126,25 +125,21 @@ class Subscription:
         return True
 
 
-class Query(Protocol):
-    """Runner of blocking calls that read the database (`app.api.dependencies.Calls.query`)."""
-
-    async def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Return the result of a call, or raise its exception."""
-
-
 class JobFollower:
     """The followers of all jobs in this process.
 
     Parameters
     ----------
     queue : JobQueue
-    query : Query
+    query : callable
+        Runs a blocking call that reads the database (`app.api.dependencies.Calls.query`).
     limit : int
         Largest number of followers.
     """
 
-    def __init__(self, queue: JobQueue, query: Query, limit: int) -> None:
+    def __init__(
+        self, queue: JobQueue, query: Callable[[Callable[[], Reading]], Awaitable[Reading]], limit: int
+    ) -> None:
         self._queue = queue
         self._query = query
         self._limit = limit
@@ -216,7 +211,7 @@ class JobFollower:
 
     async def _poll(self) -> None:
         followed = {subscription.job for subscription in self._subscriptions}
-        states, positions, jobs = await self._query(self._read, followed, dict(self._states))
+        states, positions, jobs = await self._query(partial(self._read, followed, dict(self._states)))
         now = datetime.now(UTC)
         for job in followed:
             old = self._snapshots.get(job)
@@ -231,9 +226,7 @@ class JobFollower:
             if snapshot is not None and snapshot is not subscription.snapshot:
                 subscription.update(snapshot)
 
-    def _read(
-        self, followed: set[str], known: Mapping[str, object]
-    ) -> tuple[dict[str, object], dict[str, int], dict[str, Job]]:
+    def _read(self, followed: set[str], known: Mapping[str, object]) -> Reading:
         """Return the raw states, the queue positions, and the jobs whose state or position may have changed."""
         states = self._queue.read_states(followed)
         queued = {job for job, state in states.items() if state.queued}
