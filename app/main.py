@@ -16,20 +16,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.api import events, health, models, problems, results, scans
-from app.api.calls import Calls
-from app.api.dependencies import Readiness, Services
+from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
-from app.api.guard import RequestGuard
-from app.api.logging import AccessLog, configure_logging
-from app.api.server import open_listener, run_server
+from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
+from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
@@ -81,7 +78,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
     calls = Calls()
-    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
     services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
