@@ -17,7 +17,7 @@ from app.manifest import Manifest
 from app.pipeline.brain_extraction import extract_brain
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.runtime.selection import explain_selection, select_model, trained_sequences
 from app.volume import Geometry, Scan, Volume
@@ -225,7 +225,8 @@ def detect_volume(volume: Volume, bundle: Bundle, seed: int | None, progress: Pr
         done += slices
         progress("infer", min(done / expected, 1.0))
 
-    return run_method(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
+    networks = bundle.networks.in_batches(bundle.batch, tick)
+    return METHODS[bundle.manifest.method](volume, networks, bundle.manifest, seed)
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from app.errors import DamagedBundle
 from app.manifest import File, Manifest, Precision
+from app.pipeline.diffusion import Networks
 from app.pipeline.methods import METHODS
-from app.pipeline.networks import Networks
 from app.runtime.extractor import EXTRACTOR, Extractor, load_extractor
 from app.runtime.fixed_batch import FixedBatch
 from app.runtime.session import Provider, as_callable, check_sha256, open_session, run_concurrently
