@@ -31,6 +31,7 @@ from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
 from app.settings import Settings
+from app.site_profile import load_site_profiles
 
 log = structlog.get_logger("counterpart.service")
 
@@ -181,14 +182,25 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
-    """Create the engine for the bundles that the settings name. A worker runs it in a child process."""
+    """Create the engine for the bundles that the settings name. A worker runs it in a child process.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    InvalidProfile
+        A site profile cannot be used.
+    """
     models_folder = str(settings.models) if settings.models else None
+    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
     arguments: dict[str, Any] = {
         "models": models_folder,
         "provider": settings.provider,
         "threads": settings.threads,
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
+        # Their content, which was checked here: the child process does not get the key.
+        "site_profiles": profiles.model_dump(mode="json"),
     }
     engine = BundleEngine(**arguments)
     if not worker:
