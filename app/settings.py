@@ -109,6 +109,15 @@ class Settings(BaseSettings):
     keep_gb: float = Field(
         0.0, ge=0, description="Disk space, in GB, above which the oldest finished jobs are erased. 0 sets no limit."
     )
+    profiles: Path | None = Field(
+        None, description="Folder of site profiles, which `counterpart calibrate` writes. Each *.json file is loaded."
+    )
+    profile_key: SecretStr | None = Field(
+        None, min_length=16, description="Key that signs site profiles. With it, profiles of another key are refused."
+    )
+    profile_any_scanner: bool = Field(
+        False, description="Use the only site profile of a model for scans of other scanners as well."
+    )
     deadline_seconds: int = Field(
         1800,
         ge=1,

@@ -15,7 +15,6 @@ from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unk
 from app.api.problems import problem_responses
 from app.api.schemas import Schema
 from app.errors import InternalError, NotFinished, NotFound, UploadTooLarge
-from app.export.report import read_report_summary
 from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
 
 router = APIRouter(prefix="/v1", tags=["reviews"], dependencies=[Depends(require_token)])
@@ -198,14 +197,13 @@ def _find(services: Services, job: str, label: int) -> ReviewedFinding:
     NotFound, NotFinished, InternalError
     """
     _check_succeeded(services, job)
-    content = services.store.read(job, "report.json")
-    if content is None:
+    report = services.read_report(job)
+    if report is None:
         raise InternalError(
             "report.json of a succeeded job is missing in the store.",
             expected="the results of the job.",
             advice="Check the store. DELETE the job and send the scan again.",
         )
-    report = read_report_summary(content)
     for finding in report.findings:
         if finding.label == label:
             return ReviewedFinding(job, label, report.model, report.code_version, finding.volume_ml, finding.peak_score)

@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse
 from app.analysis import AnalysisRequest
 from app.api.dependencies import Services, ServicesDependency, require_token
 from app.api.problems import problem_responses
-from app.api.scans import JOB_HEADERS, RETRY_AFTER_SECONDS, RETRY_HEADER
-from app.api.schemas import ScanDetail, describe_job, scan_path
+from app.api.scans import JOB_HEADERS, RETRY_AFTER_SECONDS, RETRY_HEADER, describe_job, scan_path
+from app.api.schemas import ScanDetail
 from app.sample import make_sample
 
 router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])

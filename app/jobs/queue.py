@@ -23,9 +23,8 @@ from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.engine import Engine
 from app.jobs.idempotency import KeyHasher
 from app.jobs.job import Cursor, Job, JobFilter, Order, Priority, ResultSummary, State
+from app.jobs.maintenance import StorageLimits, WorkerRegistry
 from app.jobs.metrics import Metrics
-from app.jobs.recovery import WorkerRegistry
-from app.jobs.retention import StorageLimits
 from app.jobs.reviews import Reviews
 from app.jobs.store import Store, Upload
 
