@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from app.errors import InvalidVoxels
-from app.ingest.outliers import SAMPLES
+from app.ingest.volume_file import SAMPLES
 from app.volume import FloatArray, Scan
 
 # A plane is dark or bright if its level differs from both neighbours by this factor. Anatomy changes the level of
