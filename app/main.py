@@ -15,7 +15,8 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import deliveries, events, health, models, problems, results, scans
+from app.api import deliveries, events, health, models, pages, problems, results, reviews, sample, scans
+from app.api.cross_origin import allow_origins
 from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
 from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
@@ -40,7 +41,16 @@ from app.site_profile import load_site_profiles
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-API_ROUTERS: tuple[APIRouter, ...] = (events.router, deliveries.router, scans.router, results.router, models.router)
+API_ROUTERS: tuple[APIRouter, ...] = (
+    events.router,
+    deliveries.router,
+    sample.router,
+    scans.router,
+    results.router,
+    reviews.router,
+    models.router,
+    pages.router,
+)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
@@ -169,6 +179,8 @@ def create_app(
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    if settings.allowed_origins:
+        allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
