@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -44,12 +44,29 @@ class AnalysisRequest:
         Seed of the keyed noise. None uses the manifest's seed.
     geometry : {"refuse", "resample"}
         Refuse or resample a DICOM series with missing, tilted or unevenly spaced slices.
+    note : str
+        Sentence about the arrival of the scan for the notes of the report. It has no influence on the results.
     """
 
     model: str | None = None
     series: str | None = None
     seed: int | None = None
     geometry: Geometry = "refuse"
+    note: str = ""
+
+
+def read_requested_scan(path: Path, scratch: Path, manifests: Sequence[Manifest], request: AnalysisRequest) -> Scan:
+    """Read the scan of a request. The parameters are those of `infer`."""
+    scan = read_scan(
+        path,
+        scratch=scratch,
+        series=request.series,
+        geometry=request.geometry,
+        sequences=trained_sequences(manifests, request.model),
+    )
+    if not request.note:
+        return scan
+    return replace(scan, source=replace(scan.source, notes=(*scan.source.notes, request.note)))
 
 
 def analyse(
@@ -107,13 +124,7 @@ def infer(
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         progress("read", 0.0)
-        scan = read_scan(
-            path,
-            scratch=scratch,
-            series=request.series,
-            geometry=request.geometry,
-            sequences=trained_sequences(manifests, request.model),
-        )
+        scan = read_requested_scan(path, scratch, manifests, request)
         selection = select_model(manifests, scan.source, request.model)
         manifest = selection.manifest
         progress("read", 1.0)

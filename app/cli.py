@@ -194,6 +194,24 @@ def worker(
 
 
 @app.command()
+def node(
+    host: Annotated[str | None, typer.Option(help="Address for health and metrics. Default: COUNTERPART_HOST.")] = None,
+    port: Annotated[
+        int, typer.Option(help="Port for health and metrics. 0 selects a free port.", min=0, max=65535)
+    ] = 0,
+) -> None:
+    """Receive series from DICOM peers (C-STORE) and put them into the queue.
+
+    COUNTERPART_NODE_AE_TITLE, COUNTERPART_NODE_HOST and COUNTERPART_NODE_PORT are its DICOM address.
+    """
+    from app import main as service
+    from app.settings import read_settings
+
+    with report_errors():
+        service.run_node(read_settings(host=host, port=port))
+
+
+@app.command()
 def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sample.", file_okay=False)],
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the position of the lesion.", min=0)] = 0,

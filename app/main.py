@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, pages, problems, results, reviews, sample, scans
+from app.api import deliveries, events, health, models, pages, problems, results, reviews, sample, scans
 from app.api.cross_origin import allow_origins
 from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
@@ -32,6 +32,10 @@ from app.jobs.metrics import Metrics
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
+from app.pacs.deliverer import Deliverer
+from app.pacs.metrics import DeliveryMetrics
+from app.pacs.node import Node, check_exposure
+from app.pacs.routes import read_routes
 from app.settings import Settings
 from app.site_profile import load_site_profiles
 
@@ -40,6 +44,7 @@ log = structlog.get_logger("counterpart.service")
 # A new endpoint goes into one of these routers, or into a new one that is added here.
 API_ROUTERS: tuple[APIRouter, ...] = (
     events.router,
+    deliveries.router,
     sample.router,
     scans.router,
     results.router,
@@ -63,7 +68,31 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = True, worker: bool = True) -> FastAPI:
+class Companions:
+    """Threads that run beside the job service: the deliveries of a worker, the DICOM node."""
+
+    def __init__(self, *companions: Deliverer | Node) -> None:
+        self._companions = companions
+
+    def start(self) -> None:
+        """Start them. The job service runs already."""
+        for companion in self._companions:
+            companion.start()
+
+    def stop(self) -> None:
+        """Stop them before the job service."""
+        for companion in self._companions:
+            companion.stop()
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine | None = None,
+    *,
+    api: bool = True,
+    worker: bool = True,
+    node: bool = False,
+) -> FastAPI:
     """Create the application.
 
     Parameters
@@ -74,20 +103,28 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     api : bool
         Serve the whole API. If false, serve only health and metrics.
     worker : bool
-        Analyse scans in this process.
+        Analyse scans in this process, and send results to the targets of the routes.
+    node : bool
+        Receive series from DICOM peers.
 
     Raises
     ------
     DamagedBundle
         A manifest cannot be read.
+    InvalidSettings
+        The file of the routes cannot be used.
     """
+    routes = read_routes(settings.routes)
     engine = engine or create_engine(settings, worker=worker)
     metrics = Metrics()
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
     store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-    jobs = JobService(engine, store, settings.database_url, metrics, limits)
+    jobs = JobService(engine, store, settings.database_url, metrics, limits, routes.select)
+    deliverer = [Deliverer(routes, jobs, store, DeliveryMetrics(metrics.registry))] if worker else []
+    dicom_node = [Node(settings, jobs.queue, store, metrics.registry)] if node else []
+    companions = Companions(*deliverer, *dicom_node)
     calls = Calls()
     follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
@@ -108,6 +145,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             await run_in_threadpool(partial(jobs.start, worker=worker))
+            await run_in_threadpool(companions.start)
         except Exception as error:
             app.state.start_error = error  # the server drops it
             raise
@@ -116,6 +154,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
             threading.Thread(target=load_models, name="warm-up", daemon=True).start()
         yield
         stopped.set()
+        await run_in_threadpool(companions.stop)
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
@@ -192,6 +231,29 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
         engine = engine or create_engine(settings, worker=True)
         engine.warm_up()
         _run_server(create_app(settings, engine, api=False), settings, listener)
+
+
+def run_node(settings: Settings, engine: Engine | None = None) -> None:
+    """Receive series from DICOM peers and put them into the queue, until a signal stops the process.
+
+    Parameters
+    ----------
+    settings : Settings
+        Health and metrics are served on its host and port.
+    engine : Engine, optional
+        Used instead of the bundles that the settings name. Only its manifests are read.
+
+    Raises
+    ------
+    UnsafeExposure
+        The host or the node's host is not loopback, and no token or no peer is set.
+    AddressUnavailable, StoreUnavailable, DatabaseUnavailable, InvalidSettings
+    DamagedBundle
+        A manifest cannot be read.
+    """
+    check_exposure(settings)
+    with _prepare(settings) as listener:
+        _run_server(create_app(settings, engine, api=False, worker=False, node=True), settings, listener)
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:

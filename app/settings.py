@@ -25,6 +25,8 @@ OTHER_VARIABLES = frozenset(
 )
 # Kubernetes adds variables like these to a pod if a service has the name of the prefix.
 SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)|PORT_\d)\w*")
+# PS3.5 6.2: the default repertoire without the backslash, and no blanks at the ends.
+AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
 MASK = "**********"
 # Parameters of a database URL that hold no secret.
 HARMLESS_PARAMETERS = frozenset(
@@ -128,6 +130,35 @@ class Settings(BaseSettings):
         ge=0,
         description="Seconds for a running scan to finish at shutdown. After that, it returns to the queue.",
     )
+    node_ae_title: str = Field("COUNTERPART", description="AE title of the DICOM node.")
+    node_host: str = Field(
+        "127.0.0.1",
+        description="Address of the DICOM node. An address other than loopback needs COUNTERPART_NODE_PEERS.",
+    )
+    node_port: int = Field(11112, ge=0, le=65535, description="Port of the DICOM node. 0 selects a free port.")
+    node_peers: str = Field(
+        "",
+        description="AE titles that may call the DICOM node, separated by commas, each with or without @address. "
+        "Empty accepts all.",
+    )
+    node_quiet_seconds: float = Field(
+        30.0, gt=0, description="Seconds without an instance after which a series at the DICOM node is complete."
+    )
+    node_complete: Literal["quiet", "association"] = Field(
+        "quiet",
+        description="End of a series at the DICOM node: quiet, or association if it also ends when its sender releases "
+        "the association.",
+    )
+    node_tls_certificate: Path | None = Field(
+        None, description="Certificate of the DICOM node (PEM). With it, the node accepts TLS only."
+    )
+    node_tls_key: Path | None = Field(None, description="Key of the certificate (PEM), if it is in another file.")
+    node_tls_ca: Path | None = Field(
+        None, description="CA (PEM) of the callers of the DICOM node. With it, they need a certificate."
+    )
+    routes: Path | None = Field(
+        None, description="TOML file that names the targets of results, and which results go there (see docs/pacs.md)."
+    )
 
     def __init__(self, **arguments: Any) -> None:
         """Read all sources once. An argument of None counts as not given."""
@@ -167,6 +198,28 @@ class Settings(BaseSettings):
         if not all(re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name) for name in names):
             raise ValueError("hosts are names or addresses without scheme and port, separated by commas")
         return ",".join(names)
+
+    @field_validator("node_ae_title")
+    @classmethod
+    def _check_ae_title(cls, title: str) -> str:
+        if not AE_TITLE.fullmatch(title):
+            raise ValueError("an AE title has 1 to 16 printable characters without a backslash")
+        return title
+
+    @field_validator("node_peers")
+    @classmethod
+    def _check_peers(cls, peers: str) -> str:
+        for entry in filter(None, map(str.strip, peers.split(","))):
+            title, at, address = entry.partition("@")
+            if not AE_TITLE.fullmatch(title) or (at and not _is_address(address)):
+                raise ValueError("peers are AE titles, or title@address with an IP address, separated by commas")
+        return peers
+
+    @property
+    def accepted_peers(self) -> tuple[tuple[str, str | None], ...]:
+        """AE title and address of each caller of the DICOM node. None stands for every address."""
+        entries = (entry.strip().partition("@") for entry in self.node_peers.split(",") if entry.strip())
+        return tuple((title, address or None) for title, _, address in entries)
 
     @field_validator("cors_origins")
     @classmethod
@@ -301,6 +354,14 @@ def mask_url(text: str) -> str:
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to a name, None if no name is similar."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -23,7 +23,7 @@ from app.api.dependencies import (
     require_token,
 )
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
-from app.api.schemas import ReviewCounts, ScanDetail, ScanList, ScanSummary
+from app.api.schemas import DeliverySchema, ReviewCounts, ScanDetail, ScanList, ScanSummary
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
 from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Order, Priority, State
@@ -246,6 +246,10 @@ def describe_job(services: Services, job: Job) -> ScanDetail:
         findings=report.findings if report else None,
         selection=report.selection if report else None,
         timings=report.seconds if report else None,
+        deliveries=tuple(
+            DeliverySchema.model_validate(delivery, from_attributes=True)
+            for delivery in services.queue.deliveries.of_job(job.id)
+        ),
     )
 
 

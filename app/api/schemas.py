@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.api.follower import QUEUE_POSITION
 from app.api.problems import Problem
 from app.export.report import Finding, ModelSelectionReport
+from app.jobs.deliveries import DeliveryState
 from app.jobs.job import Priority, State
 from app.manifest import Manifest
 
@@ -50,6 +51,18 @@ class ScanSummary(Schema):
     links: dict[str, str] = Field(description="Paths of the job, its actions and its results.")
 
 
+class DeliverySchema(Schema):
+    """Delivery of a result to a target of COUNTERPART_ROUTES."""
+
+    target: str
+    result: str = Field(description="Name of the result.")
+    state: DeliveryState = Field(description="pending, sent or failed.")
+    attempts: int = Field(ge=0)
+    code: str | None = Field(description="Cause of the last failed attempt.")
+    next_try: datetime | None = Field(description="Time of the next attempt; null unless pending.")
+    ended: datetime | None = Field(description="Time at which the result was sent or given up; null if pending.")
+
+
 class ScanDetail(ScanSummary):
     """A job with its findings. Positions are in RAS+ millimetres."""
 
@@ -62,6 +75,7 @@ class ScanDetail(ScanSummary):
         description="The rule that selected the model, and whether the scan surely fits; null unless succeeded."
     )
     timings: dict[str, float] | None = Field(description="Seconds of each stage; null unless succeeded.")
+    deliveries: tuple[DeliverySchema, ...] = Field((), description="Deliveries of the results to other systems.")
 
 
 class ScanList(Schema):

@@ -34,6 +34,7 @@ ALLOWED_KEYS = frozenset(
         *("event", "level", "timestamp", "logger", "exception", "where"),
         *("job", "stage", "code", "seconds", "model", "provider"),
         *("method", "route", "status", "host", "port"),
+        *("aet", "address", "outcome", "instances", "refused", "series_count", "target", "result", "attempts"),
     }
 )
 # Probes and scrapes call these routes every few seconds. Only their errors are logged.

@@ -8,14 +8,13 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer
+from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer, read_requested_scan
 from app.errors import NotReady
 from app.export.report import Report
 from app.inference_result import InferenceResult, load_inference_result, save_inference_result
-from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.selection import check_licence, trained_sequences
+from app.runtime.selection import check_licence
 from app.runtime.session import Provider, check_provider
 from app.site_profile import SiteProfiles
 from app.volume import Scan
@@ -184,13 +183,7 @@ class BundleEngine:
                 return export(pending.scan, pending.inferred, out, progress)
             progress("export", 0.0)
             with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
-                scanned = read_scan(
-                    scan,
-                    scratch=Path(scratch),
-                    series=request.series,
-                    geometry=request.geometry,
-                    sequences=trained_sequences(self.manifests, request.model),
-                )
+                scanned = read_requested_scan(scan, Path(scratch), self.manifests, request)
                 return export(scanned, load_inference_result(inferred), out, progress)
         finally:
             self._discard_pending()

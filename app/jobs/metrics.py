@@ -39,6 +39,12 @@ class Metrics:
         )
         self.workers = Gauge("counterpart_workers", "Live workers on all machines.", registry=self.registry)
         self.running = Gauge("counterpart_jobs_running", "Jobs that run now on all machines.", registry=self.registry)
+        self.deliveries = Gauge(
+            "counterpart_deliveries",
+            "Deliveries of results of all jobs, by target and state.",
+            ["target", "state"],
+            registry=self.registry,
+        )
         self.info = Gauge(
             "counterpart_model", "Installed models: 1 for each.", ["model", "provider"], registry=self.registry
         )

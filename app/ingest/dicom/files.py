@@ -188,7 +188,7 @@ def _read_header(path: Path, max_inflated_bytes: int, limits: Limits) -> tuple[H
     """Return the header of a file, or None if it is damaged, and its inflated bytes if it is deflated."""
     inflated = 0
     try:
-        inflated = _check_deflated(path, max_inflated_bytes, limits)
+        inflated = check_deflated(path, max_inflated_bytes, limits)
         with path.open("rb") as file:
             pixel_data = _PixelDataDetector()
             dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
@@ -245,7 +245,7 @@ def _series_uid(path: Path) -> str:
         return ""
 
 
-def _check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
+def check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
     """Check the size of a deflated data set before pydicom inflates it in one piece.
 
     Returns
