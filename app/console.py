@@ -68,7 +68,7 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
     out.mkdir(parents=True, exist_ok=True)
     bars = ProgressBars()
     with bars.progress:
-        return analyse(scan, out, load, tuple(manifests.values()), request, bars)
+        return analyse(scan, out, load, tuple(manifests.values()), request, bars, settings.seg_type)
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:

@@ -192,6 +192,7 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
         "threads": settings.threads,
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
+        "segmentation_type": settings.seg_type,
     }
     engine = BundleEngine(**arguments)
     if not worker:

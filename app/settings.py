@@ -80,6 +80,9 @@ class Settings(BaseSettings):
         ge=0,
         description="Slices in one network evaluation on CUDA, captured as a CUDA graph. 0 disables CUDA graphs.",
     )
+    seg_type: Literal["binary", "labelmap"] = Field(
+        "binary", description="Type of the DICOM segmentations, binary or labelmap. Many viewers open only binary."
+    )
     allow_noncommercial: bool = Field(
         False, description="Allow models for non-commercial research. The caller must request them by name."
     )

@@ -13,7 +13,7 @@ from app.jobs.job import Job, Priority, State
 from app.manifest import Manifest
 
 # The default name of a link is the file name without its suffix. "report" is report.json already.
-LINK_NAMES = {"report.dcm": "structured_report"}
+LINK_NAMES = {"report.dcm": "structured_report", "anomaly.dcm": "parametric_map"}
 
 
 class Schema(BaseModel):

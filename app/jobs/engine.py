@@ -16,7 +16,7 @@ from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence, trained_sequences
 from app.runtime.session import Provider, check_provider
-from app.volume import Scan
+from app.volume import Scan, SegmentationType
 
 # The name of the file that `Engine.infer` writes.
 INFERENCE_FILE = "inferred"
@@ -110,6 +110,8 @@ class BundleEngine:
         Allow bundles for non-commercial research.
     gpu_batch : int
         See `app.runtime.bundle.load_bundle`.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentations.
 
     Raises
     ------
@@ -125,9 +127,11 @@ class BundleEngine:
         *,
         noncommercial: bool = False,
         gpu_batch: int = GPU_BATCH,
+        segmentation_type: SegmentationType = "binary",
     ) -> None:
         self.provider: Provider = provider
         self._noncommercial = noncommercial
+        self._segmentation_type: SegmentationType = segmentation_type
         self._threads = threads
         self._gpu_batch = gpu_batch
         folder = Path(models) if models else shipped_models()
@@ -175,7 +179,7 @@ class BundleEngine:
         pending = self._pending
         try:
             if pending is not None and pending.out == out:
-                return export(pending.scan, pending.inferred, out, progress)
+                return export(pending.scan, pending.inferred, out, progress, self._segmentation_type)
             progress("export", 0.0)
             with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
                 scanned = read_scan(
@@ -185,7 +189,7 @@ class BundleEngine:
                     geometry=request.geometry,
                     sequences=trained_sequences(self.manifests, request.model),
                 )
-                return export(scanned, load_inference_result(inferred), out, progress)
+                return export(scanned, load_inference_result(inferred), out, progress, self._segmentation_type)
         finally:
             self._discard_pending()
 

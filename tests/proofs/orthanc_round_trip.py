@@ -45,6 +45,8 @@ HTTP_PORT, DICOM_PORT = 8042, 4242
 URL = f"http://127.0.0.1:{HTTP_PORT}"
 TITLE = "ORTHANC"
 START_SECONDS = 60
+# getscu 3.6.7 does not propose parametric maps. Orthanc refuses a C-GET that would need another class.
+UNKNOWN_TO_GETSCU = ("1.2.840.10008.5.1.4.1.1.30",)
 BOUNDARY = "counterpart-round-trip"
 
 Instances = dict[str, FileDataset]
@@ -54,7 +56,8 @@ def main() -> int:
     """Run the round trip with a new Orthanc for each way of sending."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="DICOM files, or folders that contain some")
-    paths = parser.parse_args().paths
+    parser.add_argument("--web-only", action="store_true", help="send and retrieve by DICOMweb only")
+    arguments = parser.parse_args()
     missing = [name for name in REQUIRED_PROGRAMS if not shutil.which(name, path=_path())]
     if missing or not PLUGIN.is_file():
         print(f"not installed: {', '.join(missing) or PLUGIN} (Debian: orthanc, orthanc-dicomweb, dcmtk)")
@@ -62,20 +65,20 @@ def main() -> int:
     if not os.environ.get(NAMESPACE_VARIABLE):
         _enter_namespace()
     _raise_loopback()
-    files = _dicom_files(paths)
+    files = _dicom_files(arguments.paths)
     sent = {str(dataset.SOPInstanceUID): dataset for dataset in map(pydicom.dcmread, files)}
     outcome: dict[str, Any] = {"instances": len(sent)}
-    senders = {"STOW-RS": _send_stow, "C-STORE": _send_c_store}
+    senders = {"STOW-RS": _send_stow} if arguments.web_only else {"STOW-RS": _send_stow, "C-STORE": _send_c_store}
     for name, send in senders.items():
         with tempfile.TemporaryDirectory() as folder, _orthanc(Path(folder)):
             send(files)
-            outcome[name] = {
-                "WADO-RS": _compare(sent, _retrieve_wado(sent)),
-                "C-GET": _compare(sent, _retrieve_c_get(sent, Path(folder))),
-                **_indexed(),
-            }
+            ways = {"WADO-RS": _compare(sent, _retrieve_wado(sent))}
+            if not arguments.web_only:
+                known = {uid: dataset for uid, dataset in sent.items() if dataset.SOPClassUID not in UNKNOWN_TO_GETSCU}
+                ways["C-GET"] = _compare(known, _retrieve_c_get(known, Path(folder)))
+            outcome[name] = {**ways, **_indexed()}
     print(json.dumps(outcome))
-    return 0 if all(outcome[name][way] == "identical" for name in senders for way in ("WADO-RS", "C-GET")) else 1
+    return 0 if all(outcome[name][way] == "identical" for name in senders for way in ways) else 1
 
 
 # ---- Orthanc -----------------------------------------------------------------------------------
@@ -198,11 +201,18 @@ def _retrieve_wado(sent: Instances) -> Instances:
 
 
 def _retrieve_c_get(sent: Instances, folder: Path) -> Instances:
-    """Retrieve each study by C-GET."""
+    """Retrieve each series by C-GET."""
     target = folder / "retrieved"
     target.mkdir()
-    for study in {str(dataset.StudyInstanceUID) for dataset in sent.values()}:
-        keys = ("-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={study}")
+    for study, series in {(str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)) for dataset in sent.values()}:
+        keys = (
+            "-k",
+            "QueryRetrieveLevel=SERIES",
+            "-k",
+            f"StudyInstanceUID={study}",
+            "-k",
+            f"SeriesInstanceUID={series}",
+        )
         peer = ("-aec", TITLE, "127.0.0.1", str(DICOM_PORT))
         subprocess.run(["getscu", "--study", "-od", str(target), *keys, *peer], check=True, stdout=subprocess.DEVNULL)
     return {str(dataset.SOPInstanceUID): dataset for dataset in map(pydicom.dcmread, target.iterdir())}
