@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from app import __version__
 from app.cli import app
 from app.export.nifti import write_nifti
-from app.export.outputs import REQUIRED_NAMES
+from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
 from app.pipeline.findings import dice
 from tests.support.dicom import SECRET, Series, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
@@ -84,7 +84,7 @@ def test_detect_writes_dicom_results_of_a_dicom_folder(run: Run, tmp_path: Path)
     for name, result in outcomes.items():
         assert result.exit_code == 0, result.output
         written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(REQUIRED_NAMES)
-        assert written == ({"segmentation.dcm", "report.dcm"} if name == "lesion" else {"report.dcm"})
+        assert written == set(DICOM_NAMES) - ({"segmentation.dcm"} if name == "healthy" else set())
     assert "No segmentation.dcm: " in outcomes["healthy"].stdout
     assert "Left out: 1 stacks of fewer than 10 slices (1 slices, axial, z " in outcomes["healthy"].stdout
     assert "No segmentation.dcm: " not in outcomes["lesion"].stdout
