@@ -15,8 +15,9 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, problems, results, scans
+from app.api import dicomweb, events, health, models, problems, results, scans, stow
 from app.api.calls import Calls
+from app.api.catalogue import Catalogue
 from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
@@ -25,6 +26,7 @@ from app.api.server import open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
+from app.ingest.dicomweb_source import read_sources
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
@@ -38,7 +40,14 @@ from app.settings import Settings
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.router, models.router)
+API_ROUTERS: tuple[APIRouter, ...] = (
+    events.router,
+    scans.router,
+    results.router,
+    models.router,
+    stow.router,
+    dicomweb.router,
+)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
@@ -84,7 +93,19 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     follower = JobFollower(jobs.queue, calls, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
-    services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
+    services = Services(
+        settings,
+        engine,
+        store,
+        jobs.queue,
+        readiness,
+        jobs.health,
+        calls,
+        follower,
+        uploads,
+        read_sources(settings.sources),
+        Catalogue(jobs.queue, store),
+    )
     stopped = threading.Event()
 
     def load_models() -> None:

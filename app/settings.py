@@ -101,6 +101,9 @@ class Settings(BaseSettings):
         ge=0,
         description="Free disk space, in GB. Below it, new scans are refused with status 507.",
     )
+    sources: Path | None = Field(
+        None, description="TOML file that names the DICOMweb services from which series may be retrieved."
+    )
     keep_days: float = Field(
         0.0, ge=0, description="Age, in days, at which finished jobs are erased with their scans. 0 keeps them."
     )

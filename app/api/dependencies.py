@@ -1,6 +1,7 @@
 """Dependencies of the routes: the services, the token check and the job id."""
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -8,9 +9,11 @@ from fastapi import Depends, Path, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.api.calls import Calls
+from app.api.catalogue import Catalogue
 from app.api.follower import JobFollower
 from app.api.upload import Uploads
 from app.errors import BadRequest, CounterpartError, InternalError, Unauthorised, error_location
+from app.ingest.dicomweb_source import DicomWebSource
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
@@ -78,6 +81,8 @@ class Services:
     calls: Calls
     follower: JobFollower
     uploads: Uploads
+    sources: Mapping[str, DicomWebSource]
+    catalogue: Catalogue
 
     def stop(self) -> None:
         """Let waiting callers and senders get an answer, because the process ends."""

@@ -23,6 +23,7 @@ from app.api.dependencies import (
     require_token,
 )
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
+from app.api.pull import is_pull, pull
 from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
@@ -126,7 +127,7 @@ def analysis_request(
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
         202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
-        **problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503, 507),
+        **problem_responses(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 502, 503, 507),
     },
 )
 async def send_scan(
@@ -148,7 +149,10 @@ async def send_scan(
     with ExitStack() as stack:
         upload = stack.enter_context(services.store.receive_upload())
         settings = services.settings
-        await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
+        if is_pull(request):
+            await pull(request, services, upload)
+        else:
+            await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
         submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
     job_id = await submission.run()
     seconds = _parse_wait_seconds(prefer)

@@ -5,6 +5,7 @@ them as a grey image. Pixels with `PADDING` were not analysed.
 """
 
 import numpy as np
+import numpy.typing as npt
 from highdicom import VOILUTTransformation
 from highdicom.pm import ParametricMap, RealWorldValueMapping
 from highdicom.sr import CodedConcept
@@ -76,11 +77,12 @@ def _slope(peak: float) -> float:
     return float(f"{next(step for step in (1, 2, 5, 10) if step * power >= least) * power:.3g}")
 
 
-def _quantise(anomaly: FloatArray, slope: float) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
+def _quantise(anomaly: FloatArray, slope: float) -> npt.NDArray[np.uint16]:
     """Return the stored values, (slices, rows, columns): 1 is zero, `PADDING` is NaN."""
     stored = np.round(anomaly.transpose(2, 1, 0) / np.float32(slope)) + 1
     # NaN compares as false in `clip` and stays NaN.
-    return np.nan_to_num(stored.clip(PADDING + 1, LARGEST), nan=PADDING).astype(np.uint16)
+    quantised: npt.NDArray[np.uint16] = np.nan_to_num(stored.clip(PADDING + 1, LARGEST), nan=PADDING).astype(np.uint16)
+    return quantised
 
 
 def _mapping(slope: float) -> RealWorldValueMapping:

@@ -11,6 +11,7 @@ from highdicom.sc import SCImage
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.valuerep import DA, TM
 
 from app.export.dicom.identity import shared_arguments
 from app.export.dicom.source import LOSSY, SourceSeries
@@ -65,7 +66,8 @@ def build_secondary_capture(source: SourceSeries, page: npt.NDArray[np.uint8], r
     )
     # These attributes contain the time of writing. The standard does not require them.
     del capture.DateOfSecondaryCapture, capture.TimeOfSecondaryCapture
-    capture.ContentDate, capture.ContentTime = source.content_time
+    date, time = source.content_time
+    capture.ContentDate, capture.ContentTime = DA(date), TM(time)
     capture.ConversionType = "WSD"  # drawn by a computer
     capture.ImageType = ["DERIVED", "SECONDARY"]
     capture.BodyPartExamined = "BRAIN"  # not paired: no laterality is required
