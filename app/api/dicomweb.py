@@ -136,7 +136,7 @@ async def _search(
     if not shown:
         return Response(status_code=204)
     remaining = len(matches) - offset - len(shown)
-    warning = f'299 {request.headers["host"]} "There are {remaining} additional results that can be requested"'
+    warning = f'299 - "There are {remaining} additional results that can be requested"'
     return JSONResponse(shown, headers={"Warning": warning} if remaining else {}, media_type=DICOM_JSON)
 
 

@@ -111,7 +111,7 @@ async def _store(request: Request, services: Services, study: str | None) -> Res
 
 def base_url(request: Request, services: Services) -> str:
     """Return the URL of the DICOMweb service, as the caller wrote it. The guard has checked the host."""
-    return f"{request.url.scheme}://{request.headers['host']}{services.settings.root_path}/dicomweb"
+    return f"{request.url.scheme}://{request.headers.get('host', 'localhost')}{services.settings.root_path}/dicomweb"
 
 
 def _check_media_type(content_type: str) -> bytes:

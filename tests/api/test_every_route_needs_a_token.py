@@ -1,5 +1,7 @@
 """Access to every route: a new router without `require_token` fails here."""
 
+import re
+
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
@@ -25,6 +27,8 @@ def test_every_route_but_the_probes_refuses_a_request_without_a_token(
     routes: list[tuple[TestClient, str, str]],
 ) -> None:
     assert {path for _, _, path in routes} >= {"/v1/scans", "/v1/scans/{job}/events", "/v1/models", "/metrics"}
+    assert "/dicomweb/studies" in {path for _, _, path in routes}
     for client, method, path in routes:
         url = path.replace("{job}", "0" * 16 + "-" + "0" * 16).replace("{name}", "mask.nii.gz").replace("{model}", "x")
+        url = re.sub(r"\{\w+\}", "1.2", url)  # UIDs of DICOMweb
         assert client.request(method, url).status_code == 401, (method, path)
