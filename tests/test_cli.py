@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -222,6 +223,13 @@ def test_import_of_the_command_line_is_fast() -> None:
         if shortest < HELP_SECONDS:
             break
     assert shortest < BUSY_FACTOR * HELP_SECONDS
+
+
+def test_detect_writes_a_label_map_by_setting(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COUNTERPART_SEG_TYPE", "labelmap")
+    write_series(tmp_path / "series", with_lesion(brain(), LESION_MM, RADIUS_MM))
+    assert run("detect", tmp_path / "series", "-o", tmp_path / "out").exit_code == 0
+    assert pydicom.dcmread(tmp_path / "out" / "segmentation.dcm").SegmentationType == "LABELMAP"
 
 
 def imported_by(words: list[str], modules: tuple[str, ...], environ: dict[str, str] | None = None) -> list[str]:

@@ -55,7 +55,7 @@ _FILES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"multipart/related": {"schema": {"type": "string", "format": "binary"}}}}
 }
 _SEARCH: dict[int | str, dict[str, Any]] = {**_JSON, 204: {"description": "No match"}}
-_SEARCH |= problem_responses(400, 401, 403, 406, 503)
+_SEARCH |= problem_responses(400, 401, 403, 404, 406, 503)
 _METADATA: dict[int | str, dict[str, Any]] = {**_JSON, **problem_responses(400, 401, 403, 404, 406, 503)}
 _RETRIEVE: dict[int | str, dict[str, Any]] = {**_FILES, **problem_responses(400, 401, 403, 404, 406, 503)}
 

@@ -41,7 +41,7 @@ _ANSWER = {
     "headers": {JOBS_HEADER: {"description": "Ids of the jobs, separated by commas.", "schema": {"type": "string"}}},
 }
 _RESPONSES: dict[int | str, dict[str, Any]] = {
-    **problem_responses(400, 401, 403, 408, 413, 415, 429, 500, 503, 507),
+    **problem_responses(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 507),
     200: {"description": "All instances were stored", **_ANSWER},
     202: {"description": "Some instances were stored", **_ANSWER},
     409: {"description": "No instance was stored", **_ANSWER},

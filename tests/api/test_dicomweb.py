@@ -17,6 +17,7 @@ import pytest
 import requests
 from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from tests.api.service_process import RunningService, run_service
 from tests.api.support import URL, WAIT, wait_for_state
@@ -89,7 +90,7 @@ def run_reserved(folder: Path, settings: dict[str, str]) -> Any:
         f'[sources.closed]\nurl = "http://127.0.0.1:{closed}/dicomweb"\n'
         f'[sources.wrong]\nurl = "http://127.0.0.1:{closed}/other"\n'
     )
-    return run_service(folder / "store", folder / "log", SERVE, **settings)
+    return run_service(folder / "store", folder / "log", SERVE, {}, **settings)
 
 
 # ---- store -------------------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_failures_are_named_by_instance(service: Service) -> None:
     slices = make_datasets(brain(), Series(name="partly"))
     other_study, report = slices.pop(), slices.pop()
     other_study.StudyInstanceUID = "1.2.3"
-    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.88.33"
+    report.SOPClassUID = report.file_meta.MediaStorageSOPClassUID = UID("1.2.840.10008.5.1.4.1.1.88.33")
     parts = [*map(encode, slices), encode(other_study), encode(report), b"no DICOM at all", encode(slices[0])[:300]]
     answer = post(service, parts, f"/dicomweb/studies/{slices[0].StudyInstanceUID}")
     document = answer.json()

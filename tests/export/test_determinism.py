@@ -58,7 +58,7 @@ def test_same_analysis_at_another_time_has_the_same_bytes(
 def test_another_model_or_parameter_has_other_uids(
     results: DicomResults, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    other = write_results(tmp_path, results.scan, BALLS, **changes)
+    other = write_results(tmp_path, results.scan, BALLS, "binary", **changes)
     assert generated_uids(results.structured_report).isdisjoint(generated_uids(other.structured_report))
     shared = generated_uids(results.segmentation) & generated_uids(other.segmentation)
     tracking = {str(segment.TrackingUID) for segment in pydicom.dcmread(other.segmentation).SegmentSequence}

@@ -77,7 +77,7 @@ def check_values(made: pydicom.Dataset, scan: Scan, anomaly: FloatArray) -> None
     found = np.full(anomaly.shape, np.nan)
     found[tuple(voxels.round().astype(int).T)] = values
     step = float(made.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0].RealWorldValueSlope)
-    assert step <= max(np.nanmax(anomaly), 1e-6) / 13_000
+    assert step <= max(float(np.nanmax(anomaly)), 1e-6) / 13_000
     np.testing.assert_allclose(found, anomaly, atol=0.51 * step)  # NaN at the same voxels
 
 

@@ -66,7 +66,7 @@ def exchange(folder: Path, series: Path, models: Path | None) -> dict[str, Any]:
     (folder / "orthanc").mkdir()
     with (
         orthanc(folder / "orthanc", {"counterpart": server}),
-        run_service(folder / "store", folder / "log", SERVE, port=str(port), **settings) as service,
+        run_service(folder / "store", folder / "log", SERVE, {}, port=str(port), **settings) as service,
     ):
         send_stow(files)
         pushed = push(service)
