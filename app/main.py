@@ -15,14 +15,24 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import dicomweb, events, health, models, problems, results, scans, stow
-from app.api.calls import Calls
+from app.api import (
+    dicomweb,
+    events,
+    health,
+    models,
+    pages,
+    problems,
+    results,
+    reviews,
+    sample,
+    scans,
+    stow,
+)
 from app.api.catalogue import Catalogue
-from app.api.dependencies import Readiness, Services
+from app.api.cross_origin import allow_origins
+from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
-from app.api.guard import RequestGuard
-from app.api.logging import AccessLog, configure_logging
-from app.api.server import open_listener, run_server
+from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
@@ -30,21 +40,25 @@ from app.ingest.dicomweb_source import read_sources
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
+from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
 from app.settings import Settings
+from app.site_profile import load_site_profiles
 
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
 API_ROUTERS: tuple[APIRouter, ...] = (
     events.router,
+    sample.router,
     scans.router,
     results.router,
+    reviews.router,
     models.router,
+    pages.router,
     stow.router,
     dicomweb.router,
 )
@@ -90,7 +104,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
     calls = Calls()
-    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
     services = Services(
@@ -154,6 +168,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    if settings.allowed_origins:
+        allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
@@ -205,8 +221,17 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
-    """Create the engine for the bundles that the settings name. A worker runs it in a child process."""
+    """Create the engine for the bundles that the settings name. A worker runs it in a child process.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    InvalidProfile
+        A site profile cannot be used.
+    """
     models_folder = str(settings.models) if settings.models else None
+    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
     arguments: dict[str, Any] = {
         "models": models_folder,
         "provider": settings.provider,
@@ -214,6 +239,8 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
         "segmentation_type": settings.seg_type,
+        # Their content, which was checked here: the child process does not get the key.
+        "site_profiles": profiles.model_dump(mode="json"),
     }
     engine = BundleEngine(**arguments)
     if not worker:

@@ -5,8 +5,7 @@ from typing import Annotated
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.api.calls import ThreadGroup
-from app.api.dependencies import Services
+from app.api.dependencies import Services, ThreadGroup
 from app.errors import BadRequest, SourceUnavailable, UnknownSource, UploadTooLarge
 from app.ingest.dicomweb_source import retrieve_series
 from app.jobs.store import Upload
