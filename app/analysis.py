@@ -20,7 +20,7 @@ from app.pipeline.findings import to_scan_result
 from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.runtime.selection import explain_selection, select_model, trained_sequences
-from app.volume import Geometry, Scan, Volume
+from app.volume import Geometry, Scan, SegmentationType, Volume
 
 # Called with the stage ("read", "infer" or "export") and its completed fraction, 0 to 1. It is called between network
 # evaluations and may raise `app.errors.Cancelled`.
@@ -69,13 +69,14 @@ def read_requested_scan(path: Path, scratch: Path, manifests: Sequence[Manifest]
     return replace(scan, source=replace(scan.source, notes=(*scan.source.notes, request.note)))
 
 
-def analyse(
+def analyse(  # noqa: PLR0913 - the command line has all of them
     path: Path,
     out: Path,
     bundles: Callable[[Manifest], Bundle],
     manifests: Sequence[Manifest],
     request: AnalysisRequest,
     progress: Progress,
+    segmentation_type: SegmentationType = "binary",
 ) -> Report:
     """Read a scan, compare it with its healthy counterpart and write the results.
 
@@ -93,6 +94,8 @@ def analyse(
         Model, series, seed, geometry.
     progress : callable
         Called with stage and completed fraction.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentation.
 
     Raises
     ------
@@ -103,7 +106,7 @@ def analyse(
     # the end of the export, which reads the DICOM headers again.
     with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
         scan, inference = infer(path, Path(scratch), bundles, manifests, request, progress)
-        return export(scan, inference, out, progress)
+        return export(scan, inference, out, progress, segmentation_type)
 
 
 def infer(
@@ -155,7 +158,13 @@ def infer(
     return scan, InferenceResult(profile.apply(manifest) if profile else manifest, model, detection, brain, seconds)
 
 
-def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress) -> Report:
+def export(
+    scan: Scan,
+    inference: InferenceResult,
+    out: Path,
+    progress: Progress,
+    segmentation_type: SegmentationType = "binary",
+) -> Report:
     """Write the results of a scan. No network is run, and the same arguments give the same bytes.
 
     Parameters
@@ -167,6 +176,8 @@ def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress
         Existing folder for the results.
     progress : callable
         Called with stage and completed fraction.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentation.
     """
     started = time.perf_counter()
     progress("export", 0.0)
@@ -182,6 +193,7 @@ def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress
         brain=inference.brain.mask if isinstance(inference.brain, ExtractedBrain) else inference.brain,
         report=report,
         elapsed=lambda: time.perf_counter() - started,
+        segmentation_type=segmentation_type,
     )
     report = write_outputs(context, out)
     progress("export", 1.0)

@@ -12,6 +12,9 @@ from rich.console import Console
 from app import __version__
 from app.errors import CannotAnalyse, CounterpartError, InternalError, UnreadableScan, UploadError
 
+# Folders that MONAI Deploy (Holoscan) and mercure give to a container: docs/integrations.md.
+INPUT_VARIABLES = ["HOLOSCAN_INPUT_PATH", "MONAI_INPUTPATH", "MERCURE_IN_DIR"]
+OUTPUT_VARIABLES = ["HOLOSCAN_OUTPUT_PATH", "MONAI_OUTPUTPATH", "MERCURE_OUT_DIR"]
 INPUT_ERRORS = (UploadError, UnreadableScan, CannotAnalyse)
 STATUS_OTHER, STATUS_INPUT = 1, 2
 
@@ -119,8 +122,16 @@ def options(
 
 @app.command()
 def detect(  # noqa: PLR0913 - typer needs one parameter for each option
-    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_check_exists)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", callback=_check_folder)],
+    scan: Annotated[
+        Path,
+        typer.Argument(
+            help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_check_exists, envvar=INPUT_VARIABLES
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Folder for the results.", callback=_check_folder, envvar=OUTPUT_VARIABLES),
+    ],
     *,
     model: Annotated[
         str | None, typer.Option(help="Name or id of a model. Default: selected by modality and sequence.")

@@ -58,7 +58,7 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
     out.mkdir(parents=True, exist_ok=True)
     bars = ProgressBars()
     with bars.progress:
-        return analyse(scan, out, load, manifests, request, bars)
+        return analyse(scan, out, load, manifests, request, bars, settings.seg_type)
 
 
 def installed_models(settings: Settings) -> tuple[Callable[[Manifest], Bundle], tuple[Manifest, ...]]:

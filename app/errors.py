@@ -78,6 +78,16 @@ class NotAnImageFormat(UploadError):
     title = "Not an image format"
 
 
+class UnknownSource(CounterpartError):
+    code = "unknown_source"
+    title = "Unknown source"
+
+
+class SourceUnavailable(CounterpartError):
+    code = "source_unavailable"
+    title = "Source not available"
+
+
 # ---- reading -----------------------------------------------------------------------------------
 
 
@@ -277,6 +287,11 @@ class UnsatisfiableRange(CounterpartError):
 class Unauthorised(CounterpartError):
     code = "unauthorised"
     title = "Token required"
+
+
+class NotAcceptable(CounterpartError):
+    code = "not_acceptable"
+    title = "Not an offered media type"
 
 
 class NotFound(CounterpartError):

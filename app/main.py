@@ -15,7 +15,21 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import deliveries, events, health, models, pages, problems, results, reviews, sample, scans
+from app.api import (
+    deliveries,
+    dicomweb,
+    events,
+    health,
+    models,
+    pages,
+    problems,
+    results,
+    reviews,
+    sample,
+    scans,
+    stow,
+)
+from app.api.catalogue import Catalogue
 from app.api.cross_origin import allow_origins
 from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
@@ -24,6 +38,7 @@ from app.api.server import AccessLog, RequestGuard, configure_logging, open_list
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
+from app.ingest.dicomweb_source import read_sources
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
@@ -51,6 +66,8 @@ API_ROUTERS: tuple[APIRouter, ...] = (
     reviews.router,
     models.router,
     pages.router,
+    stow.router,
+    dicomweb.router,
 )
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
@@ -129,7 +146,19 @@ def create_app(
     follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
-    services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
+    services = Services(
+        settings,
+        engine,
+        store,
+        jobs.queue,
+        readiness,
+        jobs.health,
+        calls,
+        follower,
+        uploads,
+        read_sources(settings.sources),
+        Catalogue(jobs.queue, store),
+    )
     stopped = threading.Event()
 
     def load_models() -> None:
@@ -274,6 +303,7 @@ def create_engine(settings: Settings, *, worker: bool) -> Engine:
         "threads": settings.threads,
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
+        "segmentation_type": settings.seg_type,
         # Their content, which was checked here: the child process does not get the key.
         "site_profiles": profiles.model_dump(mode="json"),
     }

@@ -87,6 +87,9 @@ class Settings(BaseSettings):
         ge=0,
         description="Slices in one network evaluation on CUDA, captured as a CUDA graph. 0 disables CUDA graphs.",
     )
+    seg_type: Literal["binary", "labelmap"] = Field(
+        "binary", description="Type of the DICOM segmentations, binary or labelmap. Many viewers open only binary."
+    )
     allow_noncommercial: bool = Field(
         False, description="Allow models for non-commercial research. The caller must request them by name."
     )
@@ -104,6 +107,9 @@ class Settings(BaseSettings):
         2.0,
         ge=0,
         description="Free disk space, in GB. Below it, new scans are refused with status 507.",
+    )
+    sources: Path | None = Field(
+        None, description="TOML file that names the DICOMweb services from which series may be retrieved."
     )
     keep_days: float = Field(
         0.0, ge=0, description="Age, in days, at which finished jobs are erased with their scans. 0 keeps them."

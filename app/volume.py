@@ -17,6 +17,9 @@ Affine = npt.NDArray[np.float64]
 # Handling of missing, tilted or unevenly spaced slices.
 Geometry = Literal["refuse", "resample"]
 Format = Literal["nifti", "mgh", "dicom"]
+# Type of a DICOM segmentation. Binary has one bit for each pixel and segment. A label map has the number of the segment
+# in each pixel: it is smaller for many segments, and only recent viewers open it.
+SegmentationType = Literal["binary", "labelmap"]
 
 # Suffix of a sequence with contrast agent, as in "T1c".
 WITH_AGENT = "c"

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from app import __version__
 from app.cli import app
-from app.export.outputs import REQUIRED_NAMES, write_nifti
+from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES, write_nifti
 from app.pipeline.findings import dice
 from tests.support.dicom import SECRET, Series, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
@@ -83,7 +84,7 @@ def test_detect_writes_dicom_results_of_a_dicom_folder(run: Run, tmp_path: Path)
     for name, result in outcomes.items():
         assert result.exit_code == 0, result.output
         written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(REQUIRED_NAMES)
-        assert written == ({"segmentation.dcm", "report.dcm"} if name == "lesion" else {"report.dcm"})
+        assert written == set(DICOM_NAMES) - ({"segmentation.dcm"} if name == "healthy" else set())
     assert "No segmentation.dcm: " in outcomes["healthy"].stdout
     assert "Left out: 1 stacks of fewer than 10 slices (1 slices, axial, z " in outcomes["healthy"].stdout
     assert "No segmentation.dcm: " not in outcomes["lesion"].stdout
@@ -240,6 +241,13 @@ def test_import_of_the_command_line_is_fast() -> None:
         if shortest < HELP_SECONDS:
             break
     assert shortest < BUSY_FACTOR * HELP_SECONDS
+
+
+def test_detect_writes_a_label_map_by_setting(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COUNTERPART_SEG_TYPE", "labelmap")
+    write_series(tmp_path / "series", with_lesion(brain(), LESION_MM, RADIUS_MM))
+    assert run("detect", tmp_path / "series", "-o", tmp_path / "out").exit_code == 0
+    assert pydicom.dcmread(tmp_path / "out" / "segmentation.dcm").SegmentationType == "LABELMAP"
 
 
 def imported_by(words: list[str], modules: tuple[str, ...], environ: dict[str, str] | None = None) -> list[str]:

@@ -8,7 +8,7 @@ import asyncio
 import queue
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, cast
 from fastapi import Depends, Path, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from app.api.catalogue import Catalogue
 from app.api.follower import JobFollower
 from app.api.upload import Uploads
 from app.errors import (
@@ -29,6 +30,7 @@ from app.errors import (
     error_location,
 )
 from app.export.report import ReportSummary, read_report_summary
+from app.ingest.dicomweb_source import DicomWebSource
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
@@ -225,6 +227,8 @@ class Services:
     calls: Calls
     follower: JobFollower
     uploads: Uploads
+    sources: Mapping[str, DicomWebSource]
+    catalogue: Catalogue
 
     def stop(self) -> None:
         """Let waiting callers and senders get an answer, because the process ends."""

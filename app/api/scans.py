@@ -23,6 +23,7 @@ from app.api.dependencies import (
     require_token,
 )
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
+from app.api.pull import is_pull, pull
 from app.api.schemas import DeliverySchema, ReviewCounts, ScanDetail, ScanList, ScanSummary
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
@@ -40,7 +41,7 @@ MAX_WAIT_SECONDS = 300
 DISCONNECT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = "2"
 # The default name of a link is the file name without its suffix. "report" is report.json already.
-LINK_NAMES = {"report.dcm": "structured_report"}
+LINK_NAMES = {"report.dcm": "structured_report", "anomaly.dcm": "parametric_map"}
 # For the OpenAPI document.
 _TEXT = {"schema": {"type": "string"}}
 JOB_HEADERS: dict[str, Any] = {
@@ -129,7 +130,7 @@ def analysis_request(
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
         202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
-        **problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503, 507),
+        **problem_responses(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 502, 503, 507),
     },
 )
 async def send_scan(
@@ -151,7 +152,10 @@ async def send_scan(
     with ExitStack() as stack:
         upload = stack.enter_context(services.store.receive_upload())
         settings = services.settings
-        await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
+        if is_pull(request):
+            await pull(request, services, upload)
+        else:
+            await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
         submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
     job_id = await submission.run()
     seconds = _parse_wait_seconds(prefer)

@@ -48,7 +48,8 @@ __all__ = [
 _ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _DICOM_PREFIX, _DICOM_PREFIX_OFFSET = b"DICM", 128
 # Results of Counterpart in a folder that is read again. Their report tells them from other DICOM files of these names.
-RESULT_REPORT, RESULT_DICOM_NAMES = "report.json", ("segmentation.dcm", "report.dcm")
+RESULT_REPORT = "report.json"
+RESULT_DICOM_NAMES = ("segmentation.dcm", "report.dcm", "capture.dcm", "anomaly.dcm")
 _REPORT_MARK, _REPORT_HEAD_BYTES = b'"research_use_only": true', 1000
 # A data set without the preamble begins with an element of group 0002 or 0008, little endian.
 _DICOM_FIRST_GROUPS = (0x0002, 0x0008)

@@ -17,7 +17,7 @@ from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundl
 from app.runtime.selection import check_licence
 from app.runtime.session import Provider, check_provider
 from app.site_profile import SiteProfiles
-from app.volume import Scan
+from app.volume import Scan, SegmentationType
 
 # The name of the file that `Engine.infer` writes.
 INFERENCE_FILE = "inferred"
@@ -111,6 +111,8 @@ class BundleEngine:
         Allow bundles for non-commercial research.
     gpu_batch : int
         See `app.runtime.bundle.load_bundle`.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentations.
     site_profiles : dict
         Content of `app.site_profile.SiteProfiles`. The files were checked.
 
@@ -120,7 +122,7 @@ class BundleEngine:
         A manifest cannot be read.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one for each setting
         self,
         models: str | Path | None,
         provider: Provider,
@@ -128,10 +130,12 @@ class BundleEngine:
         *,
         noncommercial: bool = False,
         gpu_batch: int = GPU_BATCH,
+        segmentation_type: SegmentationType = "binary",
         site_profiles: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.provider: Provider = provider
         self._noncommercial = noncommercial
+        self._segmentation_type: SegmentationType = segmentation_type
         self._threads = threads
         self._gpu_batch = gpu_batch
         self._site_profiles = SiteProfiles.model_validate(site_profiles)
@@ -180,11 +184,11 @@ class BundleEngine:
         pending = self._pending
         try:
             if pending is not None and pending.out == out:
-                return export(pending.scan, pending.inferred, out, progress)
+                return export(pending.scan, pending.inferred, out, progress, self._segmentation_type)
             progress("export", 0.0)
             with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
                 scanned = read_requested_scan(scan, Path(scratch), self.manifests, request)
-                return export(scanned, load_inference_result(inferred), out, progress)
+                return export(scanned, load_inference_result(inferred), out, progress, self._segmentation_type)
         finally:
             self._discard_pending()
 

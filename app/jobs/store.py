@@ -174,6 +174,11 @@ class Store:
         """Return the path of a job's scan for the reader: its only file, or the folder of its files."""
         return file_or_folder(self._job_folder(job) / "scan")
 
+    def scan_files(self, job: str) -> list[Path]:
+        """Return the files of a job's scan: none after its erasure, and none if the store is a bucket."""
+        folder = self._job_folder(job) / "scan"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
+
     def create_work_folder(self, job: str) -> Path:
         """Create a folder for the results of a new attempt, and remove those of earlier attempts."""
         for old in self._job_folder(job).glob("work-*"):

@@ -55,6 +55,7 @@ def run_service(
         Settings by lower-case name without prefix.
     """
     port = free_port()
+    port = int(settings.get("port", port))
     local = {"STORE": str(folder), "SCRATCH": str(folder), "PORT": str(port)}
     environ = os.environ | dict(environ or {}) | {f"COUNTERPART_{name}": value for name, value in local.items()}
     environ |= {f"COUNTERPART_{name.upper()}": value for name, value in settings.items()}

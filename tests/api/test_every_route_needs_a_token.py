@@ -1,5 +1,7 @@
 """Access to every route: a new router without `require_token` fails here."""
 
+import re
+
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
@@ -30,6 +32,7 @@ def test_every_route_but_the_probes_refuses_a_request_without_a_token(
         "/v1/models",
         "/v1/reviews",
         "/metrics",
+        "/dicomweb/studies",
     }
     for client, method, path in routes:
         url = (
@@ -38,4 +41,5 @@ def test_every_route_but_the_probes_refuses_a_request_without_a_token(
             .replace("{model}", "x")
             .replace("{label}", "1")
         )
+        url = re.sub(r"\{\w+\}", "1.2", url)  # UIDs of DICOMweb
         assert client.request(method, url).status_code == 401, (method, path)

@@ -15,9 +15,9 @@ from app.export.preview import (
     WARNING_COLOUR,
     View,
     choose_planes,
+    draw_preview,
     outlines,
     sample_plane,
-    write_preview,
 )
 from app.export.report import ModelSelectionReport, Report, build_report, by_certainty
 from app.pipeline.findings import ScanResult, to_scan_result
@@ -55,7 +55,7 @@ def analysed(request: pytest.FixtureRequest, bundle: Bundle) -> tuple[ScanResult
 
 
 def draw(path: Path, result: ScanResult, report: Report) -> np.ndarray:
-    write_preview(path, result, report)
+    draw_preview(result, report).save(path)
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
 

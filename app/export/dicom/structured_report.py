@@ -29,6 +29,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from app.export.dicom.identity import (
+    ANOMALY_SCORE,
     CATEGORY,
     CODING_SCHEME,
     CODING_SCHEME_NAME,
@@ -56,7 +57,6 @@ ONE = CodedConcept.from_code(codes.UCUM.NoUnits)
 # PS3.16 TID 1500, row 12.
 QUALITATIVE_EVALUATIONS = CodedConcept("C0034375", "UMLS", "Qualitative Evaluations")
 
-ANOMALY_SCORE = private_code("anomaly-score", "Anomaly score")
 ANOMALY_THRESHOLD = private_code("anomaly-threshold", "Anomaly score that a lesion rises above")
 EXTENT_THRESHOLD = private_code("anomaly-extent-threshold", "Anomaly score that each voxel of a lesion is above")
 ANALYSED_VOLUME = private_code("analysed-volume", "Volume that was analysed")
