@@ -7,9 +7,10 @@ import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -59,6 +60,32 @@ class Settings(BaseSettings):
     root_path: str = Field(
         "", description="Path prefix under which a proxy publishes the service, such as /counterpart."
     )
+    public_url: str | None = Field(
+        None, description="URL of the service for browsers, with its prefix. The login by OIDC needs it."
+    )
+    trusted_proxies: str = Field(
+        "",
+        description="Addresses or networks of proxies, separated by commas. Their X-Forwarded headers are believed.",
+    )
+    tokens: Path | None = Field(None, description="File of named tokens. `counterpart token` writes it.")
+    oidc_issuer: str | None = Field(None, description="Issuer of accepted JWTs, as in their claim `iss`.")
+    oidc_audience: str | None = Field(None, description="Audience of accepted JWTs, as in their claim `aud`.")
+    oidc_jwks: str | None = Field(
+        None, description="URL of the keys of the issuer. By default, its discovery document names it."
+    )
+    oidc_scope_claim: str = Field(
+        "scope", description="Claim with the scopes or roles of the caller. A dot leads into an object."
+    )
+    oidc_scopes: str = Field(
+        "",
+        description="Scopes of each value of the claim, such as reader=read,physicist=read+send. "
+        "Empty takes the values as scopes.",
+    )
+    oidc_client: str | None = Field(None, description="Client id of the login in the browser. Empty disables it.")
+    oidc_login_scope: str = Field(
+        "openid", description="Scopes that the login in the browser requests, separated by spaces."
+    )
+    oidc_client_secret: SecretStr | None = Field(None, description="Secret of the client, if the issuer requires one.")
     models: Path | None = Field(None, description="Folder of model bundles. By default, the shipped bundles are used.")
     store: str = Field(
         default_factory=default_data_folder,
@@ -154,6 +181,23 @@ class Settings(BaseSettings):
             raise ValueError("hosts are names or addresses without scheme and port, separated by commas")
         return ",".join(names)
 
+    @field_validator("public_url", "oidc_issuer", "oidc_jwks")
+    @classmethod
+    def _check_web_address(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_web_address(url)
+        return url
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, proxies: str) -> str:
+        return ",".join(str(ip_network(proxy.strip())) for proxy in proxies.split(",") if proxy.strip())
+
+    @property
+    def has_access_control(self) -> bool:
+        """Whether callers need a token or a login. Without it, only programs on this machine may call."""
+        return self.token is not None or self.tokens is not None or self.oidc_issuer is not None
+
     @property
     def accepted_hosts(self) -> frozenset[str]:
         """Names of `hosts`, in lower case. An empty set accepts every name."""
@@ -183,20 +227,20 @@ class Settings(BaseSettings):
         return mask_url(str(getattr(self, name)))
 
     def check_exposure(self) -> None:
-        """Refuse to listen for other machines if no token is set.
+        """Refuse to listen for other machines if callers need no token.
 
         Raises
         ------
         UnsafeExposure
             The host is not loopback, or other host names are listed, and no token is set.
         """
-        if self.token is None and self.hosts:
+        if not self.has_access_control and self.hosts:
             raise UnsafeExposure(
                 f"{PREFIX}HOSTS is set, and no token is set.",
                 expected="a token. Without it, only loopback names are accepted.",
                 advice=f"Set {PREFIX}TOKEN to a long random value (openssl rand -hex 32), or unset {PREFIX}HOSTS.",
             )
-        if self.token is None and not is_loopback(self.host):
+        if not self.has_access_control and not is_loopback(self.host):
             raise UnsafeExposure(
                 f"The service was asked to listen on {self.host}, and no token is set.",
                 expected="127.0.0.1, or a token.",
@@ -270,6 +314,19 @@ def mask_url(text: str) -> str:
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to a name, None if no name is similar."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def check_web_address(url: str) -> None:
+    """Check that a URL is https, or http of this machine, and has no user, query and fragment.
+
+    Raises
+    ------
+    ValueError
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    if not secure or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("the URL must begin with https:// (http:// on loopback), without user, query and fragment")
 
 
 def is_loopback(host: str) -> bool:
