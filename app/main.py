@@ -15,19 +15,22 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, problems, results, scans
+from app.api import events, health, models, problems, results, scans, session
 from app.api.calls import Calls
+from app.api.cookies import SECRET_NAME, SignedValues
 from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
+from app.api.identity import Identity
 from app.api.logging import AccessLog, configure_logging
 from app.api.server import open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
-from app.jobs.database import check_database, run_within
+from app.jobs.database import check_database, connect, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
+from app.jobs.idempotency import KeyHasher
 from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
@@ -38,7 +41,13 @@ from app.settings import Settings
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.router, models.router)
+API_ROUTERS: tuple[APIRouter, ...] = (
+    session.router,
+    events.router,
+    scans.router,
+    results.router,
+    models.router,
+)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
@@ -81,6 +90,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
     calls = Calls()
+    database = connect(settings.database_url)
+    identity = Identity(settings, calls, SignedValues(KeyHasher(database, SECRET_NAME)))
     follower = JobFollower(jobs.queue, calls, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
@@ -109,6 +120,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         yield
         stopped.set()
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
+        database.dispose()
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
@@ -131,6 +143,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         },
     )
     app.state.services = services
+    app.state.identity = identity
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
     app.add_middleware(RequestGuard, settings=settings)
@@ -241,8 +254,13 @@ def _prepare(settings: Settings) -> socket.socket:
 def _run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     log.info("starting", host=settings.host, port=port, provider=settings.provider)
+    options = {
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS,
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
+    }
     try:
-        run_server(app, listener, on_stop=app.state.services.stop, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        run_server(app, listener, on_stop=app.state.services.stop, **options)
     except SystemExit:
         error = getattr(app.state, "start_error", None)
         if isinstance(error, SQLAlchemyError):

@@ -1,16 +1,14 @@
-"""Dependencies of the routes: the services, the token check and the job id."""
+"""Dependencies of the routes: the services, the check of the query, and the job id."""
 
-import secrets
 from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Path, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.api.calls import Calls
 from app.api.follower import JobFollower
 from app.api.upload import Uploads
-from app.errors import BadRequest, CounterpartError, InternalError, Unauthorised, error_location
+from app.errors import BadRequest, CounterpartError, InternalError, error_location
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
@@ -18,8 +16,6 @@ from app.jobs.worker import WorkerHealth
 from app.settings import Settings, nearest_name
 
 JobId = Annotated[str, Path(description="Id of the job.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
-
-bearer = HTTPBearer(auto_error=False, description="COUNTERPART_TOKEN, if the operator set one.")
 
 
 @dataclass
@@ -113,25 +109,3 @@ def refuse_unknown_parameters(request: Request) -> None:
                 expected=f"{nearest}." if nearest else f"{', '.join(known)}.",
                 advice="Correct the name of the parameter, or remove it.",
             )
-
-
-def require_token(
-    services: ServicesDependency, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> None:
-    """Check the bearer token, in constant time. Accept every request if no token is set.
-
-    Raises
-    ------
-    Unauthorised
-        The token is missing or wrong.
-    """
-    token = services.settings.token
-    if token is None:
-        return
-    sent = credentials.credentials if credentials else ""
-    if not secrets.compare_digest(sent.encode(), token.get_secret_value().encode()):
-        raise Unauthorised(
-            "The request has no token, or a wrong token.",
-            expected="Authorization: Bearer <token>.",
-            advice="Ask the operator for the value of COUNTERPART_TOKEN.",
-        )

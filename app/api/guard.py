@@ -34,7 +34,7 @@ class RequestGuard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._has_token = settings.token is not None
+        self._has_token = settings.has_access_control
         self._hosts = settings.accepted_hosts
         self._root_path = settings.root_path
 

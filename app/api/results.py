@@ -8,7 +8,8 @@ from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.dependencies import JobId, Services, ServicesDependency, require_token
+from app.api.dependencies import JobId, Services, ServicesDependency
+from app.api.identity import require
 from app.api.problems import problem_of, problem_of_failed_job, problem_response, problem_responses
 from app.api.schemas import find_reason_absent
 from app.errors import BadRange, InternalError, NoSuchResult, NotFinished, UnsatisfiableRange
@@ -16,7 +17,7 @@ from app.export.outputs import OUTPUTS, Output, media_type
 from app.export.report import Report
 from app.jobs.store import StoredFile
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read"))])
 
 REPORT_NAME = "report.json"
 RESULT_NAMES = tuple(output.name for output in OUTPUTS)

@@ -20,8 +20,8 @@ from app.api.dependencies import (
     Services,
     ServicesDependency,
     refuse_unknown_parameters,
-    require_token,
 )
+from app.api.identity import require
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
 from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
 from app.api.upload import REQUEST_BODY, declared_length
@@ -31,7 +31,7 @@ from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
 # Longest time for `Prefer: wait`. Proxies close a request after some minutes.
 MAX_WAIT_SECONDS = 300
@@ -122,7 +122,7 @@ def analysis_request(
     status_code=202,
     response_model=ScanDetail,
     openapi_extra=REQUEST_BODY,
-    dependencies=[Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("send")), Depends(refuse_unknown_parameters)],
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
         202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
@@ -185,7 +185,11 @@ def job_filter(
     return JobFilter(tuple(state or ()), priority, model, code, created_after, created_before)
 
 
-@router.get("", dependencies=[Depends(refuse_unknown_parameters)], responses=problem_responses(400, 401, 403, 503))
+@router.get(
+    "",
+    dependencies=[Depends(require("read")), Depends(refuse_unknown_parameters)],
+    responses=problem_responses(400, 401, 403, 503),
+)
 async def list_scans(
     services: ServicesDependency,
     filters: Annotated[JobFilter, Depends(job_filter)],
@@ -199,20 +203,29 @@ async def list_scans(
     return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit))
 
 
-@router.get("/{job}", responses=problem_responses(401, 403, 404, 503))
+@router.get("/{job}", dependencies=[Depends(require("read"))], responses=problem_responses(401, 403, 404, 503))
 async def get_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
     """Show a scan: state, stage, progress, queue position, and its findings when it has succeeded."""
     return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
 
 
-@router.post("/{job}/cancel", responses=problem_responses(401, 403, 404, 409, 503))
+@router.post(
+    "/{job}/cancel",
+    dependencies=[Depends(require("erase"))],
+    responses=problem_responses(401, 403, 404, 409, 503),
+)
 async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
     """Cancel a scan that is queued or running. If the same content is sent again, it becomes a new job."""
     await services.calls.query(services.queue.cancel, job)
     return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
 
 
-@router.delete("/{job}", status_code=204, responses=problem_responses(401, 403, 404, 503))
+@router.delete(
+    "/{job}",
+    status_code=204,
+    dependencies=[Depends(require("erase"))],
+    responses=problem_responses(401, 403, 404, 503),
+)
 async def erase_scan(services: ServicesDependency, job: JobId) -> None:
     """Erase a scan with its results and all other traces. A running scan is stopped."""
     await services.calls.transfer(services.queue.erase, job)
