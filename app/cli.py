@@ -248,6 +248,22 @@ def doctor() -> None:
         raise typer.Exit(STATUS_OTHER)
 
 
+@app.command("audit-log")
+def audit_log(
+    after: Annotated[int, typer.Option(help="Only rows with a larger id.", min=0)] = 0,
+) -> None:
+    """Print the audit trail as JSON lines."""
+    with report_errors():
+        from app.jobs.audit import AuditTrail
+        from app.jobs.database import check_database, connect
+        from app.settings import read_settings
+
+        settings = read_settings()
+        check_database(settings.database_url)
+        for row in AuditTrail(connect(settings.database_url)).read_all(after):
+            typer.echo(row.to_line(), nl=False)
+
+
 @token_commands.command("create")
 def create_token(
     name: Annotated[str, typer.Argument(help="Name of the system or person that uses the token.")],

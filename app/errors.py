@@ -288,6 +288,13 @@ class IdentityUnavailable(CounterpartError):
     title = "Tokens cannot be checked"
 
 
+class AuditUnavailable(CounterpartError):
+    """The audit trail cannot be written, so the request is refused."""
+
+    code = "audit_unavailable"
+    title = "Audit trail not available"
+
+
 class NotFound(CounterpartError):
     code = "not_found"
     title = "Not found"

@@ -15,7 +15,8 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, problems, results, scans, session
+from app.api import audit, events, health, models, problems, results, scans, session
+from app.api.audit import AuditMiddleware, RequestAuditor
 from app.api.calls import Calls
 from app.api.cookies import SECRET_NAME, SignedValues
 from app.api.dependencies import Readiness, Services
@@ -27,6 +28,7 @@ from app.api.server import open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
+from app.jobs.audit import AuditTrail
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, connect, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
@@ -47,6 +49,7 @@ API_ROUTERS: tuple[APIRouter, ...] = (
     scans.router,
     results.router,
     models.router,
+    audit.router,
 )
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
@@ -92,6 +95,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     calls = Calls()
     database = connect(settings.database_url)
     identity = Identity(settings, calls, SignedValues(KeyHasher(database, SECRET_NAME)))
+    auditor = RequestAuditor(AuditTrail(database))
     follower = JobFollower(jobs.queue, calls, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
@@ -111,6 +115,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             await run_in_threadpool(partial(jobs.start, worker=worker))
+            await run_in_threadpool(auditor.trail.create_tables)
+            await run_in_threadpool(auditor.trail.delete_expired, settings.audit_days)
         except Exception as error:
             app.state.start_error = error  # the server drops it
             raise
@@ -144,8 +150,10 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     )
     app.state.services = services
     app.state.identity = identity
+    app.state.auditor = auditor
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    app.add_middleware(AuditMiddleware, auditor=auditor)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)

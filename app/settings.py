@@ -26,6 +26,8 @@ OTHER_VARIABLES = frozenset(
 )
 # Kubernetes adds variables like these to a pod if a service has the name of the prefix.
 SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)|PORT_\d)\w*")
+# Triggers of the database refuse to delete younger rows.
+MIN_AUDIT_DAYS = 30
 MASK = "**********"
 # Parameters of a database URL that hold no secret.
 HARMLESS_PARAMETERS = frozenset(
@@ -131,6 +133,9 @@ class Settings(BaseSettings):
     keep_gb: float = Field(
         0.0, ge=0, description="Disk space, in GB, above which the oldest finished jobs are erased. 0 sets no limit."
     )
+    audit_days: float = Field(
+        0.0, ge=0, description="Age, in days, at which rows of the audit trail are deleted, at least 30. 0 keeps them."
+    )
     deadline_seconds: int = Field(
         1800,
         ge=1,
@@ -187,6 +192,13 @@ class Settings(BaseSettings):
         if url is not None:
             check_web_address(url)
         return url
+
+    @field_validator("audit_days")
+    @classmethod
+    def _check_audit_days(cls, days: float) -> float:
+        if 0 < days < MIN_AUDIT_DAYS:
+            raise ValueError(f"rows of the audit trail are kept for at least {MIN_AUDIT_DAYS} days")
+        return days
 
     @field_validator("trusted_proxies")
     @classmethod

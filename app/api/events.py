@@ -11,7 +11,7 @@ from app.api.follower import STREAM_POLL_SECONDS, Event, JobFollower
 from app.api.identity import require
 from app.api.problems import problem_responses
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read"))])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read", "follow"))])
 
 # Proxies close a connection without traffic after about a minute.
 KEEP_ALIVE_SECONDS = 15.0

@@ -7,23 +7,27 @@ settings, a named token, or a JWT of the issuer) or with the cookie of a session
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 from urllib.parse import urlsplit
 
 from fastapi import Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import Scope as ASGIScope
 
 from app.api.calls import Calls
 from app.api.cookies import SignedValues
 from app.api.oidc import Issuer, read_oidc_settings
 from app.api.tokens import SCOPES, Scope, TokenFile, hash_token
 from app.errors import Forbidden, ForeignOrigin, Unauthorised
+from app.jobs.audit import Action
 from app.settings import Settings
 
 Source = Literal["none", "token", "named", "oidc"]
 SESSION_COOKIE = "counterpart_session"
 SESSION_SECONDS = 12 * 3600.0
 CSRF_HEADER = "X-Counterpart-CSRF"
+# Actions with a row before they run, too.
+CHANGING_ACTIONS: frozenset[Action] = frozenset({"send", "review", "cancel", "erase", "retry"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 ALL_SCOPES: frozenset[Scope] = frozenset(SCOPES)
 
@@ -186,10 +190,23 @@ class Identity:
         return self.values.hash("credential", principal.key)
 
 
-def require(scope: Scope) -> Callable[..., Awaitable[Principal]]:
+class Auditor(Protocol):
+    """Writer of the audit trail."""
+
+    async def begin(self, scope: ASGIScope) -> None:
+        """Write the row before an action that changes something, or raise `AuditUnavailable`."""
+
+
+def require(scope: Scope, action: Action | None = None) -> Callable[..., Awaitable[Principal]]:
     """Return the dependency that admits only callers with a scope.
 
     The dependency raises `Unauthorised` without a valid credential, and `Forbidden` without the scope.
+
+    Parameters
+    ----------
+    scope : str
+    action : str, optional
+        Name of the call in the audit trail. A call that reads or changes nothing of a scan has none.
     """
 
     async def check_scope(
@@ -199,17 +216,23 @@ def require(scope: Scope) -> Callable[..., Awaitable[Principal]]:
     ) -> Principal:
         identity = get_identity(request)
         token = credentials.credentials if credentials else None
+        if token or cookie:
+            request.state.action = "refuse"  # unless the credential is valid
         principal = await identity.authenticate(request, token, cookie)
         request.state.principal = principal
+        request.state.action = action
         if scope not in principal.scopes:
             raise Forbidden(
                 f"The caller has not the scope `{scope}`.",
                 expected=f"a token with the scope `{scope}`.",
                 advice="Use another token, or ask the operator for the scope.",
             )
+        if action in CHANGING_ACTIONS:
+            auditor: Auditor = request.app.state.auditor
+            await auditor.begin(request.scope)
         return principal
 
-    check_scope.scope = scope  # type: ignore[attr-defined]  # for the test that every route has a scope
+    check_scope.scope, check_scope.action = scope, action  # type: ignore[attr-defined]  # for the tests of all routes
     return check_scope
 
 

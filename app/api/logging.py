@@ -13,11 +13,13 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, Processor
 
+from app.api.audit import find_job
+from app.api.identity import Principal
 from app.errors import error_location
 
 ALLOWED_KEYS = frozenset(
     {
-        *("event", "level", "timestamp", "logger", "exception", "where"),
+        *("actor", "event", "level", "timestamp", "logger", "exception", "where"),
         *("job", "stage", "code", "seconds", "model", "provider"),
         *("method", "route", "status", "host", "port"),
     }
@@ -83,7 +85,15 @@ class AccessLog:
             seconds = round(time.perf_counter() - start, 3)
             if status >= 400 or route not in UNLOGGED_ROUTES:
                 method = scope["method"] if scope["method"] in LOGGED_METHODS else "OTHER"
-                log.info("request", method=method, route=route, status=status, seconds=seconds)
+                found = {"actor": find_actor(scope), "job": find_job(scope)}
+                names = {key: name for key, name in found.items() if name}
+                log.info("request", method=method, route=route, status=status, seconds=seconds, **names)
+
+
+def find_actor(scope: Scope) -> str | None:
+    """Return the pseudonym of the caller, None if it is not known."""
+    principal: Principal | None = scope.get("state", {}).get("principal")
+    return principal.pseudonym if principal else None
 
 
 def _drop_message(_: Any, __: str, event: EventDict) -> EventDict:

@@ -49,6 +49,7 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.DatabaseUnavailable: 503,
     errors.TooManyStreams: 503,
     errors.IdentityUnavailable: 503,
+    errors.AuditUnavailable: 503,
     errors.BundleError: 503,
     errors.ProviderUnavailable: 503,
     errors.StoreFull: 507,

@@ -17,7 +17,7 @@ from app.export.outputs import OUTPUTS, Output, media_type
 from app.export.report import Report
 from app.jobs.store import StoredFile
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read"))])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read", "download"))])
 
 REPORT_NAME = "report.json"
 RESULT_NAMES = tuple(output.name for output in OUTPUTS)

@@ -122,7 +122,7 @@ def analysis_request(
     status_code=202,
     response_model=ScanDetail,
     openapi_extra=REQUEST_BODY,
-    dependencies=[Depends(require("send")), Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("send", "send")), Depends(refuse_unknown_parameters)],
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
         202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
@@ -150,7 +150,7 @@ async def send_scan(
         settings = services.settings
         await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
         submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
-    job_id = await submission.run()
+    job_id = request.state.job = await submission.run()
     seconds = _parse_wait_seconds(prefer)
     if services.follower.full or services.follower.stopping:
         seconds = 0
@@ -187,7 +187,7 @@ def job_filter(
 
 @router.get(
     "",
-    dependencies=[Depends(require("read")), Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("read", "list")), Depends(refuse_unknown_parameters)],
     responses=problem_responses(400, 401, 403, 503),
 )
 async def list_scans(
@@ -203,15 +203,17 @@ async def list_scans(
     return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit))
 
 
-@router.get("/{job}", dependencies=[Depends(require("read"))], responses=problem_responses(401, 403, 404, 503))
-async def get_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
+@router.get("/{job}", dependencies=[Depends(require("read", "show"))], responses=problem_responses(401, 403, 404, 503))
+async def get_scan(request: Request, services: ServicesDependency, job: JobId) -> ScanDetail:
     """Show a scan: state, stage, progress, queue position, and its findings when it has succeeded."""
-    return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
+    detail = await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
+    request.state.phase = detail.state  # who saw the findings is no repetition of who saw the job wait
+    return detail
 
 
 @router.post(
     "/{job}/cancel",
-    dependencies=[Depends(require("erase"))],
+    dependencies=[Depends(require("erase", "cancel"))],
     responses=problem_responses(401, 403, 404, 409, 503),
 )
 async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
@@ -223,7 +225,7 @@ async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
 @router.delete(
     "/{job}",
     status_code=204,
-    dependencies=[Depends(require("erase"))],
+    dependencies=[Depends(require("erase", "erase"))],
     responses=problem_responses(401, 403, 404, 503),
 )
 async def erase_scan(services: ServicesDependency, job: JobId) -> None:

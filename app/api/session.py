@@ -64,6 +64,7 @@ async def create_session(request: Request, response: Response, body: Annotated[S
     """Begin a session with a token, for 12 hours at most. A page sends it with the header X-Counterpart-CSRF: 1."""
     identity = get_identity(request)
     check_same_origin(request, identity.settings.public_url)
+    request.state.action = "login"
     if identity.login == "none":
         return _describe(identity, await identity.authenticate(request, None, None))
     principal = await identity.check_token(body.token)
@@ -73,10 +74,14 @@ async def create_session(request: Request, response: Response, body: Annotated[S
     return _describe(identity, principal)
 
 
-@router.delete("/session", status_code=204, responses=problem_responses(403))
+@router.delete("/session", status_code=204, responses=problem_responses(403, 503))
 async def delete_session(request: Request, response: Response) -> None:
     """End the session: the browser forgets its cookie."""
-    check_same_origin(request, get_identity(request).settings.public_url)
+    identity = get_identity(request)
+    check_same_origin(request, identity.settings.public_url)
+    principal = await identity.read_session(request.cookies.get(COOKIE, ""))
+    if principal:
+        request.state.principal, request.state.action = principal, "logout"
     response.delete_cookie(COOKIE, _cookie_path(request))
 
 
@@ -124,6 +129,7 @@ async def finish_login(
 ) -> Response:
     """Finish a login at the issuer: exchange the code, check the ID token, and begin a session."""
     identity = get_identity(request)
+    request.state.action = "login"
     fields = await identity.calls.query(identity.values.read, "login", request.cookies.get(LOGIN_COOKIE, ""))
     if not fields or not hmac.compare_digest(fields["state"].encode(), state.encode()):
         raise _login_failed("The login did not begin in this browser, or it took longer than ten minutes.")

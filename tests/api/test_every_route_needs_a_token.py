@@ -31,6 +31,7 @@ EXPECTED: dict[tuple[str, str], Scope] = {
     ("GET", "/v1/models"): "read",
     ("GET", "/v1/models/{model}"): "read",
     ("GET", "/metrics"): "metrics",
+    ("GET", "/v1/audit"): "admin",
 }
 
 
@@ -59,6 +60,15 @@ def test_every_route_but_the_public_ones_has_one_scope() -> None:
             is_result = path.startswith("/v1/scans/{job}/") and "." in path
             key = (method, "/v1/scans/{job}/{name}" if is_result else path)
             assert scopes == [EXPECTED[key]], key
+
+
+def test_every_call_of_a_scan_has_an_action_for_the_audit_trail() -> None:
+    for router in API_ROUTERS:
+        for route in router.routes:
+            assert isinstance(route, APIRoute)
+            if route.path.startswith("/v1/scans"):
+                actions = {getattr(dependency.call, "action", None) for dependency in route.dependant.dependencies}
+                assert actions - {None}, (route.methods, route.path)
 
 
 def request_all(client: TestClient, headers: dict[str, str]) -> Iterator[tuple[str, str, Scope, int]]:
