@@ -15,24 +15,20 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import audit, events, health, models, problems, results, scans, session
-from app.api.audit import AuditMiddleware, RequestAuditor
+from app.api import audit, events, health, models, problems, results, scans, session, webhooks
 from app.api.calls import Calls
-from app.api.cookies import SECRET_NAME, SignedValues
 from app.api.dependencies import Readiness, Services
 from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
-from app.api.identity import Identity
 from app.api.logging import AccessLog, configure_logging
+from app.api.operations import Operations
 from app.api.server import open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
-from app.jobs.audit import AuditTrail
 from app.jobs.bucket import BucketStore
-from app.jobs.database import check_database, connect, run_within
+from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
-from app.jobs.idempotency import KeyHasher
 from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
@@ -50,6 +46,7 @@ API_ROUTERS: tuple[APIRouter, ...] = (
     results.router,
     models.router,
     audit.router,
+    webhooks.router,
 )
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
@@ -93,9 +90,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
     calls = Calls()
-    database = connect(settings.database_url)
-    identity = Identity(settings, calls, SignedValues(KeyHasher(database, SECRET_NAME)))
-    auditor = RequestAuditor(AuditTrail(database))
+    operations = Operations(settings, calls, metrics, api=api)
     follower = JobFollower(jobs.queue, calls, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
@@ -115,8 +110,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             await run_in_threadpool(partial(jobs.start, worker=worker))
-            await run_in_threadpool(auditor.trail.create_tables)
-            await run_in_threadpool(auditor.trail.delete_expired, settings.audit_days)
+            await run_in_threadpool(operations.start)
         except Exception as error:
             app.state.start_error = error  # the server drops it
             raise
@@ -126,7 +120,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         yield
         stopped.set()
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
-        database.dispose()
+        await run_in_threadpool(operations.stop)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
@@ -149,11 +143,9 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         },
     )
     app.state.services = services
-    app.state.identity = identity
-    app.state.auditor = auditor
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
-    app.add_middleware(AuditMiddleware, auditor=auditor)
+    operations.attach(app)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)

@@ -3,6 +3,7 @@
 `app.cli` reads them once. Every other module receives the frozen object.
 """
 
+import base64
 import os
 import re
 from collections.abc import Iterable
@@ -136,6 +137,15 @@ class Settings(BaseSettings):
     audit_days: float = Field(
         0.0, ge=0, description="Age, in days, at which rows of the audit trail are deleted, at least 30. 0 keeps them."
     )
+    webhooks: str = Field(
+        "", description="URLs that are told the end of each job, separated by commas: https, or http on loopback."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None, description="Key of the signatures of webhooks: whsec_ and 24 to 64 bytes as base64."
+    )
+    webhook_private_hosts: str = Field(
+        "", description="Hosts of webhooks that may have private addresses, separated by commas."
+    )
     deadline_seconds: int = Field(
         1800,
         ge=1,
@@ -193,6 +203,21 @@ class Settings(BaseSettings):
             check_web_address(url)
         return url
 
+    @field_validator("webhooks")
+    @classmethod
+    def _check_webhooks(cls, webhooks: str) -> str:
+        urls = [url.strip() for url in webhooks.split(",") if url.strip()]
+        for url in urls:
+            check_web_address(url)
+        return ",".join(urls)
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _check_webhook_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None:
+            decode_webhook_secret(secret.get_secret_value())
+        return secret
+
     @field_validator("audit_days")
     @classmethod
     def _check_audit_days(cls, days: float) -> float:
@@ -209,6 +234,11 @@ class Settings(BaseSettings):
     def has_access_control(self) -> bool:
         """Whether callers need a token or a login. Without it, only programs on this machine may call."""
         return self.token is not None or self.tokens is not None or self.oidc_issuer is not None
+
+    @property
+    def webhook_targets(self) -> tuple[str, ...]:
+        """URLs of `webhooks`."""
+        return tuple(url for url in self.webhooks.split(",") if url)
 
     @property
     def accepted_hosts(self) -> frozenset[str]:
@@ -326,6 +356,22 @@ def mask_url(text: str) -> str:
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to a name, None if no name is similar."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def decode_webhook_secret(secret: str) -> bytes:
+    """Return the key of the signatures (Standard Webhooks).
+
+    Raises
+    ------
+    ValueError
+    """
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError('the secret must be whsec_ and 24 to 64 bytes as base64: "whsec_$(openssl rand -base64 32)"')
+    return key
 
 
 def check_web_address(url: str) -> None:

@@ -188,7 +188,7 @@ class Issuer:
         ------
         IdentityUnavailable
         """
-        document = self._document or await self._run(self._discover)
+        document = await self._run(self._discover) if self._document is None else self._document
         return _web_address(document.get(name))
 
     async def _find_key(self, key_id: str) -> PyJWK:

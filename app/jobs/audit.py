@@ -1,7 +1,7 @@
 """Audit trail: who did what with which job, when, from where, and with which outcome.
 
 The rows contain no patient data, no file names and no query strings. Triggers of the database refuse to change a row,
-and to delete one that is younger than `MIN_KEEP_DAYS`. Erasing a scan keeps its rows.
+and to delete one that is younger than `MIN_AUDIT_DAYS`. Erasing a scan keeps its rows.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Literal
 
 import sqlalchemy as sa
 
-from app.settings import MIN_AUDIT_DAYS as MIN_KEEP_DAYS
+from app.settings import MIN_AUDIT_DAYS
 
 Action = Literal[
     "send", "list", "show", "follow", "download", "review", "cancel", "erase",
@@ -45,13 +45,13 @@ SQLITE_TRIGGERS = (
     """CREATE TRIGGER IF NOT EXISTS counterpart_audit_update BEFORE UPDATE ON counterpart_audit
     BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END""",
     f"""CREATE TRIGGER IF NOT EXISTS counterpart_audit_delete BEFORE DELETE ON counterpart_audit
-    WHEN OLD.time > (CAST(strftime('%s', 'now') AS INTEGER) - {MIN_KEEP_DAYS * 86_400}) * 1000
+    WHEN OLD.time > (CAST(strftime('%s', 'now') AS INTEGER) - {MIN_AUDIT_DAYS * 86_400}) * 1000
     BEGIN SELECT RAISE(ABORT, 'the audit trail is append-only'); END""",
 )
 POSTGRESQL_TRIGGERS = (
     f"""CREATE OR REPLACE FUNCTION counterpart_audit_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     IF TG_OP = 'DELETE' THEN
-        IF OLD.time <= (extract(epoch FROM now()) - {MIN_KEEP_DAYS * 86_400}) * 1000 THEN RETURN OLD; END IF;
+        IF OLD.time <= (extract(epoch FROM now()) - {MIN_AUDIT_DAYS * 86_400}) * 1000 THEN RETURN OLD; END IF;
     END IF;
     RAISE EXCEPTION 'the audit trail is append-only'; END $$""",
     "DROP TRIGGER IF EXISTS counterpart_audit_row ON counterpart_audit",
@@ -139,11 +139,11 @@ class AuditTrail:
             after = page[-1].id
 
     def delete_expired(self, keep_days: float) -> int:
-        """Delete rows that are older than this and than `MIN_KEEP_DAYS`, and return their number. 0 keeps all."""
+        """Delete rows that are older than this and than `MIN_AUDIT_DAYS`, and return their number. 0 keeps all."""
         if not keep_days:
             return 0
         # An hour more than the triggers require, because the clock of the database may differ.
-        age = max(keep_days, MIN_KEEP_DAYS) * DAY_MILLISECONDS + 3_600_000
+        age = max(keep_days, MIN_AUDIT_DAYS) * DAY_MILLISECONDS + 3_600_000
         with self._database.begin() as connection:
             return connection.execute(table.delete().where(table.c.time < time.time() * 1000 - age)).rowcount
 

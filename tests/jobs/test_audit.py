@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from app.jobs.audit import DAY_MILLISECONDS, MIN_KEEP_DAYS, AuditEntry, AuditTrail, table
+from app.jobs.audit import DAY_MILLISECONDS, AuditEntry, AuditTrail, table
 from app.jobs.database import connect
+from app.settings import MIN_AUDIT_DAYS
 
 ENTRY = AuditEntry("token:gateway", "send", "202", "0123456789abcdef-0123456789abcdef", "10.0.0.7")
 
@@ -67,7 +68,7 @@ def test_postgresql_refuses_to_truncate(engine: sa.Engine) -> None:
 
 def test_only_old_rows_are_deleted_and_never_younger_ones(engine: sa.Engine) -> None:
     trail = AuditTrail(engine)
-    for days in (MIN_KEEP_DAYS - 1, MIN_KEEP_DAYS + 2, 100):
+    for days in (MIN_AUDIT_DAYS - 1, MIN_AUDIT_DAYS + 2, 100):
         write_old(engine, days)
     last = trail.read()[-1].id
     assert trail.delete_expired(0) == 0
@@ -89,7 +90,12 @@ def test_parallel_writers_lose_no_row_and_commit_in_order(engine: sa.Engine) -> 
 
     reader = threading.Thread(target=follow)
     reader.start()
-    writers = [threading.Thread(target=lambda: [trail.write(ENTRY) for _ in range(25)]) for _ in range(4)]
+
+    def write() -> None:
+        for _ in range(25):
+            trail.write(ENTRY)
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
     for writer in writers:
         writer.start()
     for writer in writers:
