@@ -38,12 +38,7 @@ class RunningService:
 
 @contextmanager
 def run_service(
-    folder: Path,
-    log: Path,
-    command: Sequence[str] = SERVICE,
-    environ: Mapping[str, str] | None = None,
-    port: int | None = None,
-    **settings: str,
+    folder: Path, log: Path, command: Sequence[str] = SERVICE, environ: Mapping[str, str] | None = None, **settings: str
 ) -> Iterator[RunningService]:
     """Start the service, wait until it is ready, and kill it at the end.
 
@@ -56,12 +51,10 @@ def run_service(
     command : sequence of str
     environ : mapping, optional
         Additional environment variables.
-    port : int, optional
-        By default, a free port.
     **settings : str
-        Settings by lower-case name without prefix.
+        Settings by lower-case name without prefix. By default, `port` is a free one.
     """
-    port = port or free_port()
+    port = int(settings.pop("port", free_port()))
     local = {"STORE": str(folder), "SCRATCH": str(folder), "PORT": str(port)}
     environ = os.environ | dict(environ or {}) | {f"COUNTERPART_{name}": value for name, value in local.items()}
     environ |= {f"COUNTERPART_{name.upper()}": value for name, value in settings.items()}

@@ -49,7 +49,7 @@ def list_routes() -> Iterator[tuple[str, str, list[Scope]]]:
     for router in routers:
         for route in router.routes:
             assert isinstance(route, APIRoute)
-            for method in route.methods:
+            for method in route.methods or ():
                 yield method, route.path, list(scopes_of(route.dependant))
 
 

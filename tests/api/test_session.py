@@ -6,13 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from app.api import cookies
 from app.api.tokens import TokenFile
 from app.main import create_app
 from app.settings import Settings
@@ -26,7 +26,7 @@ JOB = "0" * 16 + "-" + "0" * 16
 
 
 @contextmanager
-def run(tmp_path: Path, base_url: str = BASE_URL, **settings: object) -> Iterator[TestClient]:
+def run(tmp_path: Path, base_url: str = BASE_URL, **settings: Any) -> Iterator[TestClient]:
     app = create_app(Settings(store=str(tmp_path / "store"), drain_seconds=0, **settings), FakeEngine())
     with TestClient(app, base_url, follow_redirects=False) as client:
         yield client
@@ -146,14 +146,14 @@ def test_forged_changed_and_expired_cookies_are_refused(tmp_path: Path, monkeypa
             "ä.ä",
         ]
         for value in forged:
-            header = f"counterpart_session={value}".encode("latin-1")
-            assert client.get(URL, headers={b"cookie": header}).status_code == 401, value
+            raw = f"counterpart_session={value}".encode("latin-1")
+            assert client.get(URL, headers={b"cookie": raw}).status_code == 401, value
         # A cookie for another purpose has another signature.
         login = client.app.state.identity.values.sign("login", fields, 60)  # type: ignore[attr-defined]
         assert client.get(URL, headers={"Cookie": f"counterpart_session={login}"}).status_code == 401
         header = {"Cookie": f"counterpart_session={cookie}"}
         assert client.get(URL, headers=header).status_code == 200
-        monkeypatch.setattr(cookies.time, "time", lambda: fields["end"])
+        monkeypatch.setattr("app.api.cookies.time.time", lambda: fields["end"])
         assert client.get(URL, headers=header).status_code == 401
 
 
@@ -185,8 +185,8 @@ def issuer() -> Iterator[TestIssuer]:
 
 
 @contextmanager
-def run_with(issuer: TestIssuer, tmp_path: Path, **settings: object) -> Iterator[TestClient]:
-    oidc = {"oidc_issuer": issuer.url, "oidc_audience": AUDIENCE, "oidc_client": CLIENT}
+def run_with(issuer: TestIssuer, tmp_path: Path, **settings: Any) -> Iterator[TestClient]:
+    oidc: dict[str, Any] = {"oidc_issuer": issuer.url, "oidc_audience": AUDIENCE, "oidc_client": CLIENT}
     with run(tmp_path, public_url="http://127.0.0.1/", **oidc, **settings) as client:
         yield client
 
@@ -254,11 +254,11 @@ def test_scopes_may_come_from_the_access_token_of_the_same_subject(tmp_path: Pat
     ],
 )
 def test_login_that_is_not_this_browsers_own_is_refused(
-    tmp_path: Path, issuer: TestIssuer, changes: dict[str, object], query: dict[str, str]
+    tmp_path: Path, issuer: TestIssuer, changes: dict[str, Any], query: dict[str, str]
 ) -> None:
     with run_with(issuer, tmp_path) as client:
         sent = begin(client)
-        issuer.tokens = {"id_token": issuer.sign(**{"aud": CLIENT, "nonce": sent["nonce"]} | changes)}
+        issuer.tokens = {"id_token": issuer.sign(**({"aud": CLIENT, "nonce": sent["nonce"]} | changes))}
         answer = client.get("/login/callback", params={"state": sent["state"], "code": "c"} | query)
         assert (answer.status_code, answer.json()["code"]) == (401, "login_failed")
         assert client.get("/session").json()["actor"] is None

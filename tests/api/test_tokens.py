@@ -73,7 +73,7 @@ def test_damaged_file_is_refused_as_a_whole(tmp_path: Path, line: str) -> None:
 def test_parallel_creations_lose_no_token(tmp_path: Path) -> None:
     names = [f"system-{number}" for number in range(12)]
     threads = [
-        threading.Thread(target=lambda name=name: TokenFile(tmp_path / "tokens").create(name, ["read"]))  # type: ignore[misc]
+        threading.Thread(target=lambda name=name: TokenFile(tmp_path / "tokens").create(name, ["read"]))
         for name in names
     ]
     for thread in threads:

@@ -19,13 +19,13 @@ from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from app.errors import InvalidSettings
 from app.jobs import webhooks
-from app.jobs.database import connect
+from app.jobs.database import connect, workflow_table
 from app.jobs.metrics import Metrics
 from app.jobs.webhook_sender import DeliveryFault, WebhookSender, find_address, post
 from app.jobs.webhooks import PAUSES, Outbox
 from app.main import create_app
 from app.settings import Settings, decode_webhook_secret
-from tests.api.service_process import run_service
+from tests.api.service_process import SERVICE, run_service
 from tests.api.support import BASE_URL, PATIENT_NAME, URL, WAIT, FakeEngine, fake_scan, wait_for_state
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105  # the example of the specification
@@ -109,7 +109,7 @@ def end_job(outbox: Outbox) -> Callable[..., None]:
     def end(job: str, status: str = "SUCCESS", name: str = "analyse_scan", seconds_ago: float = 0) -> None:
         values = {"workflow_uuid": job, "name": name, "status": status}
         values["updated_at"] = str(round((time.time() - seconds_ago) * 1000))
-        workflows = webhooks.workflow_table(outbox._database)
+        workflows = workflow_table(outbox._database)
         with outbox._database.begin() as connection:
             connection.execute(workflows.insert().values({**values, "updated_at": int(values["updated_at"])}))
 
@@ -360,7 +360,7 @@ def test_event_survives_kill_9(tmp_path: Path, receiver: Receiver) -> None:
     """The first process ends while the target does not answer. The next one delivers."""
     options = {"webhooks": receiver.url, "webhook_secret": SECRET}
     receiver.status = 500
-    with run_service(tmp_path, tmp_path / "log", **options) as service:
+    with run_service(tmp_path, tmp_path / "log", SERVICE, None, **options) as service:
         time.sleep(3)
         job = service.http.post(URL, content=fake_scan()).json()["id"]
         wait_for_state(service.http, job, "succeeded")
@@ -368,7 +368,7 @@ def test_event_survives_kill_9(tmp_path: Path, receiver: Receiver) -> None:
         time.sleep(1)  # until the fault is recorded; otherwise, the next process waits for the lease
     before = len(receiver.received)
     receiver.status = 200
-    with run_service(tmp_path, tmp_path / "log", **options):
+    with run_service(tmp_path, tmp_path / "log", SERVICE, None, **options):
         receiver.wait(before + 1)
         time.sleep(3)
     assert len(receiver.received) == before + 1

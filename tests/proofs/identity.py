@@ -93,6 +93,7 @@ def prove_oidc(folder: Path) -> None:
     issuer, public_url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{service_port}"
     provider = ["node", SCRIPT.name, str(port), f"{public_url}/login/callback"]
     settings = {
+        "port": str(service_port),
         "public_url": public_url,
         "oidc_issuer": issuer,
         "oidc_audience": "counterpart",
@@ -102,7 +103,7 @@ def prove_oidc(folder: Path) -> None:
         "oidc_scope_claim": "roles",
         "oidc_scopes": "radiologist=read,mtra=send+read",
     }
-    with run_service(folder / "store", folder / "log", API_ONLY, None, service_port, **settings) as service:
+    with run_service(folder / "store", folder / "log", API_ONLY, None, **settings) as service:
         http = service.http
         with run_peer(provider, node, port):
             token = fetch_token(issuer, "urn:counterpart")
@@ -235,13 +236,18 @@ def prove_mutual_tls(folder: Path) -> None:
     file = TokenFile(folder / "tokens")
     token, other = file.create("pacs-gateway", ["send", "read", "admin"]), file.create("reader", ["read"])
     port, service_port = free_port(), free_port()
-    settings = {"tokens": str(folder / "tokens"), "trusted_proxies": "127.0.0.1", "hosts": "localhost"}
+    settings = {
+        "port": str(service_port),
+        "tokens": str(folder / "tokens"),
+        "trusted_proxies": "127.0.0.1",
+        "hosts": "localhost",
+    }
     config = NGINX.format(folder=folder, token=token, port=port, service=service_port)
     (folder / "nginx.conf").write_text(config)
     (folder / "nginx.conf").chmod(0o600)
     command = ["nginx", "-c", str(folder / "nginx.conf"), "-p", str(folder)]
     with (
-        run_service(folder / "store", folder / "log", API_ONLY, None, service_port, **settings) as service,
+        run_service(folder / "store", folder / "log", API_ONLY, None, **settings) as service,
         run_peer(command, folder, port),
     ):
         url = f"https://127.0.0.1:{port}"
