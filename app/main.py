@@ -16,25 +16,23 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.api import audit, events, health, models, problems, results, scans, session, webhooks
-from app.api.calls import Calls
-from app.api.dependencies import Readiness, Services
+from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
-from app.api.guard import RequestGuard
-from app.api.logging import AccessLog, configure_logging
 from app.api.operations import Operations
-from app.api.server import open_listener, run_server
+from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
+from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
 from app.settings import Settings
+from app.site_profile import load_site_profiles
 
 log = structlog.get_logger("counterpart.service")
 
@@ -91,7 +89,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     jobs = JobService(engine, store, settings.database_url, metrics, limits)
     calls = Calls()
     operations = Operations(settings, calls, metrics, api=api)
-    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
     services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
@@ -197,14 +195,25 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
-    """Create the engine for the bundles that the settings name. A worker runs it in a child process."""
+    """Create the engine for the bundles that the settings name. A worker runs it in a child process.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    InvalidProfile
+        A site profile cannot be used.
+    """
     models_folder = str(settings.models) if settings.models else None
+    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
     arguments: dict[str, Any] = {
         "models": models_folder,
         "provider": settings.provider,
         "threads": settings.threads,
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
+        # Their content, which was checked here: the child process does not get the key.
+        "site_profiles": profiles.model_dump(mode="json"),
     }
     engine = BundleEngine(**arguments)
     if not worker:

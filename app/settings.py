@@ -146,6 +146,15 @@ class Settings(BaseSettings):
     webhook_private_hosts: str = Field(
         "", description="Hosts of webhooks that may have private addresses, separated by commas."
     )
+    profiles: Path | None = Field(
+        None, description="Folder of site profiles, which `counterpart calibrate` writes. Each *.json file is loaded."
+    )
+    profile_key: SecretStr | None = Field(
+        None, min_length=16, description="Key that signs site profiles. With it, profiles of another key are refused."
+    )
+    profile_any_scanner: bool = Field(
+        False, description="Use the only site profile of a model for scans of other scanners as well."
+    )
     deadline_seconds: int = Field(
         1800,
         ge=1,

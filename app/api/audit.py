@@ -15,8 +15,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.calls import ThreadGroup
-from app.api.dependencies import ServicesDependency
+from app.api.dependencies import ServicesDependency, ThreadGroup
 from app.api.identity import Auditor, require
 from app.api.problems import problem_of, problem_response, problem_responses
 from app.errors import AuditUnavailable, error_location

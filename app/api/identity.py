@@ -14,8 +14,8 @@ from fastapi import Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
 from starlette.types import Scope as ASGIScope
 
-from app.api.calls import Calls
 from app.api.cookies import SignedValues
+from app.api.dependencies import Calls
 from app.api.oidc import Issuer, read_oidc_settings
 from app.api.tokens import SCOPES, Scope, TokenFile, hash_token
 from app.errors import Forbidden, ForeignOrigin, Unauthorised

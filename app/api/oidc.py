@@ -20,7 +20,7 @@ import jwt
 import structlog
 from jwt import PyJWK, PyJWKClient
 
-from app.api.calls import ThreadGroup
+from app.api.dependencies import ThreadGroup
 from app.api.tokens import SCOPES, Scope
 from app.errors import IdentityUnavailable, InvalidSettings, Unauthorised, error_location
 from app.settings import PREFIX, Settings, check_web_address

@@ -6,8 +6,8 @@ import structlog
 from fastapi import FastAPI
 
 from app.api.audit import AuditMiddleware, RequestAuditor
-from app.api.calls import Calls
 from app.api.cookies import SECRET_NAME, SignedValues
+from app.api.dependencies import Calls
 from app.api.identity import Identity
 from app.errors import InvalidSettings, error_location
 from app.jobs.audit import AuditTrail

@@ -23,7 +23,7 @@ from app.api.dependencies import (
 )
 from app.api.identity import require
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
-from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
+from app.api.schemas import ScanDetail, ScanList, ScanSummary
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
 from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Priority, State
@@ -38,6 +38,8 @@ MAX_WAIT_SECONDS = 300
 # Seconds between two looks whether a waiting caller has disconnected.
 DISCONNECT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = "2"
+# The default name of a link is the file name without its suffix. "report" is report.json already.
+LINK_NAMES = {"report.dcm": "structured_report"}
 # For the OpenAPI document.
 _TEXT = {"schema": {"type": "string"}}
 JOB_HEADERS: dict[str, Any] = {
@@ -231,6 +233,55 @@ async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
 async def erase_scan(services: ServicesDependency, job: JobId) -> None:
     """Erase a scan with its results and all other traces. A running scan is stopped."""
     await services.calls.transfer(services.queue.erase, job)
+
+
+def scan_path(services: Services, job: str) -> str:
+    """Return the path of a job, with the prefix of the proxy."""
+    return f"{services.settings.root_path}/v1/scans/{job}"
+
+
+def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
+    """Return the summaries of jobs, in the same order."""
+    positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
+    return tuple(_summarise(services, job, positions.get(job.id)) for job in jobs)
+
+
+def describe_job(services: Services, job: Job) -> ScanDetail:
+    """Return a job with the findings of its published report."""
+    report = services.read_report(job.id) if job.state == "succeeded" else None
+    (summary,) = summarise_jobs(services, [job])
+    return ScanDetail(
+        **dict(summary),
+        research_use_only=True,
+        findings=report.findings if report else None,
+        lesion_volume_ml=report.lesion_volume_ml if report else None,
+        selection=report.selection if report else None,
+        timings=report.seconds if report else None,
+    )
+
+
+def _summarise(services: Services, job: Job, queue_position: int | None) -> ScanSummary:
+    path = scan_path(services, job.id)
+    links = {"self": path, "events": f"{path}/events"}
+    if job.state in {"queued", "running"}:
+        links["cancel"] = f"{path}/cancel"
+    if job.state == "succeeded":
+        names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
+        links |= {link: f"{path}/{name}" for link, name in names.items()}
+    return ScanSummary(
+        id=job.id,
+        state=job.state,
+        stage=job.stage,
+        progress=job.progress,
+        queue_position=queue_position,
+        priority=job.priority,
+        model=job.model,
+        created=job.created,
+        started=job.started,
+        ended=job.ended,
+        problem=problem_of_failed_job(job.problem) if job.problem else None,
+        links=links,
+    )
 
 
 def _parse_wait_seconds(prefer: str | None) -> int:

@@ -24,9 +24,8 @@ from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.engine import Engine
 from app.jobs.idempotency import KeyHasher
 from app.jobs.job import Cursor, Job, JobFilter, Priority, State
+from app.jobs.maintenance import StorageLimits, WorkerRegistry
 from app.jobs.metrics import Metrics
-from app.jobs.recovery import WorkerRegistry
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, Upload
 
 log = structlog.get_logger("counterpart.jobs")

@@ -1,7 +1,7 @@
 """Durable execution of jobs on DBOS.
 
 A job is a workflow of three steps, `infer`, `export` and `publish`. DBOS records the output of each step. If a
-process dies, its job stays pending until another process puts it back into the queue (`app.jobs.recovery`). The
+process dies, its job stays pending until another process puts it back into the queue (`app.jobs.maintenance`). The
 next worker continues after the last recorded step. DBOS writes a new token into the job's row at each claim, so that a
 slow worker that lost its lease can no longer record anything. The database holds ids and parameters only, as JSON. See
 decision 14.
@@ -26,10 +26,17 @@ from app.jobs.database import connect, enable_write_ahead_log, truncate_write_ah
 from app.jobs.engine import Engine
 from app.jobs.faults import ServiceFault
 from app.jobs.job import ENDED_STATES
+from app.jobs.maintenance import (
+    MAX_FAULTS,
+    StorageLimits,
+    Supervisor,
+    WorkerRegistry,
+    restart_outdated_jobs,
+    return_job,
+    select_expired,
+)
 from app.jobs.metrics import Metrics
 from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
-from app.jobs.recovery import MAX_FAULTS, Supervisor, WorkerRegistry, restart_outdated_jobs, return_job
-from app.jobs.retention import StorageLimits, select_expired
 from app.jobs.store import STALE_SECONDS, Slot, Store
 from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem, to_fault
 

@@ -1,4 +1,4 @@
-"""Recovery from dead workers: heartbeats, crash records, the supervisor thread, and jobs of other versions.
+"""Maintenance of the jobs: recovery from dead workers, jobs of other versions, and limits on disk use.
 
 Two tables beside those of DBOS hold the heartbeats and the crash records. A worker increments the counter of its
 row. No clocks are compared: each observer notes by its own clock when a counter last changed, and considers a
@@ -6,17 +6,22 @@ worker dead if its counter has not changed for the length of a lease.
 """
 
 import secrets
+import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 import sqlalchemy as sa
 import structlog
 from sqlalchemy.exc import IntegrityError
 
-from app.errors import error_location
+from app.errors import StoreFull, error_location
 from app.jobs.database import step_table, workflow_table
+from app.jobs.job import Job
+from app.jobs.store import Store
 
 # Seconds between two heartbeats, and without one until a worker is considered dead. A busy machine may miss some.
 HEARTBEAT_SECONDS = 2.0
@@ -27,8 +32,8 @@ RETENTION_SECONDS = 600.0
 ERASURE_SECONDS = 30.0
 # A scan is quarantined after this many crashes if one of them is confirmed: the child process of the analysis ended and
 # its worker recorded it. If the worker itself died, the cause is unknown, and the scan is tried again. The memory of
-# the child process is limited (`app.jobs.child`), so that the child dies before its worker. The second number limits
-# the unconfirmed crashes.
+# the child process is limited (`app.jobs.subprocess_engine`), so that the child dies before its worker. The second
+# number limits the unconfirmed crashes.
 MAX_CRASHES = 2
 MAX_UNCONFIRMED_CRASHES = 20
 # A worker name with this mark in a crash record stands for a confirmed crash.
@@ -38,6 +43,7 @@ MAX_FAULTS = 10
 FAULT_DELAY_SECONDS = 2.0
 MAX_FAULT_DELAY_SECONDS = 300.0
 CRASH_RECORD_SECONDS = 7 * 24 * 3600.0
+GIGABYTE = 10**9
 
 log = structlog.get_logger("counterpart.jobs")
 
@@ -55,6 +61,9 @@ crashes_table = sa.Table(
     sa.Column("worker", sa.Text, primary_key=True),
     sa.Column("at", sa.Float, nullable=False),
 )
+
+
+# ---- workers -----------------------------------------------------------------------------------
 
 
 class WorkerRegistry:
@@ -260,6 +269,9 @@ class Supervisor:
             log.warning("job of a dead worker requeued", job=job)
 
 
+# ---- jobs that start again ---------------------------------------------------------------------
+
+
 def return_job(database: sa.Engine, job: str, worker: str, code: str | None) -> int:
     """Put a job that a worker holds back into the queue, after a fault of the service.
 
@@ -338,3 +350,78 @@ def restart_outdated_jobs(
         if jobs:
             connection.execute(steps.delete().where(steps.c.workflow_uuid.in_(jobs)))
     return jobs
+
+
+# ---- limits on disk use ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StorageLimits:
+    """Limits set by the operator.
+
+    Attributes
+    ----------
+    queue_limit : int
+        Number of waiting jobs at which new jobs are refused.
+    min_free_gb : float
+        Free disk space in GB (10^9 bytes) below which new scans are refused.
+    keep_days : float
+        Age in days at which an ended job is erased. 0 keeps all jobs.
+    keep_gb : float
+        Size of scans and results in GB above which the oldest ended jobs are erased. 0 sets no limit.
+    """
+
+    queue_limit: int = 100
+    min_free_gb: float = 0.0
+    keep_days: float = 0.0
+    keep_gb: float = 0.0
+
+    def check_disk(self, store: Store, size: int) -> None:
+        """Refuse an upload that would leave too little free disk space.
+
+        Parameters
+        ----------
+        store : Store
+        size : int
+            Size of the upload in bytes, as far as it is known.
+
+        Raises
+        ------
+        StoreFull
+        """
+        free = shutil.disk_usage(store.root).free - size
+        if free < self.min_free_gb * GIGABYTE:
+            raise StoreFull(
+                f"The scan would leave {max(free, 0) / GIGABYTE:.1f} GB of free disk space.",
+                expected=f"at least {self.min_free_gb:g} GB (COUNTERPART_MIN_FREE_GB).",
+                advice="Send the scan again later. The operator can free disk space, or keep scans for a shorter time.",
+            )
+
+
+def select_expired(
+    ended: Sequence[Job], sizes: dict[str, int], limits: StorageLimits, now: datetime | None = None
+) -> list[str]:
+    """Return the ids of the jobs to erase, the oldest first.
+
+    Parameters
+    ----------
+    ended : sequence of Job
+        Ended jobs, the oldest first.
+    sizes : dict
+        Size in bytes of each job in the store.
+    limits : StorageLimits
+    now : datetime, optional
+        UTC time, by default the current time.
+    """
+    now = now or datetime.now(UTC)
+    oldest_kept = now - timedelta(days=limits.keep_days)
+    expired = [job.id for job in ended if limits.keep_days and (job.ended or job.created) < oldest_kept]
+    if limits.keep_gb:
+        total = sum(sizes.values()) - sum(sizes.get(job, 0) for job in expired)
+        for job in ended:
+            if total <= limits.keep_gb * GIGABYTE:
+                break
+            if job.id in sizes and job.id not in expired:
+                expired.append(job.id)
+                total -= sizes[job.id]
+    return expired
