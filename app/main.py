@@ -15,7 +15,7 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import audit, events, health, models, problems, results, scans, session, webhooks
+from app.api import audit, events, health, models, problems, results, scans, session, token_list, webhooks
 from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
 from app.api.operations import Operations
@@ -45,6 +45,7 @@ API_ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     audit.router,
     webhooks.router,
+    token_list.router,
 )
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.

@@ -12,10 +12,19 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Body, Query, Request, Response, Security
 from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.security import HTTPAuthorizationCredentials
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.identity import SESSION_COOKIE as COOKIE
-from app.api.identity import SESSION_SECONDS, Identity, Principal, check_same_origin, get_identity, session_cookie
+from app.api.identity import (
+    SESSION_SECONDS,
+    Identity,
+    Principal,
+    bearer,
+    check_same_origin,
+    get_identity,
+    session_cookie,
+)
 from app.api.problems import problem_responses
 from app.api.tokens import SCOPES, Scope
 from app.errors import CounterpartError, Forbidden, LoginFailed, NotFound, Unauthorised
@@ -46,16 +55,23 @@ class SessionState(BaseModel):
     login: Literal["none", "token", "oidc"] = Field(description="How a person logs in.")
 
 
-@router.get("/session", responses=problem_responses(403, 503))
+@router.get("/session", responses=problem_responses(401, 403, 503))
 async def get_session(
-    request: Request, response: Response, cookie: Annotated[str | None, Security(session_cookie)]
+    request: Request,
+    response: Response,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
+    cookie: Annotated[str | None, Security(session_cookie)],
 ) -> SessionState:
-    """Show who is logged in. No session is no error: then `actor` is null."""
+    """Show who is logged in. No session is no error: then `actor` is null. A wrong bearer token is one."""
     identity = get_identity(request)
     response.headers["Cache-Control"] = "no-store"
+    token = credentials.credentials if credentials else None
     try:
-        return _describe(identity, await identity.authenticate(request, _bearer_token(request), cookie))
+        return _describe(identity, await identity.authenticate(request, token, cookie))
     except Unauthorised:
+        if token is not None:
+            request.state.action = "refuse"
+            raise
         return _describe(identity, None)
 
 
@@ -226,11 +242,6 @@ def _set_cookie(
 
 def _cookie_path(request: Request) -> str:
     return request.scope.get("root_path") or "/"
-
-
-def _bearer_token(request: Request) -> str | None:
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    return token if scheme.lower() == "bearer" else None
 
 
 def _describe(identity: Identity, principal: Principal | None) -> SessionState:

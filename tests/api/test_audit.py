@@ -97,8 +97,8 @@ def test_refused_tokens_and_logins_have_rows_and_probes_have_none(tmp_path: Path
         for path in ("/livez", "/readyz", "/session", "/v1/models", URL):
             client.get(path)
         assert rows(client) == []
-        for _ in range(3):
-            client.get(URL, headers=bearer("wrong"))
+        for path in (URL, "/session", URL):
+            client.get(path, headers=bearer("wrong"))
         client.get("/metrics", headers=bearer("geheim"))
         client.post("/session", json={"token": "wrong"}, headers=CSRF)
         client.post("/session", json={"token": "geheim"}, headers=CSRF)

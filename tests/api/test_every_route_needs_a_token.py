@@ -32,6 +32,7 @@ EXPECTED: dict[tuple[str, str], Scope] = {
     ("GET", "/v1/models/{model}"): "read",
     ("GET", "/metrics"): "metrics",
     ("GET", "/v1/audit"): "admin",
+    ("GET", "/v1/tokens"): "admin",
     ("GET", "/v1/webhooks/failed"): "admin",
     ("POST", "/v1/webhooks/failed/{webhook}/retry"): "admin",
 }

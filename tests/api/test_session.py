@@ -48,6 +48,8 @@ def test_session_begins_and_ends(tmp_path: Path) -> None:
     with run(tmp_path, token=TOKEN) as client:
         assert client.get("/session").json() == {"actor": None, "scopes": [], "login": "token"}
         assert client.get("/session", headers={"Authorization": f"Bearer {TOKEN}"}).json()["actor"] == "token"
+        wrong = client.get("/session", headers={"Authorization": "Bearer geheim"})
+        assert (wrong.status_code, wrong.json()["code"]) == (401, "unauthorised")
         refused = log_in(client, "geheim")
         assert (refused.status_code, refused.json()["code"]) == (401, "unauthorised")
         assert "geheim" not in refused.text

@@ -101,6 +101,19 @@ def test_service_notices_new_revoked_and_damaged_tokens_without_a_restart(tmp_pa
         assert client.get(URL, headers=bearer(token)).status_code == 401
 
 
+def test_operators_list_the_tokens_without_their_hashes(tmp_path: Path) -> None:
+    file = TokenFile(tmp_path / "tokens")
+    token = file.create("operator", ["admin"])
+    file.create("gateway", ["read", "send"])
+    file.revoke("gateway")
+    settings = Settings(store=str(tmp_path / "store"), tokens=tmp_path / "tokens", drain_seconds=0)
+    with TestClient(create_app(settings, FakeEngine()), BASE_URL) as client:
+        answer = client.get("/v1/tokens", headers=bearer(token))
+        found = [(t["name"], t["scopes"], t["revoked"] is not None) for t in answer.json()["tokens"]]
+        assert found == [("operator", ["admin"], False), ("gateway", ["send", "read"], True)]
+        assert not any(known.sha256 in answer.text for known in file.read())
+
+
 def test_static_token_works_beside_named_tokens(tmp_path: Path) -> None:
     file = TokenFile(tmp_path / "tokens")
     named = file.create("scraper", ["metrics"])
