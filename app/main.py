@@ -15,7 +15,22 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import audit, events, health, models, problems, results, scans, session, token_list, webhooks
+from app.api import (
+    audit,
+    events,
+    health,
+    models,
+    pages,
+    problems,
+    results,
+    reviews,
+    sample,
+    scans,
+    session,
+    token_list,
+    webhooks,
+)
+from app.api.cross_origin import allow_origins
 from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
 from app.api.operations import Operations
@@ -40,9 +55,12 @@ log = structlog.get_logger("counterpart.service")
 API_ROUTERS: tuple[APIRouter, ...] = (
     session.router,
     events.router,
+    sample.router,
     scans.router,
     results.router,
+    reviews.router,
     models.router,
+    pages.router,
     audit.router,
     webhooks.router,
     token_list.router,
@@ -145,6 +163,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
     operations.attach(app)
+    if settings.allowed_origins:
+        allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)

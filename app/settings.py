@@ -89,6 +89,11 @@ class Settings(BaseSettings):
         "openid", description="Scopes that the login in the browser requests, separated by spaces."
     )
     oidc_client_secret: SecretStr | None = Field(None, description="Secret of the client, if the issuer requires one.")
+    cors_origins: str = Field(
+        "",
+        description="Origins of web pages that may call the API and embed the viewer, such as "
+        "https://dashboard.example, separated by commas.",
+    )
     models: Path | None = Field(None, description="Folder of model bundles. By default, the shipped bundles are used.")
     store: str = Field(
         default_factory=default_data_folder,
@@ -248,6 +253,23 @@ class Settings(BaseSettings):
     def webhook_targets(self) -> tuple[str, ...]:
         """URLs of `webhooks`."""
         return tuple(url for url in self.webhooks.split(",") if url)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str) -> str:
+        names = [name.strip().lower() for name in origins.split(",") if name.strip()]
+        if not all(re.fullmatch(r"https?://([\w-]+(\.[\w-]+)*|\[[0-9a-f:.]+\])(:\d{1,5})?", name) for name in names):
+            raise ValueError(
+                "origins are a scheme, a host and a port if it is not the default one, such as https://a.example, "
+                "without path and without *, separated by commas"
+            )
+        # Browsers leave the default port out.
+        return ",".join(re.sub(r"^(http(?=:.*:80$)|https(?=:.*:443$))(.*):\d+$", r"\1\2", name) for name in names)
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """Origins of `cors_origins`, as a browser writes them into the header Origin."""
+        return frozenset(self.cors_origins.split(",")) - {""}
 
     @property
     def accepted_hosts(self) -> frozenset[str]:

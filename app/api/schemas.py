@@ -17,6 +17,14 @@ class Schema(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
+class ReviewCounts(Schema):
+    """Number of readers' verdicts of each kind on the findings of a job."""
+
+    right: int = 0
+    wrong: int = 0
+    unsure: int = 0
+
+
 class ScanSummary(Schema):
     """A job in a list."""
 
@@ -31,6 +39,14 @@ class ScanSummary(Schema):
     started: datetime | None
     ended: datetime | None
     problem: Problem | None = Field(description="Cause of the failure; null unless failed.")
+    lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
+    findings_count: int | None = Field(
+        description="Number of findings. This and the two fields below are null unless succeeded, and in the list "
+        "for a job of a version that did not record them."
+    )
+    scan_score: float | None = Field(description="`scores.scan` of report.json.")
+    warnings_count: int | None = Field(description="Number of `warnings` of report.json.")
+    reviews: ReviewCounts = Field(description="Readers' verdicts on the findings.")
     links: dict[str, str] = Field(description="Paths of the job, its actions and its results.")
 
 
@@ -39,7 +55,6 @@ class ScanDetail(ScanSummary):
 
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
-    lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
     selection: ModelSelectionReport | None = Field(
         description="The rule that selected the model, and whether the scan surely fits; null unless succeeded."
     )
@@ -49,7 +64,7 @@ class ScanDetail(ScanSummary):
 class ScanList(Schema):
     """A page of jobs."""
 
-    scans: tuple[ScanSummary, ...] = Field(description="Newest first.")
+    scans: tuple[ScanSummary, ...] = Field(description="Newest first, unless `order` is `oldest`.")
     next: str | None = Field(description="Path of the next page; null on the last page.")
 
 

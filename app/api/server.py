@@ -269,6 +269,7 @@ class RequestGuard:
         self._has_token = settings.has_access_control
         self._hosts = settings.accepted_hosts
         self._root_path = settings.root_path
+        self._origins = settings.allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -327,11 +328,14 @@ class RequestGuard:
         site = headers.get("sec-fetch-site", "none").lower()
         origin = headers.get("origin")
         is_own = origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
+        if origin in self._origins:
+            return
         if not is_own or (site not in OWN_SITES and not is_link):
             raise ForeignOrigin(
                 "A web page of another site sent the request, and the service has no token.",
                 expected="a request of a program, or of the service's own pages.",
-                advice="Call the service from a program, or set COUNTERPART_TOKEN.",
+                advice="Call the service from a program, set COUNTERPART_TOKEN, or ask the operator to add the site to "
+                "COUNTERPART_CORS_ORIGINS.",
             )
 
 

@@ -21,9 +21,10 @@ from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
 from app.export.preview import write_preview
 from app.export.report import Report
+from app.export.thumbnail import write_thumbnail
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
-from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Format, Scan
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, FloatArray, Format, Scan
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
     from pydicom.dataset import Dataset
@@ -133,6 +134,10 @@ def _write_counterpart(context: ExportContext, path: Path) -> None:
     _write_volume(context, path, context.result.counterpart, "imagined healthy counterpart")
 
 
+def _write_image(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, to_smallest_type(context.scan.volume.array), "scan, as it was read")
+
+
 def _write_brain(context: ExportContext, path: Path) -> NoBrainMask | None:
     if isinstance(context.brain, NoBrainMask):
         return context.brain
@@ -176,8 +181,31 @@ def write_nifti(
         image.to_stream(compressed)
 
 
+def to_smallest_type(array: FloatArray) -> FloatArray | npt.NDArray[np.int16]:
+    """Return an array as int16 if that changes no value, else unchanged.
+
+    Parameters
+    ----------
+    array : (X, Y, Z) ndarray of float32
+        Finite values.
+    """
+    limits = np.iinfo(np.int16)
+    whole = np.empty(array.shape, dtype=np.int16)
+    for source, target in zip(array, whole, strict=True):  # plane by plane, to save memory
+        if source.min() < limits.min or source.max() > limits.max:
+            return array
+        target[:] = source
+        if (target != source).any():
+            return array
+    return whole
+
+
 def _write_preview(context: ExportContext, path: Path) -> None:
     write_preview(path, context.result, context.report)
+
+
+def _write_thumbnail(context: ExportContext, path: Path) -> None:
+    write_thumbnail(path, context.result)
 
 
 def _write_segmentation(context: ExportContext, path: Path) -> CounterpartError | None:
@@ -243,6 +271,15 @@ OUTPUTS: tuple[Output, ...] = (
         always=True,
     ),
     Output(
+        "image.nii.gz",
+        "application/gzip",
+        "The scan as it was read, on its own grid, for viewers: int16 if that is exact, else float32.",
+        _write_image,
+        # The only output of its size beside counterpart.nii.gz. It is written when the maps are.
+        order=2,
+        always=True,
+    ),
+    Output(
         "report.json",
         "application/json",
         "Findings, scores, model and provenance.",
@@ -256,6 +293,14 @@ OUTPUTS: tuple[Output, ...] = (
         "image/png",
         "Planes of the surest findings: scan, counterpart, anomaly map and outlines of the mask side by side.",
         _write_preview,
+        order=3,
+        always=True,
+    ),
+    Output(
+        "thumbnail.png",
+        "image/png",
+        "Axial plane of the surest finding with its outline, 160 by 160 pixels.",
+        _write_thumbnail,
         order=3,
         always=True,
     ),

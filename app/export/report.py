@@ -172,6 +172,8 @@ class Report(FrozenModel):
 class ReportSummary(BaseModel):
     """Part of a report that all versions since 0.1.0 can provide."""
 
+    model: str
+    code_version: str
     findings: tuple[Finding, ...]
     lesion_volume_ml: float
     selection: ModelSelectionReport | None
@@ -187,6 +189,8 @@ def read_report_summary(content: bytes) -> ReportSummary:
     if selection is None and (choice := model.get("choice")):  # its former name
         selection = {"by": choice["by"], "certain": choice["sure"], "warning": choice["doubt"]}
     return ReportSummary(
+        model=model["id"],
+        code_version=document["code_version"],
         findings=document["findings"],
         lesion_volume_ml=document["lesion_volume_ml"],
         selection=selection,

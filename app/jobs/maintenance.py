@@ -19,7 +19,7 @@ import structlog
 from sqlalchemy.exc import IntegrityError
 
 from app.errors import StoreFull, error_location
-from app.jobs.database import step_table, workflow_table
+from app.jobs.database import create_tables, step_table, workflow_table
 from app.jobs.job import Job
 from app.jobs.store import Store
 
@@ -80,13 +80,7 @@ class WorkerRegistry:
 
     def create_tables(self) -> None:
         """Create the tables if they are missing. Two processes may do so at once."""
-        for table in metadata.sorted_tables:
-            try:
-                with self._database.begin() as connection:
-                    table.create(connection, checkfirst=True)
-            except sa.exc.DBAPIError:
-                if not sa.inspect(self._database).has_table(table.name):
-                    raise
+        create_tables(self._database, metadata)
 
     def send_heartbeat(self, worker: str) -> None:
         """Increment the counter of a worker. The first heartbeat creates its row."""

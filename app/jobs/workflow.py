@@ -130,6 +130,7 @@ class JobService:
             DBOS.listen_queues([])
         DBOS.launch()
         self._registry.create_tables()
+        self.queue.reviews.create_table()
         # This process holds the lock of its slot, so all earlier processes of the slot have ended.
         self._supervisor.start(self._executor_id if worker else None, slot_prefix=f"{self._slot.name}-")
         DBOS.register_queue(
@@ -200,6 +201,7 @@ class JobService:
         for job in select_expired(ended, sizes, self._limits):
             with suppress(errors.NotFound):  # another process has erased it
                 self.queue.erase(job)
+        self.queue.reviews.remove_orphans()
         truncate_write_ahead_log(self._database)
         if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
             self._last_sweep = time.monotonic()
@@ -300,7 +302,8 @@ class JobService:
             self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
         self._metrics.outcomes.labels("succeeded").inc()
-        return {"model": exported["model"], "results": exported["results"]}
+        # An older version may have recorded the export, without a summary.
+        return {name: exported.get(name) for name in ("model", "results", "summary")}
 
     def _publish(self, job: str, work: str) -> None:
         """Publish staged results, unless the job was cancelled. Whatever comes last removes the results."""
