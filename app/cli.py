@@ -4,13 +4,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from app import __version__
-from app.errors import CannotAnalyse, CounterpartError, InternalError, UnreadableScan, UploadError
+from app.errors import CannotAnalyse, CounterpartError, InternalError, InvalidSettings, UnreadableScan, UploadError
+
+if TYPE_CHECKING:
+    from app.api.tokens import TokenFile
 
 # Folders that MONAI Deploy (Holoscan) and mercure give to a container: docs/integrations.md.
 INPUT_VARIABLES = ["HOLOSCAN_INPUT_PATH", "MONAI_INPUTPATH", "MERCURE_IN_DIR"]
@@ -25,6 +28,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # it prints local variables, which may contain patient data
 )
+
+
+token_commands = typer.Typer(no_args_is_help=True, help="Manage the named tokens of COUNTERPART_TOKENS.")
+app.add_typer(token_commands, name="token")
 
 
 @contextmanager
@@ -318,6 +325,63 @@ def doctor() -> None:
     print_settings(settings, Console())
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(STATUS_OTHER)
+
+
+@app.command("audit-log")
+def audit_log(
+    after: Annotated[int, typer.Option(help="Only rows with a larger id.", min=0)] = 0,
+) -> None:
+    """Print the audit trail as JSON lines."""
+    with report_errors():
+        from app.jobs.audit import AuditTrail
+        from app.jobs.database import check_database, connect
+        from app.settings import read_settings
+
+        settings = read_settings()
+        check_database(settings.database_url)
+        for row in AuditTrail(connect(settings.database_url)).read_all(after):
+            typer.echo(row.to_line(), nl=False)
+
+
+@token_commands.command("create")
+def create_token(
+    name: Annotated[str, typer.Argument(help="Name of the system or person that uses the token.")],
+    scope: Annotated[list[str], typer.Option(help="send, read, erase, metrics or admin. The option may be repeated.")],
+) -> None:
+    """Create a token and print it. Only its hash is stored, so that it cannot be printed again."""
+    with report_errors():
+        typer.echo(_open_token_file().create(name, scope))
+
+
+@token_commands.command("list")
+def list_tokens() -> None:
+    """List the tokens with their scopes, without their values."""
+    with report_errors():
+        for token in _open_token_file().read():
+            state = f"revoked {token.revoked:%Y-%m-%d %H:%M} UTC" if token.revoked else "valid"
+            scopes = ",".join(sorted(token.scopes))
+            typer.echo(f"{token.name}\t{scopes}\tcreated {token.created:%Y-%m-%d %H:%M} UTC\t{state}")
+
+
+@token_commands.command("revoke")
+def revoke_token(name: Annotated[str, typer.Argument(help="Name of the token.")]) -> None:
+    """Revoke a token. Running services refuse it, and its sessions, at their next request."""
+    with report_errors():
+        _open_token_file().revoke(name)
+
+
+def _open_token_file() -> "TokenFile":
+    from app.api.tokens import TokenFile
+    from app.settings import read_settings
+
+    path = read_settings().tokens
+    if path is None:
+        raise InvalidSettings(
+            "COUNTERPART_TOKENS is not set.",
+            expected="the path of the file of tokens, in the environment of the service and of this command.",
+            advice="Set it, for example to /etc/counterpart/tokens.",
+        )
+    return TokenFile(path.expanduser())
 
 
 def main() -> None:

@@ -294,6 +294,34 @@ class NotAcceptable(CounterpartError):
     title = "Not an offered media type"
 
 
+class Forbidden(CounterpartError):
+    """The caller is known, and lacks the scope of the route."""
+
+    code = "forbidden"
+    title = "Scope required"
+
+
+class LoginFailed(CounterpartError):
+    """The login by OIDC ended without a session."""
+
+    code = "login_failed"
+    title = "Login failed"
+
+
+class IdentityUnavailable(CounterpartError):
+    """The token cannot be checked, because its keys or the file of tokens cannot be read."""
+
+    code = "identity_unavailable"
+    title = "Tokens cannot be checked"
+
+
+class AuditUnavailable(CounterpartError):
+    """The audit trail cannot be written, so the request is refused."""
+
+    code = "audit_unavailable"
+    title = "Audit trail not available"
+
+
 class NotFound(CounterpartError):
     code = "not_found"
     title = "Not found"

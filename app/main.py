@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.api import (
+    audit,
     deliveries,
     dicomweb,
     events,
@@ -27,13 +28,17 @@ from app.api import (
     reviews,
     sample,
     scans,
+    session,
     stow,
+    token_list,
+    webhooks,
 )
 from app.api.catalogue import Catalogue
 from app.api.cross_origin import allow_origins
 from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
 from app.api.openapi import remove_validation_errors
+from app.api.operations import Operations
 from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
@@ -58,6 +63,7 @@ log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
 API_ROUTERS: tuple[APIRouter, ...] = (
+    session.router,
     events.router,
     deliveries.router,
     sample.router,
@@ -68,6 +74,9 @@ API_ROUTERS: tuple[APIRouter, ...] = (
     pages.router,
     stow.router,
     dicomweb.router,
+    audit.router,
+    webhooks.router,
+    token_list.router,
 )
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
@@ -143,6 +152,7 @@ def create_app(
     dicom_node = [Node(settings, jobs.queue, store, metrics.registry)] if node else []
     companions = Companions(*deliverer, *dicom_node)
     calls = Calls()
+    operations = Operations(settings, calls, metrics, api=api)
     follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
@@ -175,6 +185,7 @@ def create_app(
         try:
             await run_in_threadpool(partial(jobs.start, worker=worker))
             await run_in_threadpool(companions.start)
+            await run_in_threadpool(operations.start)
         except Exception as error:
             app.state.start_error = error  # the server drops it
             raise
@@ -185,6 +196,7 @@ def create_app(
         stopped.set()
         await run_in_threadpool(companions.stop)
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
+        await run_in_threadpool(operations.stop)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
@@ -209,6 +221,7 @@ def create_app(
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    operations.attach(app)
     if settings.allowed_origins:
         allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
@@ -355,8 +368,13 @@ def _prepare(settings: Settings) -> socket.socket:
 def _run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     log.info("starting", host=settings.host, port=port, provider=settings.provider)
+    options = {
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS,
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
+    }
     try:
-        run_server(app, listener, on_stop=app.state.services.stop, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        run_server(app, listener, on_stop=app.state.services.stop, **options)
     except SystemExit:
         error = getattr(app.state, "start_error", None)
         if isinstance(error, SQLAlchemyError):

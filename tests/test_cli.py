@@ -217,7 +217,7 @@ def test_version(run: Run) -> None:
 
 
 def test_every_command_and_option_is_documented_and_no_other() -> None:
-    sections = dict(re.findall(r"^## counterpart (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## counterpart ([\w-]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert sections.keys() == commands.keys()
     for name, command in commands.items():

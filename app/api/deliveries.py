@@ -2,12 +2,13 @@
 
 from fastapi import APIRouter, Depends
 
-from app.api.dependencies import JobId, Services, ServicesDependency, require_token
+from app.api.dependencies import JobId, Services, ServicesDependency
+from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.scans import describe_job
 from app.api.schemas import ScanDetail
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("send", "retry"))])
 
 
 @router.post("/{job}/deliveries/retry", responses=problem_responses(401, 403, 404, 503))

@@ -1,4 +1,4 @@
-"""Dependencies of the routes: the services with their blocking calls, the token check and the job id.
+"""Dependencies of the routes: the services with their blocking calls, the check of the query, and the job id.
 
 A route runs a blocking call in a thread of the call's own kind and with a deadline. A database or a bucket that hangs
 holds the threads that wait for it. Then the other routes still have threads, and callers get 503 instead of no answer.
@@ -6,7 +6,6 @@ holds the threads that wait for it. Then the other routes still have threads, an
 
 import asyncio
 import queue
-import secrets
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 from fastapi import Depends, Path, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.api.catalogue import Catalogue
 from app.api.follower import JobFollower
@@ -26,7 +24,6 @@ from app.errors import (
     DatabaseUnavailable,
     InternalError,
     StoreUnavailable,
-    Unauthorised,
     error_location,
 )
 from app.export.report import ReportSummary, read_report_summary
@@ -41,8 +38,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 JobId = Annotated[str, Path(description="Id of the job.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
-
-bearer = HTTPBearer(auto_error=False, description="COUNTERPART_TOKEN, if the operator set one.")
 
 # ---- blocking calls ----------------------------------------------------------------------------
 
@@ -272,25 +267,3 @@ def refuse_unknown_parameters(request: Request) -> None:
                 expected=f"{nearest}." if nearest else f"{', '.join(known)}.",
                 advice="Correct the name of the parameter, or remove it.",
             )
-
-
-def require_token(
-    services: ServicesDependency, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> None:
-    """Check the bearer token, in constant time. Accept every request if no token is set.
-
-    Raises
-    ------
-    Unauthorised
-        The token is missing or wrong.
-    """
-    token = services.settings.token
-    if token is None:
-        return
-    sent = credentials.credentials if credentials else ""
-    if not secrets.compare_digest(sent.encode(), token.get_secret_value().encode()):
-        raise Unauthorised(
-            "The request has no token, or a wrong token.",
-            expected="Authorization: Bearer <token>.",
-            advice="Ask the operator for the value of COUNTERPART_TOKEN.",
-        )

@@ -23,13 +23,15 @@ from app.api.catalogue import (
     Catalogue,
     Entry,
 )
-from app.api.dependencies import ServicesDependency, require_token
+from app.api.dependencies import ServicesDependency
+from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.stow import DICOM_JSON, StudyUid, base_url
 from app.errors import BadRequest, NotAcceptable, NotFound
 from app.ingest.dicom.instances import DicomJson, read_attributes, read_frames, tag_of
 
-router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"])
+_LIST, _SHOW, _DOWNLOAD = ([Depends(require("read", action))] for action in ("list", "show", "download"))
 
 SeriesUid = Annotated[str, PathParameter(description="SeriesInstanceUID.", pattern=r"^[0-9.]{1,64}$")]
 InstanceUid = Annotated[str, PathParameter(description="SOPInstanceUID.", pattern=r"^[0-9.]{1,64}$")]
@@ -63,7 +65,7 @@ _RETRIEVE: dict[int | str, dict[str, Any]] = {**_FILES, **problem_responses(400,
 # ---- search ------------------------------------------------------------------------------------
 
 
-@router.get("/studies", responses=_SEARCH)
+@router.get("/studies", dependencies=_LIST, responses=_SEARCH)
 async def search_studies(
     request: Request, services: ServicesDependency, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
@@ -71,7 +73,7 @@ async def search_studies(
     return await _search(request, services, "study", (limit, offset))
 
 
-@router.get("/series", responses=_SEARCH)
+@router.get("/series", dependencies=_LIST, responses=_SEARCH)
 async def search_series(
     request: Request, services: ServicesDependency, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
@@ -79,7 +81,7 @@ async def search_series(
     return await _search(request, services, "series", (limit, offset))
 
 
-@router.get("/instances", responses=_SEARCH)
+@router.get("/instances", dependencies=_LIST, responses=_SEARCH)
 async def search_instances(
     request: Request, services: ServicesDependency, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
@@ -87,7 +89,7 @@ async def search_instances(
     return await _search(request, services, "instance", (limit, offset))
 
 
-@router.get("/studies/{study}/series", responses=_SEARCH)
+@router.get("/studies/{study}/series", dependencies=_LIST, responses=_SEARCH)
 async def search_series_of_study(
     request: Request, services: ServicesDependency, study: StudyUid, limit: Limit = 100, offset: Offset = 0
 ) -> Response:
@@ -95,7 +97,7 @@ async def search_series_of_study(
     return await _search(request, services, "series", (limit, offset), study)
 
 
-@router.get("/studies/{study}/instances", responses=_SEARCH)
+@router.get("/studies/{study}/instances", dependencies=_LIST, responses=_SEARCH)
 async def search_instances_of_study(
     request: Request, services: ServicesDependency, study: StudyUid, limit: Limit = 1000, offset: Offset = 0
 ) -> Response:
@@ -103,7 +105,7 @@ async def search_instances_of_study(
     return await _search(request, services, "instance", (limit, offset), study)
 
 
-@router.get("/studies/{study}/series/{series}/instances", responses=_SEARCH)
+@router.get("/studies/{study}/series/{series}/instances", dependencies=_LIST, responses=_SEARCH)
 async def search_instances_of_series(
     request: Request,
     services: ServicesDependency,
@@ -217,13 +219,13 @@ def _describe(level: str, group: Sequence[Entry], keywords: Sequence[str], base:
 # ---- retrieve ----------------------------------------------------------------------------------
 
 
-@router.get("/studies/{study}", responses=_RETRIEVE)
+@router.get("/studies/{study}", dependencies=_DOWNLOAD, responses=_RETRIEVE)
 async def retrieve_study(request: Request, services: ServicesDependency, study: StudyUid) -> Response:
     """Retrieve the instances of a study."""
     return await _retrieve(request, services, study)
 
 
-@router.get("/studies/{study}/series/{series}", responses=_RETRIEVE)
+@router.get("/studies/{study}/series/{series}", dependencies=_DOWNLOAD, responses=_RETRIEVE)
 async def retrieve_series(
     request: Request, services: ServicesDependency, study: StudyUid, series: SeriesUid
 ) -> Response:
@@ -231,7 +233,7 @@ async def retrieve_series(
     return await _retrieve(request, services, study, series)
 
 
-@router.get("/studies/{study}/series/{series}/instances/{instance}", responses=_RETRIEVE)
+@router.get("/studies/{study}/series/{series}/instances/{instance}", dependencies=_DOWNLOAD, responses=_RETRIEVE)
 async def retrieve_instance(
     request: Request, services: ServicesDependency, study: StudyUid, series: SeriesUid, instance: InstanceUid
 ) -> Response:
@@ -239,13 +241,13 @@ async def retrieve_instance(
     return await _retrieve(request, services, study, series, instance)
 
 
-@router.get("/studies/{study}/metadata", responses=_METADATA)
+@router.get("/studies/{study}/metadata", dependencies=_SHOW, responses=_METADATA)
 async def retrieve_study_metadata(request: Request, services: ServicesDependency, study: StudyUid) -> Response:
     """Retrieve the attributes of the instances of a study, without pixel data."""
     return await _metadata(request, services, study)
 
 
-@router.get("/studies/{study}/series/{series}/metadata", responses=_METADATA)
+@router.get("/studies/{study}/series/{series}/metadata", dependencies=_SHOW, responses=_METADATA)
 async def retrieve_series_metadata(
     request: Request, services: ServicesDependency, study: StudyUid, series: SeriesUid
 ) -> Response:
@@ -253,7 +255,7 @@ async def retrieve_series_metadata(
     return await _metadata(request, services, study, series)
 
 
-@router.get("/studies/{study}/series/{series}/instances/{instance}/metadata", responses=_METADATA)
+@router.get("/studies/{study}/series/{series}/instances/{instance}/metadata", dependencies=_SHOW, responses=_METADATA)
 async def retrieve_instance_metadata(
     request: Request, services: ServicesDependency, study: StudyUid, series: SeriesUid, instance: InstanceUid
 ) -> Response:
@@ -261,7 +263,9 @@ async def retrieve_instance_metadata(
     return await _metadata(request, services, study, series, instance)
 
 
-@router.get("/studies/{study}/series/{series}/instances/{instance}/frames/{frames}", responses=_RETRIEVE)
+@router.get(
+    "/studies/{study}/series/{series}/instances/{instance}/frames/{frames}", dependencies=_DOWNLOAD, responses=_RETRIEVE
+)
 async def retrieve_frames(
     request: Request,
     services: ServicesDependency,
@@ -275,29 +279,30 @@ async def retrieve_frames(
     """Retrieve frames of an instance as they are stored."""
     _check_accept(request, "multipart/related")
     numbers = [int(number) for number in frames.split(",") if number]
-    entries = await _find(services, study, series, instance)
+    entries = await _find(request, services, study, series, instance)
     syntax, parts = await services.calls.transfer(_read_frames, services.catalogue, entries[0], numbers)
     kind = "application/octet-stream"
     return _multipart(kind, ((f"{kind}; transfer-syntax={syntax}", iter([part])) for part in parts))
 
 
-async def _find(services: ServicesDependency, *uids: str) -> list[Entry]:
+async def _find(request: Request, services: ServicesDependency, *uids: str) -> list[Entry]:
     entries = await services.calls.transfer(services.catalogue.find, *uids)
     if not entries:
         raise _not_found()
+    request.state.jobs = sorted({entry.job for entry in entries})  # for the audit trail
     return entries
 
 
 async def _retrieve(request: Request, services: ServicesDependency, *uids: str) -> Response:
     _check_accept(request, "multipart/related")
-    entries = await _find(services, *uids)
+    entries = await _find(request, services, *uids)
     kind = "application/dicom"
     return _multipart(kind, ((kind, _read_blocks(services.catalogue, entry)) for entry in entries))
 
 
 async def _metadata(request: Request, services: ServicesDependency, *uids: str) -> Response:
     _check_accept(request, DICOM_JSON)
-    entries = await _find(services, *uids)
+    entries = await _find(request, services, *uids)
 
     def read() -> list[DicomJson]:
         documents = []

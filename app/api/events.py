@@ -6,11 +6,12 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Depends
 from fastapi.responses import StreamingResponse
 
-from app.api.dependencies import JobId, ServicesDependency, require_token
+from app.api.dependencies import JobId, ServicesDependency
 from app.api.follower import STREAM_POLL_SECONDS, Event, JobFollower
+from app.api.identity import require
 from app.api.problems import problem_responses
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read", "follow"))])
 
 # Proxies close a connection without traffic after about a minute.
 KEEP_ALIVE_SECONDS = 15.0

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.dependencies import JobId, Services, ServicesDependency, require_token
+from app.api.dependencies import JobId, Services, ServicesDependency
+from app.api.identity import require
 from app.api.problems import (
     Problem,
     problem_of,
@@ -23,7 +24,7 @@ from app.export.report import Report
 from app.jobs.job import Job
 from app.jobs.store import StoredFile
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read", "download"))])
 
 REPORT_NAME = "report.json"
 RESULT_NAMES = tuple(output.name for output in OUTPUTS)

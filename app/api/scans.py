@@ -20,8 +20,8 @@ from app.api.dependencies import (
     Services,
     ServicesDependency,
     refuse_unknown_parameters,
-    require_token,
 )
+from app.api.identity import require
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
 from app.api.pull import is_pull, pull
 from app.api.schemas import DeliverySchema, ReviewCounts, ScanDetail, ScanList, ScanSummary
@@ -33,7 +33,7 @@ from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
 # Longest time for `Prefer: wait`. Proxies close a request after some minutes.
 MAX_WAIT_SECONDS = 300
@@ -126,7 +126,7 @@ def analysis_request(
     status_code=202,
     response_model=ScanDetail,
     openapi_extra=REQUEST_BODY,
-    dependencies=[Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("send", "send")), Depends(refuse_unknown_parameters)],
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
         202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
@@ -157,7 +157,7 @@ async def send_scan(
         else:
             await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
         submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
-    job_id = await submission.run()
+    job_id = request.state.job = await submission.run()
     seconds = _parse_wait_seconds(prefer)
     if services.follower.full or services.follower.stopping:
         seconds = 0
@@ -192,7 +192,11 @@ def job_filter(
     return JobFilter(tuple(state or ()), priority, model, code, created_after, created_before)
 
 
-@router.get("", dependencies=[Depends(refuse_unknown_parameters)], responses=problem_responses(400, 401, 403, 503))
+@router.get(
+    "",
+    dependencies=[Depends(require("read", "list")), Depends(refuse_unknown_parameters)],
+    responses=problem_responses(400, 401, 403, 503),
+)
 async def list_scans(
     services: ServicesDependency,
     filters: Annotated[JobFilter, Depends(job_filter)],
@@ -207,20 +211,31 @@ async def list_scans(
     return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit, order))
 
 
-@router.get("/{job}", responses=problem_responses(401, 403, 404, 503))
-async def get_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
+@router.get("/{job}", dependencies=[Depends(require("read", "show"))], responses=problem_responses(401, 403, 404, 503))
+async def get_scan(request: Request, services: ServicesDependency, job: JobId) -> ScanDetail:
     """Show a scan: state, stage, progress, queue position, and its findings when it has succeeded."""
-    return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
+    detail = await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
+    request.state.phase = detail.state  # who saw the findings is no repetition of who saw the job wait
+    return detail
 
 
-@router.post("/{job}/cancel", responses=problem_responses(401, 403, 404, 409, 503))
+@router.post(
+    "/{job}/cancel",
+    dependencies=[Depends(require("erase", "cancel"))],
+    responses=problem_responses(401, 403, 404, 409, 503),
+)
 async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
     """Cancel a scan that is queued or running. If the same content is sent again, it becomes a new job."""
     await services.calls.query(services.queue.cancel, job)
     return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
 
 
-@router.delete("/{job}", status_code=204, responses=problem_responses(401, 403, 404, 503))
+@router.delete(
+    "/{job}",
+    status_code=204,
+    dependencies=[Depends(require("erase", "erase"))],
+    responses=problem_responses(401, 403, 404, 503),
+)
 async def erase_scan(services: ServicesDependency, job: JobId) -> None:
     """Erase a scan with its results and all other traces. A running scan is stopped."""
     await services.calls.transfer(services.queue.erase, job)

@@ -21,6 +21,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, Processor
 
+from app.api.audit import find_job
+from app.api.identity import Principal
 from app.api.problems import problem_of, problem_response
 from app.api.protocol import MAX_HEADER_BYTES, HttpProtocol
 from app.errors import AddressUnavailable, BadRequest, CounterpartError, ForeignHost, ForeignOrigin, error_location
@@ -31,7 +33,7 @@ BACKLOG = 1024
 
 ALLOWED_KEYS = frozenset(
     {
-        *("event", "level", "timestamp", "logger", "exception", "where"),
+        *("actor", "event", "level", "timestamp", "logger", "exception", "where"),
         *("job", "stage", "code", "seconds", "model", "provider"),
         *("method", "route", "status", "host", "port"),
         *("aet", "address", "outcome", "instances", "refused", "series_count", "target", "result", "attempts"),
@@ -195,7 +197,15 @@ class AccessLog:
             seconds = round(time.perf_counter() - start, 3)
             if status >= 400 or route not in UNLOGGED_ROUTES:
                 method = scope["method"] if scope["method"] in LOGGED_METHODS else "OTHER"
-                log.info("request", method=method, route=route, status=status, seconds=seconds)
+                found = {"actor": find_actor(scope), "job": find_job(scope)}
+                names = {key: name for key, name in found.items() if name}
+                log.info("request", method=method, route=route, status=status, seconds=seconds, **names)
+
+
+def find_actor(scope: Scope) -> str | None:
+    """Return the pseudonym of the caller, None if it is not known."""
+    principal: Principal | None = scope.get("state", {}).get("principal")
+    return principal.pseudonym if principal else None
 
 
 # ---- checks of every request -------------------------------------------------------------------
@@ -217,7 +227,7 @@ class RequestGuard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._has_token = settings.token is not None
+        self._has_token = settings.has_access_control
         self._hosts = settings.accepted_hosts
         self._root_path = settings.root_path
         self._origins = settings.allowed_origins

@@ -13,14 +13,15 @@ from fastapi.responses import JSONResponse
 from python_multipart.multipart import parse_options_header
 
 from app.analysis import AnalysisRequest
-from app.api.dependencies import Services, ServicesDependency, require_token
+from app.api.dependencies import Services, ServicesDependency
+from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.upload import RelatedParser, declared_length, get_boundary
 from app.errors import CounterpartError, NotAnImageFormat, QueueFull, StoreFull
 from app.ingest.dicom.instances import Instance, identify
 from app.jobs.store import Upload
 
-router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"], dependencies=[Depends(require("send", "send"))])
 
 DICOM_JSON = "application/dicom+json"
 # Failure Reason (0008,1197), PS3.18 table I.2-2 and PS3.4 annex B.
@@ -104,6 +105,7 @@ async def _store(request: Request, services: Services, study: str | None) -> Res
         parser = InstanceParser(boundary, upload, settings.max_files)
         await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files, parser)
         outcome = await services.calls.transfer(_submit, services, upload, study)
+    request.state.jobs = outcome.jobs
     headers = {JOBS_HEADER: ",".join(outcome.jobs)} if outcome.jobs else {}
     base = base_url(request, services)
     return JSONResponse(describe(outcome, base), outcome.status, headers, media_type=DICOM_JSON)

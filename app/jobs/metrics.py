@@ -26,6 +26,15 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.webhooks = Counter(
+            "counterpart_webhooks",
+            "Attempts to deliver a webhook in this process, by outcome: delivered, failed (tried again), dead.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.dead_webhooks = Gauge(
+            "counterpart_webhooks_dead", "Webhooks that were given up, of all processes.", registry=self.registry
+        )
         self.stage_seconds = Histogram(
             "counterpart_stage_seconds",
             "Wall-clock seconds of each stage of a succeeded job.",

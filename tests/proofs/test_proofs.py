@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.proofs import cluster, contract, hostile, kill, operations, soak, streams
+from tests.proofs import cluster, contract, hostile, identity, kill, operations, soak, streams
 from tests.support.pacs import NOT_INSTALLED
 from tests.support.servers import find_postgres
 
@@ -21,6 +21,11 @@ def test_every_scan_survives_kill_9(tmp_path: Path) -> None:
 @needs_postgres
 def test_every_scan_survives_kill_9_on_postgresql(tmp_path: Path) -> None:
     assert kill.prove(tmp_path, kills=2, seed=2, database="postgresql")
+
+
+@pytest.mark.skipif(bool(identity.missing_programs()), reason=f"not installed: {identity.missing_programs()}")
+def test_oidc_provider_browser_and_mutual_tls(tmp_path: Path) -> None:
+    assert identity.prove(tmp_path)
 
 
 @needs_postgres
