@@ -208,7 +208,9 @@ def create_store(settings: Settings) -> Store:
         Its folder cannot be created.
     """
     try:
-        return BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
+        if settings.bucket:
+            return BucketStore(settings.bucket, settings.folder, **settings.bucket_credentials)
+        return Store(settings.folder)
     except OSError as error:
         raise StoreUnavailable(
             f"The folder of the store cannot be created or written ({type(error).__name__}).",

@@ -1,4 +1,4 @@
-"""Settings of the service: environment variables with one prefix, or an optional file with the same names.
+"""Settings of the service: environment variables with one prefix, or files with the same names.
 
 `app.cli` reads them once. Every other module receives the frozen object.
 """
@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.errors import InvalidSettings, UnsafeExposure
 
 PREFIX = "COUNTERPART_"
 # This variable names the settings file. A file in the working folder is never read without it.
 SETTINGS_FILE_VARIABLE = f"{PREFIX}SETTINGS"
+# This variable names a folder with one file for each setting, as Docker and Kubernetes mount secrets.
+SECRETS_FOLDER_VARIABLE = f"{PREFIX}SECRETS"
 # Variables with the prefix that are no settings: the settings file, the scans of the tests, and those of compose.
 OTHER_VARIABLES = frozenset(
-    {SETTINGS_FILE_VARIABLE, *(f"{PREFIX}{name}" for name in ("DATA", "BUCKET", "API_PORT", "ORTHANC_NAMESPACE"))}
+    {
+        *(SETTINGS_FILE_VARIABLE, SECRETS_FOLDER_VARIABLE),
+        *(f"{PREFIX}{name}" for name in ("DATA", "BUCKET", "API_PORT", "ORTHANC_NAMESPACE")),
+    }
 )
 # Kubernetes adds variables like these to a pod if a service has the name of the prefix.
 SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)|PORT_\d)\w*")
@@ -30,7 +35,7 @@ MASK = "**********"
 HARMLESS_PARAMETERS = frozenset(
     {"application_name", "connect_timeout", "host", "hostaddr", "port", "sslmode", "target_session_attrs"}
 )
-Origin = Literal["default", "environment", "file", "argument"]
+Origin = Literal["default", "environment", "secret", "file", "argument"]
 
 
 def default_data_folder() -> str:
@@ -43,7 +48,7 @@ def default_data_folder() -> str:
 
 
 class Settings(BaseSettings):
-    """All settings. The order of precedence is: keyword argument, environment, file, default."""
+    """All settings. The order of precedence is: keyword argument, environment, folder of secrets, file, default."""
 
     # Compose files pass variables that are not set as empty strings.
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True)
@@ -67,6 +72,13 @@ class Settings(BaseSettings):
     scratch: Path = Field(
         default_factory=lambda: Path(default_data_folder()),
         description="Local folder for unfinished work, if the store is a bucket.",
+    )
+    bucket_key_id: str | None = Field(
+        None, description="Access key id of the bucket. By default, AWS_ACCESS_KEY_ID or the role of the machine."
+    )
+    bucket_key: SecretStr | None = Field(
+        None,
+        description="Secret access key of the bucket. By default, AWS_SECRET_ACCESS_KEY or the role of the machine.",
     )
     database: str | None = Field(
         None, description="URL of the job database: postgresql://user:password@host/name. By default, SQLite is used."
@@ -118,10 +130,23 @@ class Settings(BaseSettings):
     def __init__(self, **arguments: Any) -> None:
         """Read all sources once. An argument of None counts as not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
-        super().__init__(_env_file=os.environ.get(SETTINGS_FILE_VARIABLE) or None, **given)
+        file, folder = (os.environ.get(name) or None for name in (SETTINGS_FILE_VARIABLE, SECRETS_FOLDER_VARIABLE))
+        super().__init__(_env_file=file, _secrets_dir=folder, **given)
+        secrets = list_secrets(folder)
         for name in self.model_fields_set:
-            in_environment = bool(os.environ.get(f"{PREFIX}{name.upper()}"))
-            self._origins[name] = "argument" if name in given else "environment" if in_environment else "file"
+            self._origins[name] = "argument" if name in given else _find_origin(f"{PREFIX}{name.upper()}", secrets)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # pydantic-settings passes it by name
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources in the order of their precedence."""
+        return init_settings, env_settings, file_secret_settings, dotenv_settings
 
     @field_validator("store")
     @classmethod
@@ -163,6 +188,13 @@ class Settings(BaseSettings):
     def bucket(self) -> str | None:
         """URL of the store if it is a bucket, else None."""
         return self.store if self.store.startswith("s3://") else None
+
+    @property
+    def bucket_credentials(self) -> dict[str, str]:
+        """Options of the S3 client for the credentials that are set."""
+        key = self.bucket_key.get_secret_value() if self.bucket_key else None
+        given = {"access_key_id": self.bucket_key_id, "secret_access_key": key}
+        return {name: value for name, value in given.items() if value}
 
     @property
     def folder(self) -> Path:
@@ -215,7 +247,7 @@ def read_settings(**arguments: Any) -> Settings:
     Raises
     ------
     InvalidSettings
-        A value is invalid, or the settings file does not exist. The error names the variable.
+        A value is invalid, or the settings file or a secret cannot be read. The error names the variable.
     """
     file = os.environ.get(SETTINGS_FILE_VARIABLE)
     if file and not Path(file).is_file():
@@ -225,6 +257,7 @@ def read_settings(**arguments: Any) -> Settings:
             advice="Correct the path, or unset the variable.",
         )
     _refuse_unknown(name for name, value in os.environ.items() if value)
+    _refuse_unknown(_check_secrets(os.environ.get(SECRETS_FOLDER_VARIABLE)))
     try:
         return Settings(**arguments)
     except ValidationError as error:
@@ -236,6 +269,37 @@ def read_settings(**arguments: Any) -> Settings:
             expected="a value that fits the setting's description (see `counterpart doctor`).",
             advice="Correct the variable, or unset it.",
         ) from None
+
+
+def list_secrets(folder: str | None) -> frozenset[str]:
+    """Return the names of the settings in the folder of secrets, in upper case with their prefix."""
+    if not folder:
+        return frozenset()
+    names = (path.name.upper() for path in Path(folder).iterdir() if path.is_file())
+    return frozenset(name for name in names if name.startswith(PREFIX))
+
+
+def _check_secrets(folder: str | None) -> frozenset[str]:
+    """Return the names of the settings in the folder of secrets, and check that this user may read their files."""
+    try:
+        names = list_secrets(folder)
+        for path in Path(folder).iterdir() if folder else ():
+            if path.name.upper() in names:
+                path.read_bytes()
+    except OSError as error:
+        raise InvalidSettings(
+            f"{SECRETS_FOLDER_VARIABLE} names a folder that cannot be read ({type(error).__name__}).",
+            expected=f"a folder with files such as {PREFIX.lower()}token that this user may read.",
+            advice="Correct the path or the rights of the files, or unset the variable.",
+        ) from None
+    return names
+
+
+def _find_origin(variable: str, secrets: frozenset[str]) -> Origin:
+    """Return the source of a value that is no argument."""
+    if os.environ.get(variable):
+        return "environment"
+    return "secret" if variable in secrets else "file"
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
