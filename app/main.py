@@ -22,6 +22,7 @@ from app.api.follower import JobFollower
 from app.api.guard import RequestGuard
 from app.api.logging import AccessLog, configure_logging
 from app.api.server import open_listener, run_server
+from app.api.telemetry import RequestTelemetry
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
@@ -32,6 +33,7 @@ from app.jobs.metrics import Metrics
 from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.traces import create_traces
 from app.jobs.workflow import JobService
 from app.settings import Settings
 
@@ -75,11 +77,14 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     """
     engine = engine or create_engine(settings, worker=worker)
     metrics = Metrics()
+    if isinstance(engine, SubprocessEngine):
+        metrics.observe_child(engine.child_pid)
+    traces = create_traces(settings.traces)
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
     store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-    jobs = JobService(engine, store, settings.database_url, metrics, limits)
+    jobs = JobService(engine, store, settings.database_url, metrics, limits, traces)
     calls = Calls()
     follower = JobFollower(jobs.queue, calls, settings.max_streams)
     uploads = Uploads(jobs.queue)
@@ -109,6 +114,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         yield
         stopped.set()
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
+        await run_in_threadpool(traces.close)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
@@ -135,6 +141,7 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         app.include_router(router)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
+    app.add_middleware(RequestTelemetry, metrics=metrics, traces=traces)
     problems.install_handlers(app)
     return app
 

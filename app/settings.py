@@ -127,6 +127,11 @@ class Settings(BaseSettings):
         description="Seconds for a running scan to finish at shutdown. After that, it returns to the queue.",
     )
 
+    traces: str | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector (OTLP over HTTP). By default, no traces are recorded.",
+    )
+
     def __init__(self, **arguments: Any) -> None:
         """Read all sources once. An argument of None counts as not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
@@ -163,6 +168,13 @@ class Settings(BaseSettings):
         if database is not None and not re.match(r"(sqlite|postgresql|postgres)(\+\w+)?://", database):
             raise ValueError("the database must be sqlite:///path or postgresql://user:password@host/name")
         return None if database is None else re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", database)
+
+    @field_validator("traces")
+    @classmethod
+    def _check_traces(cls, traces: str | None) -> str | None:
+        if traces is not None and not re.match(r"https?://[^/?#]", traces):
+            raise ValueError("the collector must be a URL such as http://collector:4318")
+        return traces
 
     @field_validator("root_path")
     @classmethod
