@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 from app.errors import InvalidSettings, UnsafeExposure
 
@@ -47,6 +47,13 @@ def default_data_folder() -> str:
     return str(Path(home) / "counterpart")
 
 
+class SecretFiles(SecretsSettingsSource):
+    """Folder of secrets. An empty file, like an empty variable, leaves the setting unset."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if value}
+
+
 class Settings(BaseSettings):
     """All settings. The order of precedence is: keyword argument, environment, folder of secrets, file, default."""
 
@@ -78,7 +85,7 @@ class Settings(BaseSettings):
     )
     bucket_key: SecretStr | None = Field(
         None,
-        description="Secret access key of the bucket. By default, AWS_SECRET_ACCESS_KEY or the role of the machine.",
+        description="Secret key of the bucket. By default, AWS_SECRET_ACCESS_KEY or the role of the machine.",
     )
     database: str | None = Field(
         None, description="URL of the job database: postgresql://user:password@host/name. By default, SQLite is used."
@@ -135,23 +142,23 @@ class Settings(BaseSettings):
     def __init__(self, **arguments: Any) -> None:
         """Read all sources once. An argument of None counts as not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
-        file, folder = (os.environ.get(name) or None for name in (SETTINGS_FILE_VARIABLE, SECRETS_FOLDER_VARIABLE))
-        super().__init__(_env_file=file, _secrets_dir=folder, **given)
-        secrets = list_secrets(folder)
+        super().__init__(_env_file=os.environ.get(SETTINGS_FILE_VARIABLE) or None, **given)
+        secrets = list_secrets(os.environ.get(SECRETS_FOLDER_VARIABLE))
         for name in self.model_fields_set:
             self._origins[name] = "argument" if name in given else _find_origin(f"{PREFIX}{name.upper()}", secrets)
 
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003  # pydantic-settings passes it by name
+        settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
         dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # `SecretFiles` replaces it
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Return the sources in the order of their precedence."""
-        return init_settings, env_settings, file_secret_settings, dotenv_settings
+        secrets = SecretFiles(settings_cls, os.environ.get(SECRETS_FOLDER_VARIABLE) or None)
+        return init_settings, env_settings, secrets, dotenv_settings
 
     @field_validator("store")
     @classmethod

@@ -211,6 +211,14 @@ def test_environment_precedes_secret_and_secret_precedes_file(monkeypatch: pytes
     assert [settings.origin(name) for name in ("token", "hosts", "database")] == ["secret", "file", "environment"]
 
 
+def test_empty_secret_is_no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_secrets(tmp_path, monkeypatch, {"counterpart_token": "\n", "counterpart_database": ""})
+    settings = read_settings(host="0.0.0.0")  # noqa: S104
+    assert (settings.token, settings.database) == (None, None)
+    with pytest.raises(UnsafeExposure):
+        settings.check_exposure()
+
+
 def test_unknown_secret_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_secrets(tmp_path, monkeypatch, {"counterpart_tokne": "secret"})
     with pytest.raises(InvalidSettings, match="COUNTERPART_TOKNE: no setting") as refused:

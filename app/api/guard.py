@@ -10,8 +10,8 @@ from app.api.problems import problem_of, problem_response
 from app.errors import BadRequest, CounterpartError, ForeignHost, ForeignOrigin
 from app.settings import Settings, is_loopback
 
-# Probes name a machine by its address. With a token, these routes answer under every name.
-PROBE_ROUTES = frozenset({"/livez", "/readyz"})
+# Probes and scrapes name a machine by its address. With a token, these routes answer under every name.
+PROBE_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 # Values of Sec-Fetch-Site for a request of the service's own pages, or of a person who typed the address.
 OWN_SITES = frozenset({"same-origin", "none"})
 # A NUL, encoded or not. PostgreSQL stores none, and no parameter needs one.

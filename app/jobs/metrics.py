@@ -7,6 +7,11 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from app.errors import InternalError, OutOfMemory, StoreFull, StoreUnavailable, TookTooLong, WorkerLost
+from app.jobs.faults import SERVICE_ERRORS
+
+# Outcomes that alerts name, besides those of a job without a problem.
+ALERTING_OUTCOMES = (WorkerLost, OutOfMemory, InternalError, StoreUnavailable, StoreFull, TookTooLong)
 # Seconds: from a small scan on a GPU to a long scan on a busy CPU.
 STAGE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900)
 # Seconds: from a status call to an upload over a slow line, or a caller that waits for its result.
@@ -42,6 +47,11 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=self.registry,
         )
+        # An alert cannot see the first increase of a counter that begins with it.
+        for outcome in ("succeeded", "cancelled", *(error.code for error in ALERTING_OUTCOMES)):
+            self.outcomes.labels(outcome)
+        for error in (*SERVICE_ERRORS, InternalError):
+            self.faults.labels(error.code)
         self.received = Counter(
             "counterpart_scans_received", "Scans that this process accepted as new jobs.", registry=self.registry
         )
