@@ -1,14 +1,19 @@
 """Metrics and traces of requests and steps: templates of routes, and no path, query, header or text of an exception."""
 
+import gzip
 import re
+import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
 import app.main
-from app.jobs.traces import ExportedTraces
+from app.errors import MissingExtra
+from app.jobs.traces import ExportedTraces, NoTraces, create_traces
 from app.settings import Settings
 from tests.api.support import BASE_URL, PATIENT_NAME, FakeEngine, fake_scan, send
 
@@ -105,3 +110,45 @@ def test_metrics_of_a_process_can_be_summed(client: TestClient) -> None:
     assert value(after, "counterpart_worker_paused") == 0
     assert value(after, "process_resident_memory_bytes") > 1e6
     assert value(after, "process_cpu_seconds_total") > 0
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Collector of traces that keeps what it receives."""
+
+    received: list[tuple[str, bytes]] = []  # noqa: RUF012
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.received.append((self.path, body))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_spans_reach_a_collector_when_the_service_ends() -> None:
+    service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    with HTTPServer(("127.0.0.1", 0), Collector) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        traces = create_traces(f"http://127.0.0.1:{server.server_port}/")
+        with traces.span("job infer") as span:
+            span.attributes["counterpart.step"] = "infer"
+        traces.close()
+        server.shutdown()
+    ((path, body),) = Collector.received
+    assert path == "/v1/traces"
+    (resource,) = service.ExportTraceServiceRequest.FromString(gzip_or_plain(body)).resource_spans
+    assert {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"] == "counterpart"
+    assert [span.name for scope in resource.scope_spans for span in scope.spans] == ["job infer"]
+
+
+def gzip_or_plain(body: bytes) -> bytes:
+    return gzip.decompress(body) if body.startswith(b"\x1f\x8b") else body
+
+
+def test_traces_without_the_extra_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
+    assert isinstance(create_traces(None), NoTraces)
+    with pytest.raises(MissingExtra, match=r"counterpart\[otel\]"):
+        create_traces("http://127.0.0.1:4318")
