@@ -73,9 +73,10 @@ def test_profiles_are_default_cluster_and_gpu() -> None:
         "default": {"counterpart"},
         "cluster": {"api", "worker", "database"},
         "gpu": {"counterpart-gpu"},
+        "node": {"node"},
     }
     header = (ROOT / "docker-compose.yml").read_text().partition("x-image")[0]
-    assert set(re.findall(r"--profile (\w+)", header)) == {"cluster", "gpu"}
+    assert set(re.findall(r"--profile (\w+)", header)) == {"cluster", "gpu", "node"}
     assert "--scale worker=3" in header
 
 
@@ -120,7 +121,7 @@ def test_command_and_options_exist(name: str) -> None:
     command, *options = SERVICES[name].get("command", ["serve"])
     known = get_command(app).commands[command]  # type: ignore[attr-defined]
     known.make_context(command, [str(option) for option in options])  # raises if an option is unknown
-    assert SERVICES[name].get("command", ["serve"])[0] in {"serve", "worker"}
+    assert SERVICES[name].get("command", ["serve"])[0] in {"serve", "worker", "node"}
 
 
 def test_secrets_are_made_once_and_only_for_their_owner(secrets: Path) -> None:
@@ -154,8 +155,8 @@ def test_every_service_has_limits_and_rotates_its_log() -> None:
 def test_only_loopback_is_published(name: str) -> None:
     service = SERVICES[name]
     ports = [interpolate(port) for port in service.get("ports", [])]
-    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:8000", port) for port in ports)
-    port = service["command"][-1] if name == "worker" else environment(name)["COUNTERPART_PORT"]
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:(8000|11112)", port) for port in ports)
+    port = service["command"][-1] if name in {"worker", "node"} else environment(name)["COUNTERPART_PORT"]
     assert f"127.0.0.1:{port}/readyz" in service["healthcheck"]["test"][-1]
 
 

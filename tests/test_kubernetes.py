@@ -48,8 +48,9 @@ def of_kind(documents: Documents, kind: str) -> dict[str, Resource]:
 
 
 def pods() -> Iterator[tuple[str, Resource]]:
-    for name, deployment in of_kind(files(), "Deployment").items():
-        yield name, deployment["spec"]["template"]["spec"]
+    for kind in ("Deployment", "StatefulSet"):
+        for name, workload in of_kind(files(), kind).items():
+            yield name, workload["spec"]["template"]["spec"]
 
 
 PODS = dict(pods())
@@ -71,7 +72,7 @@ def test_rendered_resources_are_valid(rendered: Documents) -> None:
 
 
 def test_pods_are_restricted() -> None:
-    assert set(PODS) == {"counterpart-api", "counterpart-worker", "counterpart-worker-gpu"}
+    assert set(PODS) == {"counterpart-api", "counterpart-worker", "counterpart-worker-gpu", "counterpart-node"}
     for pod in PODS.values():
         (container,) = pod["containers"]
         assert pod["securityContext"]["runAsNonRoot"]
@@ -101,7 +102,7 @@ def test_commands_and_options_exist() -> None:
 def test_probes_name_routes_of_a_named_port() -> None:
     for pod in PODS.values():
         container = pod["containers"][0]
-        assert container["ports"] == [{"name": "http", "containerPort": 8000}]
+        assert container["ports"][0] == {"name": "http", "containerPort": 8000}
         probes = {name: container[name]["httpGet"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
         # A pod whose database is absent is not ready. A restart would not help it.
         paths = {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
@@ -165,6 +166,18 @@ def test_scaling_and_scrapes_name_what_exists(rendered: Documents) -> None:
     for deployment in of_kind(rendered, "Deployment").values():
         labels = deployment["spec"]["template"]["metadata"]["labels"]
         assert monitor["selector"]["matchLabels"].items() <= labels.items()
+
+
+def test_instances_outlive_the_pod_of_the_node(rendered: Documents) -> None:
+    node = of_kind(rendered, "StatefulSet")["counterpart-node"]["spec"]
+    (claim,) = node["volumeClaimTemplates"]
+    mounts = {m["name"]: m["mountPath"] for m in node["template"]["spec"]["containers"][0]["volumeMounts"]}
+    data = of_kind(rendered, "ConfigMap")["counterpart-settings"]["data"]
+    assert mounts[claim["metadata"]["name"]] == data["COUNTERPART_SCRATCH"]
+    assert node["replicas"] == 1
+    service = of_kind(rendered, "Service")["counterpart-node"]["spec"]
+    assert service["selector"].items() <= node["template"]["metadata"]["labels"].items()
+    assert data["COUNTERPART_NODE_PEERS"]
 
 
 def test_gpu_worker_requests_a_gpu_and_cuda() -> None:

@@ -13,7 +13,7 @@ from app.cli import app
 from app.settings import PREFIX, SECRETS_FOLDER_VARIABLE, Settings
 
 FOLDER = Path(__file__).resolve().parents[1] / "deploy" / "systemd"
-UNITS = ["counterpart.service", "counterpart-worker@.service"]
+UNITS = ["counterpart.service", "counterpart-worker@.service", "counterpart-node.service"]
 # From 0, no exposure, to 10, as `systemd-analyze security` computes it.
 MAX_EXPOSURE = 1.5
 
