@@ -13,6 +13,8 @@ BIN := $(DEV)/bin
 SUPPLY := .venv-supply
 PIP := install --quiet --disable-pip-version-check --constraint constraints.txt
 SHIPPED := $(shell find app models -type f -not -name '*.pyc')
+# The files of the tests are shared among processes. PARALLEL= runs them one after the other, for example for a debugger.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 URL := http://127.0.0.1:$(PORT)
 TOKEN_HEADER := $(if $(COUNTERPART_TOKEN),-H "Authorization: Bearer $$COUNTERPART_TOKEN" )
 
@@ -44,7 +46,7 @@ imports: $(DEV)/.installed ## Check the import rules of docs/architecture.md.
 	$(BIN)/lint-imports
 
 unit: $(DEV)/.installed ## Run the tests; ARGS is passed to pytest.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 proofs: $(DEV)/.installed ## Run the slow tests: killed processes, a cluster, the API contract (some minutes).
 	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from app.errors import CannotAnalyse, NoBrainMask, UnreadableScan
 from app.export.outputs import ExportContext, write_outputs
-from app.export.report import BrainReport, ModelSelectionReport, ModelUsed, Report, build_report
+from app.export.report import BrainReport, ModelSelectionReport, ModelUsed, Report, SiteProfileReport, build_report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.ingest import limits
 from app.ingest.reader import read_scan
@@ -17,7 +17,7 @@ from app.manifest import Manifest
 from app.pipeline.brain_extraction import extract_brain
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.runtime.selection import explain_selection, select_model, trained_sequences
 from app.volume import Geometry, Scan, Volume
@@ -124,10 +124,11 @@ def infer(
         with _timed("extract", seconds):
             volume, brain = _run_extractor(scan.volume, bundle)
         with _timed("infer", seconds):
-            detection = _run_detection(volume, bundle, request.seed, progress)
+            detection = detect_volume(volume, bundle, request.seed, progress)
     except (CannotAnalyse, UnreadableScan) as refusal:
         raise explain_selection(refusal, selection, manifests) from None
     progress("infer", 1.0)
+    profile = bundle.site_profiles.find(bundle.sha256, scan.source.scanner)
     model = ModelUsed(
         id=manifest.id,
         sha256=bundle.sha256,
@@ -138,8 +139,9 @@ def infer(
         selection=ModelSelectionReport(
             by=selection.by, certain=not selection.warning, warning=selection.warning or None
         ),
+        site_profile=SiteProfileReport.of(profile, scan.source.scanner) if profile else None,
     )
-    return scan, InferenceResult(manifest, model, detection, brain, seconds)
+    return scan, InferenceResult(profile.apply(manifest) if profile else manifest, model, detection, brain, seconds)
 
 
 def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress) -> Report:
@@ -198,8 +200,19 @@ def _run_extractor(volume: Volume, bundle: Bundle) -> tuple[Volume, ExtractedBra
     return brain.volume, ExtractedBrain(brain.mask, report)
 
 
-def _run_detection(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
-    """Run the pipeline on a volume, batch by batch."""
+def detect_volume(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
+    """Run the pipeline on a volume without reading or extracting, batch by batch.
+
+    Parameters
+    ----------
+    volume : Volume
+        Skull-stripped, if the model needs that.
+    bundle : Bundle
+    seed : int or None
+        Seed of the keyed noise. None uses the manifest's seed.
+    progress : callable
+        Called with "infer" and the completed fraction.
+    """
     # Which slices need the reverse process is unknown before the KL map. The progress counts it for every slice of the
     # volume and jumps to 1 at the end.
     depth_mm = (abs(volume.affine[:3, :3]) @ volume.shape)[2]
@@ -212,7 +225,8 @@ def _run_detection(volume: Volume, bundle: Bundle, seed: int | None, progress: P
         done += slices
         progress("infer", min(done / expected, 1.0))
 
-    return run_method(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
+    networks = bundle.networks.in_batches(bundle.batch, tick)
+    return METHODS[bundle.manifest.method](volume, networks, bundle.manifest, seed)
 
 
 @contextmanager

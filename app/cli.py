@@ -208,6 +208,56 @@ def sample(
 
 
 @app.command()
+def calibrate(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with ten or more healthy scans of one scanner.", callback=_check_exists)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File for the site profile, *.json.", dir_okay=False)],
+    *,
+    target_ml: Annotated[
+        float, typer.Option(help="Largest expected false-positive volume of a healthy scan, in ml.", min=0.05)
+    ] = 1.0,
+    model: Annotated[
+        str | None, typer.Option(help="Name or id of a model. Default: selected by modality and sequence.")
+    ] = None,
+) -> None:
+    """Calibrate a model on healthy scans of one scanner and write a site profile."""
+    import_nibabel()
+    from app.analysis import AnalysisRequest
+    from app.calibration_console import calibrate_site, print_profile
+    from app.settings import read_settings
+
+    with report_errors({"FOLDER": folder, "--out": out}):
+        profile = calibrate_site(folder, out, AnalysisRequest(model), target_ml, read_settings(), Console(stderr=True))
+        print_profile(profile, out, Console())
+
+
+@app.command()
+def audit(
+    profile: Annotated[Path, typer.Argument(help="Site profile.", callback=_check_exists, dir_okay=False)],
+    reports: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with report.json files of later scans, searched in subfolders.", callback=_check_exists
+        ),
+    ],
+) -> None:
+    """Compare the scores of later scans with those of a site profile. Exit with status 1 if they have drifted."""
+    from app.calibration_console import print_drift
+    from app.settings import read_settings
+    from app.site_calibration import measure_drift, read_reports
+    from app.site_profile import read_profile
+
+    with report_errors({"PROFILE": profile, "REPORTS": reports}):
+        key = read_settings().profile_key
+        checked = read_profile(profile, key.get_secret_value() if key else None)
+        drift = measure_drift(checked, read_reports(reports, checked))
+        print_drift(drift, Console())
+    if drift.has_drifted:
+        raise typer.Exit(STATUS_OTHER)
+
+
+@app.command()
 def models() -> None:
     """List the installed models."""
     from app.runtime.bundle import find_bundles, read_manifest, shipped_models

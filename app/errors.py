@@ -240,6 +240,18 @@ class InvalidSettings(CounterpartError):
     title = "Invalid settings"
 
 
+class InvalidProfile(CounterpartError):
+    code = "invalid_profile"
+    title = "Invalid site profile"
+
+
+class TooFewScans(CounterpartError):
+    """Too few healthy scans, or scans of several scanners, for a site profile."""
+
+    code = "too_few_scans"
+    title = "Too few scans for a site profile"
+
+
 class UnsafeExposure(CounterpartError):
     """The service would be reachable from other machines without a token."""
 

@@ -15,13 +15,11 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, problems, results, scans
-from app.api.calls import Calls
-from app.api.dependencies import Readiness, Services
+from app.api import events, health, models, pages, problems, results, reviews, sample, scans
+from app.api.cross_origin import allow_origins
+from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
-from app.api.guard import RequestGuard
-from app.api.logging import AccessLog, configure_logging
-from app.api.server import open_listener, run_server
+from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
 from app.api.telemetry import RequestTelemetry
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
@@ -29,18 +27,27 @@ from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
+from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.traces import create_traces
 from app.jobs.workflow import JobService
 from app.settings import Settings
+from app.site_profile import load_site_profiles
 
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
-API_ROUTERS: tuple[APIRouter, ...] = (events.router, scans.router, results.router, models.router)
+API_ROUTERS: tuple[APIRouter, ...] = (
+    events.router,
+    sample.router,
+    scans.router,
+    results.router,
+    reviews.router,
+    models.router,
+    pages.router,
+)
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
@@ -76,17 +83,12 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
         A manifest cannot be read.
     """
     engine = engine or create_engine(settings, worker=worker)
-    metrics = Metrics()
-    if isinstance(engine, SubprocessEngine):
-        metrics.observe_child(engine.child_pid)
-    traces = create_traces(settings.traces)
-    for manifest in engine.manifests:
-        metrics.info.labels(manifest.id, engine.provider).set(1)
+    metrics, traces = create_metrics(engine), create_traces(settings.traces)
     store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
     jobs = JobService(engine, store, settings.database_url, metrics, limits, traces)
     calls = Calls()
-    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
     services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
@@ -139,6 +141,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    if settings.allowed_origins:
+        allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     app.add_middleware(RequestTelemetry, metrics=metrics, traces=traces)
@@ -191,19 +195,40 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
 
 
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
-    """Create the engine for the bundles that the settings name. A worker runs it in a child process."""
+    """Create the engine for the bundles that the settings name. A worker runs it in a child process.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    InvalidProfile
+        A site profile cannot be used.
+    """
     models_folder = str(settings.models) if settings.models else None
+    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
     arguments: dict[str, Any] = {
         "models": models_folder,
         "provider": settings.provider,
         "threads": settings.threads,
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
+        # Their content, which was checked here: the child process does not get the key.
+        "site_profiles": profiles.model_dump(mode="json"),
     }
     engine = BundleEngine(**arguments)
     if not worker:
         return engine
     return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments, settings.deadline_seconds)
+
+
+def create_metrics(engine: Engine) -> Metrics:
+    """Create the metrics of the process, with those of its models and its child process."""
+    metrics = Metrics()
+    for manifest in engine.manifests:
+        metrics.info.labels(manifest.id, engine.provider).set(1)
+    if isinstance(engine, SubprocessEngine):
+        metrics.observe_child(engine.child_pid)
+    return metrics
 
 
 def create_store(settings: Settings) -> Store:

@@ -71,6 +71,11 @@ class Settings(BaseSettings):
     root_path: str = Field(
         "", description="Path prefix under which a proxy publishes the service, such as /counterpart."
     )
+    cors_origins: str = Field(
+        "",
+        description="Origins of web pages that may call the API and embed the viewer, such as "
+        "https://dashboard.example, separated by commas.",
+    )
     models: Path | None = Field(None, description="Folder of model bundles. By default, the shipped bundles are used.")
     store: str = Field(
         default_factory=default_data_folder,
@@ -122,6 +127,15 @@ class Settings(BaseSettings):
     )
     keep_gb: float = Field(
         0.0, ge=0, description="Disk space, in GB, above which the oldest finished jobs are erased. 0 sets no limit."
+    )
+    profiles: Path | None = Field(
+        None, description="Folder of site profiles, which `counterpart calibrate` writes. Each *.json file is loaded."
+    )
+    profile_key: SecretStr | None = Field(
+        None, min_length=16, description="Key that signs site profiles. With it, profiles of another key are refused."
+    )
+    profile_any_scanner: bool = Field(
+        False, description="Use the only site profile of a model for scans of other scanners as well."
     )
     deadline_seconds: int = Field(
         1800,
@@ -197,6 +211,23 @@ class Settings(BaseSettings):
         if not all(re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name) for name in names):
             raise ValueError("hosts are names or addresses without scheme and port, separated by commas")
         return ",".join(names)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str) -> str:
+        names = [name.strip().lower() for name in origins.split(",") if name.strip()]
+        if not all(re.fullmatch(r"https?://([\w-]+(\.[\w-]+)*|\[[0-9a-f:.]+\])(:\d{1,5})?", name) for name in names):
+            raise ValueError(
+                "origins are a scheme, a host and a port if it is not the default one, such as https://a.example, "
+                "without path and without *, separated by commas"
+            )
+        # Browsers leave the default port out.
+        return ",".join(re.sub(r"^(http(?=:.*:80$)|https(?=:.*:443$))(.*):\d+$", r"\1\2", name) for name in names)
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        """Origins of `cors_origins`, as a browser writes them into the header Origin."""
+        return frozenset(self.cors_origins.split(",")) - {""}
 
     @property
     def accepted_hosts(self) -> frozenset[str]:

@@ -79,6 +79,23 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Scanner:
+    """Scanner that the header of a scan names. It contains no patient data.
+
+    Attributes
+    ----------
+    manufacturer, model : str
+        Upper case, because one device does not always write them in the same way.
+    field_strength : float or None
+        MR: magnetic field strength in tesla, rounded to 0.1.
+    """
+
+    manufacturer: str
+    model: str
+    field_strength: float | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Properties of a scan other than its voxels. None of them may be logged.
 
@@ -106,6 +123,8 @@ class Source:
         DICOM: SeriesInstanceUID. Empty for other formats.
     resampled : bool
         The grid of the volume differs from that of the instances, because irregular slices were resampled on request.
+    scanner : Scanner or None
+        DICOM: scanner of the series. None if the header does not name its manufacturer and model.
     notes : tuple of str
         Sentences about decisions and omissions of the reader, without patient data. The report contains them.
     """
@@ -120,6 +139,7 @@ class Source:
     frames: tuple[int, ...] = ()
     series_uid: str = ""
     resampled: bool = False
+    scanner: Scanner | None = None
     notes: tuple[str, ...] = ()
 
 

@@ -34,7 +34,7 @@ def values(unit: str, key: str) -> list[str]:
 @pytest.fixture(params=UNITS)
 def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Return a unit whose program exists."""
-    unit = tmp_path / request.param.replace("@.", "@1.")
+    unit: Path = tmp_path / request.param.replace("@.", "@1.")
     text = (FOLDER / request.param).read_text()
     assert "ExecStart=/opt/counterpart/bin/counterpart " in text
     unit.write_text(text.replace("/opt/counterpart/bin/counterpart", sys.executable))

@@ -42,6 +42,7 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.CannotAnalyse: 422,
     errors.UnsatisfiableRange: 416,
     errors.QueueFull: 429,
+    errors.MissingExtra: 501,
     errors.NotReady: 503,
     errors.StoreUnavailable: 503,
     errors.DatabaseUnavailable: 503,
@@ -189,7 +190,7 @@ def install_handlers(app: FastAPI) -> None:
 def allowed_methods(app: FastAPI, request: Request) -> set[str]:
     """Return the methods that the path of a request accepts."""
     methods = {"OPTIONS"}
-    for method in ("GET", "HEAD", "POST", "DELETE"):
+    for method in ("GET", "HEAD", "POST", "PUT", "DELETE"):
         scope = {**request.scope, "method": method}
         if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes):
             methods.add(method)

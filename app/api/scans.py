@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,10 +23,11 @@ from app.api.dependencies import (
     require_token,
 )
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
-from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
+from app.api.schemas import ReviewCounts, ScanDetail, ScanList, ScanSummary
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
-from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Priority, State
+from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Order, Priority, State
+from app.jobs.reviews import Verdict
 from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
@@ -38,6 +39,8 @@ MAX_WAIT_SECONDS = 300
 # Seconds between two looks whether a waiting caller has disconnected.
 DISCONNECT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = "2"
+# The default name of a link is the file name without its suffix. "report" is report.json already.
+LINK_NAMES = {"report.dcm": "structured_report"}
 # For the OpenAPI document.
 _TEXT = {"schema": {"type": "string"}}
 JOB_HEADERS: dict[str, Any] = {
@@ -191,12 +194,13 @@ async def list_scans(
     filters: Annotated[JobFilter, Depends(job_filter)],
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs on a page.")] = 50,
     after: Annotated[str | None, Query(description="Start of the page; see `next` of the previous page.")] = None,
+    order: Annotated[Order, Query(description="The job that comes first.")] = "newest",
 ) -> ScanList:
-    """List jobs, newest first. New jobs do not shift the later pages."""
+    """List jobs, newest first by default. New jobs do not shift the later pages."""
     # One more than a page: it shows whether another page follows.
-    jobs = await services.calls.query(services.queue.list_jobs, filters, limit + 1, _parse_cursor(after))
+    jobs = await services.calls.query(services.queue.list_jobs, filters, limit + 1, _parse_cursor(after), order)
     scans = await services.calls.query(summarise_jobs, services, jobs[:limit])
-    return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit))
+    return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit, order))
 
 
 @router.get("/{job}", responses=problem_responses(401, 403, 404, 503))
@@ -216,6 +220,62 @@ async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
 async def erase_scan(services: ServicesDependency, job: JobId) -> None:
     """Erase a scan with its results and all other traces. A running scan is stopped."""
     await services.calls.transfer(services.queue.erase, job)
+
+
+def scan_path(services: Services, job: str) -> str:
+    """Return the path of a job, with the prefix of the proxy."""
+    return f"{services.settings.root_path}/v1/scans/{job}"
+
+
+def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
+    """Return the summaries of jobs, in the same order."""
+    positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
+    succeeded = [job.id for job in jobs if job.state == "succeeded"]
+    reviews = services.queue.reviews.count(succeeded) if succeeded else {}
+    return tuple(_summarise(services, job, positions.get(job.id), reviews.get(job.id, {})) for job in jobs)
+
+
+def describe_job(services: Services, job: Job) -> ScanDetail:
+    """Return a job with the findings of its published report."""
+    report = services.read_report(job.id) if job.state == "succeeded" else None
+    (summary,) = summarise_jobs(services, [job])
+    return ScanDetail(
+        **dict(summary) | ({"lesion_volume_ml": report.lesion_volume_ml} if report else {}),
+        research_use_only=True,
+        findings=report.findings if report else None,
+        selection=report.selection if report else None,
+        timings=report.seconds if report else None,
+    )
+
+
+def _summarise(services: Services, job: Job, queue_position: int | None, reviews: Mapping[Verdict, int]) -> ScanSummary:
+    path = scan_path(services, job.id)
+    links = {"self": path, "events": f"{path}/events"}
+    if job.state in {"queued", "running"}:
+        links["cancel"] = f"{path}/cancel"
+    if job.state == "succeeded":
+        links["reviews"] = f"{path}/reviews"
+        names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
+        links |= {link: f"{path}/{name}" for link, name in names.items()}
+    return ScanSummary(
+        id=job.id,
+        state=job.state,
+        stage=job.stage,
+        progress=job.progress,
+        queue_position=queue_position,
+        priority=job.priority,
+        model=job.model,
+        created=job.created,
+        started=job.started,
+        ended=job.ended,
+        problem=problem_of_failed_job(job.problem) if job.problem else None,
+        lesion_volume_ml=job.summary and job.summary.lesion_volume_ml,
+        findings_count=job.summary and job.summary.findings_count,
+        scan_score=job.summary and job.summary.scan_score,
+        warnings_count=job.summary and job.summary.warnings_count,
+        reviews=ReviewCounts.model_validate(reviews),
+        links=links,
+    )
 
 
 def _parse_wait_seconds(prefer: str | None) -> int:
@@ -250,7 +310,7 @@ def _parse_cursor(after: str | None) -> Cursor | None:
     return Cursor(datetime.fromtimestamp(int(parts[1]) / 1_000_000, UTC), parts[2])
 
 
-def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limit: int) -> str | None:
+def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limit: int, order: Order) -> str | None:
     """Return the path of the next page, None on the last page."""
     if len(jobs) <= limit:
         return None
@@ -262,6 +322,7 @@ def _next_page(services: Services, jobs: Sequence[Job], filters: JobFilter, limi
         "code": filters.code,
         "created_after": filters.created_after and filters.created_after.isoformat(),
         "created_before": filters.created_before and filters.created_before.isoformat(),
+        "order": order if order != "newest" else None,
     }
     query = {"limit": limit, **{name: value for name, value in parameters.items() if value}}
     encoded = urlencode({**query, "after": Cursor(last.created, last.id)}, doseq=True)

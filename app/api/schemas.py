@@ -1,25 +1,28 @@
-"""JSON schemas of the API, and the functions that build them from a job."""
+"""JSON schemas of the API."""
 
-from collections.abc import Sequence
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.dependencies import Services
 from app.api.follower import QUEUE_POSITION
-from app.api.problems import Problem, problem_of_failed_job, problem_of_missing_result
-from app.export.report import Finding, ModelSelectionReport, ReportSummary, read_report_summary
-from app.jobs.job import Job, Priority, State
+from app.api.problems import Problem
+from app.export.report import Finding, ModelSelectionReport
+from app.jobs.job import Priority, State
 from app.manifest import Manifest
-
-# The default name of a link is the file name without its suffix. "report" is report.json already.
-LINK_NAMES = {"report.dcm": "structured_report"}
 
 
 class Schema(BaseModel):
     """Base class of the schemas."""
 
     model_config = ConfigDict(frozen=True)
+
+
+class ReviewCounts(Schema):
+    """Number of readers' verdicts of each kind on the findings of a job."""
+
+    right: int = 0
+    wrong: int = 0
+    unsure: int = 0
 
 
 class ScanSummary(Schema):
@@ -36,6 +39,14 @@ class ScanSummary(Schema):
     started: datetime | None
     ended: datetime | None
     problem: Problem | None = Field(description="Cause of the failure; null unless failed.")
+    lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
+    findings_count: int | None = Field(
+        description="Number of findings. This and the two fields below are null unless succeeded, and in the list "
+        "for a job of a version that did not record them."
+    )
+    scan_score: float | None = Field(description="`scores.scan` of report.json.")
+    warnings_count: int | None = Field(description="Number of `warnings` of report.json.")
+    reviews: ReviewCounts = Field(description="Readers' verdicts on the findings.")
     links: dict[str, str] = Field(description="Paths of the job, its actions and its results.")
 
 
@@ -44,7 +55,6 @@ class ScanDetail(ScanSummary):
 
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
-    lesion_volume_ml: float | None = Field(description="Volume of the mask; null unless succeeded.")
     selection: ModelSelectionReport | None = Field(
         description="The rule that selected the model, and whether the scan surely fits; null unless succeeded."
     )
@@ -54,7 +64,7 @@ class ScanDetail(ScanSummary):
 class ScanList(Schema):
     """A page of jobs."""
 
-    scans: tuple[ScanSummary, ...] = Field(description="Newest first.")
+    scans: tuple[ScanSummary, ...] = Field(description="Newest first, unless `order` is `oldest`.")
     next: str | None = Field(description="Path of the next page; null on the last page.")
 
 
@@ -97,64 +107,3 @@ class ReadyHealth(Health):
     provider: str = Field(description="Execution provider of the networks.")
     models: tuple[str, ...] = Field(description="Ids of the models. A process with a worker has tested each one.")
     workers: int = Field(ge=0, description="Running workers in all processes.")
-
-
-def scan_path(services: Services, job: str) -> str:
-    """Return the path of a job, with the prefix of the proxy."""
-    return f"{services.settings.root_path}/v1/scans/{job}"
-
-
-def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
-    """Return the summaries of jobs, in the same order."""
-    positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
-    return tuple(_summarise(services, job, positions.get(job.id)) for job in jobs)
-
-
-def describe_job(services: Services, job: Job) -> ScanDetail:
-    """Return a job with the findings of its published report."""
-    report = _read_report(services, job) if job.state == "succeeded" else None
-    (summary,) = summarise_jobs(services, [job])
-    return ScanDetail(
-        **dict(summary),
-        research_use_only=True,
-        findings=report.findings if report else None,
-        lesion_volume_ml=report.lesion_volume_ml if report else None,
-        selection=report.selection if report else None,
-        timings=report.seconds if report else None,
-    )
-
-
-def find_reason_absent(services: Services, job: Job, name: str) -> Problem | None:
-    """Return the reason why a succeeded job does not have a result, if its report has one."""
-    report = _read_report(services, job)
-    reason = report.absent.get(name) if report else None
-    return problem_of_missing_result(reason) if reason else None
-
-
-def _read_report(services: Services, job: Job) -> ReportSummary | None:
-    content = services.store.read(job.id, "report.json")
-    return read_report_summary(content) if content else None
-
-
-def _summarise(services: Services, job: Job, queue_position: int | None) -> ScanSummary:
-    path = scan_path(services, job.id)
-    links = {"self": path, "events": f"{path}/events"}
-    if job.state in {"queued", "running"}:
-        links["cancel"] = f"{path}/cancel"
-    if job.state == "succeeded":
-        names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
-        links |= {link: f"{path}/{name}" for link, name in names.items()}
-    return ScanSummary(
-        id=job.id,
-        state=job.state,
-        stage=job.stage,
-        progress=job.progress,
-        queue_position=queue_position,
-        priority=job.priority,
-        model=job.model,
-        created=job.created,
-        started=job.started,
-        ended=job.ended,
-        problem=problem_of_failed_job(job.problem) if job.problem else None,
-        links=links,
-    )

@@ -5,7 +5,7 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.logging import LOGGED_METHODS
+from app.api.server import LOGGED_METHODS
 from app.jobs.metrics import Metrics
 from app.jobs.traces import Traces
 

@@ -1,4 +1,4 @@
-"""Registry of the result files of a scan.
+"""Registry of the result files of a scan, and the writer of its volumes.
 
 A new result file is one entry in `OUTPUTS`. The export, the command line, the API and its OpenAPI document read this
 registry. CONTRIBUTING.md lists the other places.
@@ -12,17 +12,19 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from isal import igzip
 
 from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
-from app.export.nifti import write_nifti
 from app.export.preview import write_preview
 from app.export.report import Report
+from app.export.thumbnail import write_thumbnail
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
-from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Format, Scan
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, FloatArray, Format, Scan
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
     from pydicom.dataset import Dataset
@@ -32,6 +34,13 @@ ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 BRAIN_NAME = "brain.nii.gz"
 SEGMENTATION_NAME = "segmentation.dcm"
 STRUCTURED_REPORT_NAME = "report.dcm"
+
+# A qform has no shear. If a sheared affine differs from its qform by more than this, the qform would move voxels and is
+# switched off.
+QFORM_TOLERANCE_MM = 1e-3
+UNKNOWN_CODE = 0
+# igzip has levels 0 to 3. Level 1 is nine times as fast as zlib's level 4; its files are a tenth larger.
+COMPRESSION_LEVEL = 1
 
 
 @dataclass(eq=False)
@@ -125,6 +134,10 @@ def _write_counterpart(context: ExportContext, path: Path) -> None:
     _write_volume(context, path, context.result.counterpart, "imagined healthy counterpart")
 
 
+def _write_image(context: ExportContext, path: Path) -> None:
+    _write_volume(context, path, to_smallest_type(context.scan.volume.array), "scan, as it was read")
+
+
 def _write_brain(context: ExportContext, path: Path) -> NoBrainMask | None:
     if isinstance(context.brain, NoBrainMask):
         return context.brain
@@ -137,8 +150,62 @@ def _write_volume(context: ExportContext, path: Path, array: npt.NDArray[Any], c
     write_nifti(path, array, context.result.affine, context.scan.source.sform_code, description)
 
 
+def write_nifti(
+    path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.float64], code: int, description: str
+) -> None:
+    """Write one volume as a gzip-compressed NIfTI file. The same arguments give the same bytes.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    array : (X, Y, Z) ndarray
+        For example uint8 for a mask, float32 for a map.
+    affine : (4, 4) ndarray
+        Voxel indices to RAS+ millimetres. The sform stores it exactly.
+    code : int
+        NIfTI code of that space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
+    description : str
+        At most 79 characters, without patient data.
+    """
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description[:79].encode()
+    image.set_sform(affine, code=code)
+    image.set_qform(affine, code=code, strip_shears=True)
+    if np.abs(image.get_qform() - affine).max() > QFORM_TOLERANCE_MM:
+        image.set_qform(None, code=UNKNOWN_CODE)
+        image.header["pixdim"][1:4] = nib.affines.voxel_sizes(affine)
+    # Without a file name and a time in the gzip header, the same volume gives the same bytes.
+    with path.open("wb") as raw, igzip.IGzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as compressed:
+        image.to_stream(compressed)
+
+
+def to_smallest_type(array: FloatArray) -> FloatArray | npt.NDArray[np.int16]:
+    """Return an array as int16 if that changes no value, else unchanged.
+
+    Parameters
+    ----------
+    array : (X, Y, Z) ndarray of float32
+        Finite values.
+    """
+    limits = np.iinfo(np.int16)
+    whole = np.empty(array.shape, dtype=np.int16)
+    for source, target in zip(array, whole, strict=True):  # plane by plane, to save memory
+        if source.min() < limits.min or source.max() > limits.max:
+            return array
+        target[:] = source
+        if (target != source).any():
+            return array
+    return whole
+
+
 def _write_preview(context: ExportContext, path: Path) -> None:
     write_preview(path, context.result, context.report)
+
+
+def _write_thumbnail(context: ExportContext, path: Path) -> None:
+    write_thumbnail(path, context.result)
 
 
 def _write_segmentation(context: ExportContext, path: Path) -> CounterpartError | None:
@@ -204,6 +271,15 @@ OUTPUTS: tuple[Output, ...] = (
         always=True,
     ),
     Output(
+        "image.nii.gz",
+        "application/gzip",
+        "The scan as it was read, on its own grid, for viewers: int16 if that is exact, else float32.",
+        _write_image,
+        # The only output of its size beside counterpart.nii.gz. It is written when the maps are.
+        order=2,
+        always=True,
+    ),
+    Output(
         "report.json",
         "application/json",
         "Findings, scores, model and provenance.",
@@ -217,6 +293,14 @@ OUTPUTS: tuple[Output, ...] = (
         "image/png",
         "Planes of the surest findings: scan, counterpart, anomaly map and outlines of the mask side by side.",
         _write_preview,
+        order=3,
+        always=True,
+    ),
+    Output(
+        "thumbnail.png",
+        "image/png",
+        "Axial plane of the surest finding with its outline, 160 by 160 pixels.",
+        _write_thumbnail,
         order=3,
         always=True,
     ),

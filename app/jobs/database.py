@@ -132,6 +132,17 @@ def truncate_write_ahead_log(database: sa.Engine) -> None:
         connection.execute(sa.text(f"PRAGMA busy_timeout={timeout}"))
 
 
+def create_tables(database: sa.Engine, metadata: sa.MetaData) -> None:
+    """Create the tables that are missing. Two processes may do so at once."""
+    for table in metadata.sorted_tables:
+        try:
+            with database.begin() as connection:
+                table.create(connection, checkfirst=True)
+        except sa.exc.DBAPIError:
+            if not sa.inspect(database).has_table(table.name):
+                raise
+
+
 def workflow_table(database: sa.Engine) -> sa.TableClause:
     """Return the columns of DBOS's table of workflows that this service reads or updates."""
     return sa.table(

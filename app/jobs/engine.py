@@ -1,11 +1,12 @@
 """Analysis engine: the interface between the worker and the inference, and its implementation on bundles."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer
 from app.errors import NotReady
@@ -16,6 +17,7 @@ from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence, trained_sequences
 from app.runtime.session import Provider, check_provider
+from app.site_profile import SiteProfiles
 from app.volume import Scan
 
 # The name of the file that `Engine.infer` writes.
@@ -110,6 +112,8 @@ class BundleEngine:
         Allow bundles for non-commercial research.
     gpu_batch : int
         See `app.runtime.bundle.load_bundle`.
+    site_profiles : dict
+        Content of `app.site_profile.SiteProfiles`. The files were checked.
 
     Raises
     ------
@@ -125,11 +129,13 @@ class BundleEngine:
         *,
         noncommercial: bool = False,
         gpu_batch: int = GPU_BATCH,
+        site_profiles: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.provider: Provider = provider
         self._noncommercial = noncommercial
         self._threads = threads
         self._gpu_batch = gpu_batch
+        self._site_profiles = SiteProfiles.model_validate(site_profiles)
         folder = Path(models) if models else shipped_models()
         self._folders = {read_manifest(path).id: path for path in find_bundles(folder)}
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
@@ -205,5 +211,6 @@ class BundleEngine:
         with self._lock:
             if manifest.id not in self._loaded:
                 folder = self._folders[manifest.id]
-                self._loaded[manifest.id] = load_bundle(folder, self.provider, self._threads, self._gpu_batch)
+                bundle = load_bundle(folder, self.provider, self._threads, self._gpu_batch)
+                self._loaded[manifest.id] = replace(bundle, site_profiles=self._site_profiles)
             return self._loaded[manifest.id]

@@ -6,7 +6,29 @@ from typing import Literal
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Priority = Literal["routine", "stat"]
+Order = Literal["newest", "oldest"]
 ENDED_STATES: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class ResultSummary:
+    """Numbers of a report that lists show. They are kept with the job, so that a list reads no report.
+
+    Attributes
+    ----------
+    lesion_volume_ml : float
+        Volume of the mask.
+    findings_count : int
+    scan_score : float
+        Score of the whole scan in the out-of-distribution check.
+    warnings_count : int
+        Number of warnings about the result as a whole.
+    """
+
+    lesion_volume_ml: float
+    findings_count: int
+    scan_score: float
+    warnings_count: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +56,8 @@ class Job:
         Priority class. Jobs with "stat" run before all jobs with "routine".
     results : tuple of str
         Names of the result files. Empty until the job has succeeded.
+    summary : ResultSummary or None
+        None until the job has succeeded, and for a job of a version that did not record it.
     """
 
     id: str
@@ -48,6 +72,7 @@ class Job:
     content_hash: str
     priority: Priority = "routine"
     results: tuple[str, ...] = ()
+    summary: ResultSummary | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, cast
 
@@ -19,14 +19,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import errors
 from app.analysis import AnalysisRequest
-from app.export.outputs import REQUIRED_NAMES
 from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.engine import Engine
 from app.jobs.idempotency import KeyHasher
-from app.jobs.job import Cursor, Job, JobFilter, Priority, State
+from app.jobs.job import Cursor, Job, JobFilter, Order, Priority, ResultSummary, State
+from app.jobs.maintenance import StorageLimits, WorkerRegistry
 from app.jobs.metrics import Metrics
-from app.jobs.recovery import WorkerRegistry
-from app.jobs.retention import StorageLimits
+from app.jobs.reviews import Reviews
 from app.jobs.store import Store, Upload
 
 log = structlog.get_logger("counterpart.jobs")
@@ -44,6 +43,8 @@ STATES: dict[str, State] = {
     "MAX_RECOVERY_ATTEMPTS_EXCEEDED": "failed",  # set by older versions only
     "CANCELLED": "cancelled",
 }
+# The results of version 0.1.0, which did not record them.
+FIRST_RESULTS = ("mask.nii.gz", "labels.nii.gz", "anomaly.nii.gz", "counterpart.nii.gz", "report.json", "preview.png")
 QUEUED_STATUSES = [name for name, state in STATES.items() if state == "queued"]
 # A failed or cancelled job is never the answer to the same content again.
 REUSABLE_STATUSES = [name for name, state in STATES.items() if state not in ("failed", "cancelled")]
@@ -79,6 +80,11 @@ class JobQueue:
     registry : WorkerRegistry
     metrics : Metrics
     limits : StorageLimits
+
+    Attributes
+    ----------
+    reviews : Reviews
+        Verdicts of readers. They are erased with their job.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class JobQueue:
         self._limits = limits
         self._table = workflow_table(database)
         self._key_hasher = KeyHasher(database)
+        self.reviews = Reviews(database)
 
     # ---- submit ----
 
@@ -229,8 +236,10 @@ class JobQueue:
             )
         return to_job(found[0])
 
-    def list_jobs(self, job_filter: JobFilter, limit: int, after: Cursor | None) -> Sequence[Job]:
-        """Return a page of jobs, newest first. New jobs do not shift the pages that follow.
+    def list_jobs(
+        self, job_filter: JobFilter, limit: int, after: Cursor | None, order: Order = "newest"
+    ) -> Sequence[Job]:
+        """Return a page of jobs. New jobs do not shift the pages that follow.
 
         Parameters
         ----------
@@ -239,14 +248,18 @@ class JobQueue:
             Largest number of jobs in the page.
         after : Cursor or None
             Last job of the previous page.
+        order : {"newest", "oldest"}
+            The job that comes first.
         """
         t = self._table.c
+        position = sa.tuple_(t.created_at, t.workflow_uuid)
         query = sa.select(t.workflow_uuid).where(t.name == WORKFLOW, *self._conditions(job_filter))
         if after is not None:
             # Many jobs can have the same time, which SQLite stores in seconds. Their ids break the tie.
             last = (_milliseconds(after.created), after.id)
-            query = query.where(sa.tuple_(t.created_at, t.workflow_uuid) < last)
-        query = query.order_by(t.created_at.desc(), t.workflow_uuid.desc()).limit(limit)
+            query = query.where(position < last if order == "newest" else position > last)
+        columns = (t.created_at, t.workflow_uuid)
+        query = query.order_by(*(column.desc() if order == "newest" else column for column in columns)).limit(limit)
         with self._database.connect() as connection:
             ids = list(connection.execute(query).scalars())
         jobs = self.find(ids)
@@ -356,6 +369,7 @@ class JobQueue:
     def _delete_rows(self, job: str) -> None:
         DBOS.delete_workflow(job)
         self._registry.delete_crash_records(job)
+        self.reviews.erase(job)
 
     def is_cancelled(self, job: str) -> bool:
         """Return whether a job was cancelled. DBOS's own call would become a step of the workflow that calls it."""
@@ -397,8 +411,8 @@ def to_job(status: WorkflowStatus) -> Job:
         stage=attributes.get("stage") if state == "running" else None,
         progress=1.0 if state == "succeeded" else attributes.get("progress", 0.0),
         model=output.get("model") or attributes.get("model"),
-        # A job of version 0.1.0 has no list of results. It has the files that existed then.
-        results=tuple(output.get("results") or REQUIRED_NAMES) if state == "succeeded" else (),
+        results=tuple(output.get("results") or FIRST_RESULTS) if state == "succeeded" else (),
+        summary=_summary(output.get("summary")),
         created=cast("datetime", _time(status.created_at)),
         started=_time(status.dequeued_at),
         ended=_time(status.completed_at),
@@ -406,6 +420,11 @@ def to_job(status: WorkflowStatus) -> Job:
         content_hash=attributes.get("content", ""),
         priority="stat" if (status.priority or 0) in {2, 3} else "routine",
     )
+
+
+def _summary(recorded: Mapping[str, Any] | None) -> ResultSummary | None:
+    """Return the summary that a version recorded, which may have more fields than this one knows."""
+    return ResultSummary(**{f.name: recorded[f.name] for f in fields(ResultSummary)}) if recorded else None
 
 
 def _problem(status: WorkflowStatus) -> dict[str, str]:

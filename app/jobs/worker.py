@@ -4,7 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event
 from typing import Protocol
@@ -25,8 +25,10 @@ from app.errors import (
     scan_out_of_memory,
 )
 from app.export.outputs import OPTIONAL_NAMES, REQUIRED_NAMES
+from app.export.report import Report
 from app.jobs.engine import INFERENCE_FILE, ChildProcessDied, Engine
 from app.jobs.faults import ServiceFault, find_service_fault
+from app.jobs.job import ResultSummary
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
 
@@ -247,8 +249,8 @@ class Attempt:
         Returns
         -------
         dict
-            `work`, the name of the folder, `model`, the id of the model, and `results`, the names of the files,
-            or `problem`.
+            `work`, the name of the folder, `model`, the id of the model, `results`, the names of the files, and
+            `summary`, the fields of `ResultSummary`, or `problem`.
 
         Raises
         ------
@@ -321,7 +323,7 @@ class Attempt:
         seconds = round(time.perf_counter() - start, 2)
         log.info("export finished", job=self.job, model=report.model.id, seconds=seconds)
         results = [name for name in (*REQUIRED_NAMES, *OPTIONAL_NAMES) if name not in report.absent]
-        return {"work": staged, "model": report.model.id, "results": results}
+        return {"work": staged, "model": report.model.id, "results": results, "summary": asdict(summarise(report))}
 
     def _failure_problem(self, error: Exception, seconds: float) -> dict[str, str]:
         if isinstance(error, MemoryError):
@@ -354,6 +356,11 @@ class Attempt:
                 self.state.record_progress(self.job, stage, round(done, 3))
 
         return progress
+
+
+def summarise(report: Report) -> ResultSummary:
+    """Return the numbers of a report that lists show."""
+    return ResultSummary(report.lesion_volume_ml, len(report.findings), report.scores.scan, len(report.warnings))
 
 
 def find_fault(error: Exception) -> CounterpartError | None:

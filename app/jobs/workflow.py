@@ -1,7 +1,7 @@
 """Durable execution of jobs on DBOS.
 
 A job is a workflow of three steps, `infer`, `export` and `publish`. DBOS records the output of each step. If a
-process dies, its job stays pending until another process puts it back into the queue (`app.jobs.recovery`). The
+process dies, its job stays pending until another process puts it back into the queue (`app.jobs.maintenance`). The
 next worker continues after the last recorded step. DBOS writes a new token into the job's row at each claim, so that a
 slow worker that lost its lease can no longer record anything. The database holds ids and parameters only, as JSON. See
 decision 14.
@@ -26,10 +26,17 @@ from app.jobs.database import connect, enable_write_ahead_log, truncate_write_ah
 from app.jobs.engine import Engine
 from app.jobs.faults import ServiceFault
 from app.jobs.job import ENDED_STATES
+from app.jobs.maintenance import (
+    MAX_FAULTS,
+    StorageLimits,
+    Supervisor,
+    WorkerRegistry,
+    restart_outdated_jobs,
+    return_job,
+    select_expired,
+)
 from app.jobs.metrics import Metrics
 from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
-from app.jobs.recovery import MAX_FAULTS, Supervisor, WorkerRegistry, restart_outdated_jobs, return_job
-from app.jobs.retention import StorageLimits, select_expired
 from app.jobs.store import STALE_SECONDS, Slot, Store
 from app.jobs.traces import NoTraces, Span, Traces
 from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem, to_fault
@@ -132,6 +139,7 @@ class JobService:
             DBOS.listen_queues([])
         DBOS.launch()
         self._registry.create_tables()
+        self.queue.reviews.create_table()
         # This process holds the lock of its slot, so all earlier processes of the slot have ended.
         self._supervisor.start(self._executor_id if worker else None, slot_prefix=f"{self._slot.name}-")
         DBOS.register_queue(
@@ -202,6 +210,7 @@ class JobService:
         for job in select_expired(ended, sizes, self._limits):
             with suppress(errors.NotFound):  # another process has erased it
                 self.queue.erase(job)
+        self.queue.reviews.remove_orphans()
         truncate_write_ahead_log(self._database)
         if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
             self._last_sweep = time.monotonic()
@@ -302,7 +311,8 @@ class JobService:
             self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
         self._metrics.outcomes.labels("succeeded").inc()
-        return {"model": exported["model"], "results": exported["results"]}
+        # An older version may have recorded the export, without a summary.
+        return {name: exported.get(name) for name in ("model", "results", "summary")}
 
     def _run_step(self, name: str, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         """Run and record a step of a job, or return its recorded output."""

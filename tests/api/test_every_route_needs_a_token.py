@@ -24,7 +24,18 @@ def routes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[TestClient, s
 def test_every_route_but_the_probes_refuses_a_request_without_a_token(
     routes: list[tuple[TestClient, str, str]],
 ) -> None:
-    assert {path for _, _, path in routes} >= {"/v1/scans", "/v1/scans/{job}/events", "/v1/models", "/metrics"}
+    assert {path for _, _, path in routes} >= {
+        "/v1/scans",
+        "/v1/scans/{job}/events",
+        "/v1/models",
+        "/v1/reviews",
+        "/metrics",
+    }
     for client, method, path in routes:
-        url = path.replace("{job}", "0" * 16 + "-" + "0" * 16).replace("{name}", "mask.nii.gz").replace("{model}", "x")
+        url = (
+            path.replace("{job}", "0" * 16 + "-" + "0" * 16)
+            .replace("{name}", "mask.nii.gz")
+            .replace("{model}", "x")
+            .replace("{label}", "1")
+        )
         assert client.request(method, url).status_code == 401, (method, path)

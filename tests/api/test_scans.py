@@ -32,7 +32,8 @@ def test_scan_is_accepted_and_finished(client: TestClient) -> None:
     assert done["findings"][0]["centroid_mm"] == [1.0, -2.0, 3.0]
     assert done["lesion_volume_ml"] == 2.5
     assert done["timings"] == {"read": 0.1, "infer": 2.0}
-    assert set(done["links"]) == {"self", "events", "mask", "labels", "anomaly", "counterpart", "report", "preview"}
+    maps = {"mask", "labels", "anomaly", "counterpart", "image"}
+    assert set(done["links"]) == {"self", "events", "report", "preview", "thumbnail", "reviews"} | maps
     for link in done["links"].values():
         assert client.get(link).status_code == 200
 
@@ -228,6 +229,20 @@ def test_stat_jobs_start_before_routine_jobs(client: TestClient, engine: FakeEng
     assert [path.parts[-3] for path, _ in engine.inferences[analysed:]] == [stat["id"], routine["id"]]
 
 
+def test_list_has_the_numbers_of_finished_scans(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No report is read for a list."""
+    failed = send(client, name="no numbers", raise_error="OutOfDistribution").headers["location"].rpartition("/")[2]
+    done = send(client, name="numbers").json()["id"]
+    monkeypatch.setattr("app.api.dependencies.read_report_summary", None)
+    shown = {job["id"]: job for job in client.get(URL).json()["scans"]}
+    names = ("lesion_volume_ml", "findings_count", "scan_score", "warnings_count")
+    assert [shown[done][name] for name in names] == [2.5, 1, 0.5, 0]
+    assert [shown[failed][name] for name in names] == [None] * 4
+    assert shown[done]["reviews"] == {"right": 0, "wrong": 0, "unsure": 0}
+    assert shown[done]["links"]["thumbnail"] == f"{URL}/{done}/thumbnail.png"
+    assert "thumbnail" not in shown[failed]["links"]
+
+
 def list_all(client: TestClient, **query: object) -> list[str]:
     """Return the ids on all pages of a list."""
     ids: list[str] = []
@@ -243,6 +258,7 @@ def test_list_has_pages_and_a_state_filter(client: TestClient) -> None:
     ids = list_all(client, limit=200)
     assert len(ids) > 10
     assert list_all(client, limit=3) == ids
+    assert list_all(client, limit=3, order="oldest") == ids[::-1]
     unsuccessful = client.get(URL, params={"state": ["failed", "cancelled"]}).json()["scans"]
     assert {job["state"] for job in unsuccessful} == {"failed", "cancelled"}
 
@@ -267,7 +283,14 @@ def test_all_filters_apply_on_every_page(client: TestClient) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["state=asleep", "priority=now", "after=nonsense", "created_after=2026-11-23T10:00:00", "created_before=yesterday"],
+    [
+        "state=asleep",
+        "priority=now",
+        "order=best",
+        "after=nonsense",
+        "created_after=2026-11-23T10:00:00",
+        "created_before=yesterday",
+    ],
 )
 def test_invalid_filter_is_refused(client: TestClient, query: str) -> None:
     answer = client.get(f"{URL}?{query}")
@@ -325,7 +348,7 @@ def test_wrong_method_is_405(client: TestClient) -> None:
 
 def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=10**9)
-    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: usage)
     answer = send(client, wait=False, name="one too many")
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
     assert int(answer.headers["retry-after"]) > 0
@@ -334,7 +357,7 @@ def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypat
 def test_free_disk_space_counts_all_uploads_under_way(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another upload has announced bytes that it has not sent yet."""
     usage = shutil.disk_usage("/")._replace(free=2_000_500_000)
-    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: usage)
     assert send(client, name="alone").status_code == 200
     uploads = client.app.state.services.uploads  # type: ignore[attr-defined]
     other = Reception(None, 10**9)  # type: ignore[arg-type]
@@ -352,10 +375,10 @@ def test_free_disk_space_is_checked_while_bytes_arrive(client: TestClient, monke
 
     def send_blocks() -> Iterator[bytes]:
         yield fake_scan(name="long").ljust(400_000)
-        monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: full)
+        monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: full)
         yield b" " * 400_000
 
-    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: enough)
+    monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: enough)
     answer = client.post(URL, content=send_blocks())
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
 

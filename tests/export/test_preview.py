@@ -21,7 +21,7 @@ from app.export.preview import (
 )
 from app.export.report import ModelSelectionReport, Report, build_report, by_certainty
 from app.pipeline.findings import ScanResult, to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Affine, Scan, Source, Volume
 from tests.support.grids import tilted
@@ -39,7 +39,8 @@ def bundle(tiny_models: Path) -> Bundle:
 
 
 def analyse(bundle: Bundle, volume: Volume) -> tuple[ScanResult, Report]:
-    detection = run_method(volume, bundle.networks.in_batches(bundle.batch, lambda _: None), bundle.manifest, None)
+    networks = bundle.networks.in_batches(bundle.batch, lambda _: None)
+    detection = METHODS[bundle.manifest.method](volume, networks, bundle.manifest)
     result = to_scan_result(volume, detection, bundle.manifest)
     scan = Scan(volume, Source("nifti"))
     return result, build_report(scan, result, MODEL, bundle.manifest, None, {})

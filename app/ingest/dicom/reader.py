@@ -23,7 +23,7 @@ from app.ingest.dicom.files import Header, hash_pixels, read_headers
 from app.ingest.dicom.geometry import Arrangement, arrange_slices
 from app.ingest.dicom.pixels import Frame, read_frames
 from app.ingest.dicom.resample import plan_grid, resample
-from app.ingest.dicom.sequence import classify_sequence_file
+from app.ingest.dicom.sequence import classify_sequence_file, read_scanner
 from app.ingest.dicom.series import Stack, select_stack
 from app.ingest.limits import Limits
 from app.volume import Geometry, Scan, Source, Volume
@@ -104,6 +104,7 @@ def read_dicom(
         frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
         series_uid=head.series,
         resampled=grid is not None,
+        scanner=read_scanner(head.path),
         notes=tuple(notes),
     )
     return Scan(Volume(array, affine), source)

@@ -1,0 +1,234 @@
+"""/v1/scans/{job}/reviews and /v1/reviews: verdicts of readers on findings. They never change a result."""
+
+import csv
+import io
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import Field, ValidationError
+
+from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters, require_token
+from app.api.problems import problem_responses
+from app.api.schemas import Schema
+from app.errors import InternalError, NotFinished, NotFound, UploadTooLarge
+from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
+
+router = APIRouter(prefix="/v1", tags=["reviews"], dependencies=[Depends(require_token)])
+
+MAX_NOTE = 1000
+MAX_READER = 100
+# A note of the largest length, with each character escaped.
+MAX_BODY_BYTES = 16 << 10
+# A spreadsheet takes a cell that begins like this for a formula.
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+# PostgreSQL stores no NUL.
+_TEXT = r"^[^\x00]*$"
+COLUMNS = ("job", "model", "code_version", "label", "volume_ml", "peak_score", "verdict", "note", "reader", "time")
+
+Label = Annotated[int, Path(ge=1, lt=2**31, description="`findings[].label` of report.json.")]
+Reader = Annotated[
+    str, Query(max_length=MAX_READER, pattern=_TEXT, description="Name of the reader who gave the verdict.")
+]
+
+
+class NewReview(Schema):
+    """Verdict of a reader on a finding."""
+
+    verdict: Verdict
+    note: str = Field("", max_length=MAX_NOTE, pattern=_TEXT)
+    reader: str = Field("", max_length=MAX_READER, pattern=_TEXT, description="Name of the reader, if it is known.")
+
+
+class FindingReview(NewReview):
+    """Recorded verdict of a reader on a finding of a job."""
+
+    label: int
+    time: datetime
+
+
+class ReviewList(Schema):
+    """Verdicts on the findings of a job."""
+
+    reviews: tuple[FindingReview, ...] = Field(description="The latest verdict of each reader on each finding.")
+    history: tuple[FindingReview, ...] = Field(description="All verdicts, the oldest first.")
+
+
+class ExportedReview(FindingReview):
+    """Verdict with the finding that it concerns."""
+
+    job: str
+    model: str = Field(description="Id of the model, which contains its version.")
+    code_version: str = Field(description="Version of Counterpart that analysed the scan.")
+    volume_ml: float
+    peak_score: float
+
+
+class ReviewExport(Schema):
+    """Verdicts on the findings of all jobs."""
+
+    reviews: tuple[ExportedReview, ...] = Field(description="The latest verdict of each reader on each finding.")
+
+
+@router.get("/scans/{job}/reviews", responses=problem_responses(401, 403, 404, 409, 503))
+async def list_reviews(services: ServicesDependency, job: JobId) -> ReviewList:
+    """List the verdicts of readers on the findings of a scan."""
+    history = await services.calls.query(_read_history, services, job)
+    return ReviewList(reviews=_describe(select_latest(history)), history=_describe(history))
+
+
+@router.put(
+    "/scans/{job}/reviews/{label}",
+    openapi_extra={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": NewReview.model_json_schema()}}}
+    },
+    responses=problem_responses(400, 401, 403, 404, 409, 413, 503),
+)
+async def put_review(request: Request, services: ServicesDependency, job: JobId, label: Label) -> FindingReview:
+    """Record the verdict of a reader on a finding. The latest verdict of a reader counts, and the history is kept."""
+    new = _parse(await _read_body(request))
+    finding = await services.calls.transfer(_find, services, job, label)
+    review = await services.calls.query(services.queue.reviews.put, finding, new.verdict, new.note, new.reader)
+    return _describe([review])[0]
+
+
+@router.delete(
+    "/scans/{job}/reviews/{label}",
+    status_code=204,
+    dependencies=[Depends(refuse_unknown_parameters)],
+    responses=problem_responses(400, 401, 403, 404, 409, 503),
+)
+async def remove_review(services: ServicesDependency, job: JobId, label: Label, reader: Reader = "") -> None:
+    """Remove the verdict of a reader on a finding, with its history."""
+    await services.calls.transfer(_find, services, job, label)
+    await services.calls.query(services.queue.reviews.remove, job, label, reader)
+
+
+@router.get(
+    "/reviews",
+    response_model=ReviewExport,
+    dependencies=[Depends(refuse_unknown_parameters)],
+    responses={
+        200: {"content": {"text/csv": {"schema": {"type": "string"}}}},
+        **problem_responses(400, 401, 403, 503),
+    },
+)
+async def export_reviews(
+    services: ServicesDependency,
+    format: Annotated[  # noqa: A002  # the name of the parameter
+        Literal["json", "csv"], Query(description="Format of the answer.")
+    ] = "json",
+) -> Response:
+    """Return the verdicts on the findings of all scans, for calibration and audits."""
+    history = await services.calls.transfer(services.queue.reviews.history)
+    export = ReviewExport(reviews=tuple(map(_export, select_latest(history))))
+    if format == "json":
+        return JSONResponse(export.model_dump(mode="json"))
+    headers = {"Content-Disposition": 'attachment; filename="reviews.csv"'}
+    return Response(write_csv(export.reviews), headers=headers, media_type="text/csv")
+
+
+def write_csv(reviews: Sequence[ExportedReview]) -> str:
+    """Return reviews as CSV (RFC 4180) with a header. No cell is a formula of a spreadsheet."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+    for review in reviews:
+        document = review.model_dump(mode="json")
+        writer.writerow([_as_text(document[column]) for column in COLUMNS])
+    return file.getvalue()
+
+
+def _as_text(value: object) -> str:
+    text = str(value)
+    return f"'{text}" if isinstance(value, str) and text.startswith(FORMULA_STARTS) else text
+
+
+async def _read_body(request: Request) -> bytes:
+    """Return the body of a request.
+
+    Raises
+    ------
+    UploadTooLarge
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise UploadTooLarge(
+                f"The review has more than {MAX_BODY_BYTES} bytes.",
+                expected=f"a note of at most {MAX_NOTE} characters.",
+                advice="Shorten the note.",
+            )
+    return bytes(body)
+
+
+def _parse(body: bytes) -> NewReview:
+    try:
+        return NewReview.model_validate_json(body)
+    except ValidationError as error:
+        invalid: list[Any] = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
+        raise RequestValidationError(invalid) from None
+
+
+def _read_history(services: Services, job: str) -> Sequence[Review]:
+    _check_succeeded(services, job)
+    return services.queue.reviews.history(job)
+
+
+def _check_succeeded(services: Services, job: str) -> None:
+    state = services.queue.get(job).state
+    if state != "succeeded":
+        raise NotFinished(
+            f"The job is {state}.",
+            expected="a job that has succeeded.",
+            advice="Wait until the job has succeeded. Only its findings can be reviewed.",
+        )
+
+
+def _find(services: Services, job: str, label: int) -> ReviewedFinding:
+    """Return a finding of a job from its report.
+
+    Raises
+    ------
+    NotFound, NotFinished, InternalError
+    """
+    _check_succeeded(services, job)
+    report = services.read_report(job)
+    if report is None:
+        raise InternalError(
+            "report.json of a succeeded job is missing in the store.",
+            expected="the results of the job.",
+            advice="Check the store. DELETE the job and send the scan again.",
+        )
+    for finding in report.findings:
+        if finding.label == label:
+            return ReviewedFinding(job, label, report.model, report.code_version, finding.volume_ml, finding.peak_score)
+    raise NotFound(
+        "No finding of this job has this label.",
+        expected=f"1 to {len(report.findings)}." if report.findings else "a job with findings.",
+        advice="findings[].label of report.json lists the labels.",
+    )
+
+
+def _describe(reviews: Sequence[Review]) -> tuple[FindingReview, ...]:
+    return tuple(
+        FindingReview(label=r.finding.label, verdict=r.verdict, note=r.note, reader=r.reader, time=r.time)
+        for r in reviews
+    )
+
+
+def _export(review: Review) -> ExportedReview:
+    (described,) = _describe([review])
+    finding = review.finding
+    return ExportedReview(
+        **dict(described),
+        job=finding.job,
+        model=finding.model,
+        code_version=finding.code_version,
+        volume_ml=finding.volume_ml,
+        peak_score=finding.peak_score,
+    )
