@@ -62,8 +62,9 @@ class ThreadGroup:
         self._seconds = seconds
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
         self._threads = 0
-        self._idle = 0
         self._lock = threading.Lock()
+        # One permit for each thread that waits for a call and was not counted on yet.
+        self._idle = threading.Semaphore(0)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result of a blocking call, or raise its exception.
@@ -80,19 +81,21 @@ class ThreadGroup:
             return cast("T", await asyncio.wrap_future(future))
 
     def _start_thread(self) -> None:
+        if self._idle.acquire(blocking=False):
+            return
         with self._lock:
-            if self._idle >= self._calls.qsize() or self._threads >= self._limit:
+            if self._threads >= self._limit:
                 return
             self._threads += 1
         threading.Thread(target=self._work, name=self._name, daemon=True).start()
 
     def _work(self) -> None:
         while True:
-            with self._lock:
-                self._idle += 1
-            future, call = self._calls.get()
-            with self._lock:
-                self._idle -= 1
+            try:
+                future, call = self._calls.get_nowait()
+            except queue.Empty:
+                self._idle.release()
+                future, call = self._calls.get()
             # A call whose caller has given up before its start is left out.
             if not future.set_running_or_notify_cancel():
                 continue

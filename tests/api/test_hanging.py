@@ -1,6 +1,7 @@
 """A database or a store that hangs: callers get 503, and the other routes answer."""
 
 import asyncio
+import queue as queues
 import threading
 import time
 from collections.abc import Iterator
@@ -132,3 +133,25 @@ def test_group_of_threads_leaves_abandoned_calls_out() -> None:
 
     asyncio.run(use())
     assert done == ["later"]
+
+
+def test_group_of_threads_starts_a_thread_while_another_one_takes_a_call() -> None:
+    """A thread that has taken a call and not yet begun it is not idle."""
+
+    class SlowQueue(queues.SimpleQueue[Any]):
+        def get(self, *args: Any, **kwargs: Any) -> Any:
+            taken = super().get(*args, **kwargs)
+            time.sleep(0.1)
+            return taken
+
+    async def use() -> None:
+        group = ThreadGroup("test", 2, 5)
+        group._calls = SlowQueue()
+        await group.run(int)
+        second = threading.Event()
+        first = asyncio.create_task(group.run(second.wait, 20))
+        await asyncio.sleep(0.05)
+        await group.run(second.set)
+        await first
+
+    asyncio.run(use())
