@@ -84,11 +84,13 @@ class RequestAuditor(Auditor):
         phase = scope["state"].get("phase", "")
         for job in scope["state"].get("jobs") or [find_job(scope)]:
             entry = replace(_describe(scope, str(status)), job=job)
-            if action in REPEATED_ACTIONS and self._is_repeated(entry, phase):
+            # A caller without a credential can name any job: it must not fill the trail with rows.
+            kind = replace(entry, job=None) if action == "refuse" else entry
+            if action in REPEATED_ACTIONS and self._is_repeated(kind, phase):
                 continue
             await self._write(entry)
             if action in REPEATED_ACTIONS:
-                self._remember(entry, phase)
+                self._remember(kind, phase)
 
     async def _write(self, entry: AuditEntry) -> None:
         try:

@@ -208,3 +208,10 @@ def test_command_prints_the_trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [json.loads(line)["action"] for line in lines] == ["list", "show"]
     later = CliRunner().invoke(command_line, ["audit-log", "--after", "1"]).output
     assert later.splitlines() == lines[1:]
+
+
+def test_refused_tokens_fill_the_trail_with_one_row_a_minute(tmp_path: Path) -> None:
+    with run(tmp_path, token="geheim") as client:  # noqa: S106
+        for number in range(5):
+            client.get(f"{URL}/{number:016x}-{number:016x}", headers=bearer("wrong"))
+        assert rows(client) == [("unknown", "refuse", "401")]
