@@ -6,6 +6,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.dependencies import Services, ThreadGroup
+from app.api.upload import read_body
 from app.errors import BadRequest, SourceUnavailable, UnknownSource, UploadTooLarge
 from app.ingest.dicomweb_source import retrieve_series
 from app.jobs.store import Upload
@@ -39,7 +40,8 @@ async def pull(request: Request, services: Services, upload: Upload) -> None:
 
     Raises
     ------
-    BadRequest, UnknownSource
+    BadRequest, UploadTooLarge, UploadTooSlow, UnknownSource
+        The body of the request is wrong.
     UnknownSeries, SourceUnavailable, UploadTooLarge
         See `retrieve_series`.
     """
@@ -78,13 +80,9 @@ async def pull(request: Request, services: Services, upload: Upload) -> None:
 
 
 async def _read(request: Request) -> PullRequest:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            break
+    body = await read_body(request, MAX_BODY_BYTES)
     try:
-        return PullRequest.model_validate_json(bytes(body))
+        return PullRequest.model_validate_json(body)
     except ValidationError as error:
         # The message does not repeat the values.
         names = sorted({str(fault["loc"][0]) if fault["loc"] else "the body" for fault in error.errors()})

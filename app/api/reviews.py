@@ -4,18 +4,18 @@ import csv
 import io
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters
 from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.schemas import Schema
-from app.errors import InternalError, NotFinished, NotFound, UploadTooLarge
+from app.api.upload import parse_body, read_body
+from app.errors import InternalError, NotFinished, NotFound
 from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
 
 router = APIRouter(prefix="/v1", tags=["reviews"])
@@ -91,11 +91,11 @@ async def list_reviews(services: ServicesDependency, job: JobId) -> ReviewList:
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": NewReview.model_json_schema()}}}
     },
-    responses=problem_responses(400, 401, 403, 404, 409, 413, 503),
+    responses=problem_responses(400, 401, 403, 404, 408, 409, 413, 503),
 )
 async def put_review(request: Request, services: ServicesDependency, job: JobId, label: Label) -> FindingReview:
     """Record the verdict of a reader on a finding. The latest verdict of a reader counts, and the history is kept."""
-    new = _parse(await _read_body(request))
+    new = parse_body(NewReview, await read_body(request, MAX_BODY_BYTES))
     finding = await services.calls.transfer(_find, services, job, label)
     review = await services.calls.query(services.queue.reviews.put, finding, new.verdict, new.note, new.reader)
     return _describe([review])[0]
@@ -151,33 +151,6 @@ def write_csv(reviews: Sequence[ExportedReview]) -> str:
 def _as_text(value: object) -> str:
     text = str(value)
     return f"'{text}" if isinstance(value, str) and text.startswith(FORMULA_STARTS) else text
-
-
-async def _read_body(request: Request) -> bytes:
-    """Return the body of a request.
-
-    Raises
-    ------
-    UploadTooLarge
-    """
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise UploadTooLarge(
-                f"The review has more than {MAX_BODY_BYTES} bytes.",
-                expected=f"a note of at most {MAX_NOTE} characters.",
-                advice="Shorten the note.",
-            )
-    return bytes(body)
-
-
-def _parse(body: bytes) -> NewReview:
-    try:
-        return NewReview.model_validate_json(body)
-    except ValidationError as error:
-        invalid: list[Any] = [{**item, "loc": ("body", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(invalid) from None
 
 
 def _read_history(services: Services, job: str) -> Sequence[Review]:

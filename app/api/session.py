@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Body, Query, Request, Response, Security
+from fastapi import APIRouter, Query, Request, Response, Security
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.security import HTTPAuthorizationCredentials
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,6 +27,7 @@ from app.api.identity import (
 )
 from app.api.problems import problem_responses
 from app.api.tokens import SCOPES, Scope
+from app.api.upload import parse_body, read_body
 from app.errors import CounterpartError, Forbidden, LoginFailed, NotFound, Unauthorised
 
 router = APIRouter(tags=["session"])
@@ -35,6 +36,7 @@ LOGIN_COOKIE = "counterpart_login"
 # Seconds to log in at the issuer.
 LOGIN_SECONDS = 600.0
 MAX_TOKEN_LENGTH = 16_384
+MAX_BODY_BYTES = 2 * MAX_TOKEN_LENGTH
 
 
 class SessionRequest(BaseModel):
@@ -75,9 +77,20 @@ async def get_session(
         return _describe(identity, None)
 
 
-@router.post("/session", responses=problem_responses(400, 401, 403, 503))
-async def create_session(request: Request, response: Response, body: Annotated[SessionRequest, Body()]) -> SessionState:
+@router.post(
+    "/session",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": SessionRequest.model_json_schema()}},
+        }
+    },
+    responses=problem_responses(400, 401, 403, 408, 413, 503),
+)
+async def create_session(request: Request, response: Response) -> SessionState:
     """Begin a session with a token, for 12 hours at most. A page sends it with the header X-Counterpart-CSRF: 1."""
+    # Anybody can call this route, so the body is read by hand: FastAPI would keep a body of any length in memory.
+    body = parse_body(SessionRequest, await read_body(request, MAX_BODY_BYTES))
     identity = get_identity(request)
     check_same_origin(request, identity.settings.public_url)
     request.state.action = "login"

@@ -5,10 +5,12 @@ import errno
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -33,6 +35,8 @@ MIB = 1 << 20
 BODY_SECONDS = 60.0
 # zlib reads the head of a gzip stream if 16 is added to the largest window.
 GZIP_WINDOW = 16 + zlib.MAX_WBITS
+
+M = TypeVar("M", bound=BaseModel)
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 _FORM = {
@@ -249,6 +253,48 @@ def declared_length(request: Request) -> int:
     """Return the Content-Length of a request, 0 if it has none."""
     length = request.headers.get("content-length", "")
     return int(length) if length.isdecimal() else 0
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the body of a request that is no scan.
+
+    Raises
+    ------
+    UploadTooLarge
+        The body is longer than `max_bytes`. The rest of it is not read.
+    UploadTooSlow
+        The body did not arrive within a minute.
+    """
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise UploadTooLarge(
+                        "The body of the request is too long.",
+                        expected=f"at most {max_bytes} bytes.",
+                        advice="Shorten its texts. See /docs for the fields of the body.",
+                    )
+    except TimeoutError:
+        raise _too_slow() from None
+    return bytes(body)
+
+
+def parse_body(model: type[M], body: bytes) -> M:
+    """Return the JSON of a body as a model.
+
+    Raises
+    ------
+    RequestValidationError
+        It names the invalid fields. It does not repeat their values.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        invalid: list[Any] = [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
+        raise RequestValidationError(invalid) from None
 
 
 async def _read_blocks(stream: AsyncIterator[bytes], limit: int, max_mb: int) -> AsyncIterator[bytes]:

@@ -1,9 +1,10 @@
 """Sessions of browsers: the cookie, its end, requests of other sites, and the login at an issuer."""
 
+import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,27 @@ def test_body_with_a_token_is_never_repeated(tmp_path: Path) -> None:
             answer = client.post("/session", json=body, headers=CSRF)
             assert answer.status_code == 400
             assert TOKEN not in answer.text
+
+
+def test_body_that_is_too_long_or_stops_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    async def stream_long(_: object) -> AsyncIterator[bytes]:
+        for number in range(1000):
+            read.append(number)
+            yield bytes(1 << 16)
+
+    async def stream_slow(_: object) -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr("app.api.upload.BODY_SECONDS", 0.2)
+    with run(tmp_path, token=TOKEN) as client:
+        for stream, status, code in ((stream_long, 413, "upload_too_large"), (stream_slow, 408, "upload_too_slow")):
+            monkeypatch.setattr("starlette.requests.Request.stream", stream)
+            answer = client.post("/session", content=b"", headers=CSRF)
+            assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert len(read) < 10
 
 
 # ---- login at an issuer ----
