@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import isfile
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -149,8 +150,9 @@ def find_asset(name: str) -> Asset:
     NotFound
         No file of the dashboard has this name.
     """
+    # `Path.is_file` raises an error for a name that is too long.
     path = (WEB_FOLDER / name).resolve()
-    if path.suffix not in MEDIA_TYPES or not path.is_relative_to(WEB_FOLDER) or not path.is_file():
+    if path.suffix not in MEDIA_TYPES or not path.is_relative_to(WEB_FOLDER) or not isfile(path):  # noqa: PTH113
         raise NotFound("The dashboard has no such file.", expected="a path of its pages.", advice="Check the URL.")
     return _read_asset(path, path.stat().st_mtime_ns)
 

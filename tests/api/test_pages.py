@@ -118,6 +118,7 @@ def test_encoding_is_negotiated(client: TestClient, accepted: str, compressed: b
         "/web/%2e%2e/secret.txt",
         "/web/..%2fsecret.txt",
         "/web/%2fetc/hostname.txt",
+        f"/web/{'x' * 300}.js",
         "/scans/x/y",
     ],
 )
