@@ -153,6 +153,8 @@ def configure_logging() -> None:
         )
     )
     logging.root.handlers = [handler]
+    # The texts of warnings can contain a patient's values. As records, they lose it in `_drop_message`.
+    logging.captureWarnings(capture=True)
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("counterpart").setLevel(logging.INFO)
 

@@ -1,4 +1,8 @@
-"""Send one DICOM file to a target, by C-STORE (pynetdicom) or STOW-RS (dicomweb-client)."""
+"""Send one DICOM file to a target, by C-STORE (pynetdicom) or STOW-RS (dicomweb-client).
+
+A file is read under `silence_libraries`, and sent without it: only one thread of a process at a time may be inside, and
+a target can take a minute. `app.api.server.configure_logging` drops the text of warnings of the whole process.
+"""
 
 from pathlib import Path
 
@@ -72,8 +76,7 @@ def send_c_store(path: Path, target: DimseTarget) -> None:
     if not association.is_established:
         raise NotSent(_explain(association))
     try:
-        with silence_libraries():
-            answer = association.send_c_store(dataset)
+        answer = association.send_c_store(dataset)
     except ValueError:  # no presentation context was accepted
         raise NotSent("unsupported") from None
     finally:
@@ -117,8 +120,7 @@ def send_stow(path: Path, target: StowTarget) -> None:
         )
         client.set_http_retry_params(retry=False)
         try:
-            with silence_libraries():
-                answer = client.store_instances([dataset])
+            answer = client.store_instances([dataset])
         except requests.HTTPError as error:
             raise NotSent("http" if error.response is None else f"http_{error.response.status_code}") from None
         except requests.TooManyRedirects:

@@ -18,6 +18,7 @@ from pydicom.uid import (
 )
 from pynetdicom import AE, evt
 
+from app.dicom_attributes import silence_libraries
 from app.pacs.routes import DimseTarget, StowTarget
 from app.pacs.senders import NotSent, send
 from app.pacs.tls import server_context
@@ -179,3 +180,35 @@ def test_a_stow_that_fails_has_its_code(path: Path, answer: tuple[int, dict[str,
 def test_a_stow_server_that_does_not_answer_is_unreachable(path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}/web"
     assert code_of(path, StowTarget.model_validate({"kind": "stow", "url": url})) == "unreachable"
+
+
+def test_target_that_does_not_answer_blocks_no_other_reader_of_dicom(path: Path) -> None:
+    """`silence_libraries` is a lock of the process: nobody may hold it while a network answers."""
+    received, release = threading.Event(), threading.Event()
+
+    def answer(_: evt.Event) -> int:
+        received.set()
+        release.wait(30)
+        return 0
+
+    entity = AE("ARCHIVE")
+    entity.add_supported_context(MRImageStorage)
+    server = entity.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_STORE, answer)])
+    assert server is not None
+    target = DimseTarget(kind="dimse", host="127.0.0.1", port=server.server_address[1], ae_title="ARCHIVE")
+    sending = threading.Thread(target=send, args=(path, target))
+    free = threading.Event()
+
+    def read() -> None:
+        with silence_libraries():
+            free.set()
+
+    sending.start()
+    try:
+        assert received.wait(30)
+        threading.Thread(target=read, daemon=True).start()
+        assert free.wait(5)
+    finally:
+        release.set()
+        sending.join()
+        entity.shutdown()
