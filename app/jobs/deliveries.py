@@ -14,6 +14,8 @@ from typing import Literal, cast
 
 import sqlalchemy as sa
 
+from app.jobs.database import create_tables
+
 DeliveryState = Literal["pending", "sent", "failed"]
 # Targets and results of a job, from the model and the names of its results.
 Router = Callable[[str, Sequence[str]], Sequence[tuple[str, str]]]
@@ -22,6 +24,8 @@ Router = Callable[[str, Sequence[str]], Sequence[tuple[str, str]]]
 CLAIM_SECONDS = 180.0
 # Pause after the first failed attempt. It doubles.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 900.0
+# Doublings after which the pause has its largest value. Without a limit, the power would not fit into a float.
+MAX_DOUBLINGS = 10
 
 metadata = sa.MetaData()
 deliveries_table = sa.Table(
@@ -95,11 +99,7 @@ class Deliveries:
 
     def create_table(self) -> None:
         """Create the table if it is missing. Two processes may do so at once."""
-        try:
-            metadata.create_all(self._database)
-        except sa.exc.DBAPIError:
-            if not sa.inspect(self._database).has_table(deliveries_table.name):
-                raise
+        create_tables(self._database, metadata)
 
     def plan(self, job: str, routes: Iterable[tuple[str, str]]) -> None:
         """Create the deliveries of a job, from pairs of target and result. Existing ones stay as they are."""
@@ -163,7 +163,7 @@ class Deliveries:
     def record_failure(self, claim: Claim, code: str, give_up_seconds: float) -> bool:
         """Record a failed attempt, and plan the next one or give the delivery up."""
         now = time.time()
-        pause = min(RETRY_SECONDS * 2**claim.delivery.attempts, MAX_RETRY_SECONDS)
+        pause = min(RETRY_SECONDS * 2 ** min(claim.delivery.attempts, MAX_DOUBLINGS), MAX_RETRY_SECONDS)
         if now + pause - claim.delivery.since.timestamp() > give_up_seconds:
             return self._record(claim, state="failed", ended=now, code=code)
         return self._record(claim, state="pending", next_try=now + pause, code=code)

@@ -170,3 +170,13 @@ def test_a_database_of_an_older_version_gets_the_table(tmp_path: Path) -> None:
     service.stop(0)
     assert sa.inspect(database).has_table("counterpart_deliveries")
     database.dispose()
+
+
+def test_delivery_that_fails_for_weeks_is_tried_again(deliveries: Deliveries) -> None:
+    deliveries.plan("job", ROUTES[:1])
+    with deliveries._database.begin() as connection:
+        connection.execute(module.deliveries_table.update().values(attempts=2000))
+    assert deliveries.record_failure(claim(deliveries), "unreachable", 1000 * HOUR)
+    (found,) = deliveries.of_job("job")
+    assert found.next_try is not None
+    assert found.next_try.timestamp() - time.time() == pytest.approx(module.MAX_RETRY_SECONDS, abs=60)
