@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,8 +22,8 @@ from app.jobs.metrics import Metrics
 from app.jobs.webhooks import Message, Outbox
 from app.settings import is_loopback
 
-# Seconds for each step of a request: the connection, the answer.
-REQUEST_SECONDS = 10.0
+# Seconds for each step of a request (the connection, a block of the answer), and for the whole attempt.
+REQUEST_SECONDS, ATTEMPT_SECONDS = 10.0, 30.0
 POLL_SECONDS = 2.0
 # Seconds between two deletions of old rows.
 CLEAN_SECONDS = 3600.0
@@ -69,6 +70,12 @@ class CheckedConnection(http.client.HTTPConnection):
             plain.close()
             raise
 
+    def abort(self) -> None:
+        """End the request in the thread that waits for it, with an error."""
+        if self.sock is not None:
+            with suppress(OSError):  # it has ended already
+                self.sock.shutdown(socket.SHUT_RDWR)
+
 
 def find_address(host: str, port: int, private_hosts: Collection[str]) -> str:
     """Return the address of a target.
@@ -100,6 +107,10 @@ def post(url: str, body: bytes, headers: dict[str, str], private_hosts: Collecti
     port = parts.port or (443 if secure else 80)
     address = find_address(host, port, private_hosts)
     connection = CheckedConnection(host, port, address, ssl.create_default_context() if secure else None)
+    # A target that sends one byte at a time would hold the thread.
+    timer = threading.Timer(ATTEMPT_SECONDS, connection.abort)
+    timer.daemon = True
+    timer.start()
     try:
         connection.request("POST", parts.path or "/", body, headers)
         return connection.getresponse().status
@@ -108,6 +119,7 @@ def post(url: str, body: bytes, headers: dict[str, str], private_hosts: Collecti
     except (OSError, http.client.HTTPException) as error:
         raise DeliveryFault(f"no answer ({type(error).__name__})") from None
     finally:
+        timer.cancel()
         connection.close()
 
 
@@ -137,8 +149,7 @@ class WebhookSender:
         self._cleaned = -CLEAN_SECONDS
 
     def start(self) -> None:
-        """Create the tables and start the thread."""
-        self.outbox.create_tables()
+        """Start the thread. The tables of the outbox exist."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -15,14 +15,14 @@ from datetime import UTC, datetime
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.jobs.database import workflow_table
+from app.jobs.database import create_tables, workflow_table
 from app.jobs.job import ENDED_STATES
 from app.jobs.queue import STATES, WORKFLOW
 
 # Seconds between attempts, as Standard Webhooks recommends: three days in all.
 PAUSES = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
 JITTER = 0.2
-# Seconds after which a claimed row is tried by another process: more than one attempt can take.
+# Seconds after which a claimed row is tried by another process: more than one attempt takes.
 LEASE_SECONDS = 60
 # The clocks of the machines may differ by as much, in milliseconds.
 OVERLAP = 600_000
@@ -102,10 +102,8 @@ class Outbox:
         self._insert = postgresql.insert if database.dialect.name == "postgresql" else sqlite.insert
 
     def create_tables(self) -> None:
-        """Create the tables."""
-        with self._database.begin() as connection:
-            for created in (table, cursor_table):
-                connection.execute(sa.schema.CreateTable(created, if_not_exists=True))
+        """Create the tables if they are missing. Several processes may do so at once."""
+        create_tables(self._database, metadata)
 
     def collect(self, targets: Sequence[str]) -> None:
         """Add a row for each job that has ended since the last call, and each target. The first call adds none."""
@@ -152,12 +150,15 @@ class Outbox:
         self._update(message.id, status="delivered", fault=None)
 
     def mark_failed(self, message: Message, fault: str, *, give_up: bool = False) -> bool:
-        """Record a failed attempt, and return whether it was the last one."""
+        """Record a failed attempt, and return whether it was the last one.
+
+        If the attempt lasted longer than its lease and another process has tried again, nothing is recorded.
+        """
+        is_latest = (table.c.status == "pending", table.c.attempts == message.attempts)
         if give_up or message.attempts > len(PAUSES):
-            self._update(message.id, status="dead", fault=fault)
-            return True
+            return self._update(message.id, *is_latest, status="dead", fault=fault)
         pause = PAUSES[message.attempts - 1] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311  # no secret
-        self._update(message.id, due=_now() + round(pause * 1000), fault=fault)
+        self._update(message.id, *is_latest, due=_now() + round(pause * 1000), fault=fault)
         return False
 
     def list_failed(self, limit: int = 1000) -> list[Message]:

@@ -1,12 +1,13 @@
 """Webhooks: what is sent, how it is signed, and what happens when a target fails or a process dies."""
 
 import json
+import socket
 import ssl
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -171,6 +172,65 @@ def test_message_of_a_dead_process_is_sent_after_its_lease(
     monkeypatch.setattr(webhooks, "_now", lambda: now + webhooks.LEASE_SECONDS * 1000 + 1)
     (second,) = outbox.claim(1)
     assert (second.id, second.body, second.attempts) == (first.id, first.body, 2)
+
+
+def test_attempt_that_lasted_longer_than_its_lease_does_not_change_the_outcome_of_the_next(
+    outbox: Outbox, end_job: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.collect(["a"])
+    end_job("one")
+    outbox.collect(["a"])
+    (slow,) = outbox.claim(1)
+    now = webhooks._now()
+    monkeypatch.setattr(webhooks, "_now", lambda: now + webhooks.LEASE_SECONDS * 1000 + 1)
+    (second,) = outbox.claim(1)
+    outbox.mark_delivered(second)
+    outbox.mark_failed(slow, "no answer", give_up=True)
+    assert outbox.count_failed() == 0
+
+
+def test_target_that_answers_byte_by_byte_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.jobs.webhook_sender.ATTEMPT_SECONDS", 0.5, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                for _ in range(100):
+                    connection.sendall(b"H")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(DeliveryFault, match="no answer"):
+            post(f"http://127.0.0.1:{server.getsockname()[1]}/hook", b"{}", {}, frozenset())
+        assert time.monotonic() - start < 5
+
+
+def test_tables_are_created_by_several_processes_at_once(database: str) -> None:
+    faults: list[Exception] = []
+    engines = [connect(database) for _ in range(6)]
+    with engines[0].begin() as connection:
+        for name in ("counterpart_webhooks", "counterpart_webhook_cursor"):
+            connection.execute(sa.text(f"DROP TABLE IF EXISTS {name}"))
+    barrier = threading.Barrier(len(engines))
+
+    def create(engine: sa.Engine) -> None:
+        engine.connect().close()
+        barrier.wait()
+        try:
+            Outbox(engine).create_tables()
+        except Exception as error:  # noqa: BLE001  # asserted below
+            faults.append(error)
+
+    threads = [threading.Thread(target=create, args=(engine,)) for engine in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for engine in engines:
+        engine.dispose()
+    assert faults == []
 
 
 def test_failed_message_is_repeated_with_growing_pauses_then_given_up_then_retried(
