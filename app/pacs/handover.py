@@ -25,6 +25,8 @@ log = structlog.get_logger("counterpart.node")
 TICK_SECONDS = 0.25
 # Seconds between two searches for erased jobs and interrupted transfers.
 SWEEP_SECONDS = 30.0
+# Jobs in one query of this search. Databases limit the parameters of a statement.
+QUERIED_JOBS = 500
 # Pause after a submission that failed, for example because the queue is full. It doubles until one succeeds.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
 # A job in one of these states is never the answer to the same content again.
@@ -93,12 +95,12 @@ class HandOver:
         for key in self._spool.quiet_series(self._quiet_seconds):
             self._queue.check_capacity(0)  # as long as the queue is full, the series may still grow
             self._try(self._spool.take(key), failures)
-        if failures:
-            raise failures[0]
         if time.monotonic() - self._last_sweep > SWEEP_SECONDS:
             self._last_sweep = time.monotonic()
             self._spool.remove_stale()
             self._forget_erased_jobs()
+        if failures:
+            raise failures[0]
 
     def _try(self, batch: Batch, failures: list[Exception]) -> None:
         """Hand over a batch. A failure must not delay the batches behind it."""
@@ -170,7 +172,9 @@ class HandOver:
 
     def _forget_erased_jobs(self) -> None:
         handed = dict(self._spool.handed_jobs())
-        known = self._queue.find(sorted(set(handed.values())))
+        jobs = sorted(set(handed.values()))
+        parts = (jobs[start : start + QUERIED_JOBS] for start in range(0, len(jobs), QUERIED_JOBS))
+        known = {job for part in parts for job in self._queue.read_states(part)}
         for key, job in handed.items():
             if job not in known:
                 self._spool.forget(key)

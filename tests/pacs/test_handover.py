@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from app.errors import QueueFull
 from app.ingest.dicom.storage import read_identifiers
@@ -199,3 +200,39 @@ def test_a_full_queue_loses_nothing(tmp_path: Path) -> None:
         case.service.queue.cancel(case.jobs()[0])
         case.hand_over.run_once()
         assert sorted(len(case.scan(job)) for job in case.jobs()) == [4, 4]
+
+
+def test_batch_that_fails_each_time_does_not_stop_the_sweep(
+    case: HandOverCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive(case.spool, "one")
+    case.hand_over.run_once()
+    (job,) = case.jobs()
+    case.service.queue.erase(job)
+    case.hand_over._last_sweep = float("-inf")
+    receive(case.spool, "two")
+    monkeypatch.setattr(case.service.queue, "submit", raise_died)
+    with pytest.raises(Died):
+        case.hand_over.run_once()
+    assert list(case.spool.handed_jobs()) == []
+
+
+def test_sweep_asks_for_many_jobs_in_parts(case: HandOverCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL accepts 65,535 parameters in one statement."""
+    receive(case.spool, "one")
+    case.hand_over.run_once()
+    (job,) = case.jobs()
+    handed = {f"{number:032x}": f"{number:016x}-{number:016x}" for number in range(3000)}
+    execute, numbers = sa.engine.Connection.execute, []
+
+    def count(connection: sa.Connection, statement: sa.Select[tuple[object]], *args: object) -> object:
+        numbers.append(len(str(statement.compile(compile_kwargs={"literal_binds": True})).split(",")))
+        return execute(connection, statement, *args)
+
+    monkeypatch.setattr(sa.engine.Connection, "execute", count)
+    monkeypatch.setattr(case.spool, "handed_jobs", lambda: iter({**handed, "kept": job}.items()))
+    forgotten: list[str] = []
+    monkeypatch.setattr(case.spool, "forget", forgotten.append)
+    case.hand_over._forget_erased_jobs()
+    assert sorted(forgotten) == sorted(handed)
+    assert 1 < max(numbers) < 2000
