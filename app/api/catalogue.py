@@ -38,8 +38,8 @@ INSTANCE_KEYWORDS = (
 )
 KEYWORDS = (*STUDY_KEYWORDS, *SERIES_KEYWORDS, *INSTANCE_KEYWORDS)
 PAGE = 200
-# Results never change, so the attributes of the last jobs stay in memory.
-CACHED_JOBS = 1000
+# Scans and results never change, so the attributes of this many instances stay in memory: about 5 kB each.
+CACHED_INSTANCES = 20_000
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,16 @@ class Catalogue:
         """
         wanted = {STUDY: study, SERIES: series, INSTANCE: instance}
         found: dict[str, Entry] = {}
+        existing: set[str] = set()
         for job in self._succeeded():
+            existing.add(job.id)
             entries = self._results(job)
             if study is not None and any(entry.uid(STUDY) == study for entry in entries):
                 entries = (*entries, *self._scan(job))
             for entry in entries:
                 if all(uid is None or entry.uid(tag) == uid for tag, uid in wanted.items()):
                     found.setdefault(entry.uid(INSTANCE), entry)
+        self._forget_others(existing)
         return list(found.values())
 
     def _results(self, job: Job) -> tuple[Entry, ...]:
@@ -127,9 +130,15 @@ class Catalogue:
         entries = tuple(read())
         with self._lock:
             self._entries[key] = entries
-            while len(self._entries) > CACHED_JOBS:
+            while self._entries and sum(map(len, self._entries.values())) > CACHED_INSTANCES:
                 self._entries.popitem(last=False)
         return entries
+
+    def _forget_others(self, existing: set[str]) -> None:
+        """Remove the attributes of jobs that do not exist from memory, whichever process has erased them."""
+        with self._lock:
+            for key in [key for key in self._entries if key[0] not in existing]:
+                del self._entries[key]
 
     def _succeeded(self) -> Iterator[Job]:
         """Yield the succeeded jobs with DICOM results, newest first."""
