@@ -18,7 +18,7 @@ from urllib.parse import urlencode
 
 import jwt
 import structlog
-from jwt import PyJWK, PyJWKClient
+from jwt import PyJWK, PyJWKSet
 
 from app.api.dependencies import ThreadGroup
 from app.api.tokens import SCOPES, Scope
@@ -225,8 +225,11 @@ class Issuer:
             self._tried = time.monotonic()
             try:
                 url = self.settings.jwks or _web_address(self._discover().get("jwks_uri"))
-                client = PyJWKClient(url, cache_jwk_set=False, timeout=ISSUER_SECONDS)
-                keys = {key.key_id: key for key in client.get_signing_keys() if key.key_id}
+                keys = {
+                    key.key_id: key
+                    for key in PyJWKSet.from_dict(_fetch(url)).keys
+                    if key.key_id and key.public_key_use in {"sig", None}
+                }
             except (jwt.PyJWTError, IdentityUnavailable, OSError, ValueError) as error:
                 self._failed = True
                 log.warning("keys of the issuer not read", **error_location(error))
