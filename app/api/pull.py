@@ -6,12 +6,12 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.api.dependencies import Services, ThreadGroup
-from app.api.upload import read_body
+from app.api.json_body import read_body
+from app.api.upload import explain_full_disk
 from app.errors import BadRequest, SourceUnavailable, UnknownSource, UploadTooLarge
 from app.ingest.dicomweb_source import retrieve_series
 from app.jobs.store import Upload
 
-MEDIA_TYPE = "application/json"
 MAX_BODY_BYTES = 10_000
 MIB = 1 << 20
 # More pulls at the same time wait. Their deadline is longer than that of any source should be.
@@ -28,11 +28,6 @@ class PullRequest(BaseModel):
     source: str = Field(max_length=100, description="Name of a source that the operator configured.", examples=["pacs"])
     study: Uid = Field(description="StudyInstanceUID.")
     series: Uid = Field(description="SeriesInstanceUID.")
-
-
-def is_pull(request: Request) -> bool:
-    """Return whether the body of a request is JSON."""
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == MEDIA_TYPE
 
 
 async def pull(request: Request, services: Services, upload: Upload) -> None:
@@ -70,7 +65,8 @@ async def pull(request: Request, services: Services, upload: Upload) -> None:
 
     try:
         limit = settings.max_upload_mb * MIB
-        await _PULLS.run(retrieve_series, source, wanted.study, wanted.series, limit, write)
+        with explain_full_disk():
+            await _PULLS.run(retrieve_series, source, wanted.study, wanted.series, limit, write)
     except TimeoutError:
         raise SourceUnavailable(
             "The source did not send the series in time.",

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters
 from app.api.identity import require
+from app.api.json_body import parse_body, read_body
 from app.api.problems import problem_responses
 from app.api.schemas import Schema
-from app.api.upload import parse_body, read_body
 from app.errors import InternalError, NotFinished, NotFound
 from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
 

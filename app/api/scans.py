@@ -23,9 +23,9 @@ from app.api.dependencies import (
 )
 from app.api.identity import require
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
-from app.api.pull import is_pull, pull
+from app.api.pull import pull
 from app.api.schemas import DeliverySchema, ReviewCounts, ScanDetail, ScanList, ScanSummary
-from app.api.upload import REQUEST_BODY, declared_length
+from app.api.upload import REQUEST_BODY, declared_length, is_json
 from app.errors import BadRequest, UnknownModel
 from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Order, Priority, State
 from app.jobs.reviews import Verdict
@@ -152,7 +152,7 @@ async def send_scan(
     with ExitStack() as stack:
         upload = stack.enter_context(services.store.receive_upload())
         settings = services.settings
-        if is_pull(request):
+        if is_json(request):  # names a series at a source
             await pull(request, services, upload)
         else:
             await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
@@ -249,8 +249,9 @@ def scan_path(services: Services, job: str) -> str:
 def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
     """Return the summaries of jobs, in the same order."""
     positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
-    succeeded = [job.id for job in jobs if job.state == "succeeded"]
-    reviews = services.queue.reviews.count(succeeded) if succeeded else {}
+    # Only findings have reviews.
+    reviewed = [job.id for job in jobs if job.state == "succeeded" and (not job.summary or job.summary.findings_count)]
+    reviews = services.queue.reviews.count(reviewed) if reviewed else {}
     return tuple(_summarise(services, job, positions.get(job.id), reviews.get(job.id, {})) for job in jobs)
 
 
@@ -267,7 +268,7 @@ def describe_job(services: Services, job: Job) -> ScanDetail:
         timings=report.seconds if report else None,
         deliveries=tuple(
             DeliverySchema.model_validate(delivery, from_attributes=True)
-            for delivery in services.queue.deliveries.of_job(job.id)
+            for delivery in (services.queue.deliveries.of_job(job.id) if job.has_deliveries else ())
         ),
     )
 

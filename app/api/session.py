@@ -25,9 +25,9 @@ from app.api.identity import (
     get_identity,
     session_cookie,
 )
+from app.api.json_body import parse_body, read_body
 from app.api.problems import problem_responses
 from app.api.tokens import SCOPES, Scope
-from app.api.upload import parse_body, read_body
 from app.errors import CounterpartError, Forbidden, LoginFailed, NotFound, Unauthorised
 
 router = APIRouter(tags=["session"])

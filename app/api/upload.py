@@ -4,13 +4,12 @@ import asyncio
 import errno
 import zlib
 from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from fastapi import Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -35,8 +34,6 @@ MIB = 1 << 20
 BODY_SECONDS = 60.0
 # zlib reads the head of a gzip stream if 16 is added to the largest window.
 GZIP_WINDOW = 16 + zlib.MAX_WBITS
-
-M = TypeVar("M", bound=BaseModel)
 
 _FILE = {"schema": {"type": "string", "format": "binary"}}
 _FORM = {
@@ -150,27 +147,20 @@ class Uploads:
             raise _too_large(max_mb)
         inflate = _create_decoder(request.headers.get("content-encoding", ""))
         parser = parser or _create_parser(request.headers.get("content-type", ""), upload, max_files)
-        try:
-            async with asyncio.timeout(BODY_SECONDS) as timer:
-                reception = Reception(timer, length)
-                self._receptions.add(reception)
-                if self._stopping:
-                    timer.reschedule(0)
-                try:
-                    await self._receive(request, reception, inflate, parser, max_mb)
-                finally:
-                    self._receptions.discard(reception)
-            await run_in_threadpool(parser.finish)
-        except TimeoutError:
-            raise _stopping() if self._stopping else _too_slow() from None
-        except OSError as error:
-            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-                raise
-            raise StoreFull(
-                "The disk became full during the upload.",
-                expected="disk space for the scan and its results.",
-                advice="Send the scan again later. The operator must free disk space.",
-            ) from None
+        with explain_full_disk():
+            try:
+                async with asyncio.timeout(BODY_SECONDS) as timer:
+                    reception = Reception(timer, length)
+                    self._receptions.add(reception)
+                    if self._stopping:
+                        timer.reschedule(0)
+                    try:
+                        await self._receive(request, reception, inflate, parser, max_mb)
+                    finally:
+                        self._receptions.discard(reception)
+                await run_in_threadpool(parser.finish)
+            except TimeoutError:
+                raise _stopping() if self._stopping else too_slow() from None
 
     async def _receive(
         self, request: Request, reception: Reception, decoder: "Decoder", parser: "BodyParser", max_mb: int
@@ -198,6 +188,26 @@ class Uploads:
             if not self._stopping:
                 reception.timer.reschedule(loop.time() + BODY_SECONDS)
             yield chunk
+
+
+@contextmanager
+def explain_full_disk() -> Iterator[None]:
+    """Replace the error of a disk that becomes full.
+
+    Raises
+    ------
+    StoreFull
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        raise StoreFull(
+            "The disk became full during the upload.",
+            expected="disk space for the scan and its results.",
+            advice="Send the scan again later. The operator must free disk space.",
+        ) from None
 
 
 class Decoder:
@@ -255,46 +265,9 @@ def declared_length(request: Request) -> int:
     return int(length) if length.isdecimal() else 0
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the body of a request that is no scan.
-
-    Raises
-    ------
-    UploadTooLarge
-        The body is longer than `max_bytes`. The rest of it is not read.
-    UploadTooSlow
-        The body did not arrive within a minute.
-    """
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise UploadTooLarge(
-                        "The body of the request is too long.",
-                        expected=f"at most {max_bytes} bytes.",
-                        advice="Shorten its texts. See /docs for the fields of the body.",
-                    )
-    except TimeoutError:
-        raise _too_slow() from None
-    return bytes(body)
-
-
-def parse_body(model: type[M], body: bytes) -> M:
-    """Return the JSON of a body as a model.
-
-    Raises
-    ------
-    RequestValidationError
-        It names the invalid fields. It does not repeat their values.
-    """
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        faults = error.errors(include_url=False, include_context=False, include_input=False)
-        invalid: list[Any] = [{**fault, "loc": ("body", *fault["loc"])} for fault in faults]
-        raise RequestValidationError(invalid) from None
+def is_json(request: Request) -> bool:
+    """Return whether the body of a request is JSON."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
 
 
 async def _read_blocks(stream: AsyncIterator[bytes], limit: int, max_mb: int) -> AsyncIterator[bytes]:
@@ -477,7 +450,8 @@ def _too_large(max_mb: int) -> UploadTooLarge:
     )
 
 
-def _too_slow() -> UploadTooSlow:
+def too_slow() -> UploadTooSlow:
+    """Return the error of a body that stopped."""
     return UploadTooSlow(
         f"No byte of the upload arrived for {BODY_SECONDS:g} s.",
         expected="the whole scan without long breaks.",

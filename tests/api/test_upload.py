@@ -1,6 +1,7 @@
 """Receive an upload: body, form, DICOMweb message, and their limits."""
 
 import asyncio
+import errno
 import gzip
 from collections.abc import AsyncIterator
 
@@ -147,3 +148,16 @@ def test_upload_that_stops_is_refused(client: TestClient, monkeypatch: pytest.Mo
     assert (answer.status_code, answer.json()["code"]) == (408, "upload_too_slow")
     store = client.app.state.services.store.root  # type: ignore[attr-defined]
     assert not list((store / "incoming").iterdir())
+
+
+def test_disk_that_becomes_full_during_a_pull_is_no_fault_of_the_code(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    services = client.app.state.services  # type: ignore[attr-defined]
+    monkeypatch.setitem(services.sources, "pacs", object())
+    monkeypatch.setattr("app.api.pull.retrieve_series", fill)
+    answer = client.post(URL, json={"source": "pacs", "study": "1.2", "series": "1.2.3"})
+    assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
