@@ -15,8 +15,7 @@ from app.ingest import limits
 from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.pipeline.brain_extraction import extract_brain
-from app.pipeline.detect import Detection, network_evaluations
-from app.pipeline.findings import to_scan_result
+from app.pipeline.detect import Detection, network_evaluations, to_scan_result
 from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.runtime.selection import explain_selection, select_model, trained_sequences
@@ -142,7 +141,8 @@ def infer(
     except (CannotAnalyse, UnreadableScan) as refusal:
         raise explain_selection(refusal, selection, scan.source, manifests) from None
     progress("infer", 1.0)
-    profile = bundle.site_profiles.find(bundle.sha256, scan.source.scanner)
+    profiles = bundle.site_profiles
+    profile = profiles.find(bundle.sha256, scan.source.scanner) if profiles else None
     model = ModelUsed(
         id=manifest.id,
         sha256=bundle.sha256,

@@ -18,7 +18,7 @@ from app.errors import CannotAnalyse, TooFewScans, UnreadableScan, UploadError
 from app.export.report import Report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.manifest import Manifest, Range, Residual
-from app.pipeline.findings import dice, label_findings
+from app.pipeline.detect import dice, label_findings
 from app.pipeline.preprocess import foreground_mask_of
 from app.pipeline.synthetic_lesion import insert_lesion
 from app.runtime.bundle import Bundle

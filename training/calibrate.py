@@ -9,8 +9,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
+from app.pipeline.detect import label_findings
 from app.pipeline.diffusion import Networks, Schedule, encode_view
-from app.pipeline.findings import label_findings
 from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error
 from app.volume import BoolArray, FloatArray
 from training.augment import simulate_scanner

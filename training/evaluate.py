@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from app.errors import CounterpartError
 from app.pipeline.brain_extraction import BrainExtraction, extract_brain
-from app.pipeline.detect import Detection, network_evaluations
-from app.pipeline.findings import ScanResult, dice, to_scan_result
+from app.pipeline.detect import Detection, ScanResult, dice, network_evaluations, to_scan_result
 from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume

@@ -20,11 +20,10 @@ from PIL import Image
 
 from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
-from app.export.preview import draw_preview
+from app.export.preview import draw_preview, write_thumbnail
 from app.export.report import Report
-from app.export.thumbnail import write_thumbnail
 from app.manifest import Manifest
-from app.pipeline.findings import ScanResult
+from app.pipeline.detect import ScanResult
 from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, FloatArray, Format, Scan, SegmentationType
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it

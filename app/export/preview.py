@@ -1,4 +1,4 @@
-"""Preview image of the findings, drawn with Pillow.
+"""Preview image of the findings, drawn with Pillow, and a small picture for lists.
 
 It follows the radiological convention, as the letters in each panel show: the patient's right is on the viewer's left,
 anterior is up. Each row is one axial plane. All values are sampled from the scan and from the results on its own grid,
@@ -6,6 +6,7 @@ so the outlines are those of the mask.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from app.export.report import Report, by_certainty
-from app.pipeline.findings import LabelArray, ScanResult, plane_height, plane_numbers
+from app.pipeline.detect import LabelArray, ScanResult, plane_height, plane_numbers
 from app.volume import Affine, FloatArray
 
 RgbImage = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -31,6 +32,9 @@ COLUMNS = ("scan", "healthy counterpart", "anomaly map", "findings")
 # Around the analysed region.
 BORDER_MM = 12.0
 SCALE_BAR_MM = 50
+# The small picture of a result for lists: its pixels, and the border around the analysed region.
+THUMBNAIL_SIZE = 160
+THUMBNAIL_BORDER_MM = 6.0
 # Planes closer than this show the same findings.
 SAME_PLANE_MM = 4.0
 WHITE, GREY, BLACK = (235, 235, 235), (165, 165, 165), (0, 0, 0)
@@ -310,3 +314,52 @@ def _fuse(scan: RgbImage, level: FloatArray) -> RgbImage:
     opacity = np.clip(3 * level, 0, 1)[..., None]
     fused = UNDERLAY * scan * (1 - opacity) + _heat(level) * opacity
     return np.asarray(np.round(fused), dtype=np.uint8)
+
+
+# ---- small picture for lists -------------------------------------------------------------------
+
+
+def write_thumbnail(path: Path, result: ScanResult) -> None:
+    """Draw the axial plane of the surest finding, or the middle one of a scan without findings.
+
+    Parameters
+    ----------
+    path : Path
+        PNG file to write.
+    result : ScanResult
+    """
+    Image.fromarray(draw_thumbnail(result)).save(path, format="PNG", optimize=False)
+
+
+def draw_thumbnail(result: ScanResult) -> RgbImage:
+    """Return the picture, (`THUMBNAIL_SIZE`, `THUMBNAIL_SIZE`, 3)."""
+    points = choose_square(result).points(choose_plane(result))
+    voxels = np.moveaxis(affines.apply_affine(np.linalg.inv(result.affine), points), -1, 0)
+    grid = result.detection.slices.grid
+    scan = ndimage.map_coordinates(result.volume.array, voxels, order=1, cval=grid.background, output=np.float32)
+    labels = ndimage.map_coordinates(result.labels, voxels, order=0, cval=0)
+    grey = np.clip((scan - np.float32(grid.background)) / np.float32(grid.scale), 0, 1)
+    picture = np.round(grey * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
+    picture[outlines(labels)] = MASK_COLOUR
+    return np.asarray(picture, dtype=np.uint8)
+
+
+def choose_plane(result: ScanResult) -> float:
+    """Return the RAS+ height of the plane to draw, in mm."""
+    if result.lesions:
+        return max(result.lesions, key=lambda lesion: (lesion.peak, -lesion.label)).key_z_mm
+    planes = choose_planes(result)
+    return planes[len(planes) // 2]
+
+
+def choose_square(result: ScanResult) -> View:
+    """Return the square around everything that was analysed."""
+    slices = result.detection.slices
+    rows, columns = np.nonzero(slices.foreground[result.detection.analysed].any(axis=0))
+    affine = slices.grid.affine
+    y = affine[1, 1] * np.array([rows.min(), rows.max()]) + affine[1, 3]
+    x = affine[0, 2] * np.array([columns.min(), columns.max()]) + affine[0, 3]
+    side = float(max(np.ptp(x), np.ptp(y))) + 2 * THUMBNAIL_BORDER_MM
+    return View(
+        float(x.mean()) + side / 2, float(y.mean()) + side / 2, THUMBNAIL_SIZE, THUMBNAIL_SIZE, side / THUMBNAIL_SIZE
+    )

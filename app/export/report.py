@@ -10,8 +10,7 @@ from pydantic import BaseModel, Field
 
 from app import __version__
 from app.manifest import FrozenModel, Manifest, Precision, Range
-from app.pipeline.detect import Detection, network_evaluations
-from app.pipeline.findings import ScanResult
+from app.pipeline.detect import Detection, ScanResult, network_evaluations
 from app.site_profile import SiteProfile
 from app.volume import Format, Scan, Scanner, Source
 

@@ -22,10 +22,10 @@ from app.errors import (
 )
 from app.ingest import archive, mgh, nifti
 from app.ingest.limits import CHUNK_BYTES, DEFAULT_LIMITS, HEAD_BYTES, UNPACKED_PREFIX, Limits
-from app.ingest.planes import check_planes
 from app.ingest.volume_file import (
     GZIP_SIGNATURE,
     VolumeFormat,
+    check_planes,
     read_inflated_head,
     read_volume_file,
     repair_outliers,

@@ -1,7 +1,7 @@
 """Bundles: a folder under models/, loaded and checked by its hashes and its golden pair."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Bundle:
         Slices in one network evaluation.
     precision : {"float32", "float16", "int8"}
         Arithmetic of the denoiser.
-    site_profiles : SiteProfiles
+    site_profiles : SiteProfiles or None
         Profiles of the service, for any model.
     """
 
@@ -70,7 +70,7 @@ class Bundle:
     extractor: Extractor | None = None
     batch: int = CPU_BATCH
     precision: Precision = "float32"
-    site_profiles: SiteProfiles = field(default_factory=SiteProfiles)
+    site_profiles: SiteProfiles | None = None
 
 
 def shipped_models() -> Path:

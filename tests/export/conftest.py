@@ -15,7 +15,7 @@ from app.errors import CounterpartError
 from app.export.dicom import DicomExport
 from app.export.report import Report
 from app.ingest.reader import read_scan
-from app.pipeline.findings import ScanResult
+from app.pipeline.detect import ScanResult
 from app.volume import Affine, Scan, SegmentationType
 from tests.support.dicom import Series, make_datasets, save
 from tests.support.grids import tilted

@@ -20,7 +20,7 @@ from app.export.preview import (
     sample_plane,
 )
 from app.export.report import ModelSelectionReport, Report, build_report, by_certainty
-from app.pipeline.findings import ScanResult, to_scan_result
+from app.pipeline.detect import ScanResult, to_scan_result
 from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Affine, Scan, Source, Volume

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from app.export.outputs import to_smallest_type
-from app.export.preview import MASK_COLOUR
+from app.export.preview import MASK_COLOUR, choose_plane, choose_square, draw_thumbnail, write_thumbnail
+from app.export.preview import THUMBNAIL_SIZE as SIZE
 from app.export.report import build_report
-from app.export.thumbnail import SIZE, choose_plane, choose_square, draw_thumbnail, write_thumbnail
 from app.ingest.reader import read_scan
-from app.pipeline.findings import ScanResult, to_scan_result
+from app.pipeline.detect import ScanResult, to_scan_result
 from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Affine, Scan, Source, Volume

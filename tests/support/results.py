@@ -16,8 +16,7 @@ from app.analysis import AnalysisRequest, Progress, analyse
 from app.export.report import Cost, Extent, Input, ModelUsed, Report, ScoreReport, build_findings
 from app.manifest import ExtractorFiles, ExtractorManifest, File, Manifest, Range
 from app.pipeline.brain_extraction import ExtractionNetworks
-from app.pipeline.detect import Detection
-from app.pipeline.findings import Lesion, ScanResult
+from app.pipeline.detect import Detection, Lesion, ScanResult
 from app.runtime.bundle import Bundle
 from app.runtime.extractor import Extractor
 from app.volume import Affine, Scan, Volume
