@@ -333,7 +333,7 @@ def audit_log(
 ) -> None:
     """Print the audit trail as JSON lines."""
     with report_errors():
-        from app.jobs.audit import AuditTrail
+        from app.api.audit import AuditTrail
         from app.jobs.database import check_database, connect
         from app.settings import read_settings
 

@@ -31,9 +31,9 @@ from app.api import (
     webhooks,
 )
 from app.api.cross_origin import allow_origins
+from app.api.listener import open_listener, run_server
 from app.api.openapi import remove_validation_errors
-from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
-from app.api.telemetry import RequestTelemetry
+from app.api.server import AccessLog, RequestGuard, RequestTelemetry, configure_logging
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.database import check_database, run_within

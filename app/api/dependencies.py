@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 from fastapi import Depends, Path, Request
+from fastapi.dependencies.models import Dependant
 
 from app.api.catalogue import Catalogue
 from app.api.follower import JobFollower
@@ -259,9 +260,7 @@ def refuse_unknown_parameters(request: Request) -> None:
     ------
     BadRequest
     """
-    # FastAPI keeps the document after its first use.
-    operation = request.app.openapi()["paths"][request.scope["route"].path][request.method.lower()]
-    known = sorted(parameter["name"] for parameter in operation["parameters"] if parameter["in"] == "query")
+    known = sorted(_query_names(request.scope["route"].dependant))
     for name in request.query_params:
         if name not in known:
             nearest = nearest_name(name, known)
@@ -270,3 +269,12 @@ def refuse_unknown_parameters(request: Request) -> None:
                 expected=f"{nearest}." if nearest else f"{', '.join(known)}.",
                 advice="Correct the name of the parameter, or remove it.",
             )
+
+
+def _query_names(dependant: Dependant) -> set[str]:
+    """Return the names of the parameters in the query of a route or dependency, those of its own dependencies included.
+
+    The OpenAPI document has them too, and its first use would block the event loop for a second.
+    """
+    names = {field.alias for field in dependant.query_params}
+    return names.union(*map(_query_names, dependant.dependencies))

@@ -19,9 +19,13 @@ from app.api.dependencies import Calls
 from app.api.oidc import Issuer, read_oidc_settings
 from app.api.tokens import SCOPES, Scope, TokenFile, hash_token
 from app.errors import Forbidden, ForeignOrigin, Unauthorised
-from app.jobs.audit import Action
 from app.settings import Settings
 
+# Actions of callers in the audit trail.
+Action = Literal[
+    "send", "list", "show", "follow", "download", "review", "cancel", "erase",
+    "login", "logout", "refuse", "export", "retry",
+]  # fmt: skip
 Source = Literal["none", "token", "named", "oidc"]
 SESSION_COOKIE = "counterpart_session"
 SESSION_SECONDS = 12 * 3600.0

@@ -1,6 +1,9 @@
-"""HTTP server in front of the routers: connections, checks and log of every request.
+"""HTTP in front of the routers: connections, measurement, log and checks of every request.
 
-A request passes `HttpProtocol`, `AccessLog` and `RequestGuard` before its route. The log has no patient data: only
+A request passes `HttpProtocol`, `RequestTelemetry`, `AccessLog` and `RequestGuard` before its route. uvicorn refuses
+malformed requests, and requests above its limit, in plain text. Here they are problems, like every other error.
+
+The log has no patient data: only
 listed keys are written. The messages of libraries and the texts of exceptions are dropped, because they may contain
 file names, URLs or header values. Such a record keeps the logger, the location and the class of the exception.
 """
@@ -8,28 +11,47 @@ file names, URLs or header values. Such a record keeps the logger, the location 
 import asyncio
 import logging
 import re
-import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from types import FrameType
+from collections.abc import Mapping
+from contextlib import nullcontext
+from http import HTTPStatus
 from typing import Any
 
+import h11
 import structlog
-import uvicorn
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, Processor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.api.audit import find_job
 from app.api.identity import Principal
 from app.api.problems import problem_of, problem_response
-from app.api.protocol import MAX_HEADER_BYTES, HttpProtocol
-from app.errors import AddressUnavailable, BadRequest, CounterpartError, ForeignHost, ForeignOrigin, error_location
+from app.errors import (
+    BadRequest,
+    CounterpartError,
+    ForeignHost,
+    ForeignOrigin,
+    HeaderTooLarge,
+    NotReady,
+    TooManyConnections,
+    UploadTooSlow,
+    error_location,
+)
+from app.jobs.metrics import Metrics
+from app.jobs.traces import Span, Traces
 from app.settings import Settings, is_loopback
 
-KEEP_ALIVE_SECONDS = 15
-BACKLOG = 1024
+# Seconds for the head of a request. A slower connection is closed.
+HEADER_SECONDS = 20.0
+# Open connections of all callers. Further requests get status 503 at once.
+MAX_CONNECTIONS = 4000
+# Longest head of a request that is parsed in parts, in bytes.
+MAX_HEADER_BYTES = 1 << 14
+# Status that h11 proposes for a head longer than it accepts.
+TOO_LARGE = 431
 
 ALLOWED_KEYS = frozenset(
     {
@@ -44,6 +66,9 @@ UNLOGGED_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 # A caller can send any text as the method.
 LOGGED_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
+# Label of a path that no route serves. The path itself may be any text.
+NO_ROUTE = "none"
+
 # Probes and scrapes name a machine by its address. With a token, these routes answer under every name.
 PROBE_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 # Values of Sec-Fetch-Site for a request of the service's own pages, or of a person who typed the address.
@@ -54,76 +79,135 @@ NUL = re.compile(rb"%00|\x00")
 log = structlog.get_logger("counterpart.http")
 
 
-# ---- server ------------------------------------------------------------------------------------
+# ---- connections -------------------------------------------------------------------------------
 
 
-class Server(uvicorn.Server):
-    """Server that announces its end, so that waiting callers get an answer.
+class HttpProtocol(H11Protocol):
+    """Protocol that closes a connection whose request does not arrive, and answers every error with a problem."""
 
-    Parameters
-    ----------
-    config : uvicorn.Config
-    on_stop : callable
-        Called on the event loop when a signal stops the server.
-    """
+    _header_timer: asyncio.TimerHandle | None = None
 
-    def __init__(self, config: uvicorn.Config, on_stop: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_stop = on_stop
-        self._loop: asyncio.AbstractEventLoop | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._routes = self.app
+        self.app = self._answer
 
-    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        await super().serve(sockets)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._set_header_timer()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._on_stop)
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        # IDLE: the head of a request is incomplete.
+        if self.conn.their_state is not h11.IDLE:
+            self._cancel_header_timer()
+        elif self._header_timer is None:
+            self._set_header_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._cancel_header_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP. uvicorn calls this while it handles the exception of h11."""
+        del msg
+        exception = sys.exception()
+        hint = exception.error_status_hint if isinstance(exception, h11.RemoteProtocolError) else 400
+        self._refuse(_header_too_large() if hint == TOO_LARGE else _not_http())
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, also if there are too many connections or the process ends."""
+        if len(self.connections) > MAX_CONNECTIONS:
+            await _to_response(_too_many_connections())(scope, receive, send)
+            return
+        started = False
+
+        async def send_and_remember(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._routes(scope, receive, send_and_remember)
+        except asyncio.CancelledError:  # the server ends, and this request takes too long
+            if started:
+                raise
+            await _to_response(_stopping())(scope, receive, send)
+
+    def _refuse(self, error: CounterpartError) -> None:
+        """Send a problem without a request, and close the connection."""
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            response = _to_response(error)
+            head = h11.Response(
+                status_code=response.status_code, headers=response.raw_headers, reason=_phrase(response)
+            )
+            for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _set_header_timer(self) -> None:
+        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._close_if_idle)
+
+    def _cancel_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _close_if_idle(self) -> None:
+        self._header_timer = None
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            return
+        if self.conn.trailing_data[0]:
+            self._refuse(_head_too_slow())
+        self.transport.close()
 
 
-def open_listener(host: str, port: int) -> socket.socket:
-    """Return a socket that listens on an address.
-
-    Raises
-    ------
-    AddressUnavailable
-    """
-    listener: socket.socket | None = None
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        # asyncio disables Nagle's algorithm only if the socket names its protocol.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        if listener is not None:
-            listener.close()
-        raise AddressUnavailable(
-            f"The service cannot listen on {host}, port {port}: {error.strerror or type(error).__name__}.",
-            expected="an address of this machine, and a port that no other program uses.",
-            advice="Stop the other program, or choose another port with --port or COUNTERPART_PORT.",
-        ) from None
-    return listener
+def _phrase(response: JSONResponse) -> bytes:
+    return HTTPStatus(response.status_code).phrase.encode()
 
 
-def run_server(app: ASGIApp, listener: socket.socket, on_stop: Callable[[], None], **options: Any) -> None:
-    """Serve an application until a signal stops the process."""
-    config = uvicorn.Config(
-        app,
-        http=HttpProtocol,
-        ws="none",
-        log_config=None,
-        access_log=False,  # uvicorn's access log contains query strings
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        backlog=BACKLOG,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        headers=[("X-Content-Type-Options", "nosniff")],
-        **options,
+def _to_response(error: CounterpartError) -> JSONResponse:
+    return problem_response(problem_of(error), {"Connection": "close"})
+
+
+def _not_http() -> BadRequest:
+    return BadRequest(
+        "The request is not valid HTTP/1.1.",
+        expected="a request line, header fields and a body of the announced length (RFC 9112).",
+        advice="Use an HTTP library, and check the URL scheme: this port may expect http, not https.",
     )
-    Server(config, on_stop).run(sockets=[listener])
+
+
+def _header_too_large() -> HeaderTooLarge:
+    return HeaderTooLarge(
+        "The request line and the header fields are too long.",
+        expected=f"at most {MAX_HEADER_BYTES >> 10} KiB.",
+        advice="Send parameters in the query and the scan in the body.",
+    )
+
+
+def _head_too_slow() -> UploadTooSlow:
+    return UploadTooSlow(
+        f"The head of the request did not arrive within {HEADER_SECONDS:g} s.",
+        expected="a request line and header fields without long breaks.",
+        advice="Send the request again.",
+    )
+
+
+def _too_many_connections() -> TooManyConnections:
+    return TooManyConnections(
+        f"More than {MAX_CONNECTIONS} connections are open.",
+        expected="fewer connections.",
+        advice="Try again later (see Retry-After), and close connections that are not used.",
+    )
+
+
+def _stopping() -> NotReady:
+    return NotReady(
+        "The service stops, and the request is not finished.",
+        expected="a running service.",
+        advice="Send the request again when the service has started (see Retry-After).",
+    )
 
 
 # ---- log ---------------------------------------------------------------------------------------
@@ -208,6 +292,56 @@ def find_actor(scope: Scope) -> str | None:
     """Return the pseudonym of the caller, None if it is not known."""
     principal: Principal | None = scope.get("state", {}).get("principal")
     return principal.pseudonym if principal else None
+
+
+# ---- measurement --------------------------------------------------------------------------------
+
+
+class RequestTelemetry:
+    """Middleware that measures the time until the response begins, and records a span of the whole request.
+
+    An event stream or a download lasts as long as its reader wants, so its end is not part of the latency.
+
+    Parameters
+    ----------
+    app : ASGIApp
+    metrics : Metrics
+    traces : Traces or None
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: Traces | None) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._traces = traces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"] if scope["method"] in LOGGED_METHODS else "OTHER"
+        start, begun, status = time.perf_counter(), None, 500
+
+        async def record_start(message: Message) -> None:
+            nonlocal begun, status
+            if message["type"] == "http.response.start":
+                begun, status = time.perf_counter(), message["status"]
+            await send(message)
+
+        parent = Headers(scope=scope).get("traceparent", "")
+        with self._traces.span(method, traceparent=parent) if self._traces else nullcontext(Span(method)) as span:
+            try:
+                await self._app(scope, receive, record_start)
+            finally:
+                route = getattr(scope.get("route"), "path", NO_ROUTE)
+                seconds = (begun or time.perf_counter()) - start
+                self._metrics.request_seconds.labels(method, route, status).observe(seconds)
+                span.name = f"{method} {route}"
+                span.attributes |= {
+                    "http.request.method": method,
+                    "http.route": route,
+                    "http.response.status_code": status,
+                }
+                span.failed = status >= 500
 
 
 # ---- checks of every request -------------------------------------------------------------------

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
+from app.api.audit import AuditTrail
 from app.api.tokens import TokenFile
 from app.cli import app as command_line
-from app.jobs.audit import AuditTrail
 from app.main import create_app
 from app.settings import Settings
 from tests.api.service_process import API_ONLY, run_service

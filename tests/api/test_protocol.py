@@ -13,7 +13,7 @@ from tests.api.support import URL, fake_scan
 
 CONNECTIONS = 5
 STARTER = (
-    f"import runpy, sys\nfrom app.api import protocol\nprotocol.MAX_CONNECTIONS = {CONNECTIONS}\n"
+    f"import runpy, sys\nfrom app.api import server\nserver.MAX_CONNECTIONS = {CONNECTIONS}\n"
     "sys.argv = ['service']\nrunpy.run_module('tests.api.service_process', run_name='__main__')\n"
 )
 HOST = b"Host: localhost\r\n"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from app.api import protocol, server
+from app.api import server
+from app.api.listener import open_listener
 from tests.api.service_process import CHECKOUT, run_service
 
 COMMANDS = ("serve", "worker")
@@ -100,10 +101,10 @@ def test_store_is_private_and_an_open_one_is_named_in_the_log(tmp_path: Path) ->
 
 
 def test_slow_head_of_a_request_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert protocol.HEADER_SECONDS < 60
+    assert server.HEADER_SECONDS < 60
     starter = tmp_path / "short.py"
     starter.write_text(
-        "import runpy, sys\nfrom app.api import protocol\nprotocol.HEADER_SECONDS = 1.0\n"
+        "import runpy, sys\nfrom app.api import server\nserver.HEADER_SECONDS = 1.0\n"
         "sys.argv = ['service']\nrunpy.run_module('tests.api.service_process', run_name='__main__')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
@@ -121,5 +122,5 @@ def test_slow_head_of_a_request_is_closed(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_listener_sends_small_answers_at_once() -> None:
     """asyncio leaves Nagle's algorithm on for a socket without a protocol: each call then takes 40 ms longer."""
-    with server.open_listener("127.0.0.1", 0) as listener:
+    with open_listener("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
