@@ -65,7 +65,7 @@ class Service:
         Parts that the routes use.
     operations : Operations
     metrics : Metrics
-    traces : Traces
+    traces : Traces or None
 
     Raises
     ------
@@ -83,10 +83,9 @@ class Service:
         self._stopped = threading.Event()
         self.metrics, self.traces = create_metrics(self._engine), create_traces(settings.traces)
         store = create_store(settings)
+        router = routes.select if routes.routes else None
         limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-        self._jobs = JobService(
-            self._engine, store, settings.database_url, self.metrics, limits, routes.select, self.traces
-        )
+        self._jobs = JobService(self._engine, store, settings.database_url, self.metrics, limits, router, self.traces)
         # Threads that run beside the job service.
         self._companions: list[Deliverer | Node] = []
         if roles.worker:
@@ -112,7 +111,8 @@ class Service:
             companion.stop()
         self._jobs.stop(self._drain_seconds)
         self.operations.stop()
-        self.traces.close()
+        if self.traces:
+            self.traces.close()
 
     def _create_services(self, settings: Settings, store: Store) -> Services:
         queue, calls = self._jobs.queue, Calls()

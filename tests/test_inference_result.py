@@ -11,8 +11,9 @@ import pytest
 from app.analysis import AnalysisRequest, export, infer
 from app.errors import NoBrainMask
 from app.export.outputs import BRAIN_NAME, DICOM_NAMES
-from app.inference_result import ExtractedBrain, load_inference_result, save_inference_result
+from app.inference_result import ExtractedBrain
 from app.ingest.reader import read_scan
+from app.jobs.engine import load_inference_result, save_inference_result
 from app.pipeline.diffusion import Networks
 from app.runtime.bundle import Bundle, load_bundle
 from tests.support.dicom import SECRET, Series, write_series, zip_files

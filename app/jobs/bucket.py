@@ -4,7 +4,7 @@
 
     jobs/<job>/scan/000000 ...            complete upload, stored before it is acknowledged
     jobs/<job>/work-<random>/<name>       results of one attempt
-    jobs/<job>/inferred/<name>            inference result (`app.inference_result`), until the results are published
+    jobs/<job>/inferred/<name>            inference result (`app.jobs.engine`), until the results are published
     jobs/<job>/published                  name of the published attempt, created once and never changed
     erased/<job>                          job being erased: its row is deleted before this object
     check                                 block that the readiness check overwrites

@@ -217,11 +217,6 @@ class Deliveries:
             connection.execute(deliveries_table.delete().where(deliveries_table.c.job == job))
 
 
-def route_nothing(_model: str, _results: Sequence[str]) -> Sequence[tuple[str, str]]:
-    """Return no deliveries. This is the router of a service without routes."""
-    return ()
-
-
 def _is(job: str, target: str, result: str) -> tuple[sa.ColumnElement[bool], ...]:
     t = deliveries_table.c
     return t.job == job, t.target == target, t.result == result

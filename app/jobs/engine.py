@@ -1,4 +1,7 @@
-"""Analysis engine: the interface between the worker and the inference, and its implementation on bundles."""
+"""Analysis engine: the interface between the worker and the inference, and its implementation on bundles.
+
+The inference writes its result into a file, which the export reads: maybe in another process or on another machine.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,11 +11,18 @@ from threading import Lock
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer, read_requested_scan
-from app.errors import NotReady
-from app.export.report import Report
-from app.inference_result import InferenceResult, load_inference_result, save_inference_result
-from app.manifest import Manifest
+from app.errors import CounterpartError, NoBrainMask, NotReady
+from app.export.report import BrainReport, ModelUsed, Report
+from app.inference_result import ExtractedBrain, InferenceResult
+from app.manifest import FrozenModel, Manifest
+from app.pipeline.detect import Detection
+from app.pipeline.grid import SliceGrid
+from app.pipeline.preprocess import Slices
+from app.pipeline.scores import ScanScores
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence
 from app.runtime.session import Provider, check_provider
@@ -138,7 +148,7 @@ class BundleEngine:
         self._segmentation_type: SegmentationType = segmentation_type
         self._threads = threads
         self._gpu_batch = gpu_batch
-        self._site_profiles = SiteProfiles.model_validate(site_profiles)
+        self._site_profiles = SiteProfiles.model_validate(site_profiles) if site_profiles.get("profiles") else None
         folder = Path(models) if models else shipped_models()
         self._folders = {read_manifest(path).id: path for path in find_bundles(folder)}
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
@@ -211,3 +221,116 @@ class BundleEngine:
                 bundle = load_bundle(folder, self.provider, self._threads, self._gpu_batch)
                 self._loaded[manifest.id] = replace(bundle, site_profiles=self._site_profiles)
             return self._loaded[manifest.id]
+
+
+# ---- file of an inference result ---------------------------------------------------------------
+
+
+class Metadata(FrozenModel):
+    """Values in the file that are not arrays."""
+
+    manifest: Manifest
+    model: ModelUsed
+    brain: BrainReport | None
+    no_brain: dict[str, str] | None
+    stack_shape: tuple[int, int, int]
+    source_shape: tuple[int, int, int]
+    background: float
+    scale: float
+    scan_score: float
+    median_kl_range: tuple[tuple[float, float], ...]
+    reconstruction: float
+    outlier_fraction: float
+    reversed: tuple[int, ...]
+    seconds: dict[str, float]
+
+
+def save_inference_result(inference: InferenceResult, path: Path) -> None:
+    """Write the result as an uncompressed .npz file without pickled objects."""
+    detection, slices = inference.detection, inference.detection.slices
+    arrays: dict[str, npt.NDArray[np.generic]] = {
+        "metadata": np.frombuffer(_metadata(inference).model_dump_json().encode(), np.uint8),
+        "x": slices.x,
+        "foreground": slices.foreground,
+        "affine": slices.grid.affine,
+        "source_affine": slices.grid.source_affine,
+        "analysed": detection.analysed,
+        "kl": detection.kl,
+        "latent_mask": detection.latent_mask,
+        "counterpart": detection.counterpart,
+        "anomaly": detection.anomaly,
+        "slice_scores": detection.scores.slices,
+    }
+    if isinstance(inference.brain, ExtractedBrain):
+        arrays["brain"] = np.packbits(inference.brain.mask)
+    with path.open("wb") as file:  # np.savez would append .npz to a path
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # the stub matches the arrays to `allow_pickle`
+
+
+def load_inference_result(path: Path) -> InferenceResult:
+    """Read a file of `save_inference_result`.
+
+    Raises
+    ------
+    zipfile.BadZipFile
+        An array is damaged.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        arrays = dict(file)
+    metadata = Metadata.model_validate_json(arrays["metadata"].tobytes())
+    placement = SliceGrid(
+        arrays["affine"],
+        metadata.stack_shape,
+        arrays["source_affine"],
+        metadata.source_shape,
+        metadata.background,
+        metadata.scale,
+    )
+    detection = Detection(
+        slices=Slices(arrays["x"], arrays["foreground"], placement),
+        analysed=arrays["analysed"],
+        kl=arrays["kl"],
+        latent_mask=arrays["latent_mask"],
+        counterpart=arrays["counterpart"],
+        anomaly=arrays["anomaly"],
+        scores=ScanScores(
+            metadata.scan_score,
+            arrays["slice_scores"],
+            metadata.median_kl_range,
+            metadata.reconstruction,
+            metadata.outlier_fraction,
+        ),
+        reversed_slices=metadata.reversed,
+    )
+    brain = _load_brain(metadata, arrays)
+    return InferenceResult(metadata.manifest, metadata.model, detection, brain, metadata.seconds)
+
+
+def _metadata(inference: InferenceResult) -> Metadata:
+    scores, placement = inference.detection.scores, inference.detection.slices.grid
+    brain = inference.brain
+    return Metadata(
+        manifest=inference.manifest,
+        model=inference.model,
+        brain=brain.report if isinstance(brain, ExtractedBrain) else None,
+        no_brain=brain.problem if isinstance(brain, CounterpartError) else None,
+        stack_shape=placement.shape,
+        source_shape=placement.source_shape,
+        background=placement.background,
+        scale=placement.scale,
+        scan_score=scores.scan,
+        median_kl_range=scores.median_kl_range,
+        reconstruction=scores.reconstruction,
+        outlier_fraction=scores.outlier_fraction,
+        reversed=inference.detection.reversed_slices,
+        seconds=inference.seconds,
+    )
+
+
+def _load_brain(metadata: Metadata, arrays: dict[str, npt.NDArray[np.generic]]) -> ExtractedBrain | NoBrainMask:
+    if metadata.brain is None:
+        problem = metadata.no_brain or {}
+        return NoBrainMask(problem["found"], expected=problem["expected"], advice=problem["advice"])
+    count = int(np.prod(metadata.source_shape))
+    mask = np.unpackbits(arrays["brain"].astype(np.uint8), count=count)
+    return ExtractedBrain(mask.reshape(metadata.source_shape).astype(bool), metadata.brain)

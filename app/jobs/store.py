@@ -5,7 +5,7 @@
     incoming/<random>/000000 ...    upload in progress
     jobs/<job>/scan/000000 ...      complete upload, on disk before it is acknowledged
     jobs/<job>/work-<random>/       results being written by one attempt
-    jobs/<job>/inferred-<random>    inference result (`app.inference_result`), until the results are published
+    jobs/<job>/inferred-<random>    inference result (`app.jobs.engine`), until the results are published
     jobs/<job>/results/             published results, created by one rename
     trash/<job>.<random>/           job being erased: its row is deleted before this folder
     process-<n>.lock                locked by a live process

@@ -51,18 +51,6 @@ class Traces(Protocol):
         """Send the remaining spans."""
 
 
-class NoTraces:
-    """Traces that are not recorded."""
-
-    @contextmanager
-    def span(self, name: str, *, traceparent: str | None = None) -> Iterator[Span]:  # noqa: ARG002
-        """Yield a span that nobody reads."""
-        yield Span(name)
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 class ExportedTraces:
     """Traces that a processor exports.
 
@@ -109,8 +97,8 @@ class ExportedTraces:
         self._provider.shutdown()
 
 
-def create_traces(url: str | None) -> Traces:
-    """Return the traces for the URL of a collector (OTLP over HTTP), or `NoTraces` if there is none.
+def create_traces(url: str | None) -> Traces | None:
+    """Return the traces for the URL of a collector (OTLP over HTTP), or None if there is none.
 
     Raises
     ------
@@ -118,7 +106,7 @@ def create_traces(url: str | None) -> Traces:
         OpenTelemetry is not installed.
     """
     if url is None:
-        return NoTraces()
+        return None
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace.export import BatchSpanProcessor

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, cast
 
 import structlog
@@ -23,7 +23,7 @@ from app import errors
 from app.analysis import AnalysisRequest
 from app.errors import error_location
 from app.jobs.database import connect, enable_write_ahead_log, truncate_write_ahead_log
-from app.jobs.deliveries import Router, route_nothing
+from app.jobs.deliveries import Router
 from app.jobs.engine import Engine
 from app.jobs.faults import ServiceFault
 from app.jobs.job import ENDED_STATES
@@ -39,12 +39,12 @@ from app.jobs.maintenance import (
 from app.jobs.metrics import Metrics
 from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
 from app.jobs.store import STALE_SECONDS, Slot, Store
-from app.jobs.traces import NoTraces, Span, Traces
+from app.jobs.traces import Span, Traces
 from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem, to_fault
 
 log = structlog.get_logger("counterpart.jobs")
 
-# Version of the steps and their recorded outputs, the file of `app.inference_result` included. DBOS gives a started
+# Version of the steps and their recorded outputs, the file of `app.jobs.engine` included. DBOS gives a started
 # job only to workers of the same version. Increase it only if a step or its recorded output changes, because an upgrade
 # to another version restarts started jobs. A job that no worker has started has no version yet.
 STEPS_VERSION = "3"
@@ -69,8 +69,8 @@ class JobService:
         SQLAlchemy URL.
     metrics : Metrics
     limits : StorageLimits
-    router : callable
-        Returns the deliveries of a succeeded job.
+    router : callable, optional
+        Returns the deliveries of a succeeded job. By default, a job has none.
     traces : Traces, optional
 
     Attributes
@@ -87,7 +87,7 @@ class JobService:
         database_url: str,
         metrics: Metrics,
         limits: StorageLimits,
-        router: Router = route_nothing,
+        router: Router | None = None,
         traces: Traces | None = None,
     ) -> None:
         self._engine = engine
@@ -96,7 +96,7 @@ class JobService:
         self._metrics = metrics
         self._limits = limits
         self._router = router
-        self._traces = traces or NoTraces()
+        self._traces = traces
         self._database = connect(database_url)
         self._registry = WorkerRegistry(self._database)
         self.queue = JobQueue(engine, store, self._database, self._registry, metrics, limits)
@@ -322,12 +322,12 @@ class JobService:
             exported = self._run_step("export", job, lambda: attempt.export(name))
             self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
-            routes = self._router(str(exported["model"]), cast("list[str]", exported["results"]))
+            routes = self._router and self._router(str(exported["model"]), cast("list[str]", exported["results"]))
             if routes:
                 DBOS.run_step({"name": "route"}, self._plan_deliveries, job, [list(route) for route in routes])
         self._metrics.outcomes.labels("succeeded").inc()
         # An older version may have recorded the export, without a summary.
-        return {name: exported.get(name) for name in ("model", "results", "summary")}
+        return {name: exported.get(name) for name in ("model", "results", "summary")} | {"has_deliveries": bool(routes)}
 
     def _run_step(self, name: str, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         """Run and record a step of a job, or return its recorded output."""
@@ -363,7 +363,8 @@ class JobService:
     @contextmanager
     def _trace_step(self, name: str, job: str) -> Iterator[Span]:
         """Record a span of a step. An interrupted step is no failure."""
-        with self._traces.span(f"job {name}") as span:
+        title = f"job {name}"
+        with self._traces.span(title) if self._traces else nullcontext(Span(title)) as span:
             span.attributes = {"counterpart.job": job, "counterpart.step": name}
             try:
                 yield span

@@ -9,8 +9,8 @@ import httpx2
 import pytest
 
 from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES
-from app.inference_result import Metadata
 from app.jobs.bucket import BucketStore
+from app.jobs.engine import Metadata
 from app.jobs.store import INTERMEDIATE_PREFIX, Store
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import STEPS_VERSION, JobService

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -225,7 +226,7 @@ def test_sweep_asks_for_many_jobs_in_parts(case: HandOverCase, monkeypatch: pyte
     handed = {f"{number:032x}": f"{number:016x}-{number:016x}" for number in range(3000)}
     execute, numbers = sa.engine.Connection.execute, []
 
-    def count(connection: sa.Connection, statement: sa.Select[tuple[object]], *args: object) -> object:
+    def count(connection: sa.Connection, statement: sa.Select[Any], *args: Any) -> Any:
         numbers.append(len(str(statement.compile(compile_kwargs={"literal_binds": True})).split(",")))
         return execute(connection, statement, *args)
 

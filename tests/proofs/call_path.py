@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 ROOT = Path(__file__).resolve().parents[2]
 VALUE_MODULES = {"errors.py", "manifest.py", "settings.py", "volume.py"}
 # Threads that do not work on the scan.
-BACKGROUND_THREADS = {"supervisor", "warm-up"}
+BACKGROUND_THREADS = {"supervisor", "warm-up", "deliveries", "webhooks", "audit-retention"}
 HAND_OVERS = 3
 START_SECONDS = 180
 READY_POLL_SECONDS = 0.3
