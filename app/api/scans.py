@@ -268,7 +268,7 @@ def describe_job(services: Services, job: Job) -> ScanDetail:
         timings=report.seconds if report else None,
         deliveries=tuple(
             DeliverySchema.model_validate(delivery, from_attributes=True)
-            for delivery in (services.queue.deliveries.of_job(job.id) if job.has_deliveries else ())
+            for delivery in (services.queue.deliveries.of_job(job.id) if job.is_routed else ())
         ),
     )
 

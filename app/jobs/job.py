@@ -58,8 +58,8 @@ class Job:
         Names of the result files. Empty until the job has succeeded.
     summary : ResultSummary or None
         None until the job has succeeded, and for a job of a version that did not record it.
-    has_deliveries : bool
-        Results of the job are sent to other systems.
+    is_routed : bool
+        The service had routes for results when the job succeeded, so that the job may have deliveries.
     """
 
     id: str
@@ -75,7 +75,7 @@ class Job:
     priority: Priority = "routine"
     results: tuple[str, ...] = ()
     summary: ResultSummary | None = None
-    has_deliveries: bool = False
+    is_routed: bool = False
 
 
 @dataclass(frozen=True)

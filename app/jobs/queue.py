@@ -440,7 +440,7 @@ def to_job(status: WorkflowStatus) -> Job:
         model=output.get("model") or attributes.get("model"),
         results=tuple(output.get("results") or FIRST_RESULTS) if state == "succeeded" else (),
         summary=_summary(output.get("summary")),
-        has_deliveries=bool(output.get("has_deliveries")),
+        is_routed=bool(output.get("is_routed")),
         created=cast("datetime", _time(status.created_at)),
         started=_time(status.dequeued_at),
         ended=_time(status.completed_at),

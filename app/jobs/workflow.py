@@ -327,7 +327,8 @@ class JobService:
                 DBOS.run_step({"name": "route"}, self._plan_deliveries, job, [list(route) for route in routes])
         self._metrics.outcomes.labels("succeeded").inc()
         # An older version may have recorded the export, without a summary.
-        return {name: exported.get(name) for name in ("model", "results", "summary")} | {"has_deliveries": bool(routes)}
+        output = {name: exported.get(name) for name in ("model", "results", "summary")}
+        return output | {"is_routed": self._router is not None}
 
     def _run_step(self, name: str, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         """Run and record a step of a job, or return its recorded output."""
