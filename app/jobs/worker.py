@@ -44,6 +44,7 @@ STAGE_RANGES = {"read": (0.0, 0.05), "infer": (0.05, 0.95), "export": (0.95, 1.0
 # Pause of the worker after a fault of the service. It doubles until a job succeeds, and until a check succeeds.
 PAUSE_SECONDS = 2.0
 MAX_PAUSE_SECONDS = 60.0
+MAX_DOUBLINGS = 10
 # Faults that only another inference disproves.
 ENGINE_ERRORS = (DamagedBundle, NotReady, ProviderUnavailable)
 # The recorded output of a step.
@@ -164,7 +165,8 @@ class Worker:
         self.health.fault = fault
         self._metrics.paused.set(1)
         self._faults_in_a_row += 1
-        seconds = min(PAUSE_SECONDS * 2 ** (self._faults_in_a_row - 1), MAX_PAUSE_SECONDS)
+        # More doublings would not fit into a float.
+        seconds = min(PAUSE_SECONDS * 2 ** min(self._faults_in_a_row - 1, MAX_DOUBLINGS), MAX_PAUSE_SECONDS)
         log.error("worker paused", code=fault.code, seconds=seconds)
         while not self._draining.wait(seconds):
             try:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from app.analysis import AnalysisRequest
-from app.errors import error_location
+from app.errors import StoreFull, error_location
 from app.export.outputs import REQUIRED_NAMES
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
@@ -115,3 +115,11 @@ def test_error_location_has_no_text() -> None:
 def test_memory_error_is_reported_as_out_of_memory(tmp_path: Path) -> None:
     output = run_job(make_worker(tmp_path, FakeJobControl(), allocate_bytes=1 << 60))
     assert "'out_of_memory'" in str(output["problem"])
+
+
+def test_pause_after_very_many_faults_has_its_largest_value(tmp_path: Path) -> None:
+    worker = Worker(FakeEngine(), Store(tmp_path / "store"), FakeJobControl(), Metrics())
+    worker._faults_in_a_row = 2000
+    worker._draining.set()
+    worker.pause(StoreFull("Found.", expected="expected.", advice="Advice."))
+    assert worker.health.fault is None
