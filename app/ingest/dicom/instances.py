@@ -15,6 +15,8 @@ from pydicom.uid import (
     EnhancedCTImageStorage,
     EnhancedMRColorImageStorage,
     EnhancedMRImageStorage,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
     LegacyConvertedEnhancedCTImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
     MRImageStorage,
@@ -86,7 +88,7 @@ def read_attributes(path: Path, keywords: Collection[str] | None = None) -> Dico
         dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
         document: DicomJson = dataset.to_json_dict(suppress_invalid_tags=True)
     document["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}  # JSON is UTF-8
-    document["00083002"] = {"vr": "UI", "Value": [str(dataset.file_meta.TransferSyntaxUID)]}
+    document["00083002"] = {"vr": "UI", "Value": [str(_transfer_syntax(dataset))]}
     return document
 
 
@@ -105,11 +107,20 @@ def read_frames(path: Path, numbers: Collection[int]) -> tuple[str, list[bytes]]
         count = int(dataset.get("NumberOfFrames") or 1)
         if "PixelData" not in dataset or not all(1 <= number <= count for number in numbers):
             raise IndexError
-        syntax = dataset.file_meta.TransferSyntaxUID
+        syntax = _transfer_syntax(dataset)
         if syntax.is_encapsulated:
             data = dataset.PixelData
             return str(syntax), [get_frame(data, number - 1, number_of_frames=count) for number in numbers]
         return str(syntax), list(_native_frames(dataset, numbers))
+
+
+def _transfer_syntax(dataset: pydicom.FileDataset) -> UID:
+    """Return the transfer syntax of a file: the stated one, or the one with which pydicom reads a file without."""
+    stated = dataset.file_meta.get("TransferSyntaxUID")
+    if stated:
+        return UID(stated)
+    is_implicit, _ = dataset.original_encoding
+    return ImplicitVRLittleEndian if is_implicit else ExplicitVRLittleEndian
 
 
 def _native_frames(dataset: pydicom.Dataset, numbers: Collection[int]) -> Iterator[bytes]:
