@@ -60,10 +60,24 @@ export class Layers {
   }
 
   toggleMap() {
+    this._showMap(Number(byId("map-opacity").value) === 0);
+  }
+
+  /** Hide the map, or show it again if this hid it. */
+  hideMap(isHidden) {
+    const isShown = Number(byId("map-opacity").value) > 0;
+    if (isHidden && isShown) this._isHiddenHere = true;
+    if (isHidden) this._showMap(false);
+    else if (this._isHiddenHere) {
+      this._isHiddenHere = false;
+      this._showMap(true);
+    }
+  }
+
+  _showMap(isShown) {
     const slider = byId("map-opacity");
-    const isShown = Number(slider.value) > 0;
-    if (isShown) this._lastOpacity = slider.value;
-    slider.value = isShown ? "0" : (this._lastOpacity ?? "0.5");
+    if (Number(slider.value) > 0) this._lastOpacity = slider.value;
+    slider.value = isShown ? (this._lastOpacity ?? "0.4") : "0";
     this._applyMapOpacity();
   }
 

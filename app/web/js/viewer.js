@@ -1,6 +1,6 @@
 // The viewer of one scan: follows the job, then shows pictures, layers and findings.
 
-import { followEvents, getBytes, getJson } from "./api.js";
+import { followEvents, getBytes, getJson, getPicture } from "./api.js";
 import { collectWarnings, scanInWords } from "./certainty.js";
 import { Comparison } from "./compare.js";
 import { announce, byId, el, formatPosition, formatTime, problemCard } from "./dom.js";
@@ -130,7 +130,7 @@ async function loadPicture(job, report) {
   scan.onWindow = () => layers.showWindow(scan);
   bindSlices();
   byId("toolbar").hidden = byId("slices").hidden = false;
-  comparison = new Comparison(scan, () => openCounterpart(job, readNifti, Scene));
+  comparison = new Comparison(scan, () => openCounterpart(job, readNifti, Scene), (isHidden) => layers.hideMap(isHidden));
   showPosition();
   byId("first-picture").hidden = true;
   images = { labels: await labels, anomaly: await map };
@@ -285,7 +285,7 @@ function bindControls() {
 
 async function showResult(job) {
   const preview = byId("first-picture");
-  preview.src = job.links.preview;
+  getPicture(job.links.preview).then((address) => { preview.src = address; }, () => {});
   preview.hidden = false;
   byId("panel").hidden = false;
   const report = await getJson(job.links.report);
@@ -302,13 +302,10 @@ async function showResult(job) {
 }
 
 async function start() {
-  const ready = startPage();
-  bindControls();
   byId("title").textContent = `Scan ${jobId.slice(0, 8)}`;
   document.title = `Scan ${jobId.slice(0, 8)} – Counterpart`;
   try {
     const job = await waitForEnd(await getJson(jobPath));
-    await ready;
     if (job.state === "succeeded") await showResult(job);
     else if (job.state === "failed") showEnd(job.problem);
     else showEnd({ title: "The analysis was cancelled", found: "There are no results.", advice: "Send the scan again.", code: "cancelled" });
@@ -318,4 +315,7 @@ async function start() {
   }
 }
 
+bindControls();
+addEventListener("logged-in", start);
+await startPage();
 start();
