@@ -26,8 +26,10 @@ SECONDS = 180
 @pytest.fixture(scope="module")
 def url(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("served")
-    settings = {"models": str(tiny_models), "threads": "1", "token": TOKEN, "drain_seconds": "0"}
-    with run_service(folder / "store", folder / "log", COMMAND, **settings) as service:
+    environ = {"COUNTERPART_TOKEN": TOKEN}
+    with run_service(
+        folder / "store", folder / "log", COMMAND, environ, models=str(tiny_models), threads="1", drain_seconds="0"
+    ) as service:
         yield f"http://127.0.0.1:{service.port}"
 
 

@@ -178,6 +178,6 @@ def _summarise(services: Services, job: Job, queue_position: int | None, reviews
         findings_count=job.summary and job.summary.findings_count,
         scan_score=job.summary and job.summary.scan_score,
         warnings_count=job.summary and job.summary.warnings_count,
-        reviews=ReviewCounts(**reviews),
+        reviews=ReviewCounts.model_validate(reviews),
         links=links,
     )

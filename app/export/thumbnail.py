@@ -40,7 +40,7 @@ def draw_thumbnail(result: ScanResult) -> RgbImage:
     grey = np.clip((scan - np.float32(grid.background)) / np.float32(grid.scale), 0, 1)
     picture = np.round(grey * 255).astype(np.uint8)[..., None].repeat(3, axis=-1)
     picture[outlines(labels)] = MASK_COLOUR
-    return picture
+    return np.asarray(picture, dtype=np.uint8)
 
 
 def choose_plane(result: ScanResult) -> float:

@@ -20,7 +20,7 @@ PREFLIGHT = {"Access-Control-Request-Method": "PUT", "Access-Control-Request-Hea
 
 def create_client(folder: Path, **settings: object) -> TestClient:
     """Return a client of a service that has not started. Its jobs cannot be read."""
-    app = create_app(Settings(store=str(folder), drain_seconds=0, **settings), FakeEngine())  # type: ignore[arg-type]
+    app = create_app(Settings(store=str(folder), drain_seconds=0, **settings), FakeEngine())
     return TestClient(app, BASE_URL)
 
 
