@@ -255,6 +255,10 @@ function stepSlice(step) {
 
 function bindControls() {
   for (const input of document.querySelectorAll("input[name=view]")) input.addEventListener("change", () => setView(input.value));
+  // A choice with the mouse gives the arrow keys back to the slices.
+  for (const input of document.querySelectorAll("input[type=radio]")) {
+    input.addEventListener("click", (event) => { if (event.detail > 0) input.blur(); });
+  }
   byId("convention").addEventListener("click", () => setConvention(!isRadiological()));
   const whenLoaded = (action) => (event) => {
     if (!scan) return false;
