@@ -9,6 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from playwright.sync_api import Page
 
@@ -18,7 +19,8 @@ from tests.web.conftest import COMMAND
 
 FOLDER = CHECKOUT / "docs" / "dashboard"
 SIZE = (1280, 800)
-COLOURS = 128  # of a palette: small files
+# Small files: a palette of 256 entries, so many of them for pixels whose channels differ by more than `CHROMA`.
+COLOURS, CHROMA = 176, 12
 
 
 def main() -> None:
@@ -80,10 +82,21 @@ def _take_comparison(page: Page, key: str, mode: str, name: str) -> None:
 
 
 def _save(page: Page, name: str) -> None:
-    picture = Image.open(io.BytesIO(page.screenshot(timeout=4 * TIMEOUT)))
+    picture = Image.open(io.BytesIO(page.screenshot(timeout=4 * TIMEOUT))).convert("RGB")
     path = FOLDER / f"{name}.png"
-    picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(palette=_palette(picture), dither=Image.Dither.NONE).save(path, optimize=True)
     sys.stdout.write(f"{path.relative_to(CHECKOUT)}: {path.stat().st_size // 1000} kB\n")
+
+
+def _palette(picture: Image.Image) -> Image.Image:
+    """Return a palette of greys and of the picture's own colours. One for all pixels would have few colours."""
+    pixels = np.asarray(picture).reshape(-1, 3)
+    coloured = pixels[np.ptp(pixels.astype(int), axis=1) > CHROMA]
+    colours = Image.fromarray(coloured[None]).quantize(COLOURS).getpalette() or []
+    greys = np.linspace(0, 255, 256 - COLOURS).astype(int)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*colours[: 3 * COLOURS], *np.repeat(greys, 3).tolist()])
+    return palette
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_jump_lands_on_the_finding_in_millimetres(
     np.testing.assert_allclose(position(viewer), LESION_MM, atol=3)
     # An independent reader finds the label at that position.
     labels = nib.Nifti1Image.from_bytes(
-        gzip.decompress(service.http.get(f"/v1/scans/{finished}/labels.nii.gz").content)
+        gzip.decompress(service.http.get(f"/v1/scans/{finished}/labels.nii.gz").content),
     )
     voxel = np.linalg.inv(labels.affine) @ [*position(viewer), 1]
     assert np.asarray(labels.dataobj)[tuple(np.round(voxel[:3]).astype(int))] == finding["label"]
