@@ -226,6 +226,29 @@ def test_a_deep_link_opens_a_finding_and_a_preview_comes_first(page: Page, url: 
     expect(page.locator("#position")).to_contain_text("finding 1")
 
 
+def test_an_uncertainty_map_is_offered_if_there_is_one(
+    page: Page, url: str, service: RunningService, finished: str
+) -> None:
+    job = service.http.get(f"/v1/scans/{finished}").json()
+    job["links"]["uncertainty"] = job["links"]["anomaly"]
+    page.route(f"**/v1/scans/{finished}", lambda route: route.fulfill(json=job))
+    open_viewer(page, f"{url}/scans/{finished}")
+    before = wait_until_still(page.locator(SCAN))
+    page.locator("input[name=map][value=uncertainty]").check()
+    after = wait_for_change(page.locator(SCAN), before)
+    # Its colours are others than those of the anomaly map: green instead of red.
+    changed = np.abs(after - before).max(axis=2) > 8
+    assert (after - before)[changed][:, 1].mean() > (after - before)[changed][:, 0].mean()
+
+
+def test_without_webgl_the_preview_stays(page: Page, url: str, finished: str) -> None:
+    page.add_init_script("HTMLCanvasElement.prototype.getContext = () => null;")
+    page.goto(f"{url}/scans/{finished}")
+    expect(page.locator("#progress")).to_contain_text("no WebGL 2")
+    page.wait_for_selector("#first-picture[src^=blob]")
+    expect(page.locator("#findings tr")).to_have_count(1)
+
+
 def test_a_failed_scan_shows_its_problem(page: Page, url: str, service: RunningService, finished: str) -> None:
     job = service.http.get(f"/v1/scans/{finished}").json()
     problem = {

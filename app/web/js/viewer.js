@@ -151,8 +151,12 @@ function dress(scene, { withMap = true } = {}) {
   scene.setMask(images.labels);
   scene.annotations.findings = findings.list;
   scene.colourMask(findings.list);
-  if (withMap) scene.setMap(Object.assign(images.anomaly, MAP_STYLE, { cal_min: layers.mapThreshold, cal_max: layers.scaleMax }));
+  if (withMap) showMap(scene, images.anomaly);
   layers.apply();
+}
+
+function showMap(scene, image) {
+  scene.setMap(Object.assign(image, MAP_STYLE, { cal_min: layers.mapThreshold, cal_max: layers.scaleMax }));
 }
 
 async function openCounterpart(job, readNifti, Scene) {
@@ -181,8 +185,10 @@ function bindMaps(job, read) {
   for (const input of document.querySelectorAll("input[name=map]")) {
     input.addEventListener("change", async () => {
       images[input.value] ??= await read(input.value, { colormap: "viridis" });
-      scan.setMap(Object.assign(images[input.value], MAP_STYLE));
+      layers.setMapScale(input.value, images[input.value]);
+      showMap(scan, images[input.value]);
       layers.apply();
+      showPosition();
       byId("progress").hidden = true;
     });
   }
