@@ -279,3 +279,14 @@ def test_planes_are_reached_by_keys(viewer: Page) -> None:
     viewer.keyboard.press("ArrowUp")
     assert int(viewer.locator("#coronal").input_value()) == int(index) + 1
     assert re.match(r"slice \d+ of \d+", str(viewer.locator("#coronal").get_attribute("aria-valuetext")))
+
+
+def test_3d_shows_the_findings_and_not_the_map(viewer: Page) -> None:
+    scan = viewer.locator(SCAN)
+    before = pixels(scan)
+    viewer.keyboard.press("5")
+    with_findings = wait_for_change(scan, before)
+    viewer.locator("#map-opacity").fill("1")
+    assert not differs(wait_until_still(scan), with_findings)
+    viewer.locator("input[name=mask][value=off]").check()
+    wait_for_change(scan, with_findings)
