@@ -60,8 +60,9 @@ def protected(
 ) -> Iterator[RunningService]:
     assert browser.is_connected()
     folder = tmp_path_factory.mktemp("web-protected")
-    settings = {"models": str(tiny_models), "token": TOKEN, "cors_origins": sites[0]}
-    with run_service(folder / "store", folder / "log", COMMAND, **settings) as running:
+    store, log = folder / "store", folder / "log"
+    models, (listed, _) = str(tiny_models), sites
+    with run_service(store, log, COMMAND, models=models, token=TOKEN, cors_origins=listed) as running:
         running.http.headers["Authorization"] = f"Bearer {TOKEN}"
         yield running
 
