@@ -1,17 +1,20 @@
 # `make run` and `make test` install all that they need. Requirements: Python 3.11 and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format types imports unit proofs peers train doctor install install-dev clean
+.PHONY: help run test lint format types imports unit proofs peers client train doctor install install-dev clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= $(or $(COUNTERPART_PORT),8000)
 CONFIG ?= training/configs/t1.toml
 
-# Two environments: one for the service, without torch, and one for development.
+# Environments: one for the service, without torch, one for development, and one for the generator of API clients.
 SERVE := .venv
 DEV := .venv-dev
+CLIENT := .venv-client
 BIN := $(DEV)/bin
 PIP := install --quiet --disable-pip-version-check --constraint constraints.txt
 SHIPPED := $(shell find app models -type f -not -name '*.pyc')
+# The files of the tests are shared among processes. PARALLEL= runs them one after the other, for example for a debugger.
+PARALLEL ?= -n auto --maxprocesses 4 --dist loadfile
 URL := http://127.0.0.1:$(PORT)
 TOKEN_HEADER := $(if $(COUNTERPART_TOKEN),-H "Authorization: Bearer $$COUNTERPART_TOKEN" )
 
@@ -43,10 +46,18 @@ imports: $(DEV)/.installed ## Check the import rules of docs/architecture.md.
 	$(BIN)/lint-imports
 
 unit: $(DEV)/.installed ## Run the tests; ARGS is passed to pytest.
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 proofs: $(DEV)/.installed ## Run the slow tests: killed processes, a cluster, the API contract (some minutes).
 	$(BIN)/python -m pytest -m proof tests/proofs tests/jobs
+
+# Generator of API clients. Its dependencies contradict those of the development environment.
+$(CLIENT)/.installed: tests/support/openapi_client_constraints.txt
+	@test -x $(CLIENT)/bin/python || $(PYTHON) -m venv $(CLIENT)
+	@$(CLIENT)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $< openapi-python-client
+	@touch $@
+
+client: $(CLIENT)/.installed ## Install the generator of API clients that a test uses.
 
 # Programs that judge the results. A test is skipped if its program is missing.
 PEERS := orthanc orthanc-dicomweb dcmtk dicom3tools dcm2niix chromium postgresql
@@ -85,5 +96,5 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 var/sample/scan.nii.gz: | $(SERVE)/.installed
 	@$(SERVE)/bin/counterpart sample -o var/sample > /dev/null
 
-clean: ## Remove both environments, the caches and the sample, but no trained run and no store.
-	rm -rf $(SERVE) $(DEV) var dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## Remove the environments, the caches and the sample, but no trained run and no store.
+	rm -rf $(SERVE) $(DEV) $(CLIENT) var dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from app.errors import CannotAnalyse, NoBrainMask, UnreadableScan
 from app.export.outputs import ExportContext, write_outputs
-from app.export.report import BrainReport, ModelSelectionReport, ModelUsed, Report, build_report
+from app.export.report import BrainReport, ModelSelectionReport, ModelUsed, Report, SiteProfileReport, build_report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.ingest import limits
 from app.ingest.reader import read_scan
@@ -17,10 +17,10 @@ from app.manifest import Manifest
 from app.pipeline.brain_extraction import extract_brain
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.runtime.selection import explain_selection, select_model, trained_sequences
-from app.volume import Geometry, Scan, Volume
+from app.volume import Geometry, Scan, SegmentationType, Volume
 
 # Called with the stage ("read", "infer" or "export") and its completed fraction, 0 to 1. It is called between network
 # evaluations and may raise `app.errors.Cancelled`.
@@ -44,21 +44,39 @@ class AnalysisRequest:
         Seed of the keyed noise. None uses the manifest's seed.
     geometry : {"refuse", "resample"}
         Refuse or resample a DICOM series with missing, tilted or unevenly spaced slices.
+    note : str
+        Sentence about the arrival of the scan for the notes of the report. It has no influence on the results.
     """
 
     model: str | None = None
     series: str | None = None
     seed: int | None = None
     geometry: Geometry = "refuse"
+    note: str = ""
 
 
-def analyse(
+def read_requested_scan(path: Path, scratch: Path, manifests: Sequence[Manifest], request: AnalysisRequest) -> Scan:
+    """Read the scan of a request. The parameters are those of `infer`."""
+    scan = read_scan(
+        path,
+        scratch=scratch,
+        series=request.series,
+        geometry=request.geometry,
+        sequences=trained_sequences(manifests, request.model),
+    )
+    if not request.note:
+        return scan
+    return replace(scan, source=replace(scan.source, notes=(*scan.source.notes, request.note)))
+
+
+def analyse(  # noqa: PLR0913 - the command line has all of them
     path: Path,
     out: Path,
     bundles: Callable[[Manifest], Bundle],
     manifests: Sequence[Manifest],
     request: AnalysisRequest,
     progress: Progress,
+    segmentation_type: SegmentationType = "binary",
 ) -> Report:
     """Read a scan, compare it with its healthy counterpart and write the results.
 
@@ -76,6 +94,8 @@ def analyse(
         Model, series, seed, geometry.
     progress : callable
         Called with stage and completed fraction.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentation.
 
     Raises
     ------
@@ -86,7 +106,7 @@ def analyse(
     # the end of the export, which reads the DICOM headers again.
     with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
         scan, inference = infer(path, Path(scratch), bundles, manifests, request, progress)
-        return export(scan, inference, out, progress)
+        return export(scan, inference, out, progress, segmentation_type)
 
 
 def infer(
@@ -107,13 +127,7 @@ def infer(
     seconds: dict[str, float] = {}
     with _timed("read", seconds):
         progress("read", 0.0)
-        scan = read_scan(
-            path,
-            scratch=scratch,
-            series=request.series,
-            geometry=request.geometry,
-            sequences=trained_sequences(manifests, request.model),
-        )
+        scan = read_requested_scan(path, scratch, manifests, request)
         selection = select_model(manifests, scan.source, request.model)
         manifest = selection.manifest
         progress("read", 1.0)
@@ -124,10 +138,11 @@ def infer(
         with _timed("extract", seconds):
             volume, brain = _run_extractor(scan.volume, bundle)
         with _timed("infer", seconds):
-            detection = _run_detection(volume, bundle, request.seed, progress)
+            detection = detect_volume(volume, bundle, request.seed, progress)
     except (CannotAnalyse, UnreadableScan) as refusal:
-        raise explain_selection(refusal, selection, manifests) from None
+        raise explain_selection(refusal, selection, scan.source, manifests) from None
     progress("infer", 1.0)
+    profile = bundle.site_profiles.find(bundle.sha256, scan.source.scanner)
     model = ModelUsed(
         id=manifest.id,
         sha256=bundle.sha256,
@@ -138,11 +153,18 @@ def infer(
         selection=ModelSelectionReport(
             by=selection.by, certain=not selection.warning, warning=selection.warning or None
         ),
+        site_profile=SiteProfileReport.of(profile, scan.source.scanner) if profile else None,
     )
-    return scan, InferenceResult(manifest, model, detection, brain, seconds)
+    return scan, InferenceResult(profile.apply(manifest) if profile else manifest, model, detection, brain, seconds)
 
 
-def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress) -> Report:
+def export(
+    scan: Scan,
+    inference: InferenceResult,
+    out: Path,
+    progress: Progress,
+    segmentation_type: SegmentationType = "binary",
+) -> Report:
     """Write the results of a scan. No network is run, and the same arguments give the same bytes.
 
     Parameters
@@ -154,6 +176,8 @@ def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress
         Existing folder for the results.
     progress : callable
         Called with stage and completed fraction.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentation.
     """
     started = time.perf_counter()
     progress("export", 0.0)
@@ -169,6 +193,7 @@ def export(scan: Scan, inference: InferenceResult, out: Path, progress: Progress
         brain=inference.brain.mask if isinstance(inference.brain, ExtractedBrain) else inference.brain,
         report=report,
         elapsed=lambda: time.perf_counter() - started,
+        segmentation_type=segmentation_type,
     )
     report = write_outputs(context, out)
     progress("export", 1.0)
@@ -198,8 +223,19 @@ def _run_extractor(volume: Volume, bundle: Bundle) -> tuple[Volume, ExtractedBra
     return brain.volume, ExtractedBrain(brain.mask, report)
 
 
-def _run_detection(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
-    """Run the pipeline on a volume, batch by batch."""
+def detect_volume(volume: Volume, bundle: Bundle, seed: int | None, progress: Progress) -> Detection:
+    """Run the pipeline on a volume without reading or extracting, batch by batch.
+
+    Parameters
+    ----------
+    volume : Volume
+        Skull-stripped, if the model needs that.
+    bundle : Bundle
+    seed : int or None
+        Seed of the keyed noise. None uses the manifest's seed.
+    progress : callable
+        Called with "infer" and the completed fraction.
+    """
     # Which slices need the reverse process is unknown before the KL map. The progress counts it for every slice of the
     # volume and jumps to 1 at the end.
     depth_mm = (abs(volume.affine[:3, :3]) @ volume.shape)[2]
@@ -212,7 +248,8 @@ def _run_detection(volume: Volume, bundle: Bundle, seed: int | None, progress: P
         done += slices
         progress("infer", min(done / expected, 1.0))
 
-    return run_method(volume, bundle.networks.in_batches(bundle.batch, tick), bundle.manifest, seed)
+    networks = bundle.networks.in_batches(bundle.batch, tick)
+    return METHODS[bundle.manifest.method](volume, networks, bundle.manifest, seed)
 
 
 @contextmanager

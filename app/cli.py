@@ -4,14 +4,20 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from app import __version__
-from app.errors import CannotAnalyse, CounterpartError, InternalError, UnreadableScan, UploadError
+from app.errors import CannotAnalyse, CounterpartError, InternalError, InvalidSettings, UnreadableScan, UploadError
 
+if TYPE_CHECKING:
+    from app.api.tokens import TokenFile
+
+# Folders that MONAI Deploy (Holoscan) and mercure give to a container: docs/integrations.md.
+INPUT_VARIABLES = ["HOLOSCAN_INPUT_PATH", "MONAI_INPUTPATH", "MERCURE_IN_DIR"]
+OUTPUT_VARIABLES = ["HOLOSCAN_OUTPUT_PATH", "MONAI_OUTPUTPATH", "MERCURE_OUT_DIR"]
 INPUT_ERRORS = (UploadError, UnreadableScan, CannotAnalyse)
 STATUS_OTHER, STATUS_INPUT = 1, 2
 
@@ -22,6 +28,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,  # it prints local variables, which may contain patient data
 )
+
+
+token_commands = typer.Typer(no_args_is_help=True, help="Manage the named tokens of COUNTERPART_TOKENS.")
+app.add_typer(token_commands, name="token")
 
 
 @contextmanager
@@ -119,8 +129,16 @@ def options(
 
 @app.command()
 def detect(  # noqa: PLR0913 - typer needs one parameter for each option
-    scan: Annotated[Path, typer.Argument(help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_check_exists)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", callback=_check_folder)],
+    scan: Annotated[
+        Path,
+        typer.Argument(
+            help="NIfTI or MGH file, zip, DICOM file or folder.", callback=_check_exists, envvar=INPUT_VARIABLES
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Folder for the results.", callback=_check_folder, envvar=OUTPUT_VARIABLES),
+    ],
     *,
     model: Annotated[
         str | None, typer.Option(help="Name or id of a model. Default: selected by modality and sequence.")
@@ -194,6 +212,24 @@ def worker(
 
 
 @app.command()
+def node(
+    host: Annotated[str | None, typer.Option(help="Address for health and metrics. Default: COUNTERPART_HOST.")] = None,
+    port: Annotated[
+        int, typer.Option(help="Port for health and metrics. 0 selects a free port.", min=0, max=65535)
+    ] = 0,
+) -> None:
+    """Receive series from DICOM peers (C-STORE) and put them into the queue.
+
+    COUNTERPART_NODE_AE_TITLE, COUNTERPART_NODE_HOST and COUNTERPART_NODE_PORT are its DICOM address.
+    """
+    from app import main as service
+    from app.settings import read_settings
+
+    with report_errors():
+        service.run_node(read_settings(host=host, port=port))
+
+
+@app.command()
 def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the sample.", file_okay=False)],
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the position of the lesion.", min=0)] = 0,
@@ -205,6 +241,56 @@ def sample(
         made = make_sample(out, seed)
     typer.echo(f"{made.scan}: a template brain with a lesion of {made.lesion_ml:.1f} ml ({made.truth.name}).")
     typer.echo(f"Next: counterpart detect {made.scan} -o {out / 'result'}")
+
+
+@app.command()
+def calibrate(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with ten or more healthy scans of one scanner.", callback=_check_exists)
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="File for the site profile, *.json.", dir_okay=False)],
+    *,
+    target_ml: Annotated[
+        float, typer.Option(help="Largest expected false-positive volume of a healthy scan, in ml.", min=0.05)
+    ] = 1.0,
+    model: Annotated[
+        str | None, typer.Option(help="Name or id of a model. Default: selected by modality and sequence.")
+    ] = None,
+) -> None:
+    """Calibrate a model on healthy scans of one scanner and write a site profile."""
+    import_nibabel()
+    from app.analysis import AnalysisRequest
+    from app.calibration_console import calibrate_site, print_profile
+    from app.settings import read_settings
+
+    with report_errors({"FOLDER": folder, "--out": out}):
+        profile = calibrate_site(folder, out, AnalysisRequest(model), target_ml, read_settings(), Console(stderr=True))
+        print_profile(profile, out, Console())
+
+
+@app.command()
+def audit(
+    profile: Annotated[Path, typer.Argument(help="Site profile.", callback=_check_exists, dir_okay=False)],
+    reports: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder with report.json files of later scans, searched in subfolders.", callback=_check_exists
+        ),
+    ],
+) -> None:
+    """Compare the scores of later scans with those of a site profile. Exit with status 1 if they have drifted."""
+    from app.calibration_console import print_drift
+    from app.settings import read_settings
+    from app.site_calibration import measure_drift, read_reports
+    from app.site_profile import read_profile
+
+    with report_errors({"PROFILE": profile, "REPORTS": reports}):
+        key = read_settings().profile_key
+        checked = read_profile(profile, key.get_secret_value() if key else None)
+        drift = measure_drift(checked, read_reports(reports, checked))
+        print_drift(drift, Console())
+    if drift.has_drifted:
+        raise typer.Exit(STATUS_OTHER)
 
 
 @app.command()
@@ -239,6 +325,63 @@ def doctor() -> None:
     print_settings(settings, Console())
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(STATUS_OTHER)
+
+
+@app.command("audit-log")
+def audit_log(
+    after: Annotated[int, typer.Option(help="Only rows with a larger id.", min=0)] = 0,
+) -> None:
+    """Print the audit trail as JSON lines."""
+    with report_errors():
+        from app.jobs.audit import AuditTrail
+        from app.jobs.database import check_database, connect
+        from app.settings import read_settings
+
+        settings = read_settings()
+        check_database(settings.database_url)
+        for row in AuditTrail(connect(settings.database_url)).read_all(after):
+            typer.echo(row.to_line(), nl=False)
+
+
+@token_commands.command("create")
+def create_token(
+    name: Annotated[str, typer.Argument(help="Name of the system or person that uses the token.")],
+    scope: Annotated[list[str], typer.Option(help="send, read, erase, metrics or admin. The option may be repeated.")],
+) -> None:
+    """Create a token and print it. Only its hash is stored, so that it cannot be printed again."""
+    with report_errors():
+        typer.echo(_open_token_file().create(name, scope))
+
+
+@token_commands.command("list")
+def list_tokens() -> None:
+    """List the tokens with their scopes, without their values."""
+    with report_errors():
+        for token in _open_token_file().read():
+            state = f"revoked {token.revoked:%Y-%m-%d %H:%M} UTC" if token.revoked else "valid"
+            scopes = ",".join(sorted(token.scopes))
+            typer.echo(f"{token.name}\t{scopes}\tcreated {token.created:%Y-%m-%d %H:%M} UTC\t{state}")
+
+
+@token_commands.command("revoke")
+def revoke_token(name: Annotated[str, typer.Argument(help="Name of the token.")]) -> None:
+    """Revoke a token. Running services refuse it, and its sessions, at their next request."""
+    with report_errors():
+        _open_token_file().revoke(name)
+
+
+def _open_token_file() -> "TokenFile":
+    from app.api.tokens import TokenFile
+    from app.settings import read_settings
+
+    path = read_settings().tokens
+    if path is None:
+        raise InvalidSettings(
+            "COUNTERPART_TOKENS is not set.",
+            expected="the path of the file of tokens, in the environment of the service and of this command.",
+            advice="Set it, for example to /etc/counterpart/tokens.",
+        )
+    return TokenFile(path.expanduser())
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Terminal output of `counterpart detect`: progress bars, a table of findings, the Dice."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -19,6 +21,7 @@ from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence
 from app.settings import Settings
+from app.site_profile import load_site_profiles
 
 # `counterpart sample` writes this file beside its scan.
 TRUTH_FILE = "truth.nii.gz"
@@ -51,28 +54,46 @@ def run_analysis(scan: Path, out: Path, request: AnalysisRequest, settings: Sett
     CounterpartError
         The scan cannot be analysed, or a model cannot be used; see `app.errors`.
     """
+    load, manifests = installed_models(settings)
+    out.mkdir(parents=True, exist_ok=True)
+    bars = ProgressBars()
+    with bars.progress:
+        return analyse(scan, out, load, manifests, request, bars, settings.seg_type)
+
+
+def installed_models(settings: Settings) -> tuple[Callable[[Manifest], Bundle], tuple[Manifest, ...]]:
+    """Return a function that loads a bundle once, with the site profiles, and the manifests of all bundles.
+
+    Raises
+    ------
+    UnknownModel
+        The folder of the models contains no bundle.
+    DamagedBundle, InvalidProfile
+    """
     folder = settings.models or shipped_models()
-    manifests = {bundle: read_manifest(bundle) for bundle in find_bundles(folder)}
-    if not manifests:
+    found = [(read_manifest(path), path) for path in find_bundles(folder)]
+    if not found:
         raise UnknownModel(
             f"The folder {folder} contains no model bundle.",
             expected="a folder with a manifest.json for each model.",
             advice="Unset COUNTERPART_MODELS to use the shipped bundles, or install counterpart again.",
         )
+    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
+    loaded: dict[str, Bundle] = {}
 
     def load(manifest: Manifest) -> Bundle:
         check_licence(manifest, noncommercial=settings.allow_noncommercial)
-        bundle = next(bundle for bundle, other in manifests.items() if other == manifest)
-        return load_bundle(bundle, settings.provider, settings.threads, settings.gpu_batch)
+        if manifest.id not in loaded:
+            path = next(path for other, path in found if other.id == manifest.id)
+            bundle = load_bundle(path, settings.provider, settings.threads, settings.gpu_batch)
+            loaded[manifest.id] = replace(bundle, site_profiles=profiles)
+        return loaded[manifest.id]
 
-    out.mkdir(parents=True, exist_ok=True)
-    bars = ProgressBars()
-    with bars.progress:
-        return analyse(scan, out, load, tuple(manifests.values()), request, bars)
+    return load, tuple(manifest for manifest, _ in found)
 
 
 def print_report(report: Report, out: Path, console: Console) -> None:
-    """Print the warnings, the findings as a table, the surest first, and the folder of the results."""
+    """Print the warnings, the findings as a table, the surest first, the notes, and the folder of the results."""
     for warning in report.warnings:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
@@ -86,7 +107,7 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     seconds = sum(report.work.seconds.values())
     low, high = report.analysed.z_mm
     console.print(f"Analysed: {report.analysed.volume_ml:.0f} ml, z {low:.0f} to {high:.0f} mm, in {seconds:.1f} s.")
-    lines = [note for note in report.input.notes if note.startswith("Left out:")]
+    lines = list(report.input.notes)
     if report.brain:
         made_by = f"{report.brain.method} {report.brain.version}"
         lines.append(f"Brain: {report.brain.volume_ml:.0f} ml, extracted by {made_by} (brain.nii.gz).")

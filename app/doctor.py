@@ -179,7 +179,7 @@ def check_shared(settings: Settings) -> Iterator[Check]:
 def check_jobs(settings: Settings) -> Check:
     """Check that the job database answers, and that a SQLite file is sound."""
     from app.jobs.database import check_database, connect
-    from app.jobs.recovery import WorkerRegistry
+    from app.jobs.maintenance import WorkerRegistry
 
     try:
         check_database(settings.database_url)

@@ -78,6 +78,16 @@ class NotAnImageFormat(UploadError):
     title = "Not an image format"
 
 
+class UnknownSource(CounterpartError):
+    code = "unknown_source"
+    title = "Unknown source"
+
+
+class SourceUnavailable(CounterpartError):
+    code = "source_unavailable"
+    title = "Source not available"
+
+
 # ---- reading -----------------------------------------------------------------------------------
 
 
@@ -240,6 +250,18 @@ class InvalidSettings(CounterpartError):
     title = "Invalid settings"
 
 
+class InvalidProfile(CounterpartError):
+    code = "invalid_profile"
+    title = "Invalid site profile"
+
+
+class TooFewScans(CounterpartError):
+    """Too few healthy scans, or scans of several scanners, for a site profile."""
+
+    code = "too_few_scans"
+    title = "Too few scans for a site profile"
+
+
 class UnsafeExposure(CounterpartError):
     """The service would be reachable from other machines without a token."""
 
@@ -265,6 +287,39 @@ class UnsatisfiableRange(CounterpartError):
 class Unauthorised(CounterpartError):
     code = "unauthorised"
     title = "Token required"
+
+
+class NotAcceptable(CounterpartError):
+    code = "not_acceptable"
+    title = "Not an offered media type"
+
+
+class Forbidden(CounterpartError):
+    """The caller is known, and lacks the scope of the route."""
+
+    code = "forbidden"
+    title = "Scope required"
+
+
+class LoginFailed(CounterpartError):
+    """The login by OIDC ended without a session."""
+
+    code = "login_failed"
+    title = "Login failed"
+
+
+class IdentityUnavailable(CounterpartError):
+    """The token cannot be checked, because its keys or the file of tokens cannot be read."""
+
+    code = "identity_unavailable"
+    title = "Tokens cannot be checked"
+
+
+class AuditUnavailable(CounterpartError):
+    """The audit trail cannot be written, so the request is refused."""
+
+    code = "audit_unavailable"
+    title = "Audit trail not available"
 
 
 class NotFound(CounterpartError):
@@ -346,6 +401,16 @@ class DatabaseUnavailable(CounterpartError):
 class TooManyStreams(CounterpartError):
     code = "too_many_streams"
     title = "Too many open event streams"
+
+
+class TooManyConnections(CounterpartError):
+    code = "too_many_connections"
+    title = "Too many open connections"
+
+
+class HeaderTooLarge(BadRequest):
+    code = "header_too_large"
+    title = "Request header too large"
 
 
 class UploadTooSlow(CounterpartError):

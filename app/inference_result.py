@@ -16,8 +16,8 @@ from app.export.report import BrainReport, ModelUsed
 from app.manifest import FrozenModel, Manifest
 from app.pipeline.detect import Detection
 from app.pipeline.grid import SliceGrid
-from app.pipeline.ood import ScanScores
 from app.pipeline.preprocess import Slices
+from app.pipeline.scores import ScanScores
 from app.volume import BoolArray
 
 

@@ -15,38 +15,68 @@ from fastapi_offline import FastAPIOffline
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
-from app.api import events, health, models, pages, problems, results, reviews, sample, scans
-from app.api.calls import Calls
+from app.api import (
+    audit,
+    deliveries,
+    dicomweb,
+    events,
+    health,
+    models,
+    pages,
+    problems,
+    results,
+    reviews,
+    sample,
+    scans,
+    session,
+    stow,
+    token_list,
+    webhooks,
+)
+from app.api.catalogue import Catalogue
 from app.api.cross_origin import allow_origins
-from app.api.dependencies import Readiness, Services
+from app.api.dependencies import Calls, Readiness, Services
 from app.api.follower import JobFollower
-from app.api.guard import RequestGuard
-from app.api.logging import AccessLog, configure_logging
-from app.api.server import open_listener, run_server
+from app.api.openapi import remove_validation_errors
+from app.api.operations import Operations
+from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
 from app.api.upload import Uploads
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
+from app.ingest.dicomweb_source import read_sources
 from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import BundleEngine, Engine, check_engine
+from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store, is_open_to_others
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
+from app.pacs.deliverer import Deliverer
+from app.pacs.metrics import DeliveryMetrics
+from app.pacs.node import Node, check_exposure
+from app.pacs.routes import read_routes
 from app.settings import Settings
+from app.site_profile import load_site_profiles
 
 log = structlog.get_logger("counterpart.service")
 
 # A new endpoint goes into one of these routers, or into a new one that is added here.
 API_ROUTERS: tuple[APIRouter, ...] = (
+    session.router,
     events.router,
+    deliveries.router,
     sample.router,
     scans.router,
     results.router,
     reviews.router,
     models.router,
     pages.router,
+    stow.router,
+    dicomweb.router,
+    audit.router,
+    webhooks.router,
+    token_list.router,
 )
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
@@ -64,7 +94,31 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = True, worker: bool = True) -> FastAPI:
+class Companions:
+    """Threads that run beside the job service: the deliveries of a worker, the DICOM node."""
+
+    def __init__(self, *companions: Deliverer | Node) -> None:
+        self._companions = companions
+
+    def start(self) -> None:
+        """Start them. The job service runs already."""
+        for companion in self._companions:
+            companion.start()
+
+    def stop(self) -> None:
+        """Stop them before the job service."""
+        for companion in self._companions:
+            companion.stop()
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine | None = None,
+    *,
+    api: bool = True,
+    worker: bool = True,
+    node: bool = False,
+) -> FastAPI:
     """Create the application.
 
     Parameters
@@ -75,25 +129,46 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     api : bool
         Serve the whole API. If false, serve only health and metrics.
     worker : bool
-        Analyse scans in this process.
+        Analyse scans in this process, and send results to the targets of the routes.
+    node : bool
+        Receive series from DICOM peers.
 
     Raises
     ------
     DamagedBundle
         A manifest cannot be read.
+    InvalidSettings
+        The file of the routes cannot be used.
     """
+    routes = read_routes(settings.routes)
     engine = engine or create_engine(settings, worker=worker)
     metrics = Metrics()
     for manifest in engine.manifests:
         metrics.info.labels(manifest.id, engine.provider).set(1)
     store = create_store(settings)
     limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-    jobs = JobService(engine, store, settings.database_url, metrics, limits)
+    jobs = JobService(engine, store, settings.database_url, metrics, limits, routes.select)
+    deliverer = [Deliverer(routes, jobs, store, DeliveryMetrics(metrics.registry))] if worker else []
+    dicom_node = [Node(settings, jobs.queue, store, metrics.registry)] if node else []
+    companions = Companions(*deliverer, *dicom_node)
     calls = Calls()
-    follower = JobFollower(jobs.queue, calls, settings.max_streams)
+    operations = Operations(settings, calls, metrics, api=api)
+    follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
     uploads = Uploads(jobs.queue)
     readiness = Readiness(loading=worker)
-    services = Services(settings, engine, store, jobs.queue, readiness, jobs.health, calls, follower, uploads)
+    services = Services(
+        settings,
+        engine,
+        store,
+        jobs.queue,
+        readiness,
+        jobs.health,
+        calls,
+        follower,
+        uploads,
+        read_sources(settings.sources),
+        Catalogue(jobs.queue, store),
+    )
     stopped = threading.Event()
 
     def load_models() -> None:
@@ -109,6 +184,8 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
             await run_in_threadpool(partial(jobs.start, worker=worker))
+            await run_in_threadpool(companions.start)
+            await run_in_threadpool(operations.start)
         except Exception as error:
             app.state.start_error = error  # the server drops it
             raise
@@ -117,7 +194,9 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
             threading.Thread(target=load_models, name="warm-up", daemon=True).start()
         yield
         stopped.set()
+        await run_in_threadpool(companions.stop)
         await run_in_threadpool(jobs.stop, settings.drain_seconds)
+        await run_in_threadpool(operations.stop)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
@@ -142,11 +221,13 @@ def create_app(settings: Settings, engine: Engine | None = None, *, api: bool = 
     app.state.services = services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    operations.attach(app)
     if settings.allowed_origins:
         allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     problems.install_handlers(app)
+    remove_validation_errors(app)
     return app
 
 
@@ -194,15 +275,50 @@ def run_worker(settings: Settings, engine: Engine | None = None) -> None:
         _run_server(create_app(settings, engine, api=False), settings, listener)
 
 
+def run_node(settings: Settings, engine: Engine | None = None) -> None:
+    """Receive series from DICOM peers and put them into the queue, until a signal stops the process.
+
+    Parameters
+    ----------
+    settings : Settings
+        Health and metrics are served on its host and port.
+    engine : Engine, optional
+        Used instead of the bundles that the settings name. Only its manifests are read.
+
+    Raises
+    ------
+    UnsafeExposure
+        The host or the node's host is not loopback, and no token or no peer is set.
+    AddressUnavailable, StoreUnavailable, DatabaseUnavailable, InvalidSettings
+    DamagedBundle
+        A manifest cannot be read.
+    """
+    check_exposure(settings)
+    with _prepare(settings) as listener:
+        _run_server(create_app(settings, engine, api=False, worker=False, node=True), settings, listener)
+
+
 def create_engine(settings: Settings, *, worker: bool) -> Engine:
-    """Create the engine for the bundles that the settings name. A worker runs it in a child process."""
+    """Create the engine for the bundles that the settings name. A worker runs it in a child process.
+
+    Raises
+    ------
+    DamagedBundle
+        A manifest cannot be read.
+    InvalidProfile
+        A site profile cannot be used.
+    """
     models_folder = str(settings.models) if settings.models else None
+    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
     arguments: dict[str, Any] = {
         "models": models_folder,
         "provider": settings.provider,
         "threads": settings.threads,
         "noncommercial": settings.allow_noncommercial,
         "gpu_batch": settings.gpu_batch,
+        "segmentation_type": settings.seg_type,
+        # Their content, which was checked here: the child process does not get the key.
+        "site_profiles": profiles.model_dump(mode="json"),
     }
     engine = BundleEngine(**arguments)
     if not worker:
@@ -252,8 +368,13 @@ def _prepare(settings: Settings) -> socket.socket:
 def _run_server(app: FastAPI, settings: Settings, listener: socket.socket) -> None:
     port = listener.getsockname()[1]
     log.info("starting", host=settings.host, port=port, provider=settings.provider)
+    options = {
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS,
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
+    }
     try:
-        run_server(app, listener, on_stop=app.state.services.stop, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        run_server(app, listener, on_stop=app.state.services.stop, **options)
     except SystemExit:
         error = getattr(app.state, "start_error", None)
         if isinstance(error, SQLAlchemyError):

@@ -126,7 +126,7 @@ class Range(FrozenModel):
 
 
 class View(FrozenModel):
-    """Test-time augmentation (`app.pipeline.residual.augment`)."""
+    """Test-time augmentation (`app.pipeline.scores.augment`)."""
 
     mirrored: bool = Field(default=False, description="Left and right are exchanged.")
     shift: tuple[int, int] = Field(default=(0, 0), description="Cyclic shift in rows and columns, in pixels.")
@@ -179,7 +179,7 @@ class Residual(FrozenModel):
 
 
 class OodCheck(FrozenModel):
-    """Settings of the out-of-distribution check (`app.pipeline.ood`)."""
+    """Settings of the out-of-distribution check (`app.pipeline.scores`)."""
 
     timesteps: tuple[int, ...] = Field(description="Noise levels at which the median KL of slices is checked.")
     median_kl_range: tuple[Range, ...] = Field(

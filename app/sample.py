@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nibabel import affines
 
 from app.errors import MissingExtra
-from app.export.nifti import write_nifti
+from app.export.outputs import write_nifti
 from app.pipeline.synthetic_lesion import insert_lesion
 from app.volume import Affine, FloatArray
 

@@ -3,13 +3,15 @@
 `app.cli` reads them once. Every other module receives the frozen object.
 """
 
+import base64
 import os
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -25,6 +27,10 @@ OTHER_VARIABLES = frozenset(
 )
 # Kubernetes adds variables like these to a pod if a service has the name of the prefix.
 SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)|PORT_\d)\w*")
+# PS3.5 6.2: the default repertoire without the backslash, and no blanks at the ends.
+AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e]([\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
+# Triggers of the database refuse to delete younger rows.
+MIN_AUDIT_DAYS = 30
 MASK = "**********"
 # Parameters of a database URL that hold no secret.
 HARMLESS_PARAMETERS = frozenset(
@@ -59,6 +65,32 @@ class Settings(BaseSettings):
     root_path: str = Field(
         "", description="Path prefix under which a proxy publishes the service, such as /counterpart."
     )
+    public_url: str | None = Field(
+        None, description="URL of the service for browsers, with its prefix. The login by OIDC needs it."
+    )
+    trusted_proxies: str = Field(
+        "",
+        description="Addresses or networks of proxies, separated by commas. Their X-Forwarded headers are believed.",
+    )
+    tokens: Path | None = Field(None, description="File of named tokens. `counterpart token` writes it.")
+    oidc_issuer: str | None = Field(None, description="Issuer of accepted JWTs, as in their claim `iss`.")
+    oidc_audience: str | None = Field(None, description="Audience of accepted JWTs, as in their claim `aud`.")
+    oidc_jwks: str | None = Field(
+        None, description="URL of the keys of the issuer. By default, its discovery document names it."
+    )
+    oidc_scope_claim: str = Field(
+        "scope", description="Claim with the scopes or roles of the caller. A dot leads into an object."
+    )
+    oidc_scopes: str = Field(
+        "",
+        description="Scopes of each value of the claim, such as reader=read,physicist=read+send. "
+        "Empty takes the values as scopes.",
+    )
+    oidc_client: str | None = Field(None, description="Client id of the login in the browser. Empty disables it.")
+    oidc_login_scope: str = Field(
+        "openid", description="Scopes that the login in the browser requests, separated by spaces."
+    )
+    oidc_client_secret: SecretStr | None = Field(None, description="Secret of the client, if the issuer requires one.")
     cors_origins: str = Field(
         "",
         description="Origins of web pages that may call the API and embed the viewer, such as "
@@ -85,6 +117,9 @@ class Settings(BaseSettings):
         ge=0,
         description="Slices in one network evaluation on CUDA, captured as a CUDA graph. 0 disables CUDA graphs.",
     )
+    seg_type: Literal["binary", "labelmap"] = Field(
+        "binary", description="Type of the DICOM segmentations, binary or labelmap. Many viewers open only binary."
+    )
     allow_noncommercial: bool = Field(
         False, description="Allow models for non-commercial research. The caller must request them by name."
     )
@@ -103,11 +138,35 @@ class Settings(BaseSettings):
         ge=0,
         description="Free disk space, in GB. Below it, new scans are refused with status 507.",
     )
+    sources: Path | None = Field(
+        None, description="TOML file that names the DICOMweb services from which series may be retrieved."
+    )
     keep_days: float = Field(
         0.0, ge=0, description="Age, in days, at which finished jobs are erased with their scans. 0 keeps them."
     )
     keep_gb: float = Field(
         0.0, ge=0, description="Disk space, in GB, above which the oldest finished jobs are erased. 0 sets no limit."
+    )
+    audit_days: float = Field(
+        0.0, ge=0, description="Age, in days, at which rows of the audit trail are deleted, at least 30. 0 keeps them."
+    )
+    webhooks: str = Field(
+        "", description="URLs that are told the end of each job, separated by commas: https, or http on loopback."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None, description="Key of the signatures of webhooks: whsec_ and 24 to 64 bytes as base64."
+    )
+    webhook_private_hosts: str = Field(
+        "", description="Hosts of webhooks that may have private addresses, separated by commas."
+    )
+    profiles: Path | None = Field(
+        None, description="Folder of site profiles, which `counterpart calibrate` writes. Each *.json file is loaded."
+    )
+    profile_key: SecretStr | None = Field(
+        None, min_length=16, description="Key that signs site profiles. With it, profiles of another key are refused."
+    )
+    profile_any_scanner: bool = Field(
+        False, description="Use the only site profile of a model for scans of other scanners as well."
     )
     deadline_seconds: int = Field(
         1800,
@@ -118,6 +177,35 @@ class Settings(BaseSettings):
         5,
         ge=0,
         description="Seconds for a running scan to finish at shutdown. After that, it returns to the queue.",
+    )
+    node_ae_title: str = Field("COUNTERPART", description="AE title of the DICOM node.")
+    node_host: str = Field(
+        "127.0.0.1",
+        description="Address of the DICOM node. An address other than loopback needs COUNTERPART_NODE_PEERS.",
+    )
+    node_port: int = Field(11112, ge=0, le=65535, description="Port of the DICOM node. 0 selects a free port.")
+    node_peers: str = Field(
+        "",
+        description="AE titles that may call the DICOM node, separated by commas, each with or without @address. "
+        "Empty accepts all.",
+    )
+    node_quiet_seconds: float = Field(
+        30.0, gt=0, description="Seconds without an instance after which a series at the DICOM node is complete."
+    )
+    node_complete: Literal["quiet", "association"] = Field(
+        "quiet",
+        description="End of a series at the DICOM node: quiet, or association if it also ends when its sender releases "
+        "the association.",
+    )
+    node_tls_certificate: Path | None = Field(
+        None, description="Certificate of the DICOM node (PEM). With it, the node accepts TLS only."
+    )
+    node_tls_key: Path | None = Field(None, description="Key of the certificate (PEM), if it is in another file.")
+    node_tls_ca: Path | None = Field(
+        None, description="CA (PEM) of the callers of the DICOM node. With it, they need a certificate."
+    )
+    routes: Path | None = Field(
+        None, description="TOML file that names the targets of results, and which results go there (see docs/pacs.md)."
     )
 
     def __init__(self, **arguments: Any) -> None:
@@ -158,6 +246,72 @@ class Settings(BaseSettings):
         if not all(re.fullmatch(r"[\w.-]+|\[[0-9a-f:.]+\]", name) for name in names):
             raise ValueError("hosts are names or addresses without scheme and port, separated by commas")
         return ",".join(names)
+
+    @field_validator("node_ae_title")
+    @classmethod
+    def _check_ae_title(cls, title: str) -> str:
+        if not AE_TITLE.fullmatch(title):
+            raise ValueError("an AE title has 1 to 16 printable characters without a backslash")
+        return title
+
+    @field_validator("node_peers")
+    @classmethod
+    def _check_peers(cls, peers: str) -> str:
+        for entry in filter(None, map(str.strip, peers.split(","))):
+            title, at, address = entry.partition("@")
+            if not AE_TITLE.fullmatch(title) or (at and not _is_address(address)):
+                raise ValueError("peers are AE titles, or title@address with an IP address, separated by commas")
+        return peers
+
+    @property
+    def accepted_peers(self) -> tuple[tuple[str, str | None], ...]:
+        """AE title and address of each caller of the DICOM node. None stands for every address."""
+        entries = (entry.strip().partition("@") for entry in self.node_peers.split(",") if entry.strip())
+        return tuple((title, address or None) for title, _, address in entries)
+
+    @field_validator("public_url", "oidc_issuer", "oidc_jwks")
+    @classmethod
+    def _check_web_address(cls, url: str | None) -> str | None:
+        if url is not None:
+            check_web_address(url)
+        return url
+
+    @field_validator("webhooks")
+    @classmethod
+    def _check_webhooks(cls, webhooks: str) -> str:
+        urls = [url.strip() for url in webhooks.split(",") if url.strip()]
+        for url in urls:
+            check_web_address(url)
+        return ",".join(urls)
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _check_webhook_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None:
+            decode_webhook_secret(secret.get_secret_value())
+        return secret
+
+    @field_validator("audit_days")
+    @classmethod
+    def _check_audit_days(cls, days: float) -> float:
+        if 0 < days < MIN_AUDIT_DAYS:
+            raise ValueError(f"rows of the audit trail are kept for at least {MIN_AUDIT_DAYS} days")
+        return days
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, proxies: str) -> str:
+        return ",".join(str(ip_network(proxy.strip())) for proxy in proxies.split(",") if proxy.strip())
+
+    @property
+    def has_access_control(self) -> bool:
+        """Whether callers need a token or a login. Without it, only programs on this machine may call."""
+        return self.token is not None or self.tokens is not None or self.oidc_issuer is not None
+
+    @property
+    def webhook_targets(self) -> tuple[str, ...]:
+        """URLs of `webhooks`."""
+        return tuple(url for url in self.webhooks.split(",") if url)
 
     @field_validator("cors_origins")
     @classmethod
@@ -205,20 +359,20 @@ class Settings(BaseSettings):
         return mask_url(str(getattr(self, name)))
 
     def check_exposure(self) -> None:
-        """Refuse to listen for other machines if no token is set.
+        """Refuse to listen for other machines if callers need no token.
 
         Raises
         ------
         UnsafeExposure
             The host is not loopback, or other host names are listed, and no token is set.
         """
-        if self.token is None and self.hosts:
+        if not self.has_access_control and self.hosts:
             raise UnsafeExposure(
                 f"{PREFIX}HOSTS is set, and no token is set.",
                 expected="a token. Without it, only loopback names are accepted.",
                 advice=f"Set {PREFIX}TOKEN to a long random value (openssl rand -hex 32), or unset {PREFIX}HOSTS.",
             )
-        if self.token is None and not is_loopback(self.host):
+        if not self.has_access_control and not is_loopback(self.host):
             raise UnsafeExposure(
                 f"The service was asked to listen on {self.host}, and no token is set.",
                 expected="127.0.0.1, or a token.",
@@ -292,6 +446,43 @@ def mask_url(text: str) -> str:
 def nearest_name(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to a name, None if no name is similar."""
     return next(iter(get_close_matches(name, list(known), n=1)), None)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def decode_webhook_secret(secret: str) -> bytes:
+    """Return the key of the signatures (Standard Webhooks).
+
+    Raises
+    ------
+    ValueError
+    """
+    try:
+        key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        key = b""
+    if not secret.startswith("whsec_") or not 24 <= len(key) <= 64:
+        raise ValueError('the secret must be whsec_ and 24 to 64 bytes as base64: "whsec_$(openssl rand -base64 32)"')
+    return key
+
+
+def check_web_address(url: str) -> None:
+    """Check that a URL is https, or http of this machine, and has no user, query and fragment.
+
+    Raises
+    ------
+    ValueError
+    """
+    parts = urlsplit(url)
+    secure = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+    if not secure or not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("the URL must begin with https:// (http:// on loopback), without user, query and fragment")
 
 
 def is_loopback(host: str) -> bool:

@@ -17,6 +17,9 @@ Affine = npt.NDArray[np.float64]
 # Handling of missing, tilted or unevenly spaced slices.
 Geometry = Literal["refuse", "resample"]
 Format = Literal["nifti", "mgh", "dicom"]
+# Type of a DICOM segmentation. Binary has one bit for each pixel and segment. A label map has the number of the segment
+# in each pixel: it is smaller for many segments, and only recent viewers open it.
+SegmentationType = Literal["binary", "labelmap"]
 
 # Suffix of a sequence with contrast agent, as in "T1c".
 WITH_AGENT = "c"
@@ -79,6 +82,23 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class Scanner:
+    """Scanner that the header of a scan names. It contains no patient data.
+
+    Attributes
+    ----------
+    manufacturer, model : str
+        Upper case, because one device does not always write them in the same way.
+    field_strength : float or None
+        MR: magnetic field strength in tesla, rounded to 0.1.
+    """
+
+    manufacturer: str
+    model: str
+    field_strength: float | None = None
+
+
+@dataclass(frozen=True)
 class Source:
     """Properties of a scan other than its voxels. None of them may be logged.
 
@@ -106,8 +126,12 @@ class Source:
         DICOM: SeriesInstanceUID. Empty for other formats.
     resampled : bool
         The grid of the volume differs from that of the instances, because irregular slices were resampled on request.
+    scanner : Scanner or None
+        DICOM: scanner of the series. None if the header does not name its manufacturer and model.
     notes : tuple of str
         Sentences about decisions and omissions of the reader, without patient data. The report contains them.
+    warnings : tuple of str
+        Sentences about faults of the scan that may make the whole result wrong.
     """
 
     format: Format
@@ -120,7 +144,16 @@ class Source:
     frames: tuple[int, ...] = ()
     series_uid: str = ""
     resampled: bool = False
+    scanner: Scanner | None = None
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def position_warning(self) -> str:
+        """Sentence about an assumed position in space; empty if the file states its position."""
+        if self.sform_code:
+            return ""
+        return "The file states no position in space. Its axes were assumed, and left and right may be exchanged."
 
 
 @dataclass(frozen=True, eq=False)

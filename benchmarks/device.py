@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.volume import FloatArray
 from training.networks import TorchNetworks
 

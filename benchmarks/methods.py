@@ -12,7 +12,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.nets.transformer import DecoderOnlyTransformer
 
 from app.pipeline.diffusion import Schedule, latent_foreground
-from app.pipeline.residual import masked_residual
+from app.pipeline.scores import masked_residual
 from app.runtime.bundle import read_manifest
 from app.volume import BoolArray, FloatArray
 from benchmarks import paper

@@ -8,7 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from app.export.nifti import write_nifti
+from app.export.outputs import write_nifti
 from app.pipeline.synthetic_lesion import insert_lesion
 
 # The machine is expected to have torch, onnx, onnxruntime, numpy, scipy, pillow, packaging and tqdm.

@@ -10,7 +10,7 @@ from pkgutil import resolve_name
 from typing import Any
 from unittest.mock import patch
 
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime.bundle import Bundle
 from app.volume import FloatArray
 
@@ -27,9 +27,9 @@ TRACED = {
     "app.ingest.volume_file._inflate": DECOMPRESS,
     "app.analysis._run_extractor": EXTRACT,
     "app.pipeline.detect.to_slices": RESAMPLE,
-    "app.pipeline.diffusion.kl_map": KL,
-    "app.pipeline.ood.median_kl_ranges": OOD,
-    "app.pipeline.ood.reconstruction_error": OOD,
+    "app.pipeline.scores.kl_map": KL,
+    "app.pipeline.scores.median_kl_ranges": OOD,
+    "app.pipeline.scores.reconstruction_error": OOD,
     "app.pipeline.diffusion.inpaint": REVERSE,
     "app.analysis.to_scan_result": RESAMPLE_BACK,
     "app.analysis.write_outputs": WRITE,

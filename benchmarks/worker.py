@@ -78,10 +78,10 @@ class RowBenchmark:
 
     def _prepare_volume(self, networks: Any) -> None:
         """Time the method of the bundle on the whole volume, from the volume in memory, with resampling."""
-        from app.pipeline.methods import run_method
+        from app.pipeline.methods import METHODS
 
         batched = networks.in_batches(self.row.batch, lambda _: None)
-        self.detect = lambda volume: run_method(volume, batched, self.manifest)
+        self.detect = lambda volume: METHODS[self.manifest.method](volume, batched, self.manifest)
 
         def work() -> None:
             self.slices = self.sample = int(self.detect(self.volume).analysed.sum())
@@ -150,7 +150,7 @@ class RowBenchmark:
         chosen : (M,) ndarray of int
             Their indices among the analysed slices of the volume.
         """
-        from app.pipeline.residual import erode_foreground
+        from app.pipeline.scores import erode_foreground
 
         if self.row.sample is None:
             detection = self.detect(volume)

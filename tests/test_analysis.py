@@ -133,6 +133,7 @@ def test_report_contains_provenance(bundle: Bundle, results: Results) -> None:
         "precision": "float32",
         "seed": bundle.manifest.seed,
         "licence": "Apache-2.0",
+        "site_profile": None,
     }
     assert (selection["by"], selection["certain"]) == ("default", False)
     assert selection["warning"]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from app import __version__
 from app.cli import app
-from app.export.nifti import write_nifti
-from app.export.outputs import REQUIRED_NAMES
+from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES, write_nifti
 from app.pipeline.findings import dice
 from tests.support.dicom import SECRET, Series, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
@@ -84,11 +84,30 @@ def test_detect_writes_dicom_results_of_a_dicom_folder(run: Run, tmp_path: Path)
     for name, result in outcomes.items():
         assert result.exit_code == 0, result.output
         written = {p.name for p in (tmp_path / f"{name}-out").iterdir()} - set(REQUIRED_NAMES)
-        assert written == ({"segmentation.dcm", "report.dcm"} if name == "lesion" else {"report.dcm"})
+        assert written == set(DICOM_NAMES) - ({"segmentation.dcm"} if name == "healthy" else set())
     assert "No segmentation.dcm: " in outcomes["healthy"].stdout
     assert "Left out: 1 stacks of fewer than 10 slices (1 slices, axial, z " in outcomes["healthy"].stdout
     assert "No segmentation.dcm: " not in outcomes["lesion"].stdout
     assert SECRET not in "".join(result.output for result in outcomes.values())
+
+
+def test_assumptions_and_repairs_are_printed(run: Run, tmp_path: Path) -> None:
+    image = nib.Nifti1Image(with_lesion(brain(), LESION_MM, RADIUS_MM).array, grid())
+    image.set_sform(grid(), 0)
+    image.set_qform(grid(), 0)
+    image.header["pixdim"][4] = 1
+    nib.save(image, tmp_path / "scan.nii")
+    result = run("detect", tmp_path / "scan.nii", "-o", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (warning,) = [text for text in report["warnings"] if "left and right may be exchanged" in text]
+    assert f"Warning: {warning}" in result.stdout
+    assert len(report["input"]["notes"]) == 2  # position and unit
+    assert all(note in result.stdout for note in report["input"]["notes"])
+    chest = brain(scale=1.9, shape=(90, 110, 80), affine=grid((90, 110, 80))).array
+    nib.save(nib.Nifti1Image(chest, None), tmp_path / "chest.nii")
+    refused = run("detect", tmp_path / "chest.nii", "-o", tmp_path / "none")
+    assert refused.exit_code == 2
+    assert warning in refused.stderr
 
 
 def test_json_report_is_alone_on_standard_output(run: Run, scan: Path, tmp_path: Path) -> None:
@@ -198,7 +217,7 @@ def test_version(run: Run) -> None:
 
 
 def test_every_command_and_option_is_documented_and_no_other() -> None:
-    sections = dict(re.findall(r"^## counterpart (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+    sections = dict(re.findall(r"^## counterpart ([\w-]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert sections.keys() == commands.keys()
     for name, command in commands.items():
@@ -222,6 +241,13 @@ def test_import_of_the_command_line_is_fast() -> None:
         if shortest < HELP_SECONDS:
             break
     assert shortest < BUSY_FACTOR * HELP_SECONDS
+
+
+def test_detect_writes_a_label_map_by_setting(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COUNTERPART_SEG_TYPE", "labelmap")
+    write_series(tmp_path / "series", with_lesion(brain(), LESION_MM, RADIUS_MM))
+    assert run("detect", tmp_path / "series", "-o", tmp_path / "out").exit_code == 0
+    assert pydicom.dcmread(tmp_path / "out" / "segmentation.dcm").SegmentationType == "LABELMAP"
 
 
 def imported_by(words: list[str], modules: tuple[str, ...], environ: dict[str, str] | None = None) -> list[str]:

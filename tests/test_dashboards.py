@@ -181,10 +181,10 @@ def run_with_orthanc(command: str) -> None:
     """Run a command of a shell beside a new Orthanc, and print what Orthanc has stored."""
     from tests.proofs import orthanc_round_trip as orthanc
 
-    orthanc._raise_loopback()
-    with tempfile.TemporaryDirectory() as folder, orthanc._orthanc(Path(folder)):
+    orthanc.raise_loopback()
+    with tempfile.TemporaryDirectory() as folder, orthanc.orthanc(Path(folder)):
         subprocess.run(["/bin/sh", "-euc", command], check=True)
-        sys.stdout.write(json.dumps(orthanc._indexed()))
+        sys.stdout.write(json.dumps(orthanc.indexed()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from app.errors import NoBrainMask
 from app.export.outputs import BRAIN_NAME, DICOM_NAMES
 from app.inference_result import ExtractedBrain, load_inference_result, save_inference_result
 from app.ingest.reader import read_scan
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime.bundle import Bundle, load_bundle
 from tests.support.dicom import SECRET, Series, write_series, zip_files
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, grid, head, with_lesion

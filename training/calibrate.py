@@ -9,11 +9,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
-from app.pipeline import diffusion
-from app.pipeline.diffusion import Schedule, encode_view
+from app.pipeline.diffusion import Networks, Schedule, encode_view
 from app.pipeline.findings import label_findings
-from app.pipeline.networks import Networks
-from app.pipeline.ood import median_kl_ranges, reconstruction_error
+from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error
 from app.volume import BoolArray, FloatArray
 from training.augment import simulate_scanner
 from training.config import Config, parse_config
@@ -54,7 +52,7 @@ def smallest_component(scans: list[ScanFeatures], threshold: float, empty_fracti
         No candidate size is large enough.
     """
     for size in COMPONENT_SIZES:
-        empty = [~latent_mask(s.identity, threshold, size, 0).any(axis=(1, 2)) for s in scans]
+        empty = [~mask_latents(s.identity, threshold, size, 0).any(axis=(1, 2)) for s in scans]
         if np.concatenate(empty).mean() >= empty_fraction:
             return size
     raise SystemExit(
@@ -63,9 +61,9 @@ def smallest_component(scans: list[ScanFeatures], threshold: float, empty_fracti
     )
 
 
-def latent_mask(view: ViewFeatures, threshold: float, min_component: int, grow: int) -> BoolArray:
+def mask_latents(view: ViewFeatures, threshold: float, min_component: int, grow: int) -> BoolArray:
     """Return the latent mask of one view, (M, h, w)."""
-    return diffusion.latent_mask(view.kl, view.encoded.foreground_latents, threshold, min_component, grow)
+    return latent_mask(view.kl, view.encoded.foreground_latents, threshold, min_component, grow)
 
 
 def round_significant(value: float) -> float:
@@ -185,7 +183,7 @@ def calibrate_residual(
     maps = []
     for scan in tqdm(scans, desc="residuals", unit="scan"):
         views = [scan.views[view] for view in d.views]
-        masks = [latent_mask(view, threshold, min_component, d.grow) for view in views]
+        masks = [mask_latents(view, threshold, min_component, d.grow) for view in views]
         counterparts = [
             decode_view(view, mask, networks, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
         ]

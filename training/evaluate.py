@@ -21,7 +21,7 @@ from app.errors import CounterpartError
 from app.pipeline.brain_extraction import BrainExtraction, extract_brain
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult, dice, to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from training.config import ROOT, Config, EvaluationPart
@@ -55,7 +55,7 @@ def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, ScanResult
     """Return detection, result and seconds of one scan."""
     start = time.perf_counter()
     models = bundle.networks.in_batches(BATCH, lambda _: None)
-    detection = run_method(volume, models, bundle.manifest)
+    detection = METHODS[bundle.manifest.method](volume, models, bundle.manifest)
     return detection, to_scan_result(volume, detection, bundle.manifest), time.perf_counter() - start
 
 

@@ -9,10 +9,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline import residual
 from app.pipeline.findings import dice, to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.pipeline.preprocess import analysed_slices, to_slices
+from app.pipeline.scores import erode_foreground
 from app.runtime.bundle import Bundle
 from app.volume import BoolArray, FloatArray
 from training.config import Config
@@ -112,7 +112,7 @@ def intensity_map(scan: TumourScan, bundle: Bundle) -> FloatArray:
     slices = to_slices(scan.volume, manifest.preprocessing)
     valid = np.zeros_like(slices.foreground)
     analysed = analysed_slices(slices, manifest.preprocessing)
-    valid[analysed] = residual.erode_foreground(slices.foreground[analysed], manifest.residual.erosion)
+    valid[analysed] = erode_foreground(slices.foreground[analysed], manifest.residual.erosion)
     return slices.grid.to_volume(np.where(valid, slices.x[:, 0], np.float32(0)))
 
 
@@ -121,7 +121,7 @@ def count_patient(scan: TumourScan, bundle: Bundle) -> PatientCounts:
     row: Row = {"subject": scan.subject, "tumour_voxels": int(scan.truth.sum()), "slices": scan.volume.shape[2]}
     try:
         models = bundle.networks.in_batches(BATCH, lambda _: None)
-        detection = run_method(scan.volume, models, bundle.manifest)
+        detection = METHODS[bundle.manifest.method](scan.volume, models, bundle.manifest)
         result = to_scan_result(scan.volume, detection, bundle.manifest)
         values, mask, row["outcome"] = result.anomaly, result.mask > 0, "analysed"
     except CounterpartError as error:

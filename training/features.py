@@ -9,20 +9,20 @@ from app.pipeline.diffusion import (
     Diffusion,
     EncodedView,
     KeyedNoise,
+    Networks,
     Schedule,
     decode_counterpart,
     encode_view,
     kl_map,
-    smooth_kl,
 )
-from app.pipeline.networks import Networks
 from app.pipeline.preprocess import to_slices
-from app.pipeline.residual import (
+from app.pipeline.scores import (
     augment,
     average_views,
     erode_foreground,
     masked_residual,
     postprocess_residual,
+    smooth_kl,
     weight_residual,
 )
 from app.runtime.session import as_callable, open_session

@@ -12,7 +12,7 @@ from monai.networks.nets.vqvae import VQVAE
 from onnx import numpy_helper
 from torch import nn
 
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_TOLERANCE
 from app.volume import FloatArray, IntArray
 from training.config import Config

@@ -11,7 +11,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from app.pipeline.detect import Detection
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.volume import Volume
 from training.config import Config
@@ -71,7 +71,8 @@ def draw_validation(config: Config, bundle: Bundle, path: Path) -> None:
     volumes = [("unchanged", scan), *((f"{c:+}", add_lesion(config, scan, c)) for c in (CONTRAST, -CONTRAST))]
     rows = []
     for label, volume in volumes:
-        detection = run_method(volume, bundle.networks.in_batches(BATCH, lambda _: None), bundle.manifest)
+        models = bundle.networks.in_batches(BATCH, lambda _: None)
+        detection = METHODS[bundle.manifest.method](volume, models, bundle.manifest)
         analysed = np.flatnonzero(detection.analysed)
         indices = [int(analysed[int(h * len(analysed))]) for h in HEIGHTS]
         rows += [(f"{label}, slice {i}", _panels(detection, bundle, i)) for i in indices]

@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from app.pipeline.diffusion import KeyedNoise, Purpose, Schedule
-from app.pipeline.networks import Denoiser, Encoder
+from app.pipeline.diffusion import Denoiser, Encoder, KeyedNoise, Purpose, Schedule
 from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, cached_slices

@@ -1,25 +1,169 @@
-"""Dependencies of the routes: the services, the token check and the job id."""
+"""Dependencies of the routes: the services with their blocking calls, the check of the query, and the job id.
 
-import secrets
+A route runs a blocking call in a thread of the call's own kind and with a deadline. A database or a bucket that hangs
+holds the threads that wait for it. Then the other routes still have threads, and callers get 503 instead of no answer.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 from fastapi import Depends, Path, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.api.calls import Calls
+from app.api.catalogue import Catalogue
 from app.api.follower import JobFollower
 from app.api.upload import Uploads
-from app.errors import BadRequest, CounterpartError, InternalError, Unauthorised, error_location
+from app.errors import (
+    BadRequest,
+    CounterpartError,
+    DatabaseUnavailable,
+    InternalError,
+    StoreUnavailable,
+    error_location,
+)
+from app.export.report import ReportSummary, read_report_summary
+from app.ingest.dicomweb_source import DicomWebSource
 from app.jobs.engine import Engine
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
 from app.jobs.worker import WorkerHealth
 from app.settings import Settings, nearest_name
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 JobId = Annotated[str, Path(description="Id of the job.", examples=["0f3a9c51b2d4e678-5e1b7a90c3d2f468"])]
 
-bearer = HTTPBearer(auto_error=False, description="COUNTERPART_TOKEN, if the operator set one.")
+# ---- blocking calls ----------------------------------------------------------------------------
+
+
+class ThreadGroup:
+    """Threads for calls of one kind. The number of threads is limited, and no call waits longer than a deadline.
+
+    The threads do not delay the end of the process.
+
+    Parameters
+    ----------
+    name : str
+    threads : int
+        Largest number of calls at the same time. Further calls wait.
+    seconds : float
+        Deadline of a call, its waiting included.
+    """
+
+    def __init__(self, name: str, threads: int, seconds: float) -> None:
+        self._name = name
+        self._limit = threads
+        self._seconds = seconds
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = queue.SimpleQueue()
+        self._threads = 0
+        self._idle = 0
+        self._lock = threading.Lock()
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result of a blocking call, or raise its exception.
+
+        Raises
+        ------
+        TimeoutError
+            The call did not end before its deadline. A call that has started continues in its thread.
+        """
+        future: Future[Any] = Future()
+        self._calls.put((future, lambda: function(*args, **kwargs)))
+        self._start_thread()
+        async with asyncio.timeout(self._seconds):
+            return cast("T", await asyncio.wrap_future(future))
+
+    def _start_thread(self) -> None:
+        with self._lock:
+            if self._idle >= self._calls.qsize() or self._threads >= self._limit:
+                return
+            self._threads += 1
+        threading.Thread(target=self._work, name=self._name, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._idle += 1
+            future, call = self._calls.get()
+            with self._lock:
+                self._idle -= 1
+            # A call whose caller has given up before its start is left out.
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = call()
+            except BaseException as error:  # noqa: BLE001  # raised in the caller
+                with suppress(Exception):  # the caller has given up
+                    future.set_exception(error)
+            else:
+                with suppress(Exception):
+                    future.set_result(result)
+            del future, call
+
+
+class Calls:
+    """The kinds of blocking calls. A hanging call of one kind does not hold up those of another kind."""
+
+    def __init__(self) -> None:
+        self._queries = ThreadGroup("queries", 24, seconds=10)
+        self._transfers = ThreadGroup("transfers", 32, seconds=300)
+        self._probes = ThreadGroup("probes", 4, seconds=8)
+
+    async def query(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that reads or changes the database.
+
+        Raises
+        ------
+        DatabaseUnavailable
+        """
+        return await _or_database_unavailable(self._queries, function, *args, **kwargs)
+
+    async def probe(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call for the health or the metrics.
+
+        Raises
+        ------
+        DatabaseUnavailable
+        """
+        return await _or_database_unavailable(self._probes, function, *args, **kwargs)
+
+    async def transfer(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call that moves a scan or a result to or from the store.
+
+        Raises
+        ------
+        StoreUnavailable
+        """
+        try:
+            return await self._transfers.run(function, *args, **kwargs)
+        except TimeoutError:
+            raise StoreUnavailable(
+                "The store does not answer in time.",
+                expected="a store that moves a scan within some minutes.",
+                advice="Try again later (see Retry-After). The operator must check the store.",
+            ) from None
+
+
+async def _or_database_unavailable(
+    group: ThreadGroup, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    try:
+        return await group.run(function, *args, **kwargs)
+    except TimeoutError:
+        raise DatabaseUnavailable(
+            "The job database or the store does not answer in time.",
+            expected="an answer within some seconds.",
+            advice="Try again later (see Retry-After). The operator must check the database and the store.",
+        ) from None
+
+
+# ---- services ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -78,11 +222,18 @@ class Services:
     calls: Calls
     follower: JobFollower
     uploads: Uploads
+    sources: Mapping[str, DicomWebSource]
+    catalogue: Catalogue
 
     def stop(self) -> None:
         """Let waiting callers and senders get an answer, because the process ends."""
         self.follower.stop()
         self.uploads.stop()
+
+    def read_report(self, job: str) -> ReportSummary | None:
+        """Return the summary of a job's published report, or None if the store does not have it."""
+        content = self.store.read(job, "report.json")
+        return read_report_summary(content) if content else None
 
 
 def get_services(request: Request) -> Services:
@@ -91,6 +242,9 @@ def get_services(request: Request) -> Services:
 
 
 ServicesDependency = Annotated[Services, Depends(get_services)]
+
+
+# ---- checks ------------------------------------------------------------------------------------
 
 
 def refuse_unknown_parameters(request: Request) -> None:
@@ -113,25 +267,3 @@ def refuse_unknown_parameters(request: Request) -> None:
                 expected=f"{nearest}." if nearest else f"{', '.join(known)}.",
                 advice="Correct the name of the parameter, or remove it.",
             )
-
-
-def require_token(
-    services: ServicesDependency, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> None:
-    """Check the bearer token, in constant time. Accept every request if no token is set.
-
-    Raises
-    ------
-    Unauthorised
-        The token is missing or wrong.
-    """
-    token = services.settings.token
-    if token is None:
-        return
-    sent = credentials.credentials if credentials else ""
-    if not secrets.compare_digest(sent.encode(), token.get_secret_value().encode()):
-        raise Unauthorised(
-            "The request has no token, or a wrong token.",
-            expected="Authorization: Bearer <token>.",
-            advice="Ask the operator for the value of COUNTERPART_TOKEN.",
-        )

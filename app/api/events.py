@@ -6,14 +6,17 @@ from collections.abc import AsyncIterator
 from fastapi import APIRouter, Depends
 from fastapi.responses import StreamingResponse
 
-from app.api.dependencies import JobId, ServicesDependency, require_token
+from app.api.dependencies import JobId, ServicesDependency
 from app.api.follower import STREAM_POLL_SECONDS, Event, JobFollower
+from app.api.identity import require
 from app.api.problems import problem_responses
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read", "follow"))])
 
 # Proxies close a connection without traffic after about a minute.
 KEEP_ALIVE_SECONDS = 15.0
+# For the OpenAPI document.
+_TEXT = {"schema": {"type": "string"}}
 
 
 async def stream_events(follower: JobFollower, job: str) -> AsyncIterator[str]:
@@ -43,7 +46,7 @@ async def stream_events(follower: JobFollower, job: str) -> AsyncIterator[str]:
     "/{job}/events",
     response_class=StreamingResponse,
     responses={
-        200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": {}}},
+        200: {"description": "Events `progress`, then `end`", "content": {"text/event-stream": _TEXT}},
         **problem_responses(401, 403, 404, 503),
     },
 )

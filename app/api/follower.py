@@ -2,16 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.calls import Calls
 from app.errors import TooManyStreams, error_location
 from app.jobs.job import ENDED_STATES, Job, State
 from app.jobs.queue import JobQueue
@@ -25,6 +24,9 @@ QUEUE_POSITION = "Position in the queue, 1 for the next job; null unless queued.
 MIN_POLL_SECONDS = 0.05
 # Fraction of a job that must be done before the remaining time is estimated.
 MIN_PROGRESS_FOR_ESTIMATE = 0.1
+
+# Raw states, queue positions and changed jobs, by id.
+Reading = tuple[dict[str, object], dict[str, int], dict[str, Job]]
 
 log = structlog.get_logger("counterpart.http")
 
@@ -129,14 +131,17 @@ class JobFollower:
     Parameters
     ----------
     queue : JobQueue
-    calls : Calls
+    query : callable
+        Runs a blocking call that reads the database (`app.api.dependencies.Calls.query`).
     limit : int
         Largest number of followers.
     """
 
-    def __init__(self, queue: JobQueue, calls: Calls, limit: int) -> None:
+    def __init__(
+        self, queue: JobQueue, query: Callable[[Callable[[], Reading]], Awaitable[Reading]], limit: int
+    ) -> None:
         self._queue = queue
-        self._calls = calls
+        self._query = query
         self._limit = limit
         self._subscriptions: set[Subscription] = set()
         self._states: dict[str, object] = {}
@@ -206,7 +211,7 @@ class JobFollower:
 
     async def _poll(self) -> None:
         followed = {subscription.job for subscription in self._subscriptions}
-        states, positions, jobs = await self._calls.query(self._read, followed, dict(self._states))
+        states, positions, jobs = await self._query(partial(self._read, followed, dict(self._states)))
         now = datetime.now(UTC)
         for job in followed:
             old = self._snapshots.get(job)
@@ -221,9 +226,7 @@ class JobFollower:
             if snapshot is not None and snapshot is not subscription.snapshot:
                 subscription.update(snapshot)
 
-    def _read(
-        self, followed: set[str], known: Mapping[str, object]
-    ) -> tuple[dict[str, object], dict[str, int], dict[str, Job]]:
+    def _read(self, followed: set[str], known: Mapping[str, object]) -> Reading:
         """Return the raw states, the queue positions, and the jobs whose state or position may have changed."""
         states = self._queue.read_states(followed)
         queued = {job for job, state in states.items() if state.queued}

@@ -2,7 +2,8 @@
 
 from fastapi import APIRouter, Depends, Response
 
-from app.api.dependencies import ServicesDependency, require_token
+from app.api.dependencies import ServicesDependency
+from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.schemas import Health, ReadyHealth
 from app.errors import CounterpartError, NotReady, error_location
@@ -44,9 +45,12 @@ async def get_readiness(services: ServicesDependency) -> ReadyHealth:
 
 @router.get(
     "/metrics",
-    dependencies=[Depends(require_token)],
+    dependencies=[Depends(require("metrics"))],
     response_class=Response,
-    responses=problem_responses(401, 403, 503),
+    responses={
+        200: {"description": "Metrics in the text format", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problem_responses(401, 403, 503),
+    },
 )
 async def get_metrics(services: ServicesDependency) -> Response:
     """Return the Prometheus metrics of this process and of the queue."""

@@ -2,13 +2,14 @@
 
 from fastapi import APIRouter, Depends
 
-from app.api.dependencies import Services, ServicesDependency, require_token
+from app.api.dependencies import Services, ServicesDependency
+from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.schemas import Model, ModelCard, ModelList
 from app.errors import NotFound
 from app.manifest import Manifest
 
-router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(require("read"))])
 
 
 @router.get("", responses=problem_responses(401, 403))

@@ -8,15 +8,23 @@ from fastapi import APIRouter, Depends, Header, Response
 from fastapi.responses import FileResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from app.api.dependencies import JobId, Services, ServicesDependency, require_token
-from app.api.problems import problem_of, problem_of_failed_job, problem_response, problem_responses
-from app.api.schemas import find_reason_absent
+from app.api.dependencies import JobId, Services, ServicesDependency
+from app.api.identity import require
+from app.api.problems import (
+    Problem,
+    problem_of,
+    problem_of_failed_job,
+    problem_of_missing_result,
+    problem_response,
+    problem_responses,
+)
 from app.errors import BadRange, InternalError, NoSuchResult, NotFinished, UnsatisfiableRange
 from app.export.outputs import OUTPUTS, Output, media_type
 from app.export.report import Report
+from app.jobs.job import Job
 from app.jobs.store import StoredFile
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require("read", "download"))])
 
 REPORT_NAME = "report.json"
 RESULT_NAMES = tuple(output.name for output in OUTPUTS)
@@ -154,6 +162,13 @@ def fetch_result(services: Services, job: str, name: str, if_none_match: str | N
         expected=", ".join(RESULT_NAMES) + ".",
         advice="Check the store. DELETE the job and send the scan again.",
     )
+
+
+def find_reason_absent(services: Services, job: Job, name: str) -> Problem | None:
+    """Return the reason why a succeeded job does not have a result, if its report has one."""
+    report = services.read_report(job.id)
+    reason = report.absent.get(name) if report else None
+    return problem_of_missing_result(reason) if reason else None
 
 
 for _output in OUTPUTS:

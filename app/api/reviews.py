@@ -11,14 +11,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import Field, ValidationError
 
-from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters, require_token
+from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters
+from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.schemas import Schema
 from app.errors import InternalError, NotFinished, NotFound, UploadTooLarge
-from app.export.report import read_report_summary
 from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
 
-router = APIRouter(prefix="/v1", tags=["reviews"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1", tags=["reviews"])
 
 MAX_NOTE = 1000
 MAX_READER = 100
@@ -74,7 +74,11 @@ class ReviewExport(Schema):
     reviews: tuple[ExportedReview, ...] = Field(description="The latest verdict of each reader on each finding.")
 
 
-@router.get("/scans/{job}/reviews", responses=problem_responses(401, 403, 404, 409, 503))
+@router.get(
+    "/scans/{job}/reviews",
+    dependencies=[Depends(require("read", "show"))],
+    responses=problem_responses(401, 403, 404, 409, 503),
+)
 async def list_reviews(services: ServicesDependency, job: JobId) -> ReviewList:
     """List the verdicts of readers on the findings of a scan."""
     history = await services.calls.query(_read_history, services, job)
@@ -83,6 +87,7 @@ async def list_reviews(services: ServicesDependency, job: JobId) -> ReviewList:
 
 @router.put(
     "/scans/{job}/reviews/{label}",
+    dependencies=[Depends(require("read", "review"))],
     openapi_extra={
         "requestBody": {"required": True, "content": {"application/json": {"schema": NewReview.model_json_schema()}}}
     },
@@ -99,7 +104,7 @@ async def put_review(request: Request, services: ServicesDependency, job: JobId,
 @router.delete(
     "/scans/{job}/reviews/{label}",
     status_code=204,
-    dependencies=[Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("read", "review")), Depends(refuse_unknown_parameters)],
     responses=problem_responses(400, 401, 403, 404, 409, 503),
 )
 async def remove_review(services: ServicesDependency, job: JobId, label: Label, reader: Reader = "") -> None:
@@ -111,7 +116,7 @@ async def remove_review(services: ServicesDependency, job: JobId, label: Label, 
 @router.get(
     "/reviews",
     response_model=ReviewExport,
-    dependencies=[Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("read", "list")), Depends(refuse_unknown_parameters)],
     responses={
         200: {"content": {"text/csv": {"schema": {"type": "string"}}}},
         **problem_responses(400, 401, 403, 503),
@@ -198,14 +203,13 @@ def _find(services: Services, job: str, label: int) -> ReviewedFinding:
     NotFound, NotFinished, InternalError
     """
     _check_succeeded(services, job)
-    content = services.store.read(job, "report.json")
-    if content is None:
+    report = services.read_report(job)
+    if report is None:
         raise InternalError(
             "report.json of a succeeded job is missing in the store.",
             expected="the results of the job.",
             advice="Check the store. DELETE the job and send the scan again.",
         )
-    report = read_report_summary(content)
     for finding in report.findings:
         if finding.label == label:
             return ReviewedFinding(job, label, report.model, report.code_version, finding.volume_ml, finding.peak_score)

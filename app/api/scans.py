@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,24 +20,28 @@ from app.api.dependencies import (
     Services,
     ServicesDependency,
     refuse_unknown_parameters,
-    require_token,
 )
+from app.api.identity import require
 from app.api.problems import problem_of_failed_job, problem_response, problem_responses
-from app.api.schemas import ScanDetail, ScanList, describe_job, scan_path, summarise_jobs
+from app.api.pull import is_pull, pull
+from app.api.schemas import DeliverySchema, ReviewCounts, ScanDetail, ScanList, ScanSummary
 from app.api.upload import REQUEST_BODY, declared_length
 from app.errors import BadRequest, UnknownModel
 from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Order, Priority, State
+from app.jobs.reviews import Verdict
 from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
 
-router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(require_token)])
+router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
 # Longest time for `Prefer: wait`. Proxies close a request after some minutes.
 MAX_WAIT_SECONDS = 300
 # Seconds between two looks whether a waiting caller has disconnected.
 DISCONNECT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = "2"
+# The default name of a link is the file name without its suffix. "report" is report.json already.
+LINK_NAMES = {"report.dcm": "structured_report", "anomaly.dcm": "parametric_map"}
 # For the OpenAPI document.
 _TEXT = {"schema": {"type": "string"}}
 JOB_HEADERS: dict[str, Any] = {
@@ -122,11 +126,11 @@ def analysis_request(
     status_code=202,
     response_model=ScanDetail,
     openapi_extra=REQUEST_BODY,
-    dependencies=[Depends(refuse_unknown_parameters)],
+    dependencies=[Depends(require("send", "send")), Depends(refuse_unknown_parameters)],
     responses={
         200: {"model": ScanDetail, "description": "The finished job, with Prefer: wait", "headers": JOB_HEADERS},
         202: {"description": "The job has not ended", "headers": JOB_HEADERS | RETRY_HEADER},
-        **problem_responses(400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503, 507),
+        **problem_responses(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 502, 503, 507),
     },
 )
 async def send_scan(
@@ -148,9 +152,12 @@ async def send_scan(
     with ExitStack() as stack:
         upload = stack.enter_context(services.store.receive_upload())
         settings = services.settings
-        await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
+        if is_pull(request):
+            await pull(request, services, upload)
+        else:
+            await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
         submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
-    job_id = await submission.run()
+    job_id = request.state.job = await submission.run()
     seconds = _parse_wait_seconds(prefer)
     if services.follower.full or services.follower.stopping:
         seconds = 0
@@ -185,7 +192,11 @@ def job_filter(
     return JobFilter(tuple(state or ()), priority, model, code, created_after, created_before)
 
 
-@router.get("", dependencies=[Depends(refuse_unknown_parameters)], responses=problem_responses(400, 401, 403, 503))
+@router.get(
+    "",
+    dependencies=[Depends(require("read", "list")), Depends(refuse_unknown_parameters)],
+    responses=problem_responses(400, 401, 403, 503),
+)
 async def list_scans(
     services: ServicesDependency,
     filters: Annotated[JobFilter, Depends(job_filter)],
@@ -200,23 +211,95 @@ async def list_scans(
     return ScanList(scans=scans, next=_next_page(services, jobs, filters, limit, order))
 
 
-@router.get("/{job}", responses=problem_responses(401, 403, 404, 503))
-async def get_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
+@router.get("/{job}", dependencies=[Depends(require("read", "show"))], responses=problem_responses(401, 403, 404, 503))
+async def get_scan(request: Request, services: ServicesDependency, job: JobId) -> ScanDetail:
     """Show a scan: state, stage, progress, queue position, and its findings when it has succeeded."""
-    return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
+    detail = await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
+    request.state.phase = detail.state  # who saw the findings is no repetition of who saw the job wait
+    return detail
 
 
-@router.post("/{job}/cancel", responses=problem_responses(401, 403, 404, 409, 503))
+@router.post(
+    "/{job}/cancel",
+    dependencies=[Depends(require("erase", "cancel"))],
+    responses=problem_responses(401, 403, 404, 409, 503),
+)
 async def cancel_scan(services: ServicesDependency, job: JobId) -> ScanDetail:
     """Cancel a scan that is queued or running. If the same content is sent again, it becomes a new job."""
     await services.calls.query(services.queue.cancel, job)
     return await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
 
 
-@router.delete("/{job}", status_code=204, responses=problem_responses(401, 403, 404, 503))
+@router.delete(
+    "/{job}",
+    status_code=204,
+    dependencies=[Depends(require("erase", "erase"))],
+    responses=problem_responses(401, 403, 404, 503),
+)
 async def erase_scan(services: ServicesDependency, job: JobId) -> None:
     """Erase a scan with its results and all other traces. A running scan is stopped."""
     await services.calls.transfer(services.queue.erase, job)
+
+
+def scan_path(services: Services, job: str) -> str:
+    """Return the path of a job, with the prefix of the proxy."""
+    return f"{services.settings.root_path}/v1/scans/{job}"
+
+
+def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
+    """Return the summaries of jobs, in the same order."""
+    positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
+    succeeded = [job.id for job in jobs if job.state == "succeeded"]
+    reviews = services.queue.reviews.count(succeeded) if succeeded else {}
+    return tuple(_summarise(services, job, positions.get(job.id), reviews.get(job.id, {})) for job in jobs)
+
+
+def describe_job(services: Services, job: Job) -> ScanDetail:
+    """Return a job with the findings of its published report."""
+    report = services.read_report(job.id) if job.state == "succeeded" else None
+    (summary,) = summarise_jobs(services, [job])
+    return ScanDetail(
+        **dict(summary) | ({"lesion_volume_ml": report.lesion_volume_ml} if report else {}),
+        research_use_only=True,
+        warnings=report.warnings if report else None,
+        findings=report.findings if report else None,
+        selection=report.selection if report else None,
+        timings=report.seconds if report else None,
+        deliveries=tuple(
+            DeliverySchema.model_validate(delivery, from_attributes=True)
+            for delivery in services.queue.deliveries.of_job(job.id)
+        ),
+    )
+
+
+def _summarise(services: Services, job: Job, queue_position: int | None, reviews: Mapping[Verdict, int]) -> ScanSummary:
+    path = scan_path(services, job.id)
+    links = {"self": path, "events": f"{path}/events"}
+    if job.state in {"queued", "running"}:
+        links["cancel"] = f"{path}/cancel"
+    if job.state == "succeeded":
+        links["reviews"] = f"{path}/reviews"
+        names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
+        links |= {link: f"{path}/{name}" for link, name in names.items()}
+    return ScanSummary(
+        id=job.id,
+        state=job.state,
+        stage=job.stage,
+        progress=job.progress,
+        queue_position=queue_position,
+        priority=job.priority,
+        model=job.model,
+        created=job.created,
+        started=job.started,
+        ended=job.ended,
+        problem=problem_of_failed_job(job.problem) if job.problem else None,
+        lesion_volume_ml=job.summary and job.summary.lesion_volume_ml,
+        findings_count=job.summary and job.summary.findings_count,
+        scan_score=job.summary and job.summary.scan_score,
+        warnings_count=job.summary and job.summary.warnings_count,
+        reviews=ReviewCounts.model_validate(reviews),
+        links=links,
+    )
 
 
 def _parse_wait_seconds(prefer: str | None) -> int:

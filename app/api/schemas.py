@@ -1,20 +1,15 @@
-"""JSON schemas of the API, and the functions that build them from a job."""
+"""JSON schemas of the API."""
 
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.dependencies import Services
 from app.api.follower import QUEUE_POSITION
-from app.api.problems import Problem, problem_of_failed_job, problem_of_missing_result
-from app.export.report import Finding, ModelSelectionReport, ReportSummary, read_report_summary
-from app.jobs.job import Job, Priority, State
-from app.jobs.reviews import Verdict
+from app.api.problems import Problem
+from app.export.report import Finding, ModelSelectionReport
+from app.jobs.deliveries import DeliveryState
+from app.jobs.job import Priority, State
 from app.manifest import Manifest
-
-# The default name of a link is the file name without its suffix. "report" is report.json already.
-LINK_NAMES = {"report.dcm": "structured_report"}
 
 
 class Schema(BaseModel):
@@ -56,15 +51,31 @@ class ScanSummary(Schema):
     links: dict[str, str] = Field(description="Paths of the job, its actions and its results.")
 
 
+class DeliverySchema(Schema):
+    """Delivery of a result to a target of COUNTERPART_ROUTES."""
+
+    target: str
+    result: str = Field(description="Name of the result.")
+    state: DeliveryState = Field(description="pending, sent or failed.")
+    attempts: int = Field(ge=0)
+    code: str | None = Field(description="Cause of the last failed attempt.")
+    next_try: datetime | None = Field(description="Time of the next attempt; null unless pending.")
+    ended: datetime | None = Field(description="Time at which the result was sent or given up; null if pending.")
+
+
 class ScanDetail(ScanSummary):
     """A job with its findings. Positions are in RAS+ millimetres."""
 
     research_use_only: bool = Field(True, description="Not a medical device. Not for diagnosis.")
+    warnings: tuple[str, ...] | None = Field(
+        description="Why the result may be wrong as a whole, the most important reason first; null unless succeeded."
+    )
     findings: tuple[Finding, ...] | None = Field(description="Connected lesions; null unless succeeded.")
     selection: ModelSelectionReport | None = Field(
         description="The rule that selected the model, and whether the scan surely fits; null unless succeeded."
     )
     timings: dict[str, float] | None = Field(description="Seconds of each stage; null unless succeeded.")
+    deliveries: tuple[DeliverySchema, ...] = Field((), description="Deliveries of the results to other systems.")
 
 
 class ScanList(Schema):
@@ -113,71 +124,3 @@ class ReadyHealth(Health):
     provider: str = Field(description="Execution provider of the networks.")
     models: tuple[str, ...] = Field(description="Ids of the models. A process with a worker has tested each one.")
     workers: int = Field(ge=0, description="Running workers in all processes.")
-
-
-def scan_path(services: Services, job: str) -> str:
-    """Return the path of a job, with the prefix of the proxy."""
-    return f"{services.settings.root_path}/v1/scans/{job}"
-
-
-def summarise_jobs(services: Services, jobs: Sequence[Job]) -> tuple[ScanSummary, ...]:
-    """Return the summaries of jobs, in the same order."""
-    positions = services.queue.positions() if any(job.state == "queued" for job in jobs) else {}
-    succeeded = [job.id for job in jobs if job.state == "succeeded"]
-    reviews = services.queue.reviews.count(succeeded) if succeeded else {}
-    return tuple(_summarise(services, job, positions.get(job.id), reviews.get(job.id, {})) for job in jobs)
-
-
-def describe_job(services: Services, job: Job) -> ScanDetail:
-    """Return a job with the findings of its published report."""
-    report = _read_report(services, job) if job.state == "succeeded" else None
-    (summary,) = summarise_jobs(services, [job])
-    return ScanDetail(
-        **dict(summary) | ({"lesion_volume_ml": report.lesion_volume_ml} if report else {}),
-        research_use_only=True,
-        findings=report.findings if report else None,
-        selection=report.selection if report else None,
-        timings=report.seconds if report else None,
-    )
-
-
-def find_reason_absent(services: Services, job: Job, name: str) -> Problem | None:
-    """Return the reason why a succeeded job does not have a result, if its report has one."""
-    report = _read_report(services, job)
-    reason = report.absent.get(name) if report else None
-    return problem_of_missing_result(reason) if reason else None
-
-
-def _read_report(services: Services, job: Job) -> ReportSummary | None:
-    content = services.store.read(job.id, "report.json")
-    return read_report_summary(content) if content else None
-
-
-def _summarise(services: Services, job: Job, queue_position: int | None, reviews: Mapping[Verdict, int]) -> ScanSummary:
-    path = scan_path(services, job.id)
-    links = {"self": path, "events": f"{path}/events"}
-    if job.state in {"queued", "running"}:
-        links["cancel"] = f"{path}/cancel"
-    if job.state == "succeeded":
-        links["reviews"] = f"{path}/reviews"
-        names = {LINK_NAMES.get(name, name.partition(".")[0]): name for name in job.results}
-        links |= {link: f"{path}/{name}" for link, name in names.items()}
-    return ScanSummary(
-        id=job.id,
-        state=job.state,
-        stage=job.stage,
-        progress=job.progress,
-        queue_position=queue_position,
-        priority=job.priority,
-        model=job.model,
-        created=job.created,
-        started=job.started,
-        ended=job.ended,
-        problem=problem_of_failed_job(job.problem) if job.problem else None,
-        lesion_volume_ml=job.summary and job.summary.lesion_volume_ml,
-        findings_count=job.summary and job.summary.findings_count,
-        scan_score=job.summary and job.summary.scan_score,
-        warnings_count=job.summary and job.summary.warnings_count,
-        reviews=ReviewCounts.model_validate(reviews),
-        links=links,
-    )

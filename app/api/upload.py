@@ -47,12 +47,20 @@ REQUEST_BODY = {
     "requestBody": {
         "required": True,
         "description": "A NIfTI or MGH file, a zip of a DICOM series, a form of one or many files, or a "
-        "multipart/related message as DICOMweb sends it.",
+        "multipart/related message as DICOMweb sends it. JSON names a series at a configured source instead.",
         "content": {
             "application/octet-stream": _FILE,
             "application/gzip": _FILE,
             "multipart/form-data": _FORM,
             "multipart/related": _FILE,
+            # `app.api.pull.PullRequest`
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["source", "study", "series"],
+                    "properties": {name: {"type": "string"} for name in ("source", "study", "series")},
+                }
+            },
         },
     }
 }
@@ -109,8 +117,10 @@ class Uploads:
         for reception in self._receptions:
             reception.timer.reschedule(asyncio.get_running_loop().time())
 
-    async def receive(self, request: Request, upload: Upload, max_mb: int, max_files: int) -> None:
-        """Stream the body of a request into an upload.
+    async def receive(
+        self, request: Request, upload: Upload, max_mb: int, max_files: int, parser: BodyParser | None = None
+    ) -> None:
+        """Stream the body of a request into an upload, by default with the parser for its Content-Type.
 
         Raises
         ------
@@ -135,7 +145,7 @@ class Uploads:
         if length > max_mb * MIB:
             raise _too_large(max_mb)
         inflate = _create_decoder(request.headers.get("content-encoding", ""))
-        parser = _create_parser(request.headers.get("content-type", ""), upload, max_files)
+        parser = parser or _create_parser(request.headers.get("content-type", ""), upload, max_files)
         try:
             async with asyncio.timeout(BODY_SECONDS) as timer:
                 reception = Reception(timer, length)
@@ -258,7 +268,8 @@ async def _read_blocks(stream: AsyncIterator[bytes], limit: int, max_mb: int) ->
         yield bytes(buffer)
 
 
-def _get_boundary(options: Mapping[bytes, bytes], media_type: str) -> bytes:
+def get_boundary(options: Mapping[bytes, bytes], media_type: str) -> bytes:
+    """Return the boundary of a multipart body, or raise BadRequest."""
     boundary = options.get(b"boundary")
     if not boundary:
         raise BadRequest(
@@ -272,9 +283,9 @@ def _get_boundary(options: Mapping[bytes, bytes], media_type: str) -> bytes:
 def _create_parser(content_type: str, upload: Upload, max_files: int) -> BodyParser:
     media_type, options = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
-        return FormParser(_get_boundary(options, "multipart/form-data"), upload, max_files)
+        return FormParser(get_boundary(options, "multipart/form-data"), upload, max_files)
     if media_type == b"multipart/related":
-        boundary = _get_boundary(options, 'multipart/related; type="application/dicom"')
+        boundary = get_boundary(options, 'multipart/related; type="application/dicom"')
         return RelatedParser(boundary, upload, max_files)
     if media_type.startswith(b"multipart/"):
         raise NotAnImageFormat(
@@ -345,10 +356,7 @@ class FormParser:
 
     def finish(self) -> None:
         """Check that at least one file begins like an image; `app.ingest` checks the others."""
-        if not self._upload.heads or not any(self._upload.heads):
-            raise _empty()
-        if not self._ended:
-            raise _malformed()
+        self.check_complete()
         refusal: NotAnImageFormat | EmptyUpload | None = None
         for head in self._upload.heads:
             try:
@@ -359,6 +367,13 @@ class FormParser:
                 return
         assert refusal is not None
         raise refusal
+
+    def check_complete(self) -> None:
+        """Raise if no part has a byte, or the body ends before its last boundary."""
+        if not self._upload.heads or not any(self._upload.heads):
+            raise _empty()
+        if not self._ended:
+            raise _malformed()
 
     def _begin_part(self) -> None:
         self._disposition = b""

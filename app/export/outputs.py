@@ -1,4 +1,4 @@
-"""Registry of the result files of a scan.
+"""Registry of the result files of a scan, and the writer of its volumes.
 
 A new result file is one entry in `OUTPUTS`. The export, the command line, the API and its OpenAPI document read this
 registry. CONTRIBUTING.md lists the other places.
@@ -12,27 +12,40 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from isal import igzip
+from PIL import Image
 
 from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError, NoBrainMask, NotFromDicom
-from app.export.nifti import to_smallest_type, write_nifti
-from app.export.preview import write_preview
+from app.export.preview import draw_preview
 from app.export.report import Report
 from app.export.thumbnail import write_thumbnail
 from app.manifest import Manifest
 from app.pipeline.findings import ScanResult
-from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, Format, Scan
+from app.volume import RESULT_PREFIX, RESULT_SUFFIX, BoolArray, FloatArray, Format, Scan, SegmentationType
 
 if TYPE_CHECKING:  # an import takes a second, and only DICOM input needs it
     from pydicom.dataset import Dataset
+
+    from app.export.dicom import DicomExport
 
 ALL_FORMATS: tuple[Format, ...] = get_args(Format)
 
 BRAIN_NAME = "brain.nii.gz"
 SEGMENTATION_NAME = "segmentation.dcm"
 STRUCTURED_REPORT_NAME = "report.dcm"
+CAPTURE_NAME = "capture.dcm"
+PARAMETRIC_MAP_NAME = "anomaly.dcm"
+
+# A qform has no shear. If a sheared affine differs from its qform by more than this, the qform would move voxels and is
+# switched off.
+QFORM_TOLERANCE_MM = 1e-3
+UNKNOWN_CODE = 0
+# igzip has levels 0 to 3. Level 1 is nine times as fast as zlib's level 4; its files are a tenth larger.
+COMPRESSION_LEVEL = 1
 
 
 @dataclass(eq=False)
@@ -52,6 +65,8 @@ class ExportContext:
         Report. `absent` and the duration of the export are empty until report.json is written.
     elapsed : callable
         Returns the seconds since the start of the export.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentation.
     absent : dict of str to CounterpartError
         Reason for each output that does not exist, by name. `write_outputs` fills it.
     """
@@ -62,16 +77,25 @@ class ExportContext:
     brain: BoolArray | NoBrainMask
     report: Report
     elapsed: Callable[[], float]
+    segmentation_type: SegmentationType = "binary"
     absent: dict[str, CounterpartError] = field(default_factory=dict)
 
     @cached_property
-    def dicom_objects(self) -> "dict[str, Dataset | CounterpartError]":
-        """Both DICOM objects by name, built together because the report contains the segmentation's UIDs."""
-        from app.export.dicom import build_dicom_objects  # noqa: PLC0415 - see TYPE_CHECKING above
+    def page(self) -> Image.Image:
+        """Picture of the findings, which preview.png and the secondary capture contain."""
+        return draw_preview(self.result, self.report)
 
-        with silence_libraries():
-            segmentation, structured_report = build_dicom_objects(self.scan, self.result.labels, self.report)
-        return {SEGMENTATION_NAME: segmentation, STRUCTURED_REPORT_NAME: structured_report}
+    @cached_property
+    def dicom(self) -> "DicomExport":
+        """Builder of the DICOM objects. Its users silence the libraries."""
+        from app.export.dicom import DicomExport  # noqa: PLC0415 - see TYPE_CHECKING above
+
+        return DicomExport(self.scan, self.report)
+
+    @cached_property
+    def segmentation_and_report(self) -> "tuple[Dataset | CounterpartError, Dataset | CounterpartError]":
+        """Segmentation and structured report, built together because the report contains the segmentation's UIDs."""
+        return self.dicom.segmentation_and_report(self.result.labels, self.segmentation_type)
 
 
 # Writes the file to the path, or returns the reason why the scan has no such file.
@@ -142,8 +166,58 @@ def _write_volume(context: ExportContext, path: Path, array: npt.NDArray[Any], c
     write_nifti(path, array, context.result.affine, context.scan.source.sform_code, description)
 
 
+def write_nifti(
+    path: Path, array: npt.NDArray[Any], affine: npt.NDArray[np.float64], code: int, description: str
+) -> None:
+    """Write one volume as a gzip-compressed NIfTI file. The same arguments give the same bytes.
+
+    Parameters
+    ----------
+    path : Path
+        File to write.
+    array : (X, Y, Z) ndarray
+        For example uint8 for a mask, float32 for a map.
+    affine : (4, 4) ndarray
+        Voxel indices to RAS+ millimetres. The sform stores it exactly.
+    code : int
+        NIfTI code of that space (1 scanner, 2 aligned, 3 Talairach, 4 MNI).
+    description : str
+        At most 79 characters, without patient data.
+    """
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description[:79].encode()
+    image.set_sform(affine, code=code)
+    image.set_qform(affine, code=code, strip_shears=True)
+    if np.abs(image.get_qform() - affine).max() > QFORM_TOLERANCE_MM:
+        image.set_qform(None, code=UNKNOWN_CODE)
+        image.header["pixdim"][1:4] = nib.affines.voxel_sizes(affine)
+    # Without a file name and a time in the gzip header, the same volume gives the same bytes.
+    with path.open("wb") as raw, igzip.IGzipFile("", "wb", COMPRESSION_LEVEL, raw, mtime=0) as compressed:
+        image.to_stream(compressed)
+
+
+def to_smallest_type(array: FloatArray) -> FloatArray | npt.NDArray[np.int16]:
+    """Return an array as int16 if that changes no value, else unchanged.
+
+    Parameters
+    ----------
+    array : (X, Y, Z) ndarray of float32
+        Finite values.
+    """
+    limits = np.iinfo(np.int16)
+    whole = np.empty(array.shape, dtype=np.int16)
+    for source, target in zip(array, whole, strict=True):  # plane by plane, to save memory
+        if source.min() < limits.min or source.max() > limits.max:
+            return array
+        target[:] = source
+        if (target != source).any():
+            return array
+    return whole
+
+
 def _write_preview(context: ExportContext, path: Path) -> None:
-    write_preview(path, context.result, context.report)
+    context.page.save(path, format="PNG", optimize=False)
 
 
 def _write_thumbnail(context: ExportContext, path: Path) -> None:
@@ -151,17 +225,26 @@ def _write_thumbnail(context: ExportContext, path: Path) -> None:
 
 
 def _write_segmentation(context: ExportContext, path: Path) -> CounterpartError | None:
-    return _write_dicom(context.dicom_objects[SEGMENTATION_NAME], path)
+    return _write_dicom(lambda: context.segmentation_and_report[0], path)
 
 
 def _write_structured_report(context: ExportContext, path: Path) -> CounterpartError | None:
-    return _write_dicom(context.dicom_objects[STRUCTURED_REPORT_NAME], path)
+    return _write_dicom(lambda: context.segmentation_and_report[1], path)
 
 
-def _write_dicom(dataset: "Dataset | CounterpartError", path: Path) -> CounterpartError | None:
-    if isinstance(dataset, CounterpartError):
-        return dataset
+def _write_capture(context: ExportContext, path: Path) -> CounterpartError | None:
+    return _write_dicom(lambda: context.dicom.secondary_capture(np.asarray(context.page)), path)
+
+
+def _write_parametric_map(context: ExportContext, path: Path) -> CounterpartError | None:
+    return _write_dicom(lambda: context.dicom.parametric_map(context.result.anomaly), path)
+
+
+def _write_dicom(build: "Callable[[], Dataset | CounterpartError]", path: Path) -> CounterpartError | None:
     with silence_libraries():
+        dataset = build()
+        if isinstance(dataset, CounterpartError):
+            return dataset
         dataset.save_as(path, enforce_file_format=True)
     return None
 
@@ -266,6 +349,22 @@ OUTPUTS: tuple[Output, ...] = (
         "application/dicom",
         "DICOM Structured Report (TID 1500) with the numbers of report.json, if the scan is DICOM.",
         _write_structured_report,
+        order=5,
+        formats=("dicom",),
+    ),
+    Output(
+        CAPTURE_NAME,
+        "application/dicom",
+        "DICOM Secondary Capture with the page of preview.png, if the scan is DICOM.",
+        _write_capture,
+        order=5,
+        formats=("dicom",),
+    ),
+    Output(
+        PARAMETRIC_MAP_NAME,
+        "application/dicom",
+        "DICOM Parametric Map with the values of anomaly.nii.gz, if the scan is DICOM.",
+        _write_parametric_map,
         order=5,
         formats=("dicom",),
     ),

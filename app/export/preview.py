@@ -6,7 +6,6 @@ so the outlines are those of the mask.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
@@ -96,13 +95,11 @@ class View:
         return points
 
 
-def write_preview(path: Path, result: ScanResult, report: Report) -> None:
+def draw_preview(result: ScanResult, report: Report) -> Image.Image:
     """Draw scan, counterpart, anomaly map and outlined findings in the planes of the surest findings.
 
     Parameters
     ----------
-    path : Path
-        PNG file to write.
     result : ScanResult
     report : Report
         Contains the thresholds, the model and the warnings.
@@ -128,7 +125,7 @@ def write_preview(path: Path, result: ScanResult, report: Report) -> None:
     _draw_colour_bar(canvas, draw, (lefts[_MAP] + view.width + 6, top, view.height), report)
     for number, text in enumerate(footer):
         _write(draw, (width // 2, height - (len(footer) - number) * LINE), text, GREY, TEXT, "mt")
-    canvas.save(path, format="PNG", optimize=False)
+    return canvas
 
 
 _MAP = COLUMNS.index("anomaly map")

@@ -12,7 +12,8 @@ from app import __version__
 from app.manifest import FrozenModel, Manifest, Precision, Range
 from app.pipeline.detect import Detection, network_evaluations
 from app.pipeline.findings import ScanResult
-from app.volume import Format, Scan
+from app.site_profile import SiteProfile
+from app.volume import Format, Scan, Scanner, Source
 
 # A scan whose score is above the healthy range by this factor is far outside of it. Large lesions raise the score less.
 FAR_OUTSIDE = 2.0
@@ -32,6 +33,27 @@ class ModelSelectionReport(FrozenModel):
     warning: str | None = Field(description="Reason why the model may be unsuitable for this scan. Null if `certain`.")
 
 
+class SiteProfileReport(FrozenModel):
+    """Site profile of one analysis (docs/site-calibration.md). It determined the thresholds."""
+
+    id: str = Field(description="Date of the calibration, and the beginning of the profile's hash.")
+    scans: int = Field(description="Healthy scans of the scanner that the calibration used.")
+    target_ml: float = Field(description="Largest expected false-positive volume of a healthy scan of that scanner.")
+    scan_score: Range = Field(description="Range of the scan score in which the profile fits.")
+    other_scanner: bool = Field(description="True if the scan states another scanner than the profile, or none.")
+
+    @classmethod
+    def of(cls, profile: SiteProfile, scanner: Scanner | None) -> "SiteProfileReport":
+        """Return the report of a profile that was used for a scan of a scanner."""
+        return cls(
+            id=profile.id,
+            scans=profile.scans,
+            target_ml=profile.target_ml,
+            scan_score=profile.scan_score,
+            other_scanner=profile.scanner != scanner,
+        )
+
+
 class ModelUsed(FrozenModel):
     """Model of one analysis."""
 
@@ -44,6 +66,9 @@ class ModelUsed(FrozenModel):
     seed: int
     licence: str
     selection: ModelSelectionReport | None = Field(default=None, description="Null in a report of an older version.")
+    site_profile: SiteProfileReport | None = Field(
+        default=None, description="Null if the service has no profile for this model and scanner."
+    )
 
 
 class Input(FrozenModel):
@@ -154,6 +179,7 @@ class ReportSummary(BaseModel):
     selection: ModelSelectionReport | None
     seconds: dict[str, float]
     absent: dict[str, dict[str, str]]
+    warnings: tuple[str, ...]
 
 
 def read_report_summary(content: bytes) -> ReportSummary:
@@ -171,6 +197,7 @@ def read_report_summary(content: bytes) -> ReportSummary:
         selection=selection,
         seconds=document["work"]["seconds"],
         absent=document.get("absent", {}),
+        warnings=document.get("warnings", ()),
     )
 
 
@@ -206,7 +233,7 @@ def build_report(
     analysed = np.flatnonzero(detection.analysed)
     heights = detection.slices.grid.affine[2, 0] * analysed + detection.slices.grid.affine[2, 3]
     return Report(
-        warnings=_warnings(detection, manifest, model, brain),
+        warnings=_warnings(detection, manifest, model, brain, scan.source),
         code_version=__version__,
         model=model,
         input=Input(
@@ -258,17 +285,31 @@ def by_certainty(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (-finding.peak_score, finding.label))
 
 
-def _warnings(detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None) -> tuple[str, ...]:
+def _warnings(
+    detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None, source: Source
+) -> tuple[str, ...]:
     """Return why the result may be wrong as a whole."""
     warnings = []
-    score, healthy = detection.scores.scan, manifest.calibration.scan_score
-    if score > FAR_OUTSIDE * healthy.high:
+    score, healthy, profile = detection.scores.scan, manifest.calibration.scan_score, model.site_profile
+    if profile and profile.other_scanner:
         warnings.append(
-            f"The whole scan is unlike the healthy scans that {manifest.id} knows: its score is {score:.2g}, theirs "
-            f"are {healthy.low:.2g} to {healthy.high:.2g}. The findings may show another scanner or preparation."
+            "The site profile was made for another scanner than that of the scan: its target for false findings does "
+            "not hold."
+        )
+    if profile and score > profile.scan_score.high:
+        warnings.append(
+            f"The whole scan is unlike the scans of the site profile: its score is {score:.2g}, theirs are at most "
+            f"{profile.scan_score.high:.2g}. The target for false findings does not hold."
+        )
+    elif not profile and score > FAR_OUTSIDE * healthy.high:
+        warnings.append(
+            f"Not calibrated for this scanner: the score of the whole scan is {score:.2g}, and those of the healthy "
+            f"scans that {manifest.id} knows are {healthy.low:.2g} to {healthy.high:.2g}. Expect more false findings "
+            f"than the {manifest.residual.healthy_false_positive_ml:.2g} ml of a calibrated scanner."
         )
     if model.selection and model.selection.warning:
         warnings.append(f"The model may not fit the scan: {model.selection.warning}")
+    warnings += filter(None, (source.position_warning, *source.warnings))
     return (*warnings, *(brain.warnings if brain else ()))
 
 

@@ -14,8 +14,7 @@ from isal import isal_zlib
 
 from app.errors import TruncatedFile, UnreadableScan, UnsafeArchive
 from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits
-from app.ingest.nifti import is_pair_header
-from app.ingest.nifti_pair import HEADER_SUFFIX, IMAGE_SUFFIX, split_name
+from app.ingest.nifti import HEADER_SUFFIX, IMAGE_SUFFIX, is_pair_header, split_name
 from app.ingest.volume_file import GZIP_SIGNATURE, InflateError
 
 # Python's zipfile inflates bzip2 and LZMA without a bound: one chunk can become gigabytes.

@@ -20,10 +20,16 @@ from app.errors import (
     UnsafeArchive,
     UploadTooLarge,
 )
-from app.ingest import archive, mgh, nifti, nifti_pair
+from app.ingest import archive, mgh, nifti
 from app.ingest.limits import CHUNK_BYTES, DEFAULT_LIMITS, HEAD_BYTES, UNPACKED_PREFIX, Limits
-from app.ingest.outliers import repair_outliers
-from app.ingest.volume_file import GZIP_SIGNATURE, VolumeFormat, read_inflated_head, read_volume_file
+from app.ingest.planes import check_planes
+from app.ingest.volume_file import (
+    GZIP_SIGNATURE,
+    VolumeFormat,
+    read_inflated_head,
+    read_volume_file,
+    repair_outliers,
+)
 from app.volume import Geometry, Scan
 
 __all__ = [
@@ -42,7 +48,8 @@ __all__ = [
 _ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _DICOM_PREFIX, _DICOM_PREFIX_OFFSET = b"DICM", 128
 # Results of Counterpart in a folder that is read again. Their report tells them from other DICOM files of these names.
-RESULT_REPORT, RESULT_DICOM_NAMES = "report.json", ("segmentation.dcm", "report.dcm")
+RESULT_REPORT = "report.json"
+RESULT_DICOM_NAMES = ("segmentation.dcm", "report.dcm", "capture.dcm", "anomaly.dcm")
 _REPORT_MARK, _REPORT_HEAD_BYTES = b'"research_use_only": true', 1000
 # A data set without the preamble begins with an element of group 0002 or 0008, little endian.
 _DICOM_FIRST_GROUPS = (0x0002, 0x0008)
@@ -97,8 +104,8 @@ def _volume_reader(name: str, title: str, suffixes: str, volume_format: VolumeFo
 
     def read(files: Sequence[Path], options: ReadOptions) -> Scan:
         (path,) = files
-        if image := nifti_pair.find_image(path):
-            path = nifti_pair.join_pair(path, image, options.scratch, options.limits)
+        if image := nifti.find_image(path):
+            path = nifti.join_pair(path, image, options.scratch, options.limits)
         return read_volume_file(path, volume_format, options.scratch, options.limits)
 
     return Reader(name, title, suffixes, volume_format.matches, read, one_file=True, may_be_gzipped=True)
@@ -165,10 +172,10 @@ def read_scan(
     """
     options = ReadOptions(scratch, series, geometry, limits, sequences)
     if path.is_dir():
-        return repair_outliers(_read_folder(path, options))
+        return check_planes(repair_outliers(_read_folder(path, options)))
     if path.exists() and not path.is_file():
         path = _copy_pipe(path, options)
-    return repair_outliers(_read_file(path, options))
+    return check_planes(repair_outliers(_read_file(path, options)))
 
 
 def detect_format(head: bytes) -> str:
@@ -220,8 +227,8 @@ def _copy_pipe(path: Path, options: ReadOptions) -> Path:
 
 
 def _read_file(path: Path, options: ReadOptions) -> Scan:
-    path = nifti_pair.find_header(path) or path
-    if nifti_pair.find_image(path) is None and detect_format(_read_head(path)) == "zip":
+    path = nifti.find_header(path) or path
+    if nifti.find_image(path) is None and detect_format(_read_head(path)) == "zip":
         return _read_files(archive.unpack(path, options.scratch, options.limits, _is_extracted), options)
     return _find_reader(path).read([path], options)
 
@@ -297,7 +304,7 @@ def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
     """Read the one scan among many files; files of other formats and results of Counterpart are ignored."""
     files = list(files)
     found: dict[str, list[Path]] = {reader.format: [] for reader in READERS}
-    images = {image for path in files if (image := nifti_pair.find_image(path))}
+    images = {image for path in files if (image := nifti.find_image(path))}
     results, lone_header = 0, None
     for path in files:
         if path in images:
@@ -342,7 +349,7 @@ def _find_reader(path: Path) -> Reader:
     EmptyUpload, NotAnImageFormat, TruncatedFile
         If the file is empty, not an image, or a damaged gzip stream.
     """
-    if nifti_pair.find_image(path):
+    if nifti.find_image(path):
         return _NIFTI
     name = detect_format(_read_head(path))
     is_gzipped = name == "gzip"

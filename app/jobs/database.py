@@ -152,6 +152,7 @@ def workflow_table(database: sa.Engine) -> sa.TableClause:
         sa.column("status", sa.Text),
         sa.column("priority", sa.Integer),
         sa.column("created_at", sa.BigInteger),  # milliseconds since the epoch
+        sa.column("updated_at", sa.BigInteger),
         sa.column("executor_id", sa.Text),
         sa.column("owner_xid", sa.Text),  # token of the claim
         sa.column("started_at_epoch_ms", sa.BigInteger),

@@ -1,22 +1,23 @@
 """Analysis engine: the interface between the worker and the inference, and its implementation on bundles."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
-from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer
+from app.analysis import UNPACKED_PREFIX, AnalysisRequest, Progress, export, infer, read_requested_scan
 from app.errors import NotReady
 from app.export.report import Report
 from app.inference_result import InferenceResult, load_inference_result, save_inference_result
-from app.ingest.reader import read_scan
 from app.manifest import Manifest
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
-from app.runtime.selection import check_licence, trained_sequences
+from app.runtime.selection import check_licence
 from app.runtime.session import Provider, check_provider
-from app.volume import Scan
+from app.site_profile import SiteProfiles
+from app.volume import Scan, SegmentationType
 
 # The name of the file that `Engine.infer` writes.
 INFERENCE_FILE = "inferred"
@@ -110,6 +111,10 @@ class BundleEngine:
         Allow bundles for non-commercial research.
     gpu_batch : int
         See `app.runtime.bundle.load_bundle`.
+    segmentation_type : {"binary", "labelmap"}
+        Type of the DICOM segmentations.
+    site_profiles : dict
+        Content of `app.site_profile.SiteProfiles`. The files were checked.
 
     Raises
     ------
@@ -117,7 +122,7 @@ class BundleEngine:
         A manifest cannot be read.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one for each setting
         self,
         models: str | Path | None,
         provider: Provider,
@@ -125,11 +130,15 @@ class BundleEngine:
         *,
         noncommercial: bool = False,
         gpu_batch: int = GPU_BATCH,
+        segmentation_type: SegmentationType = "binary",
+        site_profiles: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.provider: Provider = provider
         self._noncommercial = noncommercial
+        self._segmentation_type: SegmentationType = segmentation_type
         self._threads = threads
         self._gpu_batch = gpu_batch
+        self._site_profiles = SiteProfiles.model_validate(site_profiles)
         folder = Path(models) if models else shipped_models()
         self._folders = {read_manifest(path).id: path for path in find_bundles(folder)}
         self.manifests: Sequence[Manifest] = [read_manifest(path) for path in self._folders.values()]
@@ -175,17 +184,11 @@ class BundleEngine:
         pending = self._pending
         try:
             if pending is not None and pending.out == out:
-                return export(pending.scan, pending.inferred, out, progress)
+                return export(pending.scan, pending.inferred, out, progress, self._segmentation_type)
             progress("export", 0.0)
             with TemporaryDirectory(prefix=UNPACKED_PREFIX, dir=out) as scratch:
-                scanned = read_scan(
-                    scan,
-                    scratch=Path(scratch),
-                    series=request.series,
-                    geometry=request.geometry,
-                    sequences=trained_sequences(self.manifests, request.model),
-                )
-                return export(scanned, load_inference_result(inferred), out, progress)
+                scanned = read_requested_scan(scan, Path(scratch), self.manifests, request)
+                return export(scanned, load_inference_result(inferred), out, progress, self._segmentation_type)
         finally:
             self._discard_pending()
 
@@ -205,5 +208,6 @@ class BundleEngine:
         with self._lock:
             if manifest.id not in self._loaded:
                 folder = self._folders[manifest.id]
-                self._loaded[manifest.id] = load_bundle(folder, self.provider, self._threads, self._gpu_batch)
+                bundle = load_bundle(folder, self.provider, self._threads, self._gpu_batch)
+                self._loaded[manifest.id] = replace(bundle, site_profiles=self._site_profiles)
             return self._loaded[manifest.id]

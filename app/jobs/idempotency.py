@@ -1,4 +1,4 @@
-"""Hashes of idempotency keys, with a secret of the database.
+"""Keyed hashes with a secret of the database: of idempotency keys, and for the signatures of sessions.
 
 A key can name a patient, and the id of a job begins with the hash of its key. With a hash that everybody can compute,
 a reader of a log could try all names. The secret is random, and it is created by the first process that needs it.
@@ -21,19 +21,22 @@ NAME = "idempotency"
 
 
 class KeyHasher:
-    """Keyed hash of idempotency keys. All processes that share the database compute the same hash.
+    """Keyed hash, by default of idempotency keys. All processes that share the database compute the same hash.
 
     Parameters
     ----------
     database : sqlalchemy.Engine
+    name : str
+        Name of the secret. Each purpose has its own.
     """
 
-    def __init__(self, database: sa.Engine) -> None:
+    def __init__(self, database: sa.Engine, name: str = NAME) -> None:
         self._database = database
+        self._name = name
         self._secret: bytes | None = None
 
     def hash_key(self, key: str) -> str:
-        """Return the hash of an idempotency key: 64 hexadecimal digits."""
+        """Return the hash of a key: 64 hexadecimal digits."""
         if self._secret is None:
             self._secret = self._read_secret()
         return hmac.new(self._secret, key.encode(), hashlib.sha256).hexdigest()
@@ -48,9 +51,9 @@ class KeyHasher:
                 if not sa.inspect(self._database).has_table(secrets_table.name):
                     raise
         with self._database.connect() as connection:
-            query = sa.select(secrets_table.c.value).where(secrets_table.c.name == NAME)
+            query = sa.select(secrets_table.c.value).where(secrets_table.c.name == self._name)
             return bytes.fromhex(connection.execute(query).scalar_one())
 
     def _insert(self, connection: sa.Connection) -> None:
-        if connection.execute(sa.select(secrets_table).where(secrets_table.c.name == NAME)).first() is None:
-            connection.execute(secrets_table.insert().values(name=NAME, value=secrets.token_hex(32)))
+        if connection.execute(sa.select(secrets_table).where(secrets_table.c.name == self._name)).first() is None:
+            connection.execute(secrets_table.insert().values(name=self._name, value=secrets.token_hex(32)))

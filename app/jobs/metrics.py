@@ -26,6 +26,15 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.webhooks = Counter(
+            "counterpart_webhooks",
+            "Attempts to deliver a webhook in this process, by outcome: delivered, failed (tried again), dead.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.dead_webhooks = Gauge(
+            "counterpart_webhooks_dead", "Webhooks that were given up, of all processes.", registry=self.registry
+        )
         self.stage_seconds = Histogram(
             "counterpart_stage_seconds",
             "Wall-clock seconds of each stage of a succeeded job.",
@@ -39,6 +48,12 @@ class Metrics:
         )
         self.workers = Gauge("counterpart_workers", "Live workers on all machines.", registry=self.registry)
         self.running = Gauge("counterpart_jobs_running", "Jobs that run now on all machines.", registry=self.registry)
+        self.deliveries = Gauge(
+            "counterpart_deliveries",
+            "Deliveries of results of all jobs, by target and state.",
+            ["target", "state"],
+            registry=self.registry,
+        )
         self.info = Gauge(
             "counterpart_model", "Installed models: 1 for each.", ["model", "provider"], registry=self.registry
         )

@@ -20,12 +20,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import errors
 from app.analysis import AnalysisRequest
 from app.jobs.database import truncate_write_ahead_log, workflow_table
+from app.jobs.deliveries import Deliveries
 from app.jobs.engine import Engine
 from app.jobs.idempotency import KeyHasher
 from app.jobs.job import Cursor, Job, JobFilter, Order, Priority, ResultSummary, State
+from app.jobs.maintenance import StorageLimits, WorkerRegistry
 from app.jobs.metrics import Metrics
-from app.jobs.recovery import WorkerRegistry
-from app.jobs.retention import StorageLimits
 from app.jobs.reviews import Reviews
 from app.jobs.store import Store, Upload
 
@@ -84,6 +84,8 @@ class JobQueue:
 
     Attributes
     ----------
+    deliveries : Deliveries
+        Deliveries of results to other systems.
     reviews : Reviews
         Verdicts of readers. They are erased with their job.
     """
@@ -103,6 +105,7 @@ class JobQueue:
         self._registry = registry
         self._metrics = metrics
         self._limits = limits
+        self.deliveries = Deliveries(database)
         self._table = workflow_table(database)
         self._key_hasher = KeyHasher(database)
         self.reviews = Reviews(database)
@@ -142,7 +145,14 @@ class JobQueue:
         """
         self._limits.check_disk(self._store, size)
 
-    def submit(self, upload: Upload, request: AnalysisRequest, key: str | None, priority: Priority = "routine") -> str:
+    def submit(
+        self,
+        upload: Upload,
+        request: AnalysisRequest,
+        key: str | None,
+        priority: Priority = "routine",
+        reference: str | None = None,
+    ) -> str:
         """Create a job for an upload, or return the existing job for the same content or key.
 
         Parameters
@@ -155,6 +165,8 @@ class JobQueue:
             The caller's Idempotency-Key. It identifies the job instead of the content.
         priority : {"routine", "stat"}
             Priority of a new job. An existing job keeps its priority.
+        reference : str or None
+            Random name under which `find_reference` finds a new job in every state.
 
         Returns
         -------
@@ -187,9 +199,12 @@ class JobQueue:
             deduplication_id=identity,
             duplication_policy="return-existing",
             priority=PRIORITIES[priority],
-            attributes={"content": content_hash, "model": request.model, "stage": None, "progress": 0.0},
+            attributes={"content": content_hash, "model": request.model, "stage": None, "progress": 0.0}
+            | ({"reference": reference} if reference else {}),
         )
-        queued_job = DBOS.enqueue_workflow_with_options(options, job, asdict(request)).workflow_id
+        # A worker of an older version does not know the note.
+        arguments = {name: value for name, value in asdict(request).items() if name != "note" or value}
+        queued_job = DBOS.enqueue_workflow_with_options(options, job, arguments).workflow_id
         if queued_job != job:  # the same scan was submitted twice at the same moment
             self._store.erase(job)
             _check_content(self.get(queued_job), content_hash)
@@ -267,6 +282,13 @@ class JobQueue:
     def find(self, jobs: Sequence[str]) -> dict[str, Job]:
         """Return the jobs that exist, by id."""
         return {job.id: job for job in (map(to_job, list_workflows(workflow_ids=list(jobs))) if jobs else ())}
+
+    def find_reference(self, reference: str) -> str | None:
+        """Return the job that was created with a reference, in any state, or None if there is none."""
+        t = self._table.c
+        query = sa.select(t.workflow_uuid).where(t.name == WORKFLOW, t.attributes["reference"].as_string() == reference)
+        with self._database.connect() as connection:
+            return connection.execute(query).scalars().first()
 
     def read_states(self, jobs: Collection[str]) -> dict[str, RawState]:
         """Return the states of the jobs that exist, by id: one cheap query, to notice changes."""
@@ -368,6 +390,7 @@ class JobQueue:
     def _delete_rows(self, job: str) -> None:
         DBOS.delete_workflow(job)
         self._registry.delete_crash_records(job)
+        self.deliveries.erase(job)
         self.reviews.erase(job)
 
     def is_cancelled(self, job: str) -> bool:
@@ -391,6 +414,9 @@ class JobQueue:
         self._metrics.oldest.set(max([0.0, *ages]))
         self._metrics.workers.set(self.count_workers())
         self._metrics.running.set(len(list_workflows(status="PENDING", load_output=False)))
+        self._metrics.deliveries.clear()
+        for (target, state), number in self.deliveries.count().items():
+            self._metrics.deliveries.labels(target, state).set(number)
         return self._metrics.text()
 
 

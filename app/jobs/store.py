@@ -81,6 +81,19 @@ class Upload:
         if missing > 0:
             self.heads[-1] += data[:missing]
 
+    def add_file(self, path: Path) -> None:
+        """Add a complete file: by a hard link, or by a copy on another file system. Its content must never change."""
+        target = self.folder / f"{len(self.heads):06d}"
+        try:
+            target.hardlink_to(path)
+        except OSError:
+            shutil.copyfile(path, target)
+        with target.open("rb") as file:
+            self.heads.append(file.read(HEAD_BYTES))
+            file.seek(0)
+            self._digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        self.size += target.stat().st_size
+
     def end(self) -> None:
         """Finish the current file."""
         self.close()
@@ -160,6 +173,11 @@ class Store:
     def scan_path(self, job: str) -> Path:
         """Return the path of a job's scan for the reader: its only file, or the folder of its files."""
         return file_or_folder(self._job_folder(job) / "scan")
+
+    def scan_files(self, job: str) -> list[Path]:
+        """Return the files of a job's scan: none after its erasure, and none if the store is a bucket."""
+        folder = self._job_folder(job) / "scan"
+        return sorted(folder.iterdir()) if folder.is_dir() else []
 
     def create_work_folder(self, job: str) -> Path:
         """Create a folder for the results of a new attempt, and remove those of earlier attempts."""

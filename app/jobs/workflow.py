@@ -1,7 +1,7 @@
 """Durable execution of jobs on DBOS.
 
 A job is a workflow of three steps, `infer`, `export` and `publish`. DBOS records the output of each step. If a
-process dies, its job stays pending until another process puts it back into the queue (`app.jobs.recovery`). The
+process dies, its job stays pending until another process puts it back into the queue (`app.jobs.maintenance`). The
 next worker continues after the last recorded step. DBOS writes a new token into the job's row at each claim, so that a
 slow worker that lost its lease can no longer record anything. The database holds ids and parameters only, as JSON. See
 decision 14.
@@ -23,13 +23,21 @@ from app import errors
 from app.analysis import AnalysisRequest
 from app.errors import error_location
 from app.jobs.database import connect, enable_write_ahead_log, truncate_write_ahead_log
+from app.jobs.deliveries import Router, route_nothing
 from app.jobs.engine import Engine
 from app.jobs.faults import ServiceFault
 from app.jobs.job import ENDED_STATES
+from app.jobs.maintenance import (
+    MAX_FAULTS,
+    StorageLimits,
+    Supervisor,
+    WorkerRegistry,
+    restart_outdated_jobs,
+    return_job,
+    select_expired,
+)
 from app.jobs.metrics import Metrics
 from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
-from app.jobs.recovery import MAX_FAULTS, Supervisor, WorkerRegistry, restart_outdated_jobs, return_job
-from app.jobs.retention import StorageLimits, select_expired
 from app.jobs.store import STALE_SECONDS, Slot, Store
 from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem, to_fault
 
@@ -60,6 +68,8 @@ class JobService:
         SQLAlchemy URL.
     metrics : Metrics
     limits : StorageLimits
+    router : callable
+        Returns the deliveries of a succeeded job.
 
     Attributes
     ----------
@@ -69,13 +79,20 @@ class JobService:
     """
 
     def __init__(
-        self, engine: Engine, store: Store, database_url: str, metrics: Metrics, limits: StorageLimits
+        self,
+        engine: Engine,
+        store: Store,
+        database_url: str,
+        metrics: Metrics,
+        limits: StorageLimits,
+        router: Router = route_nothing,
     ) -> None:
         self._engine = engine
         self._store = store
         self._database_url = database_url
         self._metrics = metrics
         self._limits = limits
+        self._router = router
         self._database = connect(database_url)
         self._registry = WorkerRegistry(self._database)
         self.queue = JobQueue(engine, store, self._database, self._registry, metrics, limits)
@@ -123,8 +140,10 @@ class JobService:
             DBOS.listen_queues([])
         DBOS.launch()
         self._registry.create_tables()
+        self.queue.deliveries.create_table()
         self.queue.reviews.create_table()
         # This process holds the lock of its slot, so all earlier processes of the slot have ended.
+        self.queue.deliveries.release_claims(f"{self._slot.name}-")
         self._supervisor.start(self._executor_id if worker else None, slot_prefix=f"{self._slot.name}-")
         DBOS.register_queue(
             QUEUE, worker_concurrency=1, polling_interval_sec=POLLING_SECONDS, on_conflict="always_update"
@@ -148,6 +167,11 @@ class JobService:
         if self._slot is not None:
             self._slot.release()
             self._slot = None
+
+    @property
+    def process_name(self) -> str:
+        """Name of this process among all that share the database. Empty before the start."""
+        return self._executor_id
 
     # ---- JobRecovery, for the supervisor ----
 
@@ -294,6 +318,9 @@ class JobService:
             exported = DBOS.run_step({"name": "export"}, self._run_recorded_step, job, lambda: attempt.export(name))
             self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
+            routes = self._router(str(exported["model"]), cast("list[str]", exported["results"]))
+            if routes:
+                DBOS.run_step({"name": "route"}, self._plan_deliveries, job, [list(route) for route in routes])
         self._metrics.outcomes.labels("succeeded").inc()
         # An older version may have recorded the export, without a summary.
         return {name: exported.get(name) for name in ("model", "results", "summary")}
@@ -306,6 +333,10 @@ class JobService:
             self._store.publish(job, work)
             if self.queue.is_cancelled(job):
                 raise Interrupted  # `_run_job` discards the results
+
+    def _plan_deliveries(self, job: str, routes: list[list[str]]) -> None:
+        with self._as_service_fault(job):
+            self.queue.deliveries.plan(job, [(target, result) for target, result in routes])
 
     def _discard_if_cancelled(self, job: str) -> None:
         """Remove what a cancelled job wrote after `JobQueue.cancel` removed its files."""

@@ -16,21 +16,24 @@ from app.pipeline.diffusion import (
     Diffusion,
     EncodedView,
     KeyedNoise,
+    Networks,
     Schedule,
     decode_counterpart,
     encode_view,
-    latent_mask,
-    smoothed_kl_map,
 )
-from app.pipeline.networks import Networks
-from app.pipeline.ood import ScanScores, check_in_distribution, compute_scan_scores, sample_slices
 from app.pipeline.preprocess import Slices, analysed_slices, to_slices
-from app.pipeline.residual import (
+from app.pipeline.scores import (
+    ScanScores,
     augment,
     average_views,
+    check_in_distribution,
+    compute_scan_scores,
     erode_foreground,
+    latent_mask,
     masked_residual,
     postprocess_residual,
+    sample_slices,
+    smoothed_kl_map,
     upsample,
     weight_residual,
 )

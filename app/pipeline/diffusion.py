@@ -1,4 +1,4 @@
-"""Diffusion model on latents: noise schedule, keyed noise, KL map, latent mask and inpainting.
+"""Diffusion model on latents: networks, noise schedule, keyed noise, KL map and inpainting.
 
 The method is that of Pinaya et al. 2022 (arXiv 2206.03461). docs/method.md describes it with its differences. DDPM is
 Ho et al. 2020 (arXiv 2006.11239), DDIM is Song et al. 2021 (arXiv 2010.02502). Symbols are those of
@@ -6,16 +6,16 @@ these papers. Time steps are 0-based, t = 0 ... T - 1. `CLEAN` (-1) stands for z
 shapes, M counts the analysed slices, R the slices that are reversed, and N any number of slices.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
-from app.manifest import Manifest, NoiseSchedule
-from app.pipeline.networks import Denoiser, Networks
+from app.errors import OutOfMemory
+from app.manifest import NoiseSchedule
 from app.volume import BoolArray, FloatArray, IntArray
 
 Times = int | IntArray
@@ -24,13 +24,93 @@ Mean = Literal["arithmetic", "geometric"]
 
 CLEAN = -1
 
-# 8-connectivity within a slice. Components are computed in each slice separately. Only the smoothing of the KL map uses
-# neighbouring slices.
-IN_PLANE = np.zeros((3, 3, 3), dtype=bool)
-IN_PLANE[1] = True
+# Called after each batch with the number of slices in it. It may raise `app.errors.Cancelled`.
+BatchCallback = Callable[[int], None]
 
-# Lower bound of a sum of weights before it divides. A foreground value always has a larger weight in its own sum.
-MIN_WEIGHT = 1e-6
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """Encoder of the autoencoder."""
+
+    def __call__(self, x: FloatArray) -> FloatArray:
+        """Encode slices x (N, 1, H, W) in [0, 1] as latents z0 (N, C, h, w)."""
+
+
+class Denoiser(Protocol):
+    """Denoising U-Net, epsilon_theta."""
+
+    def __call__(self, z_t: FloatArray, t: IntArray) -> FloatArray:
+        """Predict the noise (N, C, h, w) in noisy latents z_t (N, C, h, w) at time steps t (N,)."""
+
+
+class Decoder(Protocol):
+    """Decoder of the autoencoder."""
+
+    def __call__(self, z0: FloatArray) -> FloatArray:
+        """Decode latents z0 (N, C, h, w) to slices (N, 1, H, W) in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Encoder, denoiser and decoder of a bundle: callables on arrays.
+
+    They are onnxruntime sessions in production, torch modules in the evaluation of training, and exact Gaussian models
+    in tests.
+    """
+
+    encode: Encoder
+    denoise: Denoiser
+    decode: Decoder
+
+    def in_batches(self, size: int, on_batch: BatchCallback) -> "Networks":
+        """Return the same networks, evaluated on at most `size` slices at a time.
+
+        Memory is then bounded by the batch, not by the scan. If memory runs out, the batch size of all three networks
+        is halved once. Results do not depend on the batch size, because the noise is keyed by slice.
+
+        Parameters
+        ----------
+        size : int
+            Largest number of slices in one evaluation.
+        on_batch : callable
+            Called after each batch with the number of slices in it.
+
+        Raises
+        ------
+        OutOfMemory
+            Half of the batch size needs too much memory as well.
+        """
+        halved = False
+
+        def halve(error: Exception) -> None:
+            nonlocal size, halved
+            if halved or size == 1:
+                raise OutOfMemory(
+                    f"A network evaluation of {size} slices needs more memory than there is.",
+                    expected="enough memory for one scan (see Sizing in docs/operations.md).",
+                    advice="Send the scan again when the machine is less busy, or give the worker more memory.",
+                ) from error
+            size, halved = size // 2, True
+
+        def batched(network: Callable[..., FloatArray]) -> Callable[..., FloatArray]:
+            def call(*arrays: npt.NDArray[np.generic]) -> FloatArray:
+                parts: list[FloatArray] = []
+                start = 0
+                while start < len(arrays[0]):
+                    try:
+                        parts.append(network(*(a[start : start + size] for a in arrays)))
+                    except (OutOfMemory, MemoryError) as error:
+                        halve(error)
+                        continue
+                    start += len(parts[-1])
+                    on_batch(len(parts[-1]))
+                return np.concatenate(parts)
+
+            return call
+
+        return Networks(batched(self.encode), batched(self.denoise), batched(self.decode))
 
 
 # ---- noise schedule ----------------------------------------------------------------------------
@@ -278,67 +358,7 @@ def _safe_log(divergence: FloatArray) -> FloatArray:
     return np.asarray(np.log(np.maximum(divergence, np.finfo(np.float32).tiny)), dtype=np.float32)
 
 
-def smooth_kl(kl: FloatArray, foreground: BoolArray, sigma: tuple[float, float, float]) -> FloatArray:
-    """Smooth a KL map with a Gaussian over the foreground latents of the stack, (N, h, w).
-
-    The noise of neighbouring slices is independent, and a lesion spans several slices. Smoothing therefore raises the
-    contrast of a lesion.
-
-    Parameters
-    ----------
-    kl : (N, h, w) ndarray
-    foreground : (N, h, w) ndarray of bool
-    sigma : tuple of float
-        Standard deviation in slices, rows and columns of latents.
-    """
-    if not any(sigma):
-        return kl
-    inside = foreground.astype(np.float32)
-    weight = ndimage.gaussian_filter(inside, sigma)
-    total = ndimage.gaussian_filter(kl * inside, sigma)
-    return np.asarray(np.where(foreground, total / np.maximum(weight, MIN_WEIGHT), kl), dtype=np.float32)
-
-
-def smoothed_kl_map(view: EncodedView, manifest: Manifest) -> FloatArray:
-    """Compute the KL map of one view and smooth it with the settings of the manifest, (M, h, w), in nats."""
-    kl = kl_map(view.z0, view.slice_indices, view.diffusion, manifest.kl.timesteps, manifest.kl.mean)
-    return smooth_kl(kl, view.foreground_latents, manifest.kl_sigma)
-
-
-# ---- latent mask and inpainting ----------------------------------------------------------------
-
-
-def latent_mask(kl: FloatArray, foreground: BoolArray, threshold: float, min_component: int, grow: int) -> BoolArray:
-    """Mark the latents that the reverse process may change (docs/method.md, "Latent mask").
-
-    Pinaya et al. 2022, section 2. The mask contains the foreground latents above the threshold. Small connected
-    components are removed, then the rest is dilated inside the foreground.
-
-    Parameters
-    ----------
-    kl : (N, h, w) ndarray
-        KL map in nats.
-    foreground : (N, h, w) ndarray of bool
-    threshold : float
-        Nats.
-    min_component : int
-        Smallest connected component that is kept, in latents.
-    grow : int
-        Number of dilations.
-
-    Returns
-    -------
-    (N, h, w) ndarray of bool
-    """
-    mask = (kl > threshold) & foreground
-    if min_component > 1:
-        labels, count = ndimage.label(mask, structure=IN_PLANE)
-        sizes = np.bincount(labels.ravel(), minlength=count + 1)
-        sizes[0] = 0
-        mask = sizes[labels] >= min_component
-    if grow:
-        mask = ndimage.binary_dilation(mask, structure=IN_PLANE, iterations=grow, mask=foreground)
-    return mask
+# ---- inpainting --------------------------------------------------------------------------------
 
 
 def inpaint(

@@ -1,14 +1,14 @@
-"""Registry of detection methods.
+"""Registry of detection methods: a separate module, because it imports every method, and each method imports the rest.
 
-It is a separate module, because it is the only place in which a method is registered. The service, training and the
-benchmarks call `run_method`, so that a bundle is evaluated with the method that its manifest names.
+The service, training and the benchmarks call ``METHODS[manifest.method]``, so that a bundle is evaluated with the
+method that its manifest names. `app.runtime.bundle.read_manifest` refuses unknown names.
 """
 
 from typing import Protocol
 
 from app.manifest import DEFAULT_METHOD, Manifest
 from app.pipeline.detect import Detection, detect
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.volume import Volume
 
 
@@ -21,8 +21,3 @@ class Method(Protocol):
 
 # The key is the value of `method` in a manifest.
 METHODS: dict[str, Method] = {DEFAULT_METHOD: detect}
-
-
-def run_method(volume: Volume, networks: Networks, manifest: Manifest, seed: int | None = None) -> Detection:
-    """Run the method that the manifest names. `app.runtime.bundle.read_manifest` refuses unknown names."""
-    return METHODS[manifest.method](volume, networks, manifest, seed)

@@ -1,7 +1,7 @@
 """Bundles: a folder under models/, loaded and checked by its hashes and its golden pair."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from app.errors import DamagedBundle
 from app.manifest import File, Manifest, Precision
+from app.pipeline.diffusion import Networks
 from app.pipeline.methods import METHODS
-from app.pipeline.networks import Networks
 from app.runtime.extractor import EXTRACTOR, Extractor, load_extractor
 from app.runtime.fixed_batch import FixedBatch
 from app.runtime.session import Provider, as_callable, check_sha256, open_session, run_concurrently
+from app.site_profile import SiteProfiles
 from app.volume import FloatArray
 
 MANIFEST = "manifest.json"
@@ -57,6 +58,8 @@ class Bundle:
         Slices in one network evaluation.
     precision : {"float32", "float16", "int8"}
         Arithmetic of the denoiser.
+    site_profiles : SiteProfiles
+        Profiles of the service, for any model.
     """
 
     folder: Path
@@ -67,6 +70,7 @@ class Bundle:
     extractor: Extractor | None = None
     batch: int = CPU_BATCH
     precision: Precision = "float32"
+    site_profiles: SiteProfiles = field(default_factory=SiteProfiles)
 
 
 def shipped_models() -> Path:

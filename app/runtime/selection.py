@@ -86,16 +86,17 @@ def trained_sequences(manifests: Sequence[Manifest], model: str | None) -> froze
 
 
 def explain_selection(
-    error: CounterpartError, selection: ModelSelection, manifests: Sequence[Manifest]
+    error: CounterpartError, selection: ModelSelection, source: Source, manifests: Sequence[Manifest]
 ) -> CounterpartError:
-    """Return the refusal of a scan with what was assumed to select its model, and how the caller can select another.
+    """Return the refusal of a scan with what was assumed to read it and to select its model, and the way out.
 
-    If the selection is certain, the error is returned unchanged.
+    If nothing was assumed, the error is returned unchanged.
     """
-    if not selection.warning:
+    assumptions = " ".join(filter(None, (source.position_warning, *source.warnings, selection.warning)))
+    if not assumptions:
         return error
     return type(error)(
-        f"{error.found} {selection.warning} The model is {selection.manifest.id}.",
+        f"{error.found} {assumptions} The model is {selection.manifest.id}.",
         expected=error.expected,
         advice=f"{error.advice} If another model fits the scan, name it with ?model= (or --model): "
         f"{list_models(manifests)}.",

@@ -52,9 +52,9 @@ def run_service(
     environ : mapping, optional
         Additional environment variables.
     **settings : str
-        Settings by lower-case name without prefix.
+        Settings by lower-case name without prefix. By default, `port` is a free one.
     """
-    port = free_port()
+    port = int(settings.pop("port", free_port()))
     local = {"STORE": str(folder), "SCRATCH": str(folder), "PORT": str(port)}
     environ = os.environ | dict(environ or {}) | {f"COUNTERPART_{name}": value for name, value in local.items()}
     environ |= {f"COUNTERPART_{name.upper()}": value for name, value in settings.items()}

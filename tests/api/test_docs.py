@@ -7,11 +7,14 @@ import pytest
 from fastapi import FastAPI
 
 from app.api.results import RESULT_NAMES
+from app.api.stow import NO_CAPACITY, NOT_UNDERSTOOD, OTHER_CLASS, OTHER_STUDY
+from app.ingest.dicom.instances import IMAGE_CLASSES
 from app.main import create_app
 from app.settings import Settings
 from tests.api.support import FakeEngine
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, DICOM_PAGE = ((ROOT / "docs" / name).read_text() for name in ("api.md", "dicom.md"))
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +49,41 @@ def test_openapi_describes_the_upload(app: FastAPI) -> None:
         "application/gzip",
         "multipart/form-data",
         "multipart/related",
+        "application/json",
     }
-    statuses = {200, 202, 400, 401, 403, 408, 409, 413, 415, 422, 429, 500, 503, 507}
+    statuses = {200, 202, 400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 500, 502, 503, 507}
     assert set(upload["responses"]) == {str(status) for status in statuses}
+
+
+def test_openapi_describes_no_answer_that_only_the_framework_gives(app: FastAPI) -> None:
+    document = app.openapi()
+    assert "HTTPValidationError" not in str(document)
+    assert not document["components"]["schemas"].keys() & {"HTTPValidationError", "ValidationError"}
+    scan = document["paths"]["/v1/scans/{job}"]["get"]["responses"]
+    assert set(scan) == {"200", "401", "403", "404", "503"}
+    assert document["paths"]["/v1/scans/{job}/report.json"]["get"]["responses"]["422"]["description"] == "Problem"
+    assert app.openapi() is document
 
 
 def test_worker_serves_only_health_and_metrics(tmp_path: Path) -> None:
     app = create_app(Settings(store=str(tmp_path)), FakeEngine(), api=False)
     assert set(app.openapi()["paths"]) == {"/livez", "/readyz", "/metrics"}
+
+
+def test_every_row_of_the_dicomweb_services_names_an_existing_test() -> None:
+    section = DICOM_PAGE.partition("\n## DICOMweb services\n")[2].partition("\n## ")[0]
+    table, classes = section.split("Classes that STOW-RS stores")[:2]
+    rows = [line for line in table.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 11
+    for row in rows:
+        (found,) = re.findall(r"\| `(tests/[\w/]+\.py)::(\w+)` \|$", row)
+        assert re.search(rf"^def {found[1]}\(", (ROOT / found[0]).read_text(), re.MULTILINE), found
+    assert re.findall(r"\| ([\d.]+) \|$", classes, re.MULTILINE) == sorted(map(str, IMAGE_CLASSES))
+
+
+def test_every_failure_reason_is_documented() -> None:
+    page = (ROOT / "docs" / "dicomweb.md").read_text()
+    documented = {
+        int(code, 16): int(number) for code, number in re.findall(r"^\| ([0-9A-F]{4}) \((\d+)\) \|", page, re.MULTILINE)
+    }
+    assert documented == {reason: reason for reason in (NO_CAPACITY, OTHER_STUDY, NOT_UNDERSTOOD, OTHER_CLASS)}

@@ -97,6 +97,9 @@ def test_selection_of_the_model_is_shown(client: TestClient, tmp_path: Path) -> 
         assert selection.pop("by") == by
         # One field states whether the scan surely fits, the other one a warning if not.
         assert (True in selection.values()) == (None in selection.values()) == (by != "default")
+        warnings = client.get(job["links"]["report"]).json()["warnings"]
+        assert job["warnings"] == client.get(job["links"]["self"]).json()["warnings"] == warnings
+        assert any("may not fit" in warning for warning in warnings) == (by == "default")
 
 
 def test_mask_has_the_grid_of_the_scan(client: TestClient, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from app.api.guard import RequestGuard
+from app.api.server import RequestGuard
 from app.main import create_app
 from app.settings import Settings
 from tests.api.support import BASE_URL, URL, FakeEngine, fake_scan

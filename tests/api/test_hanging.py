@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
-from app.api.calls import ThreadGroup
+from app.api.dependencies import ThreadGroup
 from tests.api.support import URL, WAIT, fake_scan, send, send_running
 
 

@@ -13,7 +13,7 @@ from pydicom.dataset import FileDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit
 
-from app.api.logging import ALLOWED_KEYS
+from app.api.server import ALLOWED_KEYS
 from tests.api.service_process import CHECKOUT, WITH_SUBPROCESS, RunningService, run_service
 from tests.api.support import URL, WAIT, fake_scan
 from tests.support.dicom import SECRET, Series, make_datasets, save, zip_files

@@ -57,7 +57,7 @@ def test_every_code_is_documented_with_its_status() -> None:
         for code in re.findall(r"`(\w+)`", codes)
     }
     assert documented.pop("method_not_allowed") == 405
-    command_line = {"invalid_settings", "unsafe_exposure", "address_unavailable"}
+    command_line = {"invalid_settings", "invalid_profile", "too_few_scans", "unsafe_exposure", "address_unavailable"}
     assert all(f"`{code}`" in (ROOT / "docs" / "cli.md").read_text() for code in command_line)
     sent = STATUS_OF_CODE.keys() - NEVER_SENT - command_line
     assert documented == {code: STATUS_OF_CODE[code] for code in sent}

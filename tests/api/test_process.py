@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx2
 
-from app.api.logging import ALLOWED_KEYS
+from app.api.server import ALLOWED_KEYS
 from tests.api.service_process import WITH_SUBPROCESS, RunningService, run_service
 from tests.api.support import PATIENT_NAME, URL, fake_scan, send_running, wait_for_state
 

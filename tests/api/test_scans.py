@@ -233,7 +233,7 @@ def test_list_has_the_numbers_of_finished_scans(client: TestClient, monkeypatch:
     """No report is read for a list."""
     failed = send(client, name="no numbers", raise_error="OutOfDistribution").headers["location"].rpartition("/")[2]
     done = send(client, name="numbers").json()["id"]
-    monkeypatch.setattr("app.api.schemas.read_report_summary", None)
+    monkeypatch.setattr("app.api.dependencies.read_report_summary", None)
     shown = {job["id"]: job for job in client.get(URL).json()["scans"]}
     names = ("lesion_volume_ml", "findings_count", "scan_score", "warnings_count")
     assert [shown[done][name] for name in names] == [2.5, 1, 0.5, 0]
@@ -348,7 +348,7 @@ def test_wrong_method_is_405(client: TestClient) -> None:
 
 def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=10**9)
-    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: usage)
     answer = send(client, wait=False, name="one too many")
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
     assert int(answer.headers["retry-after"]) > 0
@@ -357,7 +357,7 @@ def test_scan_is_refused_if_free_disk_space_is_low(client: TestClient, monkeypat
 def test_free_disk_space_counts_all_uploads_under_way(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another upload has announced bytes that it has not sent yet."""
     usage = shutil.disk_usage("/")._replace(free=2_000_500_000)
-    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: usage)
     assert send(client, name="alone").status_code == 200
     uploads = client.app.state.services.uploads  # type: ignore[attr-defined]
     other = Reception(None, 10**9)  # type: ignore[arg-type]
@@ -375,10 +375,10 @@ def test_free_disk_space_is_checked_while_bytes_arrive(client: TestClient, monke
 
     def send_blocks() -> Iterator[bytes]:
         yield fake_scan(name="long").ljust(400_000)
-        monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: full)
+        monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: full)
         yield b" " * 400_000
 
-    monkeypatch.setattr("app.jobs.retention.shutil.disk_usage", lambda _: enough)
+    monkeypatch.setattr("app.jobs.maintenance.shutil.disk_usage", lambda _: enough)
     answer = client.post(URL, content=send_blocks())
     assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.api import server
+from app.api import protocol, server
 from tests.api.service_process import CHECKOUT, run_service
 
 COMMANDS = ("serve", "worker")
@@ -100,19 +100,19 @@ def test_store_is_private_and_an_open_one_is_named_in_the_log(tmp_path: Path) ->
 
 
 def test_slow_head_of_a_request_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server.HEADER_SECONDS < 60
+    assert protocol.HEADER_SECONDS < 60
     starter = tmp_path / "short.py"
     starter.write_text(
-        "import runpy, sys\nfrom app.api import server\nserver.HEADER_SECONDS = 1.0\n"
+        "import runpy, sys\nfrom app.api import protocol\nprotocol.HEADER_SECONDS = 1.0\n"
         "sys.argv = ['service']\nrunpy.run_module('tests.api.service_process', run_name='__main__')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
     with run_service(tmp_path / "store", tmp_path / "log", (sys.executable, str(starter))) as service:
-        for head in (b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
+        for head, status in ((b"", b""), (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", b"HTTP/1.1 408 ")):
             with socket.create_connection(("127.0.0.1", service.port), 30) as connection:
                 connection.sendall(head)
                 start_time = time.monotonic()
-                assert connection.recv(100) == b""
+                assert connection.recv(13) == status
                 assert time.monotonic() - start_time < 20
         for _ in range(2):
             assert service.http.get("/livez").status_code == 200

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from app.export.nifti import write_nifti
+from app.export.outputs import write_nifti
 from app.runtime.bundle import load_bundle, shipped_models
 from benchmarks import gpu
 from benchmarks.device import move_to_device

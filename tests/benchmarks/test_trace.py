@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime.bundle import load_bundle
 from benchmarks.trace import (
     DECOMPRESS,

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app.export.nifti import write_nifti
+from app.export.outputs import write_nifti
 from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from tests.api.service_process import run_service

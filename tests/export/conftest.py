@@ -12,11 +12,11 @@ from pydicom.uid import generate_uid
 
 from app.dicom_attributes import silence_libraries
 from app.errors import CounterpartError
-from app.export.dicom import build_dicom_objects
+from app.export.dicom import DicomExport
 from app.export.report import Report
 from app.ingest.reader import read_scan
 from app.pipeline.findings import ScanResult
-from app.volume import Affine, Scan
+from app.volume import Affine, Scan, SegmentationType
 from tests.support.dicom import Series, make_datasets, save
 from tests.support.grids import tilted
 from tests.support.phantom import brain, grid
@@ -27,6 +27,9 @@ SPACING = (5.2, 5.0, 5.6)
 OBLIQUE = (9.0, -14.0, 21.0)  # degrees
 # The balls have different sizes, so that a mirrored, transposed or swapped lesion is noticed.
 BALLS: tuple[Ball, ...] = (((31.0, -14.0, 22.0), 16.0), ((-27.0, 38.0, -11.0), 11.0))
+# Noise, so that swapped axes or colours are noticed.
+PAGE = np.random.default_rng(5).integers(0, 256, (40, 51, 3), dtype=np.uint8)
+OBJECTS = ("segmentation", "structured_report", "secondary_capture", "parametric_map")
 Change = Callable[[list[FileDataset]], object]
 
 
@@ -40,6 +43,13 @@ class DicomResults:
     absent: dict[str, CounterpartError]
     segmentation: Path
     structured_report: Path
+    secondary_capture: Path
+    parametric_map: Path
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The objects."""
+        return tuple(getattr(self, name) for name in OBJECTS)
 
 
 def turned_grid(*degrees: float) -> Affine:
@@ -47,20 +57,33 @@ def turned_grid(*degrees: float) -> Affine:
     return tilted(grid(SHAPE, SPACING), *degrees)
 
 
-def write_results(out: Path, scan: Scan, balls: Sequence[Ball] = BALLS, **changes: object) -> DicomResults:
+def write_results(
+    out: Path,
+    scan: Scan,
+    balls: Sequence[Ball] = BALLS,
+    segmentation_type: SegmentationType = "binary",
+    **changes: object,
+) -> DicomResults:
     """Write the DICOM objects of a scan with balls as lesions; `changes` are fields of the report."""
     result, report = make_result(scan, balls)
     report = report.model_copy(update=changes)
     out.mkdir(parents=True, exist_ok=True)
     absent: dict[str, CounterpartError] = {}
-    paths = out / "segmentation.dcm", out / "report.dcm"
     with silence_libraries():
-        for path, dataset in zip(paths, build_dicom_objects(scan, result.labels, report), strict=True):
+        export = DicomExport(scan, report)
+        segmentation, structured_report = export.segmentation_and_report(result.labels, segmentation_type)
+        datasets = {
+            "segmentation.dcm": segmentation,
+            "report.dcm": structured_report,
+            "capture.dcm": export.secondary_capture(PAGE if balls else PAGE[::-1]),
+            "anomaly.dcm": export.parametric_map(result.anomaly),
+        }
+        for name, dataset in datasets.items():
             if isinstance(dataset, CounterpartError):
-                absent[path.name] = dataset
+                absent[name] = dataset
             else:
-                dataset.save_as(path, enforce_file_format=True)
-    return DicomResults(scan, result, report, absent, *paths)
+                dataset.save_as(out / name, enforce_file_format=True)
+    return DicomResults(scan, result, report, absent, *(out / name for name in datasets))
 
 
 def read_series(folder: Path, series: Series, affine: Affine | None = None, change: Change | None = None) -> Scan:

@@ -9,7 +9,7 @@ import pydicom
 import pytest
 
 from app.ingest.reader import read_scan
-from tests.export.conftest import BALLS, DicomResults, read_series, set_attributes, write_results
+from tests.export.conftest import BALLS, OBJECTS, DicomResults, read_series, set_attributes, write_results
 from tests.support.dicom import Series
 from tests.support.results import MODEL
 
@@ -39,8 +39,8 @@ def test_same_analysis_at_another_time_has_the_same_bytes(
     for module in (highdicom.base, highdicom.base_content, highdicom.sr.sop):
         monkeypatch.setattr(module.datetime, "datetime", FutureClock)
     again = write_results(tmp_path / "out", read_scan(tmp_path / "again", scratch=tmp_path / "scratch"))
-    assert again.segmentation.read_bytes() == results.segmentation.read_bytes()
-    assert again.structured_report.read_bytes() == results.structured_report.read_bytes()
+    for first, second in zip(results.paths, again.paths, strict=True):
+        assert second.read_bytes() == first.read_bytes(), first.name
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_same_analysis_at_another_time_has_the_same_bytes(
 def test_another_model_or_parameter_has_other_uids(
     results: DicomResults, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    other = write_results(tmp_path, results.scan, BALLS, **changes)
+    other = write_results(tmp_path, results.scan, BALLS, "binary", **changes)
     assert generated_uids(results.structured_report).isdisjoint(generated_uids(other.structured_report))
     shared = generated_uids(results.segmentation) & generated_uids(other.segmentation)
     tracking = {str(segment.TrackingUID) for segment in pydicom.dcmread(other.segmentation).SegmentSequence}
@@ -77,14 +77,14 @@ def test_another_mask_has_other_uids(results: DicomResults, tmp_path: Path) -> N
 def test_another_patient_has_other_uids(results: DicomResults, tmp_path: Path) -> None:
     scan = read_series(tmp_path, Series(), change=set_attributes(PatientName="Somebody^Else"))
     other = write_results(tmp_path / "out", scan)
-    for name in ("segmentation", "structured_report"):
+    for name in OBJECTS:
         for keyword in IDENTIFIERS:
             values = {pydicom.dcmread(getattr(case, name))[keyword].value for case in (results, other)}
             assert len(values) == 2
 
 
 def test_uids_are_valid(results: DicomResults) -> None:
-    for path in (results.segmentation, results.structured_report):
+    for path in results.paths:
         for uid in generated_uids(path):
             assert pydicom.uid.UID(uid).is_valid
             assert uid.startswith("2.25.")

@@ -7,7 +7,7 @@ import pydicom
 import pytest
 
 from app import errors
-from app.export.dicom import structured_report
+from app.export.dicom import identity, structured_report
 from app.export.dicom.source import COPIED
 from app.export.outputs import DICOM_NAMES
 from tests.export.conftest import DicomResults
@@ -29,9 +29,8 @@ def test_copied_attributes_are_listed(section: str) -> None:
 
 
 def test_private_codes_are_listed(section: str) -> None:
-    codes = {
-        v.value for v in vars(structured_report).values() if getattr(v, "scheme_designator", "") == "99COUNTERPART"
-    }
+    values = [*vars(structured_report).values(), *vars(identity).values()]
+    codes = {value.value for value in values if getattr(value, "scheme_designator", "") == "99COUNTERPART"}
     text = section.split("private scheme")[1].split("###", maxsplit=1)[0]
     assert set(re.findall(r"`([a-z-]+)`", text)) == codes
 
@@ -43,7 +42,7 @@ def test_reasons_for_absent_results_are_listed(section: str) -> None:
 
 def test_sop_classes_and_segment_codes_are_listed(section: str, results: DicomResults) -> None:
     rows = dict(re.findall(r"^\| `([a-z]+\.dcm)` \|.*\| ([0-9.]+) \|", section, re.MULTILINE))
-    made = [pydicom.dcmread(path) for path in (results.segmentation, results.structured_report)]
+    made = [pydicom.dcmread(path) for path in results.paths]
     assert rows == dict(zip(DICOM_NAMES, (dataset.SOPClassUID for dataset in made), strict=True))
     segment = made[0].SegmentSequence[0]
     for sequence in ("SegmentedPropertyCategory", "SegmentedPropertyType"):

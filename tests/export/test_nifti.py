@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from nibabel import affines, orientations
 
-from app.export.nifti import write_nifti
+from app.export.outputs import write_nifti
 from app.volume import Volume
 from tests.support.geometry import ANGLES, LAYOUTS, make_layout
 

@@ -10,6 +10,7 @@ import pytest
 
 from app.export.outputs import ALL_FORMATS, BRAIN_NAME, DICOM_NAMES, OPTIONAL_NAMES, OUTPUTS, REQUIRED_NAMES, media_type
 from app.export.report import Report
+from app.ingest.reader import RESULT_DICOM_NAMES
 from app.main import create_app
 from app.runtime.bundle import Bundle, load_bundle
 from app.settings import Settings
@@ -128,3 +129,8 @@ def test_api_serves_every_output(tmp_path: Path) -> None:
 def test_api_page_lists_every_output() -> None:
     listed = re.findall(r"^\| `([^`]+)` \|", API_PAGE.read_text(), re.MULTILINE)
     assert [output.name for output in OUTPUTS if output.name not in listed] == []
+
+
+def test_reader_knows_the_names_of_dicom_results() -> None:
+    """A folder with results is read again without them."""
+    assert set(RESULT_DICOM_NAMES) == set(DICOM_NAMES)

@@ -15,13 +15,13 @@ from app.export.preview import (
     WARNING_COLOUR,
     View,
     choose_planes,
+    draw_preview,
     outlines,
     sample_plane,
-    write_preview,
 )
 from app.export.report import ModelSelectionReport, Report, build_report, by_certainty
 from app.pipeline.findings import ScanResult, to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Affine, Scan, Source, Volume
 from tests.support.grids import tilted
@@ -39,7 +39,8 @@ def bundle(tiny_models: Path) -> Bundle:
 
 
 def analyse(bundle: Bundle, volume: Volume) -> tuple[ScanResult, Report]:
-    detection = run_method(volume, bundle.networks.in_batches(bundle.batch, lambda _: None), bundle.manifest, None)
+    networks = bundle.networks.in_batches(bundle.batch, lambda _: None)
+    detection = METHODS[bundle.manifest.method](volume, networks, bundle.manifest)
     result = to_scan_result(volume, detection, bundle.manifest)
     scan = Scan(volume, Source("nifti"))
     return result, build_report(scan, result, MODEL, bundle.manifest, None, {})
@@ -54,7 +55,7 @@ def analysed(request: pytest.FixtureRequest, bundle: Bundle) -> tuple[ScanResult
 
 
 def draw(path: Path, result: ScanResult, report: Report) -> np.ndarray:
-    write_preview(path, result, report)
+    draw_preview(result, report).save(path)
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"))
 
@@ -156,7 +157,7 @@ def test_a_scan_far_outside_the_calibration_is_warned_of_first(
         far = replace(result, detection=replace(result.detection, scores=scores))
         warnings = build_report(scan, far, model, bundle.manifest, None, {}).warnings
         assert len(warnings) == expected
-        assert ("unlike the healthy scans" in warnings[0]) == (expected == 2)
+        assert warnings[0].startswith("Not calibrated for this scanner") == (expected == 2)
     assert report.warnings == ()
 
 

@@ -18,6 +18,7 @@ from app.ingest.reader import read_scan
 from app.volume import Scan, Volume
 from tests.export.conftest import (
     BALLS,
+    OBJECTS,
     OBLIQUE,
     SHAPE,
     SPACING,
@@ -40,6 +41,7 @@ from tests.support.segmentation import Points, segment_points
 
 TURNS = {"straight": (0.0, 0.0, 0.0), "oblique": OBLIQUE}
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
+LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
 # A decimal string has 16 characters, enough for micrometres.
 EXACT_MM = 1e-4
 
@@ -308,7 +310,7 @@ def add_patient_data(slices: list[FileDataset]) -> None:
         dataset.add_new(0x00090010, "LO", SECRET)
 
 
-@pytest.mark.parametrize("name", ["segmentation", "structured_report"])
+@pytest.mark.parametrize("name", OBJECTS)
 def test_only_required_attributes_are_copied(tmp_path: Path, name: str) -> None:
     results = write_results(tmp_path / "out", read_series(tmp_path, Series(), change=add_patient_data))
     made = pydicom.dcmread(getattr(results, name))
@@ -318,7 +320,7 @@ def test_only_required_attributes_are_copied(tmp_path: Path, name: str) -> None:
     for keyword in (*PATIENT, *STUDY):
         assert made[keyword].value == source[keyword].value, keyword
     prefixes = ("Patient", "Other", "Study", "Clinical", "Ethnic")
-    assert {e.keyword for e in made if e.keyword.startswith(prefixes)} <= {*PATIENT, *STUDY}
+    assert {e.keyword for e in made if e.keyword.startswith(prefixes)} <= {*PATIENT, *STUDY, "PatientOrientation"}
     assert [e.ManufacturerModelName for e in made.ContributingEquipmentSequence] == ["highdicom"]
 
 
@@ -383,10 +385,10 @@ def test_unusual_header_is_accepted(tmp_path: Path, change: dict[str, object], e
     with silence_libraries():
         results = write_results(tmp_path / "out", read_series(tmp_path, Series(), change=set_attributes(**change)))
         check_position(results)
-        for path in (results.segmentation, results.structured_report):
+        for path in results.paths:
             made = pydicom.dcmread(path)
             for name, value in expected.items():
-                if path == results.segmentation or not name.startswith("Lossy"):
+                if path != results.structured_report or not name.startswith("Lossy"):
                     assert str(made[name].value or "") == value, name
 
 
@@ -412,7 +414,7 @@ def test_unsuitable_series_has_no_dicom_results(tmp_path: Path, change: Change, 
         # Implicit VR: the reader assigns the value representation of the standard to the invalid value.
         scan = read_series(tmp_path, Series(syntax=ImplicitVRLittleEndian), change=change)
         results = write_results(tmp_path / "out", scan)
-    assert set(results.absent) == {"segmentation.dcm", "report.dcm"}
+    assert set(results.absent) == {path.name for path in results.paths}
     for reason in results.absent.values():
         assert reason.code == "unsuitable_source"
         assert keyword in reason.found
@@ -432,11 +434,12 @@ def set_other_frame_of_reference(slices: list[FileDataset]) -> None:
     ],
 )
 @pytest.mark.parametrize("balls", [BALLS, ()], ids=["lesions", "none"])
-def test_series_without_one_frame_of_reference_has_only_a_report(
+def test_series_without_one_frame_of_reference_has_only_a_report_and_a_page(
     tmp_path: Path, change: Change, keyword: str, balls: Sequence[Ball]
 ) -> None:
     results = write_results(tmp_path / "out", read_series(tmp_path, Series(), change=change), balls)
-    assert set(results.absent) == {"segmentation.dcm"}
+    assert set(results.absent) == {"segmentation.dcm", "anomaly.dcm"}
+    assert keyword in results.absent["anomaly.dcm"].found
     assert results.absent["segmentation.dcm"].code == ("unsuitable_source" if balls else "no_lesion")
     made = pydicom.dcmread(results.structured_report)
     groups = [item for item in made.ContentSequence if "ContentSequence" in item]
@@ -493,10 +496,33 @@ def test_bytes_that_do_not_fit_the_character_set_are_copied_unchanged(tmp_path: 
         for path in save(tmp_path / "s", slices):
             path.write_bytes(path.read_bytes().replace(b"M#", b"M\xfc"))
         results = write_results(tmp_path / "out", read_scan(tmp_path / "s", scratch=tmp_path / "scratch"))
-    for path in (results.segmentation, results.structured_report):
+    for path in results.paths:
         content = path.read_bytes()
         assert b"PN\x0a\x00M\xfcller^Uwe" in content
         assert b"LO\x04\x00M\xfc1 " in content
         assert b"SH\x02\x00M\xfc" in content
         with silence_libraries():
             assert pydicom.dcmread(path).SpecificCharacterSet == charset
+
+
+# ---- label map ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plane", get_args(Plane))
+def test_label_map_has_the_labels_at_their_positions(tmp_path: Path, plane: Plane) -> None:
+    scan = read_series(tmp_path, Series(plane=plane), turned_grid(*OBLIQUE))
+    results = write_results(tmp_path / "out", scan, segmentation_type="labelmap")
+    made = pydicom.dcmread(results.segmentation)
+    assert (made.SOPClassUID, made.SegmentationType) == (LABEL_MAP_STORAGE, "LABELMAP")
+    pixels = made.pixel_array.reshape(made.NumberOfFrames, made.Rows, made.Columns)
+    orientation = np.array(made.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence[0].ImageOrientationPatient)
+    spacing = np.array(made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing, float)
+    found = np.zeros(scan.volume.shape, int)
+    to_voxels = np.linalg.inv(RAS_TO_LPS @ scan.volume.affine)
+    for group, frame in zip(made.PerFrameFunctionalGroupsSequence, pixels, strict=True):
+        origin = np.array(group.PlanePositionSequence[0].ImagePositionPatient, float)
+        rows, columns = np.nonzero(frame)
+        points = origin + np.outer(columns * spacing[1], orientation[:3]) + np.outer(rows * spacing[0], orientation[3:])
+        found[tuple(affines.apply_affine(to_voxels, points).round().astype(int).T)] = frame[rows, columns]
+    np.testing.assert_array_equal(found, results.result.labels)
+    assert made.SOPInstanceUID in str(pydicom.dcmread(results.structured_report))

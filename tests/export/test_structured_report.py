@@ -8,7 +8,7 @@ import pydicom
 import pytest
 from pydicom.dataset import Dataset
 
-from app.export.report import RESEARCH_USE_ONLY, ModelSelectionReport
+from app.export.report import RESEARCH_USE_ONLY
 from tests.export.conftest import DicomResults, read_series, write_results
 from tests.support.dicom import Series
 from tests.support.external_tools import require_tool
@@ -110,11 +110,23 @@ def test_report_contains_extent_thresholds_and_algorithm(name: str, request: pyt
     assert "research use only" in made.SeriesDescription
 
 
-def test_warning_of_the_model_selection_is_a_comment(results: DicomResults, tmp_path: Path) -> None:
-    selection = ModelSelectionReport(by="modality", certain=False, warning="The sequence is unknown.")
-    model = results.report.model.model_copy(update={"selection": selection})
-    made = pydicom.dcmread(write_results(tmp_path, results.scan, model=model).structured_report)
-    assert [i.TextValue for i in items(made, "Comment")][-1] == "The sequence is unknown."
+def test_warnings_are_comments_before_the_notes(results: DicomResults, tmp_path: Path) -> None:
+    warnings = ("The whole scan is unlike the healthy scans.", "The sequence is unknown.")
+    made = pydicom.dcmread(write_results(tmp_path, results.scan, warnings=warnings).structured_report)
+    comments = [item.TextValue for item in items(made, "Comment")]
+    assert comments == [
+        RESEARCH_USE_ONLY,
+        *(f"Warning: {warning}" for warning in warnings),
+        "Left out: 3 localizers.",
+    ]
+
+
+def test_warnings_keep_the_report_valid(results: DicomResults, tmp_path: Path) -> None:
+    """A warning is longer than 64 letters, the limit of a short text."""
+    long = "The whole scan is unlike the healthy scans that the model knows. " * 5
+    path = write_results(tmp_path, results.scan, warnings=(long.strip(), "Another.")).structured_report
+    assert not [line for line in require_tool("dciodvfy")("-new", path).splitlines() if line.startswith("Error")]
+    assert long.strip() in require_tool("dsrdump")("+Pl", path)
 
 
 def test_scan_without_lesion_has_a_report_and_no_segmentation(healthy: DicomResults, results: DicomResults) -> None:

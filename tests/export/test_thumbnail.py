@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app.export.nifti import to_smallest_type
+from app.export.outputs import to_smallest_type
 from app.export.preview import MASK_COLOUR
 from app.export.report import build_report
 from app.export.thumbnail import SIZE, choose_plane, choose_square, draw_thumbnail, write_thumbnail
 from app.ingest.reader import read_scan
 from app.pipeline.findings import ScanResult, to_scan_result
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Affine, Scan, Source, Volume
 from tests.support.dicom import Series, write_series
@@ -32,7 +32,8 @@ def bundle(tiny_models: Path) -> Bundle:
 
 
 def analyse(bundle: Bundle, volume: Volume) -> ScanResult:
-    detection = run_method(volume, bundle.networks.in_batches(bundle.batch, lambda _: None), bundle.manifest, None)
+    networks = bundle.networks.in_batches(bundle.batch, lambda _: None)
+    detection = METHODS[bundle.manifest.method](volume, networks, bundle.manifest)
     return to_scan_result(volume, detection, bundle.manifest)
 
 

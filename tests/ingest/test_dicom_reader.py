@@ -31,6 +31,8 @@ from app.errors import (
     UnsupportedPixels,
     WrongModality,
 )
+from app.ingest.dicom import reader
+from app.ingest.dicom.pixels import hash_values
 from app.ingest.reader import Limits
 from app.volume import Volume
 from tests.ingest.conftest import Read
@@ -90,6 +92,50 @@ def test_slices_with_one_instance_uid_are_not_duplicates(
     np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
     assert scan.source.notes[0] == "Left out: 1 duplicates of other files."
     assert scan.source.notes[1].startswith(f"{len(shared) - 1} images have the SOPInstanceUID of another image")
+
+
+@pytest.mark.parametrize("syntax", [uid.RLELossless, uid.ImplicitVRLittleEndian, uid.JPEG2000Lossless])
+def test_one_instance_in_two_transfer_syntaxes_is_a_duplicate(
+    tmp_path: Path, read_scan: Read, volume: Volume, syntax: str
+) -> None:
+    save(tmp_path / "s", make_datasets(volume))
+    save(tmp_path / "s" / "encoded", make_datasets(volume, Series(syntax=syntax)))
+    scan = read_scan(tmp_path / "s")
+    np.testing.assert_array_equal(scan.volume.array, reorient(volume, "axial")[0])
+    assert scan.source.notes == ("Left out: 14 duplicates of other files.",)
+
+
+@pytest.mark.parametrize("change", ["pixel", "rescale"])
+def test_one_instance_with_other_values_in_another_transfer_syntax_is_refused(
+    tmp_path: Path, read_scan: Read, volume: Volume, change: str
+) -> None:
+    save(tmp_path / "s", make_datasets(volume))
+    other = make_datasets(volume, Series(syntax=uid.ExplicitVRLittleEndian))[6]
+    if change == "pixel":
+        other.PixelData = other.PixelData[:-2] + b"\1\1"
+    else:
+        other.RescaleSlope, other.RescaleIntercept = "1", "1"
+    other.compress(uid.RLELossless, generate_instance_uid=False)
+    other.save_as(tmp_path / "s" / "other")
+    with pytest.raises(IrregularSlices, match="2 images"):
+        read_scan(tmp_path / "s")
+
+
+def test_only_files_that_may_be_duplicates_are_decoded_for_it(
+    tmp_path: Path, read_scan: Read, volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[Path] = []
+
+    def count(path: Path) -> bytes | None:
+        decoded.append(path)
+        return hash_values(path)
+
+    monkeypatch.setattr(reader, "hash_values", count)
+    paths = save(tmp_path / "s", make_datasets(volume))
+    shutil.copy(paths[2], tmp_path / "s" / "copy")
+    encoded = save(tmp_path / "s" / "encoded", make_datasets(volume, Series(syntax=uid.RLELossless))[5:7])
+    read_scan(tmp_path / "s")
+    assert sorted(decoded) == sorted([*paths[5:7], *encoded])
 
 
 def test_other_pixels_with_the_same_instance_uid_and_position_are_refused(

@@ -1,6 +1,7 @@
 """NIfTI files: number types, geometry, units and invalid headers."""
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,30 @@ def test_a_sform_that_differs_from_the_qform_is_used_and_noted(tmp_path: Path, r
     np.testing.assert_allclose(scan.volume.affine, volume.affine, atol=1e-5)
     (note,) = scan.source.notes
     assert "12.5 mm" in note
+
+
+def test_voxel_sizes_that_contradict_the_sform_are_noted(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    pixdim = np.array([1, 1, 1.5, 4, 1, 1, 1, 1], np.float32)
+    scan = read_scan(save(tmp_path / "scan", volume.array, volume.affine, pixdim=pixdim, qform_code=0))
+    np.testing.assert_allclose(scan.volume.affine, volume.affine, atol=1e-5)
+    (note,) = scan.source.notes
+    assert "voxels of 1 x 1.5 x 4 mm (pixdim)" in note
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_bytes_behind_the_voxels_are_warned_of(
+    tmp_path: Path, read_scan: Read, volume: Volume, pack: Callable[[bytes], bytes]
+) -> None:
+    half = np.array([3, 32, 34, 7, 1, 1, 1, 1], np.int16)
+    path = save(tmp_path / "scan", volume.array, volume.affine, dim=half)
+    path.write_bytes(pack(path.read_bytes()))
+    scan = read_scan(path)
+    np.testing.assert_array_equal(scan.volume.array, volume.array[:, :, :7])
+    (warning,) = scan.source.warnings
+    assert warning.startswith(f"More data follows the {352 + 32 * 34 * 7 * 4} bytes that the header")
+    path = save(tmp_path / "whole", volume.array, volume.affine)
+    path.write_bytes(pack(path.read_bytes()))
+    assert read_scan(path).source.warnings == ()
 
 
 @pytest.mark.parametrize(("unit", "scale"), [(1, 1000.0), (3, 0.001), (0, 1.0), (7, 1.0)])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 
-from app.ingest.dicom.sequence import SequenceInfo, classify_sequence
-from app.volume import Volume
+from app.dicom_attributes import silence_libraries
+from app.ingest.dicom.sequence import SequenceInfo, classify_sequence, read_scanner
+from app.volume import Scanner, Volume
 from tests.ingest.conftest import Read
 from tests.support.dicom import SECRET, Series, make_datasets, save, write_series
 from tests.support.enhanced import make_enhanced
@@ -184,3 +185,28 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_series_are_classified(archives: Path, read_scan: Read, name: str) -> None:
     assert read_scan(archives / name).source.sequences == REAL[name]
+
+
+# ---- scanner -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (("Siemens", " Prisma_fit ", "2.89362"), Scanner("SIEMENS", "PRISMA_FIT", 2.9)),
+        (("GE MEDICAL SYSTEMS", "Revolution CT", None), Scanner("GE MEDICAL SYSTEMS", "REVOLUTION CT", None)),
+        (("Philips", "Ingenia", "three"), Scanner("PHILIPS", "INGENIA", None)),
+        (("Philips", "", "3"), None),
+        (("", "Ingenia", "3"), None),
+    ],
+)
+def test_the_scanner_is_read_from_the_header(
+    values: tuple[str, str, str | None], expected: Scanner | None, volume: Volume, tmp_path: Path
+) -> None:
+    dataset = make_datasets(volume)[0]
+    dataset.Manufacturer, dataset.ManufacturerModelName = values[:2]
+    if values[2] is not None:
+        with silence_libraries():
+            dataset.add_new("MagneticFieldStrength", "LO", values[2])
+    (path,) = save(tmp_path, [dataset])
+    assert read_scanner(path) == expected

@@ -153,6 +153,15 @@ def test_two_orientations_in_one_series_are_listed(tmp_path: Path, read_scan: Re
     assert read_scan(tmp_path / "s", series=f"{UID}/2").volume.shape == reorient(volume, "axial")[0].shape
 
 
+def test_two_modalities_in_one_series_are_listed(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    slices = make_datasets(volume)
+    for dataset in slices[::2]:
+        dataset.Modality = "CT"
+    save(tmp_path / "s", slices)
+    with pytest.raises(SeveralSeries, match=r"7 MR slices.*7 CT slices|7 CT slices.*7 MR slices"):
+        read_scan(tmp_path / "s")
+
+
 def test_echo_times_that_jitter_are_one_stack(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
     slices = make_datasets(volume)
     for k, dataset in enumerate(slices):

@@ -8,8 +8,8 @@ from pathlib import Path
 from app.analysis import AnalysisRequest
 from app.jobs.engine import Engine
 from app.jobs.job import State
+from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
-from app.jobs.retention import StorageLimits
 from app.jobs.store import Store
 from app.jobs.workflow import JobService
 from tests.api.support import fake_scan

@@ -6,7 +6,7 @@ import pytest
 
 from app.jobs.bucket import BucketStore
 from app.jobs.database import connect
-from app.jobs.recovery import WorkerRegistry
+from app.jobs.maintenance import WorkerRegistry
 from tests.api.service_process import API_ONLY, WORKER_ONLY, run_service
 from tests.api.support import URL, fake_scan, wait_for_state
 from tests.jobs.support import JOB

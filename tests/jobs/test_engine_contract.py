@@ -108,7 +108,7 @@ def test_bundle_engine_does_not_read_the_scan_twice(
         reads.append("read")
         raise FileNotFoundError
 
-    monkeypatch.setattr("app.jobs.engine.read_scan", count)
+    monkeypatch.setattr("app.jobs.engine.read_requested_scan", count)
     engine.infer(archive, work, AnalysisRequest(), ignore_progress)
     inferred = (work / INFERENCE_FILE).rename(tmp_path / "inferred")
     engine.export(archive, inferred, work, AnalysisRequest(), ignore_progress)

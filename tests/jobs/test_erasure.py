@@ -20,8 +20,8 @@ DEAD_STORE = StoreUnavailable("Found.", expected="expected.", advice="Advice.")
 
 @pytest.fixture(autouse=True)
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.jobs.recovery.HEARTBEAT_SECONDS", 0.1)
-    monkeypatch.setattr("app.jobs.recovery.ERASURE_SECONDS", 0.2)
+    monkeypatch.setattr("app.jobs.maintenance.HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr("app.jobs.maintenance.ERASURE_SECONDS", 0.2)
 
 
 def raise_error(error: Exception):  # type: ignore[no-untyped-def]

@@ -25,8 +25,8 @@ from app.errors import (
 )
 from app.jobs import workflow
 from app.jobs.faults import find_service_fault
+from app.jobs.maintenance import MAX_FAULTS, WorkerRegistry
 from app.jobs.metrics import Metrics
-from app.jobs.recovery import MAX_FAULTS, WorkerRegistry
 from app.jobs.store import Store
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.workflow import JobService
@@ -44,9 +44,9 @@ DEAD_BUCKET = StoreUnavailable("Found.", expected="expected.", advice="Advice.")
 def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.jobs.worker.PAUSE_SECONDS", 0.02)
     monkeypatch.setattr("app.jobs.worker.MAX_PAUSE_SECONDS", 0.1)
-    monkeypatch.setattr("app.jobs.recovery.FAULT_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr("app.jobs.recovery.MAX_FAULT_DELAY_SECONDS", 0.1)
-    monkeypatch.setattr("app.jobs.recovery.HEARTBEAT_SECONDS", 0.2)
+    monkeypatch.setattr("app.jobs.maintenance.FAULT_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("app.jobs.maintenance.MAX_FAULT_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr("app.jobs.maintenance.HEARTBEAT_SECONDS", 0.2)
     monkeypatch.setattr("app.jobs.workflow.STUCK_SECONDS", 0.5)
 
 

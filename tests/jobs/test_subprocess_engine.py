@@ -12,9 +12,8 @@ import pytest
 from app.analysis import AnalysisRequest
 from app.errors import NotReady, OutOfDistribution, OutOfMemory, TookTooLong, UnexpectedError, error_location
 from app.export.outputs import REQUIRED_NAMES
-from app.jobs.child import NICENESS, free_memory
 from app.jobs.engine import INFERENCE_FILE, ChildProcessDied
-from app.jobs.subprocess_engine import SubprocessEngine
+from app.jobs.subprocess_engine import NICENESS, SubprocessEngine, free_memory
 from app.jobs.worker import Interrupted
 from tests.api.support import FakeEngine, fake_scan
 from tests.jobs.support import problem_of, running_service, submit, wait_for_state

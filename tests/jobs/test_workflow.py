@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from dbos import DBOS
 
 from app.jobs.job import JobFilter
-from app.jobs.recovery import MAX_CRASHES
+from app.jobs.maintenance import MAX_CRASHES
 from app.jobs.store import STALE_SECONDS, Store
 from app.jobs.worker import Interrupted
 from tests.api.support import FakeEngine

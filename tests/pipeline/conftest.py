@@ -5,8 +5,7 @@ from hypothesis import settings
 
 from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect
-from app.pipeline.diffusion import Schedule
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks, Schedule
 from app.volume import Volume
 from tests.support.bundle import tiny_manifest
 from tests.support.oracle import gaussian_networks

@@ -1,26 +1,26 @@
 """Diffusion steps against closed forms, which exist for a Gaussian prior."""
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
-from scipy import ndimage, stats
+from scipy import stats
 
+from app.errors import Cancelled, OutOfMemory
 from app.manifest import NoiseSchedule
 from app.pipeline.diffusion import (
     CLEAN,
     Diffusion,
     KeyedNoise,
+    Networks,
     Purpose,
     Schedule,
     inpaint,
     kl_map,
     latent_foreground,
-    latent_mask,
-    smooth_kl,
 )
 from tests.support.oracle import GaussianDenoiser
 
@@ -38,11 +38,6 @@ Z0 = np.random.default_rng(2).normal(MEAN, SD, (2, *LATENT)).astype(np.float32)
 
 def column(*values: float) -> np.ndarray:
     return np.array(values, dtype=np.float32).reshape(-1, 1, 1, 1)
-
-
-def draw(*rows: str) -> np.ndarray:
-    """Return a mask of one slice, (1, h, w). '#' is True."""
-    return np.array([[c == "#" for c in row] for row in rows])[None]
 
 
 # ---- noise schedule ----------------------------------------------------------------------------
@@ -263,31 +258,7 @@ def test_kl_of_a_slice_does_not_depend_on_other_slices() -> None:
     np.testing.assert_array_equal(together[1:], kl_map(Z0[1:], SLICES[1:], DIFFUSION, LEVELS))
 
 
-def test_smoothing_is_gaussian() -> None:
-    point, everywhere = np.zeros((9, 10, 8), dtype=np.float32), np.ones((9, 10, 8), dtype=bool)
-    point[4, 5, 4] = 1
-    spread = smooth_kl(point, everywhere, (1.0, 0, 0))
-    assert spread[4, 5, 4] == pytest.approx(0.399, abs=0.002)  # normal density at 0
-    assert spread[5, 5, 4] == pytest.approx(0.242, abs=0.002)  # and at one standard deviation
-    assert spread[4, 4, 4] == 0
-    assert smooth_kl(point, everywhere, (0, 0, 0)) is point
-
-
-def test_smoothing_ignores_the_background() -> None:
-    kl = np.full((5, 8, 6), 3.0, dtype=np.float32)
-    inside = np.zeros(kl.shape, dtype=bool)
-    inside[1:4, 2:7, 1:5] = True
-    kl[~inside] = 1000.0
-    got = smooth_kl(kl, inside, (1.0, 0.7, 0.7))
-    np.testing.assert_allclose(got[inside], 3.0, rtol=1e-5)
-    np.testing.assert_array_equal(got[~inside], 1000.0)
-    kl[2, 4, 3] = 30.0
-    got = smooth_kl(kl, inside, (1.0, 0.7, 0.7))
-    assert 3.5 < got[2, 4, 3] < 15
-    assert got[1, 4, 3] > got[1, 2, 1] >= 3.0 - 1e-5  # it reaches the neighbouring slice
-
-
-# ---- latent mask -------------------------------------------------------------------------------
+# ---- latent foreground -------------------------------------------------------------------------
 
 
 def test_latent_is_foreground_if_half_of_its_pixels_are() -> None:
@@ -296,64 +267,6 @@ def test_latent_is_foreground_if_half_of_its_pixels_are() -> None:
     pixels[0, 0, 4:8] = True  # 7 of 16, with the next line
     pixels[0, 1, 4:7] = True
     assert latent_foreground(pixels, 4).tolist() == [[[True, False]]]
-
-
-def test_mask_is_strictly_above_the_threshold_and_inside_the_foreground() -> None:
-    kl = np.array([[[1.0, 2.0, 3.0], [3.0, 3.0, 0.0]]], dtype=np.float32)
-    inside = np.array([[[True, True, True], [False, True, True]]])
-    mask = latent_mask(kl, inside, threshold=2.0, min_component=1, grow=0)
-    assert mask.tolist() == [[[False, False, True], [False, True, False]]]
-
-
-def test_small_components_are_dropped_with_8_connectivity() -> None:
-    kl = draw(
-        "#....#",
-        ".#....",
-        "..#..#",
-        "......",
-        "##..#.",
-    ).astype(np.float32)
-    mask = latent_mask(kl, np.ones(kl.shape, dtype=bool), 0.5, min_component=3, grow=0)
-    expected = draw(
-        "#.....",
-        ".#....",
-        "..#...",
-        "......",
-        "......",
-    )
-    np.testing.assert_array_equal(mask, expected)
-
-
-def test_components_do_not_span_slices() -> None:
-    kl = np.zeros((2, 3, 3), dtype=np.float32)
-    kl[:, 1, 1] = 1
-    mask = latent_mask(kl, np.ones(kl.shape, dtype=bool), 0.5, min_component=2, grow=1)
-    assert not mask.any()
-
-
-def test_dilation_stays_in_the_foreground() -> None:
-    kl = draw(".....", ".....", "..#..", ".....", ".....").astype(np.float32)
-    inside = np.ones(kl.shape, dtype=bool)
-    inside[0, :, 3:] = False
-    one = latent_mask(kl, inside, 0.5, min_component=1, grow=1)
-    np.testing.assert_array_equal(one, draw(".....", ".##..", ".##..", ".##..", "....."))
-    two = latent_mask(kl, inside, 0.5, min_component=1, grow=2)
-    np.testing.assert_array_equal(two, draw(*["###.."] * 5))
-
-
-@given(hnp.arrays(np.float32, (2, 6, 5), elements=st.floats(0, 1, width=32)), st.integers(1, 5), st.integers(0, 2))
-def test_mask_properties(kl: np.ndarray, min_component: int, grow: int) -> None:
-    inside = np.zeros(kl.shape, dtype=bool)
-    inside[:, 1:, :4] = True
-    before = kl.copy()
-    mask = latent_mask(kl, inside, 0.6, min_component, grow)
-    np.testing.assert_array_equal(kl, before)
-    assert not mask[~inside].any()
-    higher = latent_mask(kl, inside, 0.8, min_component, grow)
-    assert not (higher & ~mask).any()
-    for one in mask:
-        labels, count = ndimage.label(one, structure=np.ones((3, 3)))
-        assert all((labels == i).sum() >= min_component for i in range(1, count + 1))
 
 
 # ---- inpainting --------------------------------------------------------------------------------
@@ -416,3 +329,71 @@ def test_latents_inside_the_mask_follow_those_outside() -> None:
 
 def test_inpainting_of_a_slice_does_not_depend_on_other_slices() -> None:
     np.testing.assert_array_equal(inpainted(Z0, MASK)[1:], inpainted(Z0[1:], MASK[1:], SLICES[1:]))
+
+
+# ---- networks in batches -----------------------------------------------------------------------
+
+
+Z = np.arange(7 * 3 * 2 * 2, dtype=np.float32).reshape(7, 3, 2, 2)
+
+
+def recording(sizes: list[int]) -> Networks:
+    """Return networks that record the sizes of their batches."""
+
+    def network(*arrays: Any) -> Any:
+        assert len({len(a) for a in arrays}) == 1
+        sizes.append(len(arrays[0]))
+        return np.asarray(sum(a.reshape(len(a), -1).sum(axis=1) for a in arrays), dtype=np.float32)
+
+    either: Any = network
+    return Networks(either, either, either)
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [1] * 7), (3, [3, 3, 1]), (7, [7]), (100, [7])])
+def test_batches_cover_every_slice_once(size: int, expected: list[int]) -> None:
+    sizes: list[int] = []
+    reported: list[int] = []
+    networks = recording(sizes).in_batches(size, reported.append)
+    t = np.full(7, 500)
+    np.testing.assert_array_equal(networks.denoise(Z, t), Z.reshape(7, -1).sum(axis=1) + 500)
+    assert sizes == reported == expected
+
+
+def test_all_three_networks_run_in_batches() -> None:
+    sizes: list[int] = []
+    reported: list[int] = []
+    networks = recording(sizes).in_batches(4, reported.append)
+    networks.encode(Z)
+    networks.denoise(Z, np.full(7, 1))
+    networks.decode(Z)
+    assert sizes == reported == [4, 3] * 3
+
+
+def test_callback_that_raises_stops_before_the_next_batch() -> None:
+    sizes: list[int] = []
+
+    def cancel(_: int) -> None:
+        raise Cancelled("Cancelled.", expected="-", advice="-")
+
+    with pytest.raises(Cancelled):
+        recording(sizes).in_batches(2, cancel).encode(Z)
+    assert sizes == [2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OutOfMemory("-", expected="-", advice="-")])
+def test_batch_is_halved_once_if_memory_runs_out(error: Exception) -> None:
+    sizes: list[int] = []
+    plain = recording(sizes)
+
+    def limited(*arrays: Any) -> Any:
+        if len(arrays[0]) > 2:
+            raise error
+        return plain.encode(*arrays)
+
+    either: Any = limited
+    networks = Networks(either, either, either).in_batches(5, lambda _: None)
+    np.testing.assert_array_equal(networks.encode(Z), plain.encode(Z))
+    networks.decode(Z)
+    assert sizes == [2, 2, 2, 1, 7, 2, 2, 2, 1]
+    with pytest.raises(OutOfMemory, match="3 slices"):
+        Networks(either, either, either).in_batches(6, lambda _: None).denoise(Z, np.full(7, 1))

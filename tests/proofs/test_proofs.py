@@ -1,10 +1,13 @@
 """Short forms of the proofs. docs/operations.md has the long forms."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.proofs import cluster, contract, hostile, kill, operations, soak, streams
+from tests.proofs import cluster, contract, hostile, identity, kill, operations, soak, streams
+from tests.support.pacs import NOT_INSTALLED
 from tests.support.servers import find_postgres
 
 pytestmark = pytest.mark.proof
@@ -18,6 +21,11 @@ def test_every_scan_survives_kill_9(tmp_path: Path) -> None:
 @needs_postgres
 def test_every_scan_survives_kill_9_on_postgresql(tmp_path: Path) -> None:
     assert kill.prove(tmp_path, kills=2, seed=2, database="postgresql")
+
+
+@pytest.mark.skipif(bool(identity.missing_programs()), reason=f"not installed: {identity.missing_programs()}")
+def test_oidc_provider_browser_and_mutual_tls(tmp_path: Path) -> None:
+    assert identity.prove(tmp_path)
 
 
 @needs_postgres
@@ -39,6 +47,14 @@ def test_mixed_traffic_leaves_memory_and_files_flat(tmp_path: Path) -> None:
 
 def test_event_streams_do_not_slow_status_calls_down(tmp_path: Path) -> None:
     assert streams.prove(tmp_path)
+
+
+def test_no_series_and_no_object_is_lost_between_scanner_and_pacs() -> None:
+    command = [sys.executable, "-m", "tests.proofs.node", "--kills", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == NOT_INSTALLED or "unshare failed" in done.stderr:
+        pytest.skip((done.stdout + done.stderr).strip())
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=needs_postgres)])

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from app.errors import OutOfMemory, ProviderUnavailable
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime import bundle as bundle_module
 from app.runtime.bundle import load_bundle
 from app.runtime.fixed_batch import FixedBatch

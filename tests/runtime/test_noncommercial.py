@@ -8,8 +8,7 @@ from fastapi.testclient import TestClient
 from app.analysis import AnalysisRequest
 from app.api.problems import STATUS_OF_CODE
 from app.errors import NonCommercialModel, UnknownModel, WrongSequence
-from app.export.nifti import write_nifti
-from app.export.outputs import REQUIRED_NAMES
+from app.export.outputs import REQUIRED_NAMES, write_nifti
 from app.jobs.engine import INFERENCE_FILE, BundleEngine
 from app.main import create_app
 from app.manifest import Manifest

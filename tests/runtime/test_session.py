@@ -22,7 +22,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from app.errors import OutOfMemory
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime.session import as_callable, open_session
 
 run = as_callable(open_session(Path(sys.argv[1]), "cpu", 1))

@@ -15,6 +15,7 @@ PACKAGES = {
     "dcentvfy": "dicom3tools",
     "dsrdump": "dcmtk",
     "dcm2xml": "dcmtk",
+    "dcm2pnm": "dcmtk",
     "dcmdump": "dcmtk",
     "segimage2itkimage": "dcmqi",
     "tid1500reader": "dcmqi",

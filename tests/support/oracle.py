@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from app.pipeline.diffusion import Schedule
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks, Schedule
 from app.volume import FloatArray, IntArray
 
 # The encoder averages the pixels of a cell above this level, so that a cell on the edge of the head counts as tissue.

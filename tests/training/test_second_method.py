@@ -10,8 +10,8 @@ pytest.importorskip("torch")
 
 from app.manifest import DEFAULT_METHOD, Manifest
 from app.pipeline.detect import Detection
+from app.pipeline.diffusion import Networks
 from app.pipeline.methods import METHODS
-from app.pipeline.networks import Networks
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from tests.support.phantom import brain

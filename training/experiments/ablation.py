@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from app.manifest import KlMap, Manifest, View
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.volume import FloatArray
 from training.calibrate import kl_threshold, residual_settings, round_significant, separate_slices
 from training.config import Config

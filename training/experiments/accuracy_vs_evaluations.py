@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from app.manifest import Manifest
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.volume import FloatArray, IntArray
 from training.experiments import results_cache
 from training.experiments.ablation import KlCalibration

@@ -18,7 +18,7 @@ from monai.networks.nets.varautoencoder import VarAutoEncoder
 from torch import nn
 from torch.nn import functional as F
 
-from app.pipeline import residual
+from app.pipeline.scores import local_contrast
 from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, HealthySlices, UInt16Array, cached_slices, data_hash, load_split
@@ -186,7 +186,7 @@ def difference_maps(x: FloatArray, reference: FloatArray) -> dict[str, FloatArra
     difference = np.asarray(np.abs(x - reference), dtype=np.float32)
     return {
         DIFFERENCE: difference,
-        OVER_CONTRAST: difference / (CONTRAST_FLOOR + residual.local_contrast(reference)),
+        OVER_CONTRAST: difference / (CONTRAST_FLOOR + local_contrast(reference)),
     }
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.manifest import Manifest
-from app.pipeline import residual
 from app.pipeline.preprocess import Slices, analysed_slices, to_slices
+from app.pipeline.scores import erode_foreground
 from app.volume import BoolArray, FloatArray, Volume
 from training.config import Config, data_root
 from training.data import Split, load_scan, load_split, load_volume
@@ -91,7 +91,7 @@ def make_case(
     if healthy is not None:
         known = known[healthy(slices)[known]]
     placed = slices.grid.sample_volume(truth.astype(np.float32))[known] > 0.5
-    evaluated = residual.erode_foreground(slices.foreground[known], manifest.residual.erosion)
+    evaluated = erode_foreground(slices.foreground[known], manifest.residual.erosion)
     return Case(subject, kind, volume, slices, known, placed, evaluated)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.runtime.bundle import Bundle, load_bundle
 from training.config import ROOT, SPLITS_FOLDER, Config
 from training.data import data_hash, load_split

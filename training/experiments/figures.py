@@ -12,9 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from app.manifest import Manifest
+from app.pipeline.diffusion import Networks
 from app.pipeline.findings import label_findings
-from app.pipeline.methods import run_method
-from app.pipeline.networks import Networks
+from app.pipeline.methods import METHODS
 from app.volume import BoolArray, FloatArray
 from training.config import ROOT, Config
 from training.experiments.cases import Case, synthetic
@@ -53,7 +53,7 @@ def make_examples(config: Config, models: Networks, manifest: Manifest) -> list[
 
 
 def _make_example(case: Case, models: Networks, manifest: Manifest) -> Example:
-    found = run_method(case.volume, models, without_ood_check(manifest))
+    found = METHODS[manifest.method](case.volume, models, without_ood_check(manifest))
     index = int(case.truth.sum(axis=(1, 2)).argmax())
     labels, _ = label_findings(found.anomaly[case.slice_indices], manifest.residual, manifest.preprocessing.voxel_ml)
     at = case.slice_indices[index]

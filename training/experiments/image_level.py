@@ -12,13 +12,19 @@ from tqdm import tqdm
 
 from app.errors import CounterpartError
 from app.manifest import Manifest
-from app.pipeline import diffusion, residual
+from app.pipeline import diffusion
 from app.pipeline.detect import compare_view
-from app.pipeline.diffusion import KeyedNoise, Schedule, encode_view
-from app.pipeline.networks import Networks
-from app.pipeline.ood import slice_scores
+from app.pipeline.diffusion import KeyedNoise, Networks, Schedule, encode_view
 from app.pipeline.preprocess import analysed_slices, to_slices
-from app.pipeline.residual import augment, average_views
+from app.pipeline.scores import (
+    augment,
+    average_views,
+    erode_foreground,
+    median_filter,
+    slice_scores,
+    smooth_kl,
+    upsample,
+)
 from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import load_scan, load_split
@@ -134,17 +140,17 @@ def counterpart_scores(models: Networks, manifest: Manifest) -> ImageScores:
             encoded_view = encode_view(augment(x, view), augment(foreground, view), indices, models, process)
             kl = diffusion.kl_map(encoded_view.z0, indices, process, manifest.kl.timesteps, manifest.kl.mean)
             # Pictures are no neighbours: smooth within each.
-            smooth = diffusion.smooth_kl(kl, encoded_view.foreground_latents, (0.0, *manifest.kl_sigma[1:]))
+            smooth = smooth_kl(kl, encoded_view.foreground_latents, (0.0, *manifest.kl_sigma[1:]))
             residuals.append(compare_view(encoded_view, smooth, models, manifest).residual)
-            kls.append(residual.upsample(kl, shape))
+            kls.append(upsample(kl, shape))
             if not index:
                 found[REPORTED] = slice_scores(smooth, encoded_view.foreground_latents)
                 for t in LEVELS:
                     level = diffusion.kl_map(encoded_view.z0, indices, process, (t,))
-                    found |= summarise(f"KL at t = {t}", residual.upsample(level, shape), foreground)
+                    found |= summarise(f"KL at t = {t}", upsample(level, shape), foreground)
         found |= summarise("KL", average_views(kls, manifest.views), foreground)
-        filtered = residual.median_filter(average_views(residuals, manifest.views), manifest.residual.median_pixels)
-        return found | summarise("residual", filtered, residual.erode_foreground(foreground, manifest.residual.erosion))
+        filtered = median_filter(average_views(residuals, manifest.views), manifest.residual.median_pixels)
+        return found | summarise("residual", filtered, erode_foreground(foreground, manifest.residual.erosion))
 
     return scores
 
@@ -174,7 +180,7 @@ def likelihood_scores(resampler: CodeResampler) -> ImageScores:
 
     def scores(x: FloatArray, foreground: BoolArray) -> dict[str, FloatArray]:
         negative = -resampler.log_likelihood(resampler.encode(torch.from_numpy(x))).numpy()
-        return summarise("-log p", residual.upsample(negative, (x.shape[2], x.shape[3])), foreground)
+        return summarise("-log p", upsample(negative, (x.shape[2], x.shape[3])), foreground)
 
     return scores
 

@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline.methods import run_method
+from app.pipeline.methods import METHODS
 from app.volume import Volume
 from training.config import Config
 from training.data import Split, load_scan, load_split
@@ -81,7 +81,7 @@ def measure(experiment: Experiment, subjects: tuple[str, ...], inserters: dict[s
         contrast = sign * GRADES["grade 3"]
         made = inserters[shape](load_scan(experiment.config, subject).volume, contrast, i)
         try:
-            run_method(made.volume, experiment.networks, manifest)
+            METHODS[manifest.method](made.volume, experiment.networks, manifest)
             outcome = "analysed"
         except CounterpartError as error:
             outcome = error.code

@@ -11,12 +11,21 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from app.manifest import Manifest, View
-from app.pipeline import diffusion, residual
+from app.pipeline import diffusion
 from app.pipeline.detect import compare_view
-from app.pipeline.diffusion import EncodedView, KeyedNoise, Schedule, encode_view, smoothed_kl_map
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import EncodedView, KeyedNoise, Networks, Schedule, encode_view
 from app.pipeline.preprocess import to_slices
-from app.pipeline.residual import augment, average_views, postprocess_residual
+from app.pipeline.scores import (
+    IN_PLANE,
+    augment,
+    average_views,
+    erode_foreground,
+    local_contrast,
+    masked_residual,
+    postprocess_residual,
+    smoothed_kl_map,
+    upsample,
+)
 from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import load_scan
@@ -51,8 +60,8 @@ def lesion_latents(truth: BoolArray, shape: tuple[int, ...]) -> BoolArray:
 
 def edge_pixels(truth: BoolArray) -> BoolArray:
     """Return the pixels on either side of a lesion's in-plane edge, (M, H, W)."""
-    grown = ndimage.binary_dilation(truth, structure=diffusion.IN_PLANE)
-    return np.asarray(grown & ~residual.erode_foreground(truth, 1), dtype=np.bool_)
+    grown = ndimage.binary_dilation(truth, structure=IN_PLANE)
+    return np.asarray(grown & ~erode_foreground(truth, 1), dtype=np.bool_)
 
 
 def load_healthy_slices(config: Config, case: Case, manifest: Manifest) -> FloatArray:
@@ -85,7 +94,7 @@ def compute_maps(case: Case, healthy: FloatArray, models: Networks, manifest: Ma
         )
         for step, values in _view_residuals(encoded_view, case, healthy, view, models, manifest).items():
             residuals[step].append(values)
-    inner = residual.erode_foreground(case.foreground, manifest.residual.erosion)
+    inner = erode_foreground(case.foreground, manifest.residual.erosion)
     spacing = manifest.preprocessing.spacing_mm
     maps = {
         step: postprocess_residual(average_views(each, manifest.views), case.x, inner, manifest.residual, spacing)
@@ -111,9 +120,9 @@ def _view_residuals(
         return compare_view(encoded_view, np.asarray(kl, dtype=np.float32), models, manifest).residual
 
     def with_true_counterpart(mask: BoolArray) -> FloatArray:
-        difference = residual.masked_residual(encoded_view.x[:, 0], counterpart, mask)
+        difference = masked_residual(encoded_view.x[:, 0], counterpart, mask)
         floor = manifest.residual.contrast_floor
-        return difference / (np.float32(floor) + residual.local_contrast(counterpart)) if floor else difference
+        return difference / (np.float32(floor) + local_contrast(counterpart)) if floor else difference
 
     return {
         SHIPPED: with_kl(kl),
@@ -122,7 +131,7 @@ def _view_residuals(
         TRUE_MASK: with_kl(np.where(lesion, high, 0)),
         TRUE_COUNTERPART: with_true_counterpart(lesion),
         NO_MASK: with_true_counterpart(np.ones_like(lesion)),
-        MASK_ONLY: residual.upsample(lesion, encoded_view.x.shape[2:]),
+        MASK_ONLY: upsample(lesion, encoded_view.x.shape[2:]),
     }
 
 

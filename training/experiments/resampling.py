@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 
-from app.pipeline import residual
+from app.pipeline.scores import upsample
 from app.volume import FloatArray
 from training.config import Config
 from training.experiments import transformer
@@ -96,7 +96,7 @@ class CodeResampler:
             shown = x.flip(-1) if flip else x
             codes = self.encode(shown)
             chosen = self.log_likelihood(codes) < self.threshold
-            mask = residual.upsample(chosen.numpy(), (x.shape[2], x.shape[3]))
+            mask = upsample(chosen.numpy(), (x.shape[2], x.shape[3]))
             for draw in range(draws):
                 resampled = self.resample(codes, chosen, draw)
                 for kind, difference in difference_maps(shown[:, 0].numpy(), resampled[:, 0].numpy()).items():

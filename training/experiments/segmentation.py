@@ -10,10 +10,10 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from app.manifest import Manifest
-from app.pipeline import residual
+from app.pipeline.diffusion import Networks
 from app.pipeline.findings import dice, label_findings
-from app.pipeline.methods import run_method
-from app.pipeline.networks import Networks
+from app.pipeline.methods import METHODS
+from app.pipeline.scores import median_filter
 from app.volume import FloatArray
 from training.experiments.cases import Case
 from training.experiments.manifests import without_ood_check
@@ -39,7 +39,7 @@ NO_FILTER = "as it is"
 FILTERS: dict[str, Callable[[FloatArray], FloatArray]] = {
     NO_FILTER: lambda values: values,
     **{f"Gaussian of {p:g}": partial(gaussian, pixels=p) for p in (1.0, 2.0)},
-    **{f"median of {p}": partial(residual.median_filter, pixels=p) for p in (3, 5)},
+    **{f"median of {p}": partial(median_filter, pixels=p) for p in (3, 5)},
 }
 
 
@@ -73,7 +73,7 @@ def counterpart_map(models: Networks, manifest: Manifest) -> AnomalyMap:
     accepting = without_ood_check(manifest)
 
     def compute(case: Case) -> FloatArray:
-        return run_method(case.volume, models, accepting).anomaly[case.slice_indices]
+        return METHODS[accepting.method](case.volume, models, accepting).anomaly[case.slice_indices]
 
     return compute
 

@@ -187,3 +187,6 @@ def shared_arguments(source: SourceSeries, report: Report) -> dict[str, Any]:
 def private_code(value: str, meaning: str) -> CodedConcept:
     """Return a concept of the private coding scheme."""
     return CodedConcept(value, CODING_SCHEME, meaning)
+
+
+ANOMALY_SCORE = private_code("anomaly-score", "Anomaly score")

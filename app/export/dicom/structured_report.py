@@ -29,6 +29,7 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 
 from app.export.dicom.identity import (
+    ANOMALY_SCORE,
     CATEGORY,
     CODING_SCHEME,
     CODING_SCHEME_NAME,
@@ -56,7 +57,6 @@ ONE = CodedConcept.from_code(codes.UCUM.NoUnits)
 # PS3.16 TID 1500, row 12.
 QUALITATIVE_EVALUATIONS = CodedConcept("C0034375", "UMLS", "Qualitative Evaluations")
 
-ANOMALY_SCORE = private_code("anomaly-score", "Anomaly score")
 ANOMALY_THRESHOLD = private_code("anomaly-threshold", "Anomaly score that a lesion rises above")
 EXTENT_THRESHOLD = private_code("anomaly-extent-threshold", "Anomaly score that each voxel of a lesion is above")
 ANALYSED_VOLUME = private_code("analysed-volume", "Volume that was analysed")
@@ -189,7 +189,7 @@ def _qualitative_evaluations(report: Report) -> ContainerContentItem:
 
 
 def _comments(report: Report) -> Iterator[TextContentItem]:
-    """Yield the notice, the notes of the reader and the warning of the model selection."""
-    warning = report.model.selection.warning if report.model.selection else None
-    for text in (report.notice, *report.input.notes, *([warning] if warning else [])):
+    """Yield the notice, the warnings about the whole result and the notes of the reader."""
+    warnings = (f"Warning: {warning}" for warning in report.warnings)
+    for text in (report.notice, *warnings, *report.input.notes):
         yield TextContentItem(codes.DCM.Comment, text, RelationshipTypeValues.CONTAINS)

@@ -1,6 +1,7 @@
 """Read from DICOM files the header attributes that select and order their frames."""
 
 import hashlib
+import math
 import secrets
 import zlib
 from collections.abc import Iterable
@@ -37,6 +38,7 @@ _KEYWORDS = (
     "ImageOrientationPatient",
     "PixelSpacing",
     "SliceThickness",
+    "AcquisitionNumber",
     "ComplexImageComponent",
     "EchoTime",
     "DiffusionBValue",
@@ -186,7 +188,7 @@ def _read_header(path: Path, max_inflated_bytes: int, limits: Limits) -> tuple[H
     """Return the header of a file, or None if it is damaged, and its inflated bytes if it is deflated."""
     inflated = 0
     try:
-        inflated = _check_deflated(path, max_inflated_bytes, limits)
+        inflated = check_deflated(path, max_inflated_bytes, limits)
         with path.open("rb") as file:
             pixel_data = _PixelDataDetector()
             dataset = read_partial(file, stop_when=pixel_data.is_reached, force=True, specific_tags=_TAGS)
@@ -243,7 +245,7 @@ def _series_uid(path: Path) -> str:
         return ""
 
 
-def _check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
+def check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
     """Check the size of a deflated data set before pydicom inflates it in one piece.
 
     Returns
@@ -350,7 +352,14 @@ def _locate_frame(dataset: pydicom.Dataset, frame: int, invalid: dict[str, None]
     if (len(position), len(orientation), len(spacing)) != (3, 6, 2):
         return None
     thickness = next(iter(optional_numbers(measures, "SliceThickness")), 0.0) or None
-    return Plane(position, orientation, spacing, thickness, _acquisition_key(dataset, frame))
+    key, number = _acquisition_key(dataset, frame), _acquisition_number(dataset, frame)
+    return Plane(position, orientation, spacing, thickness, key, number)
+
+
+def _acquisition_number(dataset: pydicom.Dataset, frame: int) -> int | None:
+    content = functional_group(dataset, frame, "FrameContentSequence")
+    stated = optional_numbers(content, "FrameAcquisitionNumber") or optional_numbers(dataset, "AcquisitionNumber")
+    return int(stated[0]) if stated and math.isfinite(stated[0]) else None
 
 
 def _acquisition_key(dataset: pydicom.Dataset, frame: int) -> AcquisitionKey:

@@ -92,6 +92,8 @@ class Plane:
         Slice thickness in mm, if it is stated.
     key : AcquisitionKey
         Attributes that distinguish the frame from others at its position.
+    acquisition : int or None
+        AcquisitionNumber, if it is stated.
     """
 
     position: tuple[float, ...]
@@ -99,6 +101,7 @@ class Plane:
     spacing: tuple[float, ...]
     thickness: float | None
     key: AcquisitionKey = AcquisitionKey()
+    acquisition: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ Importing this module also chooses pydicom's decoders: it adds one for 12-bit JP
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,19 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
         _refuse_other_than_hounsfield(stack, unscaled)
     notes = _notes(padded=padded, inverted=inverted, unscaled=bool(unscaled), assumed=assumed)
     return stack.transpose(2, 1, 0), tuple(notes)
+
+
+def hash_values(path: Path) -> bytes | None:
+    """Return a hash of the values of a file, which no lossless encoding changes. Return None for damaged pixels."""
+    digest = hashlib.sha256()
+    try:
+        dataset, stored = _decode_file(path, 1, 1)
+        for index, frame in enumerate(stored):
+            values, _ = _to_values(dataset, frame, index)
+            digest.update(values.tobytes())
+    except Exception:  # noqa: BLE001 - as in `read_frames`
+        return None
+    return digest.digest()
 
 
 def _decode_file(path: Path, number: int, count: int) -> tuple[pydicom.Dataset, StoredPixels]:

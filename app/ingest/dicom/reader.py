@@ -4,8 +4,9 @@ highdicom derives the positions, pydicom decodes the pixels.
 """
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +20,12 @@ from app.errors import (
     TruncatedFile,
     WrongModality,
 )
+from app.ingest.dicom.acquisitions import check_overlaps, find_overlaps
 from app.ingest.dicom.files import Header, hash_pixels, read_headers
 from app.ingest.dicom.geometry import Arrangement, arrange_slices
-from app.ingest.dicom.pixels import Frame, read_frames
+from app.ingest.dicom.pixels import Frame, hash_values, read_frames
 from app.ingest.dicom.resample import plan_grid, resample
-from app.ingest.dicom.sequence import classify_sequence_file
+from app.ingest.dicom.sequence import classify_sequence_file, read_scanner
 from app.ingest.dicom.series import Stack, select_stack
 from app.ingest.limits import Limits
 from app.volume import Geometry, Scan, Source, Volume
@@ -75,9 +77,10 @@ def read_dicom(
     with silence_libraries():
         readable, damaged = read_headers(paths, limits)
         _refuse_several_patients(readable)
-        headers, unplaced, left_out = _select_images(readable, len(damaged))
+        headers, unplaced, left_out = _select_images(readable, len(damaged), limits)
         stack, excluded = select_stack(headers, series, sequences)
         _refuse_several_mosaics(stack)
+        stack, overlaps = _leave_out_overlaps(stack, geometry)
         arrangement = arrange_slices(stack.planes)
         if geometry == "refuse":
             _check_complete(stack, arrangement, damaged, unplaced)
@@ -91,7 +94,7 @@ def read_dicom(
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arrangement.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     affine = arrangement.affine
-    notes = [*left_out, *excluded, *_stack_notes(stack), *arrangement.notes, *pixel_notes]
+    notes = [*left_out, *excluded, *overlaps, *_stack_notes(stack), *arrangement.notes, *pixel_notes]
     if grid:
         notes += [*arrangement.faults, grid.note]
         array, affine = resample(array, grid), grid.affine
@@ -104,9 +107,30 @@ def read_dicom(
         frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
         series_uid=head.series,
         resampled=grid is not None,
+        scanner=read_scanner(head.path),
         notes=tuple(notes),
     )
     return Scan(Volume(array, affine), source)
+
+
+def _leave_out_overlaps(stack: Stack, geometry: Geometry) -> tuple[Stack, list[str]]:
+    """Return the stack without the images that a longer acquisition shows, and notes that place them.
+
+    Raises
+    ------
+    IrregularSlices
+        If acquisitions overlap, and the caller did not choose to resample, or most images of one are repeats.
+    """
+    planes, size = stack.planes, (stack.head.rows, stack.head.columns)
+    overlaps = find_overlaps(planes)
+    check_overlaps(overlaps, planes, size, join=geometry == "resample")
+    without = {int(index) for overlap in overlaps for index in overlap.images}
+    frames = tuple(frame for index, frame in enumerate(stack.frames) if index not in without)
+    notes = [
+        f"Left out: {overlap.describe(planes, size)}. A longer acquisition of the series shows the same region."
+        for overlap in overlaps
+    ]
+    return replace(stack, frames=frames), notes
 
 
 def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[str], unplaced: Sequence[Header]) -> None:
@@ -135,7 +159,9 @@ def _check_complete(stack: Stack, arrangement: Arrangement, damaged: Sequence[st
     arrangement.check_regular(hint)
 
 
-def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header], list[Header], list[str]]:
+def _select_images(
+    headers: Sequence[Header], damaged: int, limits: Limits
+) -> tuple[list[Header], list[Header], list[str]]:
     """Return the grey MR and CT images with a position, those without one, and notes that count all that is left out.
 
     If no image passes one of the tests, the error of that test is raised.
@@ -171,7 +197,7 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
         left_out[name] = len(remaining) - len(passed)
         unplaced = [header for header in remaining if not header.is_placed and not header.is_screenshot]
         remaining = passed
-    unique = _drop_duplicates(remaining)
+    unique = _drop_duplicates(remaining, limits)
     left_out["duplicates of other files"] = len(remaining) - len(unique)
     notes = [f"Left out: {count} {name}." for name, count in left_out.items() if count]
     shared = len(unique) - len({header.instance or str(header.path) for header in unique})
@@ -183,21 +209,34 @@ def _select_images(headers: Sequence[Header], damaged: int) -> tuple[list[Header
     return unique, unplaced, notes
 
 
-def _drop_duplicates(headers: Sequence[Header]) -> list[Header]:
-    """Return the first of all files that agree in SOPInstanceUID, position and stored pixels.
+def _drop_duplicates(headers: Sequence[Header], limits: Limits) -> list[Header]:
+    """Return the first of all files that agree in SOPInstanceUID, position and pixels, in whatever transfer syntax.
 
     A file without a SOPInstanceUID is no duplicate. An anonymiser can give one UID to all slices, so the UID alone
     does not decide.
     """
-    instances = Counter(header.instance for header in headers if header.instance)
-    unique: dict[object, Header] = {}
+    groups: dict[object, list[Header]] = defaultdict(list)
     for header in headers:
-        key: object = header.path
-        if instances[header.instance] > 1:
-            place = (header.series, header.rows, header.columns, header.planes)
-            key = (header.instance, place, hash_pixels(header.path))
-        unique.setdefault(key, header)
-    return list(unique.values())
+        place = (header.instance, header.series, header.rows, header.columns, header.planes)
+        groups[place if header.instance else header.path].append(header)
+    kept = {header.path for group in groups.values() for header in _find_different(group, limits)}
+    return [header for header in headers if header.path in kept]
+
+
+def _find_different(group: Sequence[Header], limits: Limits) -> Iterable[Header]:
+    """Return the first of all files with equal pixels. Pixels are decoded only if the stored ones differ."""
+    if len(group) == 1:
+        return group
+    stored = {hash_pixels(header.path): header for header in reversed(group)}
+    if len(stored) == 1:
+        return stored.values()
+    return {_hash_values(header, limits): header for header in reversed(stored.values())}.values()
+
+
+def _hash_values(header: Header, limits: Limits) -> object:
+    """Return a hash of the decoded pixels of a file. A file that is too large or damaged is equal to no other."""
+    too_large = _count_voxels(header) > MAX_FILE_FACTOR * limits.max_voxels
+    return header.path if too_large else hash_values(header.path) or header.path
 
 
 def _refuse_several_patients(headers: Sequence[Header]) -> None:
@@ -311,14 +350,19 @@ def _check_file_sizes(stack: Stack, limits: Limits) -> None:
     TooManyVoxels
     """
     for header in {header.path: header for header, _, _ in stack.frames}.values():
-        frames = max(len(header.planes), header.tiles**2)
-        voxels = frames * header.rows * header.columns
+        voxels = _count_voxels(header)
         if voxels > MAX_FILE_FACTOR * limits.max_voxels:
+            frames = voxels // (header.rows * header.columns)
             raise TooManyVoxels(
                 f"A file of the series announces {frames} frames with {voxels} voxels.",
                 expected=f"at most {MAX_FILE_FACTOR * limits.max_voxels} voxels in a file.",
                 advice="Split the file into one file for each volume.",
             )
+
+
+def _count_voxels(header: Header) -> int:
+    """Return the number of voxels that a file announces."""
+    return max(len(header.planes), header.tiles**2) * header.rows * header.columns
 
 
 def _modality(header: Header) -> Literal["MR", "CT"]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import pydicom
 
 from app.dicom_attributes import functional_group, optional_numbers, text, texts
+from app.volume import Scanner
 
+_SCANNER_KEYWORDS = ("Manufacturer", "ManufacturerModelName", "MagneticFieldStrength")
 _NAMES = ("SeriesDescription", "ProtocolName", "SequenceName", "PulseSequenceName")
 _KEYWORDS = (
     *_NAMES,
@@ -99,6 +101,17 @@ def classify_sequence_file(path: Path, frame: int) -> SequenceInfo:
         return classify_sequence(dataset, frame)
     except Exception:  # noqa: BLE001 - an invalid name or time is no reason to refuse an image
         return SequenceInfo()
+
+
+def read_scanner(path: Path) -> Scanner | None:
+    """Return the scanner that the header of a DICOM file names, or None."""
+    try:
+        dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=list(_SCANNER_KEYWORDS))
+        maker, model = (text(dataset, keyword).upper() for keyword in _SCANNER_KEYWORDS[:2])
+        strength = optional_numbers(dataset, "MagneticFieldStrength")
+    except Exception:  # noqa: BLE001 - an invalid name is no reason to refuse an image
+        return None
+    return Scanner(maker, model, round(strength[0], 1) if strength else None) if maker and model else None
 
 
 def classify_sequence(dataset: pydicom.Dataset, frame: int = 0) -> SequenceInfo:

@@ -351,7 +351,8 @@ def _belongs_to(
 ) -> bool:
     first, _, reference = other
     return bool(
-        (header.rows, header.columns, header.tiles) == (first.rows, first.columns, first.tiles)
+        (header.modality, header.rows, header.columns, header.tiles)
+        == (first.modality, first.rows, first.columns, first.tiles)
         and (not same_frame or header.frame_of_reference == first.frame_of_reference)
         and np.allclose(plane.orientation, reference.orientation, rtol=0, atol=tolerance)
         and np.allclose(plane.spacing, reference.spacing, rtol=DIRECTION_TOLERANCE, atol=0)

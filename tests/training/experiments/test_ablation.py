@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("torch")
 
 from app.manifest import Manifest
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from app.volume import FloatArray, IntArray
 from training.data import load_split
 from training.experiments import ablation

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from app.manifest import KlMap, Manifest
-from app.pipeline.networks import Networks
+from app.pipeline.diffusion import Networks
 from training.config import ROOT
 from training.experiments import accuracy_vs_evaluations as curve
 from training.experiments.ablation import KlCalibration

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from monai.networks.nets.transformer import DecoderOnlyTransformer  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from app.pipeline.residual import upsample  # noqa: E402
+from app.pipeline.scores import upsample  # noqa: E402
 from training.experiments.baselines import DIFFERENCE  # noqa: E402
 from training.experiments.resampling import EVERYWHERE, RESAMPLED_ONLY, CodeResampler  # noqa: E402
 from training.experiments.transformer import (  # noqa: E402

@@ -1,0 +1,124 @@
+"""Single DICOM instances for DICOMweb: their identity, their attributes as DICOM JSON, and their frames."""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from pydicom.datadict import tag_for_keyword
+from pydicom.encaps import get_frame
+from pydicom.uid import (
+    UID,
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    EnhancedMRColorImageStorage,
+    EnhancedMRImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+    MRImageStorage,
+)
+
+from app.dicom_attributes import silence_libraries
+
+# SOP classes that `POST /dicomweb/studies` stores.
+IMAGE_CLASSES = (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    LegacyConvertedEnhancedCTImageStorage,
+    MRImageStorage,
+    EnhancedMRImageStorage,
+    EnhancedMRColorImageStorage,
+    LegacyConvertedEnhancedMRImageStorage,
+)
+DicomJson = dict[str, dict[str, Any]]
+
+
+def tag_of(name: str) -> str | None:
+    """Return the tag of a keyword as DICOM JSON writes it, a tag unchanged, or None for another text."""
+    if len(name) == 8 and set(name) <= set("0123456789abcdefABCDEF"):
+        return name.upper()
+    tag = tag_for_keyword(name)
+    return None if tag is None else f"{tag:08X}"
+
+
+_UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """UIDs of one instance."""
+
+    sop_class: str
+    uid: str
+    study: str
+    series: str
+
+    @property
+    def is_image(self) -> bool:
+        """Return whether the instance is a CT or MR image."""
+        return self.sop_class in IMAGE_CLASSES
+
+
+def identify(path: Path) -> Instance | None:
+    """Return the UIDs of a file, or None if it is no DICOM file with all four of them."""
+    with silence_libraries():
+        try:
+            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_UIDS))
+            values = [str(dataset[name].value) for name in _UIDS]
+        except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
+            return None
+    return Instance(*values) if all(UID(value).is_valid for value in values) else None
+
+
+def read_attributes(path: Path, keywords: Collection[str] | None = None) -> DicomJson:
+    """Return the attributes of a file in the DICOM JSON model (PS3.18 annex F), without pixel data.
+
+    Parameters
+    ----------
+    path : Path
+    keywords : collection of str, optional
+        Keywords of the attributes. By default, all that come before the pixel data.
+    """
+    tags = None if keywords is None else [*keywords, "SpecificCharacterSet"]
+    with silence_libraries():
+        dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+        document: DicomJson = dataset.to_json_dict(suppress_invalid_tags=True)
+    document["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}  # JSON is UTF-8
+    document["00083002"] = {"vr": "UI", "Value": [str(dataset.file_meta.TransferSyntaxUID)]}
+    return document
+
+
+def read_frames(path: Path, numbers: Collection[int]) -> tuple[str, list[bytes]]:
+    """Return the transfer syntax and the stored bytes of frames, counted from 1.
+
+    Frames of one bit per pixel are padded to whole bytes.
+
+    Raises
+    ------
+    IndexError
+        The file has no pixel data, or no frame with this number.
+    """
+    with silence_libraries():
+        dataset = pydicom.dcmread(path)
+        count = int(dataset.get("NumberOfFrames") or 1)
+        if "PixelData" not in dataset or not all(1 <= number <= count for number in numbers):
+            raise IndexError
+        syntax = dataset.file_meta.TransferSyntaxUID
+        if syntax.is_encapsulated:
+            data = dataset.PixelData
+            return str(syntax), [get_frame(data, number - 1, number_of_frames=count) for number in numbers]
+        return str(syntax), list(_native_frames(dataset, numbers))
+
+
+def _native_frames(dataset: pydicom.Dataset, numbers: Collection[int]) -> Iterator[bytes]:
+    bits = dataset.Rows * dataset.Columns * dataset.SamplesPerPixel * dataset.BitsAllocated
+    for number in numbers:
+        start, stop = (number - 1) * bits, number * bits
+        if bits % 8 == 0:
+            yield dataset.PixelData[start // 8 : stop // 8]
+        else:  # frames of one bit per pixel follow each other without padding (PS3.5 8.1.1)
+            part = np.frombuffer(dataset.PixelData[start // 8 : -(-stop // 8)], np.uint8)
+            pixels = np.unpackbits(part, bitorder="little")[start % 8 :][:bits]
+            yield np.packbits(pixels, bitorder="little").tobytes()

@@ -1,0 +1,242 @@
+"""Deliveries of results to targets such as a PACS: one row for each job, target and result, with its state.
+
+A job creates its rows in a recorded step after its results are published. Any process claims a row that is due, sends
+the result and records the outcome. A claim ends by itself after `CLAIM_SECONDS`, so that the rows of a dead process
+are claimed again. A result is sent again only if its success was not recorded.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, cast
+
+import sqlalchemy as sa
+
+DeliveryState = Literal["pending", "sent", "failed"]
+# Targets and results of a job, from the model and the names of its results.
+Router = Callable[[str, Sequence[str]], Sequence[tuple[str, str]]]
+
+# Seconds that a process may take to send one result. The senders' own time limits are shorter.
+CLAIM_SECONDS = 180.0
+# Pause after the first failed attempt. It doubles.
+RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 900.0
+
+metadata = sa.MetaData()
+deliveries_table = sa.Table(
+    "counterpart_deliveries",
+    metadata,
+    sa.Column("job", sa.Text, primary_key=True),
+    sa.Column("target", sa.Text, primary_key=True),
+    sa.Column("result", sa.Text, primary_key=True),
+    sa.Column("position", sa.Integer, nullable=False),  # in the order of the results
+    sa.Column("state", sa.Text, nullable=False, index=True),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("code", sa.Text),
+    sa.Column("since", sa.Float, nullable=False),  # start of the time after which the delivery is given up
+    sa.Column("next_try", sa.Float, nullable=False),
+    sa.Column("claim", sa.Text),
+    sa.Column("ended", sa.Float),
+)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Delivery of one result of a job to one target.
+
+    Attributes
+    ----------
+    job, target, result : str
+        Id of the job, name of the target, name of the result.
+    state : {"pending", "sent", "failed"}
+        A failed delivery is not tried again until `Deliveries.retry`.
+    attempts : int
+        Failed attempts, and the successful one.
+    code : str or None
+        Cause of the last failed attempt.
+    since : datetime
+        UTC time from which the time until the delivery is given up counts.
+    next_try : datetime or None
+        UTC time of the next attempt of a pending delivery, else None.
+    ended : datetime or None
+        UTC time at which the delivery was recorded as sent or failed.
+    """
+
+    job: str
+    target: str
+    result: str
+    state: DeliveryState
+    attempts: int
+    code: str | None
+    since: datetime
+    next_try: datetime | None
+    ended: datetime | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Right of one process to send a delivery."""
+
+    delivery: Delivery
+    token: str
+
+
+class Deliveries:
+    """The deliveries of all jobs, in the database.
+
+    Parameters
+    ----------
+    database : sqlalchemy.Engine
+    """
+
+    def __init__(self, database: sa.Engine) -> None:
+        self._database = database
+
+    def create_table(self) -> None:
+        """Create the table if it is missing. Two processes may do so at once."""
+        try:
+            metadata.create_all(self._database)
+        except sa.exc.DBAPIError:
+            if not sa.inspect(self._database).has_table(deliveries_table.name):
+                raise
+
+    def plan(self, job: str, routes: Iterable[tuple[str, str]]) -> None:
+        """Create the deliveries of a job, from pairs of target and result. Existing ones stay as they are."""
+        t = deliveries_table.c
+        now = time.time()
+        with self._database.begin() as connection:
+            query = sa.select(t.target, t.result).where(t.job == job)
+            existing = {(row.target, row.result) for row in connection.execute(query)}
+            for position, (target, result) in enumerate(dict.fromkeys(routes)):
+                if (target, result) not in existing:
+                    values = {"job": job, "target": target, "result": result, "position": position}
+                    values |= {"state": "pending", "attempts": 0, "since": now, "next_try": now}
+                    connection.execute(deliveries_table.insert().values(**values))
+
+    def of_job(self, job: str) -> list[Delivery]:
+        """Return the deliveries of a job, by target and in the order of the results."""
+        t = deliveries_table.c
+        query = sa.select(deliveries_table).where(t.job == job).order_by(t.target, t.position)
+        with self._database.connect() as connection:
+            return [_to_delivery(row) for row in connection.execute(query)]
+
+    def count(self) -> dict[tuple[str, str], int]:
+        """Return the number of deliveries by target and state."""
+        t = deliveries_table.c
+        query = sa.select(t.target, t.state, sa.func.count()).group_by(t.target, t.state)
+        with self._database.connect() as connection:
+            return {(row[0], row[1]): row[2] for row in connection.execute(query)}
+
+    # ---- send ----
+
+    def claim(self, process: str, target: str | Collection[str]) -> Claim | None:
+        """Claim the pending delivery that is due for the longest time, or return None.
+
+        A claim moves the next attempt behind the end of the claim, so that no other process takes the row meanwhile.
+
+        Parameters
+        ----------
+        process : str
+            Name of this process among all that share the database.
+        target : str or collection of str
+            Claim only deliveries to this target. A collection: only those to none of these targets.
+        """
+        t = deliveries_table.c
+        now = time.time()
+        wanted = t.target == target if isinstance(target, str) else t.target.not_in(target)
+        due = sa.select(deliveries_table).where(t.state == "pending", t.next_try <= now, wanted)
+        token = f"{process}/{secrets.token_hex(8)}"
+        with self._database.begin() as connection:
+            row = connection.execute(due.order_by(t.next_try, t.job, t.target, t.position).limit(1)).first()
+            if row is None:
+                return None
+            same = (*_is(row.job, row.target, row.result), t.state == "pending", t.next_try == row.next_try)
+            values = {"claim": token, "next_try": now + CLAIM_SECONDS}
+            claimed = connection.execute(deliveries_table.update().where(*same).values(**values)).rowcount
+        return Claim(_to_delivery(row), token) if claimed else None
+
+    def record_sent(self, claim: Claim) -> bool:
+        """Record that a result was sent. Return False if the claim has ended or the job was erased."""
+        return self._record(claim, state="sent", ended=time.time(), code=None)
+
+    def record_failure(self, claim: Claim, code: str, give_up_seconds: float) -> bool:
+        """Record a failed attempt, and plan the next one or give the delivery up."""
+        now = time.time()
+        pause = min(RETRY_SECONDS * 2**claim.delivery.attempts, MAX_RETRY_SECONDS)
+        if now + pause - claim.delivery.since.timestamp() > give_up_seconds:
+            return self._record(claim, state="failed", ended=now, code=code)
+        return self._record(claim, state="pending", next_try=now + pause, code=code)
+
+    def record_refusal(self, claim: Claim, code: str) -> bool:
+        """Record a failure that no other attempt can change."""
+        return self._record(claim, state="failed", ended=time.time(), code=code)
+
+    def postpone(self, claim: Claim, seconds: float) -> None:
+        """End a claim without an attempt."""
+        delivery = claim.delivery
+        held = (*_is(delivery.job, delivery.target, delivery.result), deliveries_table.c.claim == claim.token)
+        values = {"claim": None, "next_try": time.time() + seconds}
+        with self._database.begin() as connection:
+            connection.execute(deliveries_table.update().where(*held).values(**values))
+
+    def _record(self, claim: Claim, **values: object) -> bool:
+        delivery = claim.delivery
+        held = (*_is(delivery.job, delivery.target, delivery.result), deliveries_table.c.claim == claim.token)
+        values |= {"claim": None, "attempts": delivery.attempts + 1}
+        with self._database.begin() as connection:
+            return bool(connection.execute(deliveries_table.update().where(*held).values(**values)).rowcount)
+
+    def release_claims(self, prefix: str) -> None:
+        """Make the deliveries that dead processes have claimed due at once.
+
+        Parameters
+        ----------
+        prefix : str
+            Start of the names of the dead processes.
+        """
+        t = deliveries_table.c
+        update = deliveries_table.update().where(t.state == "pending", t.claim.startswith(prefix, autoescape=True))
+        with self._database.begin() as connection:
+            connection.execute(update.values(claim=None, next_try=time.time()))
+
+    # ---- change ----
+
+    def retry(self, job: str) -> int:
+        """Make all deliveries of a job that were not sent due at once, and return their number."""
+        t = deliveries_table.c
+        now = time.time()
+        update = deliveries_table.update().where(t.job == job, t.state != "sent", t.claim.is_(None))
+        values = {"state": "pending", "since": now, "next_try": now, "ended": None, "attempts": 0}
+        with self._database.begin() as connection:
+            return connection.execute(update.values(**values)).rowcount
+
+    def erase(self, job: str) -> None:
+        """Delete the deliveries of a job. One that is under way records nothing more."""
+        with self._database.begin() as connection:
+            connection.execute(deliveries_table.delete().where(deliveries_table.c.job == job))
+
+
+def route_nothing(_model: str, _results: Sequence[str]) -> Sequence[tuple[str, str]]:
+    """Return no deliveries. This is the router of a service without routes."""
+    return ()
+
+
+def _is(job: str, target: str, result: str) -> tuple[sa.ColumnElement[bool], ...]:
+    t = deliveries_table.c
+    return t.job == job, t.target == target, t.result == result
+
+
+def _to_delivery(row: sa.Row[tuple[object, ...]]) -> Delivery:
+    values = row._mapping
+    return Delivery(
+        job=values["job"],
+        target=values["target"],
+        result=values["result"],
+        state=cast("DeliveryState", values["state"]),
+        attempts=values["attempts"],
+        code=values["code"],
+        since=datetime.fromtimestamp(values["since"], UTC),
+        next_try=datetime.fromtimestamp(values["next_try"], UTC) if values["state"] == "pending" else None,
+        ended=datetime.fromtimestamp(values["ended"], UTC) if values["ended"] is not None else None,
+    )

@@ -1,0 +1,88 @@
+"""The DICOM node: its SCP, its spool and the hand-over to the queue, from start to stop."""
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from app.errors import UnsafeExposure
+from app.jobs.queue import JobQueue
+from app.jobs.store import Store
+from app.pacs.handover import HandOver
+from app.pacs.metrics import NodeMetrics
+from app.pacs.receiver import Peers, Receiver, ReceiverOptions
+from app.pacs.spool import Spool
+from app.pacs.tls import server_context
+from app.settings import PREFIX, Settings, is_loopback
+
+log = structlog.get_logger("counterpart.node")
+
+SPOOL = "node"
+
+
+class Node:
+    """The DICOM node of one process.
+
+    Parameters
+    ----------
+    settings : Settings
+    queue : JobQueue
+    store : Store
+    registry : CollectorRegistry
+        Registry of the metrics of the process.
+
+    Raises
+    ------
+    UnsafeExposure, InvalidSettings, AddressUnavailable
+    """
+
+    def __init__(self, settings: Settings, queue: JobQueue, store: Store, registry: CollectorRegistry) -> None:
+        check_exposure(settings)
+        self._settings = settings
+        metrics = NodeMetrics(registry)
+        self._spool = Spool(settings.folder / SPOOL, settings.max_upload_mb, settings.max_files)
+        self._receiver = Receiver(_create_options(settings), self._spool, metrics, queue.check_disk)
+        self._hand_over = HandOver(self._spool, queue, store, metrics, settings.node_quiet_seconds)
+        metrics.waiting.set_function(lambda: self._spool.count_waiting()[0])
+        metrics.batches.set_function(lambda: self._spool.count_waiting()[1])
+
+    def start(self) -> None:
+        """Start the hand-over, which first finishes the work of a killed process, and accept associations.
+
+        Raises
+        ------
+        AddressUnavailable
+        """
+        settings = self._settings
+        port = self._receiver.start(settings.node_host, settings.node_port)
+        self._hand_over.start()
+        log.info("node started", aet=settings.node_ae_title, host=settings.node_host, port=port)
+
+    def stop(self) -> None:
+        """Abort the associations and end the hand-over. Series that are not jobs yet stay on disk."""
+        self._receiver.stop()
+        self._hand_over.stop()
+        self._spool.close()
+
+
+def _create_options(settings: Settings) -> ReceiverOptions:
+    certificate = settings.node_tls_certificate
+    return ReceiverOptions(
+        settings.node_ae_title,
+        Peers(settings.accepted_peers),
+        server_context(certificate, settings.node_tls_key, settings.node_tls_ca) if certificate else None,
+        end_with_association=settings.node_complete == "association",
+    )
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuse to accept associations of other machines if the callers are not listed.
+
+    Raises
+    ------
+    UnsafeExposure
+    """
+    if not is_loopback(settings.node_host) and not settings.node_peers:
+        raise UnsafeExposure(
+            f"The DICOM node was asked to listen on {settings.node_host}, and {PREFIX}NODE_PEERS is not set.",
+            expected="127.0.0.1, or a list of the AE titles that may call.",
+            advice=f"Set {PREFIX}NODE_PEERS, for example to MODALITY@10.0.0.5.",
+        )

@@ -1,0 +1,258 @@
+"""Received instances on disk, from their arrival until their series is a job.
+
+::
+
+    node/receiving/<random>.dcm          instance in transfer
+    node/series/<series>/<instance>      instances that wait for the rest of their series
+    node/batches/<series>.<random>/      instances on their way into one job, taken by one rename
+    node/handed/<series>.json            last job of the series, and the hashes of its instances
+
+The names are hashes of UIDs, because a peer can send any text as a UID. A file is never changed after its rename.
+One process at a time uses a spool.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO
+
+from app.errors import AddressUnavailable, UploadTooLarge
+from app.ingest.dicom.storage import Identifiers
+
+# Age in seconds at which the rest of an interrupted transfer is removed. A transfer without a byte ends before.
+STALE_SECONDS = 600.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Instances of one series on their way into one job.
+
+    Attributes
+    ----------
+    folder : Path
+    series : str
+        Key of the series.
+    name : str
+        Random name of the batch.
+    """
+
+    folder: Path
+    series: str
+    name: str
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the batch, in a fixed order."""
+        return sorted(self.folder.iterdir())
+
+
+@dataclass(frozen=True)
+class HandedSeries:
+    """Record of the last job of a series.
+
+    Attributes
+    ----------
+    batch : str
+        Name of the batch that became the job.
+    job : str
+    instances : dict of str to str
+        SHA-256 of each file of the job, by key of the instance.
+    """
+
+    batch: str
+    job: str
+    instances: dict[str, str]
+
+
+class Spool:
+    """Folder of received instances. All methods can be called by several threads.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of the spool. It is on the file system of the store, so that a job gets hard links.
+    max_mb, max_files : int
+        Limits of one series.
+
+    Attributes
+    ----------
+    receiving : Path
+        Folder of the instances in transfer.
+    max_bytes : int
+        Largest size of a series.
+
+    Raises
+    ------
+    AddressUnavailable
+        Another process uses the spool.
+    """
+
+    def __init__(self, root: Path, max_mb: int, max_files: int) -> None:
+        self.root = root
+        self.receiving = root / "receiving"
+        self._series, self._batches, self._handed = root / "series", root / "batches", root / "handed"
+        self.max_bytes, self._max_files = max_mb * MIB, max_files
+        self._mutex = threading.Lock()
+        for folder in (self.receiving, self._series, self._batches, self._handed):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock_file = _lock(root / "lock")
+        for path in self.receiving.iterdir():
+            path.unlink(missing_ok=True)
+        # For each waiting series: the time of the last arrival, by the clock of this process, and its size.
+        now = time.monotonic()
+        self._arrivals = {folder.name: now for folder in self._series.iterdir()}
+        self._sizes = {key: _size(self._series / key) for key in self._arrivals}
+
+    def close(self) -> None:
+        """Let another process use the spool."""
+        self._lock_file.close()
+
+    # ---- arrival ----
+
+    def add(self, path: Path, identifiers: Identifiers) -> None:
+        """Move a received file to its series. When this returns, the file survives a power failure.
+
+        Raises
+        ------
+        UploadTooLarge
+            The series would have too many files or bytes.
+        """
+        key, size = identifiers.series_key, path.stat().st_size
+        _sync(path)
+        with self._mutex:
+            self._check_size(key, size)
+            folder = self._series / key
+            is_new = not folder.exists()
+            folder.mkdir(exist_ok=True)
+            target = folder / identifiers.instance_key
+            replaced = target.stat().st_size if target.exists() else None
+            path.replace(target)
+            _sync(folder, *((self._series,) if is_new else ()))
+            files, total = self._sizes.get(key, (0, 0))
+            self._sizes[key] = (files + (replaced is None), total + size - (replaced or 0))
+            self._arrivals[key] = time.monotonic()
+
+    def _check_size(self, key: str, size: int) -> None:
+        files, total = self._sizes.get(key, (0, 0))
+        if files >= self._max_files or total + size > self.max_bytes:
+            raise UploadTooLarge(
+                "A series has more files or bytes than one upload may have.",
+                expected=f"at most {self._max_files} files and {self.max_bytes // MIB} MiB.",
+                advice="Raise COUNTERPART_MAX_FILES or COUNTERPART_MAX_UPLOAD_MB.",
+            )
+
+    def end_series(self, keys: Iterable[str]) -> None:
+        """Note that these series are complete, whatever the time of their last instance."""
+        with self._mutex:
+            self._arrivals |= {key: float("-inf") for key in keys if key in self._arrivals}
+
+    # ---- hand-over ----
+
+    def quiet_series(self, seconds: float) -> list[str]:
+        """Return the waiting series to which no instance was added for some seconds, the oldest first."""
+        before = time.monotonic() - seconds
+        with self._mutex:
+            return sorted((key for key, at in self._arrivals.items() if at <= before), key=self._arrivals.__getitem__)
+
+    def take(self, key: str) -> Batch:
+        """Take the instances of a waiting series, all at once. Instances that come later wait for the next batch."""
+        name = secrets.token_hex(8)
+        batch = Batch(self._batches / f"{key}.{name}", key, name)
+        with self._mutex:
+            (self._series / key).rename(batch.folder)
+            _sync(self._series, self._batches)
+            del self._arrivals[key], self._sizes[key]
+        return batch
+
+    def batches(self) -> list[Batch]:
+        """Return the batches that are not jobs yet, the oldest first."""
+        folders = sorted(self._batches.iterdir(), key=lambda folder: folder.stat().st_mtime)
+        return [Batch(folder, *folder.name.split(".")) for folder in folders]
+
+    def finish(self, batch: Batch, handed: HandedSeries) -> None:
+        """Record the job of a batch, then remove the batch. The record decides what a restart does."""
+        part = self._handed / f"{batch.series}.part"
+        part.write_text(json.dumps(asdict(handed)))
+        _sync(part)
+        part.rename(self._handed / f"{batch.series}.json")
+        _sync(self._handed)
+        self.discard(batch)
+
+    def discard(self, batch: Batch) -> None:
+        """Remove a batch whose job is recorded."""
+        shutil.rmtree(batch.folder, ignore_errors=True)
+
+    def read_handed(self, key: str) -> HandedSeries | None:
+        """Return the record of the last job of a series, or None if there is none."""
+        try:
+            return HandedSeries(**json.loads((self._handed / f"{key}.json").read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def handed_jobs(self) -> Iterator[tuple[str, str]]:
+        """Yield the key and the last job of each recorded series."""
+        for path in self._handed.glob("*.json"):
+            handed = self.read_handed(path.stem)
+            if handed is not None:
+                yield path.stem, handed.job
+
+    def forget(self, key: str) -> None:
+        """Remove the record of a series, because its job was erased."""
+        (self._handed / f"{key}.json").unlink(missing_ok=True)
+
+    def remove_stale(self) -> None:
+        """Remove the rest of interrupted transfers."""
+        before = time.time() - STALE_SECONDS
+        for path in self.receiving.iterdir():
+            try:
+                if path.stat().st_mtime < before:
+                    path.unlink()
+            except FileNotFoundError:
+                continue
+
+    def count_waiting(self) -> tuple[int, int]:
+        """Return the number of waiting series, and the number of batches that are not jobs yet."""
+        return len(self._arrivals), sum(1 for _ in self._batches.iterdir())
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    return len(sizes), sum(sizes)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    file = path.open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise AddressUnavailable(
+            "Another process uses the spool of the DICOM node.",
+            expected="one `counterpart node` for each store folder.",
+            advice="Stop the other process, or give this one its own folder (COUNTERPART_SCRATCH with a bucket).",
+        ) from None
+    return file
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

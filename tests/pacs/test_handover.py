@@ -1,0 +1,201 @@
+"""Each received series becomes a job exactly once, wherever the process died."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.errors import QueueFull
+from app.ingest.dicom.storage import read_identifiers
+from app.pacs.handover import ERASED_NOTE
+from app.pacs.spool import Spool
+from tests.pacs.support import HandOverCase, hand_over_case, make_slices, read_note
+
+
+class Died(Exception):
+    """Death of the process, as far as the spool and the database can see."""
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Iterator[HandOverCase]:
+    with hand_over_case(tmp_path) as running:
+        yield running
+
+
+def receive(spool: Spool, name: str = "one", numbers: slice = slice(None)) -> None:
+    for number, dataset in enumerate(make_slices(name)[numbers]):
+        path = spool.receiving / f"{number}.dcm"
+        dataset.save_as(path, enforce_file_format=True)
+        spool.add(path, read_identifiers(path))
+
+
+def contents(tmp_path: Path, numbers: slice = slice(None)) -> list[bytes]:
+    result = []
+    for dataset in make_slices()[numbers]:
+        dataset.save_as(tmp_path / "expected", enforce_file_format=True)
+        result.append((tmp_path / "expected").read_bytes())
+    return sorted(result)
+
+
+def test_each_series_of_a_study_becomes_a_job_of_its_own(case: HandOverCase, tmp_path: Path) -> None:
+    receive(case.spool, "one")
+    receive(case.spool, "two")
+    case.hand_over.run_once()
+    jobs = case.jobs()
+    assert len(jobs) == 2
+    assert contents(tmp_path) in [case.scan(job) for job in jobs]
+    assert case.spool.count_waiting() == (0, 0)
+    case.hand_over.run_once()
+    assert case.jobs() == jobs
+
+
+def test_a_process_that_dies_after_the_take_submits_at_the_next_start(
+    case: HandOverCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive(case.spool)
+    with monkeypatch.context() as patch:
+        patch.setattr(case.service.queue, "submit", raise_died)
+        with pytest.raises(Died):
+            case.hand_over.run_once()
+    assert case.jobs() == []
+    case.restart()
+    case.hand_over.run_once()
+    assert len(case.jobs()) == 1
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_process_that_dies_after_the_submission_makes_no_second_job(
+    case: HandOverCase, monkeypatch: pytest.MonkeyPatch, *, cancelled: bool
+) -> None:
+    receive(case.spool)
+    with monkeypatch.context() as patch:
+        patch.setattr(case.spool, "finish", raise_died)
+        with pytest.raises(Died):
+            case.hand_over.run_once()
+    (job,) = case.jobs()
+    if cancelled:  # the same content would become a new job
+        case.service.queue.cancel(job)
+    case.restart()
+    case.hand_over.run_once()
+    assert case.jobs() == [job]
+    assert case.spool.count_waiting() == (0, 0)
+
+
+def test_a_process_that_dies_after_the_record_makes_no_second_job(
+    case: HandOverCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive(case.spool)
+    with monkeypatch.context() as patch:
+        patch.setattr(case.spool, "discard", raise_died)
+        with pytest.raises(Died):
+            case.hand_over.run_once()
+    (job,) = case.jobs()
+    case.service.queue.cancel(job)
+    case.restart()
+    case.hand_over.run_once()
+    assert case.jobs() == [job]
+    assert case.spool.batches() == []
+
+
+def raise_died(*_: object, **__: object) -> None:
+    raise Died
+
+
+def test_the_same_series_again_gives_the_same_job(case: HandOverCase) -> None:
+    for numbers in (slice(None), slice(None), slice(1, 3)):
+        receive(case.spool, numbers=numbers)
+        case.hand_over.run_once()
+        assert len(case.jobs()) == 1
+    assert case.metrics.series.labels("repeated")._value.get() == 2
+
+
+def test_a_series_whose_job_was_cancelled_becomes_a_new_job(case: HandOverCase) -> None:
+    receive(case.spool)
+    case.hand_over.run_once()
+    case.service.queue.cancel(case.jobs()[0])
+    receive(case.spool)
+    case.hand_over.run_once()
+    assert len(case.jobs()) == 2
+
+
+def test_late_instances_become_a_new_job_of_the_whole_series(case: HandOverCase, tmp_path: Path) -> None:
+    receive(case.spool, numbers=slice(0, 3))
+    case.hand_over.run_once()
+    (first,) = case.jobs()
+    receive(case.spool, numbers=slice(3, 4))
+    case.hand_over.run_once()
+    (second,) = set(case.jobs()) - {first}
+    assert case.scan(first) == contents(tmp_path, slice(0, 3))
+    assert case.scan(second) == contents(tmp_path)
+    assert read_note(first) == ""
+    note = f"The series arrived in parts. Job {first} analysed it without 1 of these images."
+    assert read_note(second) == note
+    receive(case.spool)  # now all of them again
+    case.hand_over.run_once()
+    assert len(case.jobs()) == 2
+
+
+def test_a_whole_series_after_a_part_of_it_is_a_new_job_with_a_note(case: HandOverCase, tmp_path: Path) -> None:
+    receive(case.spool, numbers=slice(0, 3))
+    case.hand_over.run_once()
+    (first,) = case.jobs()
+    receive(case.spool)
+    case.hand_over.run_once()
+    (second,) = set(case.jobs()) - {first}
+    assert case.scan(second) == contents(tmp_path)
+    assert "without 1 of these images" in read_note(second)
+
+
+def test_a_batch_that_fails_delays_no_other(case: HandOverCase) -> None:
+    receive(case.spool, "one")
+    receive(case.spool, "two")
+    batches = [case.spool.take(key) for key in case.spool.quiet_series(0)]
+    damaged = batches[0].files[0]
+    content = damaged.read_bytes()
+    damaged.unlink()
+    damaged.mkdir()
+    with pytest.raises(IsADirectoryError):
+        case.hand_over.run_once()
+    assert len(case.jobs()) == 1
+    damaged.rmdir()
+    damaged.write_bytes(content)
+    case.hand_over.run_once()
+    assert len(case.jobs()) == 2
+
+
+def test_late_instances_of_an_erased_job_say_what_is_missing(case: HandOverCase, tmp_path: Path) -> None:
+    receive(case.spool, numbers=slice(0, 3))
+    case.hand_over.run_once()
+    case.service.queue.erase(case.jobs()[0])
+    receive(case.spool, numbers=slice(3, 4))
+    case.hand_over.run_once()
+    (job,) = case.jobs()
+    assert case.scan(job) == contents(tmp_path, slice(3, 4))
+    assert read_note(job) == ERASED_NOTE
+    receive(case.spool, numbers=slice(0, 3))  # the erased images again
+    case.hand_over.run_once()
+    (again,) = set(case.jobs()) - {job}
+    assert case.scan(again) == contents(tmp_path)
+
+
+def test_the_spool_keeps_nothing_of_an_erased_job(case: HandOverCase) -> None:
+    receive(case.spool)
+    case.hand_over.run_once()
+    case.service.queue.erase(case.jobs()[0])
+    case.restart()  # the search for erased jobs is due at the start
+    case.hand_over.run_once()
+    assert [path.name for path in case.spool.root.rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_a_full_queue_loses_nothing(tmp_path: Path) -> None:
+    with hand_over_case(tmp_path, queue_limit=1) as case:
+        receive(case.spool, "one")
+        receive(case.spool, "two", slice(0, 2))
+        with pytest.raises(QueueFull):
+            case.hand_over.run_once()
+        assert len(case.jobs()) == 1
+        assert case.spool.count_waiting() == (1, 0)
+        receive(case.spool, "two", slice(2, 4))  # the series still grows
+        case.service.queue.cancel(case.jobs()[0])
+        case.hand_over.run_once()
+        assert sorted(len(case.scan(job)) for job in case.jobs()) == [4, 4]

@@ -1,0 +1,62 @@
+"""The node as a process: a scan of a scanner comes back in a PACS, whatever is killed; refusals at the start."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from app.errors import UnsafeExposure
+from app.main import run_node
+from app.settings import Settings
+from tests.pacs.support import make_slices
+from tests.proofs.deployment import deploy
+from tests.support.external_tools import require_tool
+from tests.support.pacs import NOT_INSTALLED
+from tests.support.servers import free_port
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def test_nothing_is_lost_if_programs_are_killed() -> None:
+    command = [sys.executable, "-m", "tests.proofs.node", "--kills", "3", "--load", "1"]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=900)
+    if done.returncode == NOT_INSTALLED or "unshare failed" in done.stderr:
+        pytest.skip((done.stdout + done.stderr).strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
+
+
+def test_a_series_that_cannot_be_analysed_is_a_failed_job(tmp_path: Path) -> None:
+    storescu, port = require_tool("storescu"), free_port()
+    paths = []
+    for number, dataset in enumerate(make_slices(count=12)):
+        paths.append(tmp_path / f"{number}.dcm")
+        if number != 5:
+            dataset.save_as(paths[-1], enforce_file_format=True)
+    with deploy(tmp_path, node_port=str(port), node_quiet_seconds="0.5") as deployment:
+        service, node = deployment.start("serve"), deployment.start("node")
+        service.wait_until_ready()
+        node.wait_until_ready()
+        storescu("-aec", "COUNTERPART", "127.0.0.1", port, *[path for path in paths if path.exists()])
+        with httpx2.Client(base_url=service.url, timeout=60) as client:
+            while not (jobs := client.get("/v1/scans?state=failed").json()["scans"]):
+                pass
+        assert [job["problem"]["code"] for job in jobs] == ["irregular_slices"]
+        metrics = httpx2.get(f"{node.url}/metrics").text
+        assert httpx2.get(f"{node.url}/v1/scans").status_code == 404
+    assert 'counterpart_node_series_total{kind="new"} 1.0' in metrics
+    assert 'counterpart_node_instances_total{status="0000"} 11.0' in metrics
+    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    (ended,) = [record for record in records if record["event"] == "association ended"]
+    assert (ended["aet"], ended["instances"], ended["outcome"]) == ("STORESCU", 11, "released")
+    (handed,) = [record for record in records if record["event"] == "series handed over"]
+    assert (handed["job"], handed["instances"]) == (jobs[0]["id"], 11)
+
+
+def test_other_machines_need_a_list_of_callers(tmp_path: Path) -> None:
+    settings = Settings(store=str(tmp_path), port=0, node_host="0.0.0.0")  # noqa: S104
+    with pytest.raises(UnsafeExposure, match="COUNTERPART_NODE_PEERS"):
+        run_node(settings)
