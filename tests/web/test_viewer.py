@@ -218,6 +218,20 @@ def test_warnings_are_above_the_picture(page: Page, url: str, finished: str, rep
     assert warning["y"] + warning["height"] <= stage["y"]
 
 
+def test_a_site_profile_gives_the_range_of_the_score(
+    page: Page, url: str, finished: str, report: dict[str, Any]
+) -> None:
+    score = {"low": 0.0, "high": report["scores"]["scan"] / 1.5}
+    profile = {"id": "2026-11-28-abc", "scans": 20, "target_ml": 1.0, "scan_score": score, "other_scanner": True}
+    changed = report | {"model": report["model"] | {"site_profile": profile}}
+    page.route("**/report.json", lambda route: route.fulfill(json=changed))
+    page.goto(f"{url}/scans/{finished}")
+    expect(page.locator("#certainty")).to_contain_text("Above the healthy range")
+    expect(page.locator("#certainty")).to_contain_text("site profile")
+    expect(page.locator("#about")).to_contain_text("2026-11-28-abc: 20 healthy scans, at most 1 ml of false findings")
+    expect(page.locator("#about")).to_contain_text("made for another scanner")
+
+
 def test_a_deep_link_opens_a_finding_and_a_preview_comes_first(page: Page, url: str, finished: str) -> None:
     page.goto(f"{url}/scans/{finished}#finding=1")
     page.wait_for_selector("#first-picture[src^=blob]", state="attached")

@@ -1,7 +1,7 @@
 // The viewer of one scan: follows the job, then shows pictures, layers and findings.
 
 import { followEvents, getBytes, getJson, getPicture } from "./api.js";
-import { collectWarnings, scanInWords } from "./certainty.js";
+import { collectWarnings, profileInWords, scanInWords, scoreOf } from "./certainty.js";
 import { Comparison } from "./compare.js";
 import { announce, byId, el, formatPosition, formatTime, problemCard } from "./dom.js";
 import { Findings } from "./findings.js";
@@ -67,14 +67,14 @@ function showWarnings(report) {
 }
 
 function showCertainty(report) {
-  const { scan: score, healthy_scan: healthy } = report.scores;
+  const { score, range: healthy } = scoreOf(report);
   const top = Math.max(score, healthy.high) * 1.15;
   const bar = el("div", { class: "range", "aria-hidden": "true" }, el("span", { class: "healthy" }), el("span", { class: "mark" }));
   bar.style.setProperty("--low", `${(100 * healthy.low) / top}%`);
   bar.style.setProperty("--high", `${(100 * healthy.high) / top}%`);
   bar.style.setProperty("--at", `${(100 * score) / top}%`);
   byId("certainty").replaceChildren(
-    el("p", { text: `The scan as a whole. ${scanInWords(report.scores)}` }),
+    el("p", { text: `The scan as a whole. ${scanInWords(report)}` }),
     bar,
     el("p", { class: "quiet", text: "A finding is clear if its peak is at least 1.5 times the threshold, otherwise doubtful. Healthy scans show doubtful findings too. The score is no probability of disease." }),
   );
@@ -82,11 +82,10 @@ function showCertainty(report) {
 
 function showAbout(job, report) {
   const seconds = Object.values(report.work.seconds).reduce((sum, value) => sum + value, 0);
-  const profile = report.site_profile ?? report.model.site_profile;
   const rows = [
     ["Model", report.model.id],
     ["Selected by", { caller: "the sender", sequence: "the sequence", modality: "the modality", default: "no other model" }[report.model.selection?.by] ?? "–"],
-    ["Site profile", profile ? (profile.name ?? String(profile)) : "none: thresholds of the training scanners"],
+    ["Site profile", profileInWords(report)],
     ["Input", `${report.input.format}, ${report.input.modality ?? "modality not stated"}, ${report.input.shape.join(" × ")}, ${report.input.spacing_mm.map((mm) => mm.toFixed(2)).join(" × ")} mm`],
     ["Analysed", `${report.analysed.volume_ml} ml, z = ${report.analysed.z_mm.join(" to ")} mm, ${report.analysed.slices - report.analysed.slices_not_analysed.length} of ${report.analysed.slices} slices`],
     ["Time", `${seconds.toFixed(1)} s on ${report.model.provider}`],
