@@ -23,6 +23,7 @@ ARGUMENTS = (
 )
 # Milliseconds. The volume is drawn by the CPU, which other tests may use as well.
 TIMEOUT = 60_000
+POLL = 80
 RECORD_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) =>
   console.error(`policy violation: ${event.violatedDirective} ${event.blockedURI}`));
@@ -94,8 +95,8 @@ def differs(one: Pixels, other: Pixels) -> bool:
 
 def _poll(locator: Locator, is_enough: Callable[[Pixels, Pixels], bool]) -> Pixels:
     last = pixels(locator)
-    for _ in range(TIMEOUT // 250):
-        locator.page.wait_for_timeout(250)
+    for _ in range(TIMEOUT // POLL):
+        locator.page.wait_for_timeout(POLL)
         now = pixels(locator)
         if is_enough(now, last):
             return now

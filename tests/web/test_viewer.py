@@ -22,7 +22,7 @@ SCAN = "#scan-scene"
 def shared(browser: Browser) -> Iterator[tuple[Page, Recorder]]:
     """Return one page for the whole module: the start of WebGL in software takes seconds."""
     recorder = Recorder()
-    context = browser.new_context(viewport={"width": 1100, "height": 700})
+    context = browser.new_context(viewport={"width": 1000, "height": 640})
     recorder.watch(context)
     yield context.new_page(), recorder
     context.close()
