@@ -1,16 +1,18 @@
 # `make run` and `make test` install all that they need. Requirements: Python 3.11 and make.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format types imports unit proofs peers client train doctor install install-dev clean
+.PHONY: help run test lint format types imports unit proofs peers client requirements sbom audit train doctor install install-dev clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PORT ?= $(or $(COUNTERPART_PORT),8000)
 CONFIG ?= training/configs/t1.toml
 
-# Environments: one for the service, without torch, one for development, and one for the generator of API clients.
+# Environments: one for the service, without torch, one for development, one for the generator of API clients, and
+# one for the tools of the supply chain.
 SERVE := .venv
 DEV := .venv-dev
 CLIENT := .venv-client
 BIN := $(DEV)/bin
+SUPPLY := .venv-supply
 PIP := install --quiet --disable-pip-version-check --constraint constraints.txt
 SHIPPED := $(shell find app models -type f -not -name '*.pyc')
 # The files of the tests are shared among processes. PARALLEL= runs them one after the other, for example for a debugger.
@@ -60,13 +62,38 @@ $(CLIENT)/.installed: tests/support/openapi_client_constraints.txt
 client: $(CLIENT)/.installed ## Install the generator of API clients that a test uses.
 
 # Programs that judge the results. A test is skipped if its program is missing.
-PEERS := orthanc orthanc-dicomweb dcmtk dicom3tools dcm2niix chromium postgresql
+PEERS := orthanc orthanc-dicomweb dcmtk dicom3tools dcm2niix chromium postgresql prometheus systemd
 
 peers: ## Install the Debian packages that tests use as independent judges; needs root.
 	@missing=$$(for name in $(PEERS); do dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
 	if [ -z "$$missing" ]; then echo "All peers are installed."; \
 	elif [ "$$(id -u)" -ne 0 ]; then echo "Missing:" $$missing"." "Run as root: make peers" >&2; exit 1; \
 	else apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing; fi
+
+# The packages of the image, with the versions of constraints.txt and the hashes of the package index.
+COMPILE = $(SUPPLY)/bin/uv pip compile --quiet --universal --python-version 3.11 --constraint constraints.txt \
+	--generate-hashes --no-emit-index-url --no-annotate --no-header
+requirements: $(SUPPLY)/.installed ## Write the hashed requirements of the image.
+	echo hatchling | $(COMPILE) - --output-file deploy/requirements/build.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra otel --output-file deploy/requirements/cpu.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra otel --output-file deploy/requirements/gpu.txt
+
+sbom: $(SUPPLY)/.installed ## Write dist/sbom.json (CycloneDX) and dist/licences.md of the image; fails on the GPL.
+	@mkdir -p dist
+	@rm -rf $(SUPPLY)/image && $(PYTHON) -m venv --without-pip $(SUPPLY)/image
+	$(SUPPLY)/bin/pip --quiet --python $(SUPPLY)/image/bin/python install --require-hashes --requirement deploy/requirements/cpu.txt
+	$(SUPPLY)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+		--output-file dist/sbom.json $(SUPPLY)/image/bin/python
+	$(SUPPLY)/bin/python deploy/licences.py dist/sbom.json > dist/licences.md
+
+audit: $(SUPPLY)/.installed ## Look for known vulnerabilities in the packages of the image; needs the internet.
+	@for name in cpu gpu; do \
+	  $(SUPPLY)/bin/pip-audit --strict --disable-pip --require-hashes --requirement deploy/requirements/$$name.txt >$(SUPPLY)/audit 2>&1; \
+	  status=$$?; \
+	  if grep -qE 'could not be audited|ConnectionError|ServiceError' $(SUPPLY)/audit; then \
+	    echo "Not audited: the database of pip-audit does not answer. Run make audit on a machine that reaches it." >&2; exit 2; fi; \
+	  cat $(SUPPLY)/audit; test $$status -eq 0 || exit 1; \
+	done
 
 format: $(DEV)/.installed ## Format the code.
 	$(BIN)/ruff check --fix .
@@ -93,8 +120,13 @@ $(DEV)/.installed: pyproject.toml constraints.txt
 	@$(DEV)/bin/python -m pip $(PIP) --editable ".[cpu,sample,training,dev]"
 	@touch $@
 
+$(SUPPLY)/.installed: Makefile
+	@$(PYTHON) -m venv $(SUPPLY)
+	@$(SUPPLY)/bin/python -m pip install --quiet --disable-pip-version-check "cyclonedx-bom>=7,<8" "pip-audit>=2.7,<3" "uv>=0.7"
+	@touch $@
+
 var/sample/scan.nii.gz: | $(SERVE)/.installed
 	@$(SERVE)/bin/counterpart sample -o var/sample > /dev/null
 
 clean: ## Remove the environments, the caches and the sample, but no trained run and no store.
-	rm -rf $(SERVE) $(DEV) $(CLIENT) var dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(SERVE) $(DEV) $(CLIENT) $(SUPPLY) var dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

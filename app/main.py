@@ -1,12 +1,9 @@
-"""Creation of the service: the only module that connects its parts."""
+"""The service as an ASGI application, and the commands that serve it. `app.service` connects its parts."""
 
 import os
 import socket
-import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any
 
 import structlog
 from fastapi import APIRouter, FastAPI
@@ -33,31 +30,18 @@ from app.api import (
     token_list,
     webhooks,
 )
-from app.api.catalogue import Catalogue
 from app.api.cross_origin import allow_origins
-from app.api.dependencies import Calls, Readiness, Services
-from app.api.follower import JobFollower
 from app.api.openapi import remove_validation_errors
-from app.api.operations import Operations
 from app.api.server import AccessLog, RequestGuard, configure_logging, open_listener, run_server
-from app.api.upload import Uploads
+from app.api.telemetry import RequestTelemetry
 from app.errors import DatabaseUnavailable, StoreUnavailable
 from app.export.report import RESEARCH_USE_ONLY
-from app.ingest.dicomweb_source import read_sources
-from app.jobs.bucket import BucketStore
 from app.jobs.database import check_database, run_within
-from app.jobs.engine import BundleEngine, Engine, check_engine
-from app.jobs.maintenance import StorageLimits
-from app.jobs.metrics import Metrics
-from app.jobs.store import Store, is_open_to_others
-from app.jobs.subprocess_engine import SubprocessEngine
-from app.jobs.workflow import JobService
-from app.pacs.deliverer import Deliverer
-from app.pacs.metrics import DeliveryMetrics
-from app.pacs.node import Node, check_exposure
-from app.pacs.routes import read_routes
+from app.jobs.engine import Engine, check_engine
+from app.jobs.store import is_open_to_others
+from app.pacs.node import check_exposure
+from app.service import Roles, Service, create_engine, create_store
 from app.settings import Settings
-from app.site_profile import load_site_profiles
 
 log = structlog.get_logger("counterpart.service")
 
@@ -81,8 +65,6 @@ API_ROUTERS: tuple[APIRouter, ...] = (
 
 # Seconds that open requests have at shutdown. Without a limit, an event stream would delay it until its job ends.
 SHUTDOWN_SECONDS = 5
-# Seconds until models that could not be loaded are loaded again.
-RELOAD_SECONDS = 30.0
 # Seconds for the first check of the store.
 CHECK_SECONDS = 4.0
 # The store holds patients' scans.
@@ -92,23 +74,6 @@ DESCRIPTION = (
     "Detects what differs between a brain scan and its generated healthy counterpart. "
     f"**{RESEARCH_USE_ONLY}** Every error is `application/problem+json` with a stable `code`."
 )
-
-
-class Companions:
-    """Threads that run beside the job service: the deliveries of a worker, the DICOM node."""
-
-    def __init__(self, *companions: Deliverer | Node) -> None:
-        self._companions = companions
-
-    def start(self) -> None:
-        """Start them. The job service runs already."""
-        for companion in self._companions:
-            companion.start()
-
-    def stop(self) -> None:
-        """Stop them before the job service."""
-        for companion in self._companions:
-            companion.stop()
 
 
 def create_app(
@@ -140,63 +105,17 @@ def create_app(
     InvalidSettings
         The file of the routes cannot be used.
     """
-    routes = read_routes(settings.routes)
-    engine = engine or create_engine(settings, worker=worker)
-    metrics = Metrics()
-    for manifest in engine.manifests:
-        metrics.info.labels(manifest.id, engine.provider).set(1)
-    store = create_store(settings)
-    limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-    jobs = JobService(engine, store, settings.database_url, metrics, limits, routes.select)
-    deliverer = [Deliverer(routes, jobs, store, DeliveryMetrics(metrics.registry))] if worker else []
-    dicom_node = [Node(settings, jobs.queue, store, metrics.registry)] if node else []
-    companions = Companions(*deliverer, *dicom_node)
-    calls = Calls()
-    operations = Operations(settings, calls, metrics, api=api)
-    follower = JobFollower(jobs.queue, calls.query, settings.max_streams)
-    uploads = Uploads(jobs.queue)
-    readiness = Readiness(loading=worker)
-    services = Services(
-        settings,
-        engine,
-        store,
-        jobs.queue,
-        readiness,
-        jobs.health,
-        calls,
-        follower,
-        uploads,
-        read_sources(settings.sources),
-        Catalogue(jobs.queue, store),
-    )
-    stopped = threading.Event()
-
-    def load_models() -> None:
-        """Load the models, and try again until they can be used. Meanwhile, the worker takes no scan."""
-        while not stopped.is_set():
-            readiness.load(engine)
-            jobs.health.fault = readiness.error
-            if readiness.error is None:
-                return
-            stopped.wait(RELOAD_SECONDS)
+    service = Service(settings, engine, Roles(api=api, worker=worker, node=node))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         try:
-            await run_in_threadpool(partial(jobs.start, worker=worker))
-            await run_in_threadpool(companions.start)
-            await run_in_threadpool(operations.start)
+            await run_in_threadpool(service.start)
         except Exception as error:
             app.state.start_error = error  # the server drops it
             raise
-        if worker:
-            # In a thread: the server answers /livez while the models load.
-            threading.Thread(target=load_models, name="warm-up", daemon=True).start()
         yield
-        stopped.set()
-        await run_in_threadpool(companions.stop)
-        await run_in_threadpool(jobs.stop, settings.drain_seconds)
-        await run_in_threadpool(operations.stop)
+        await run_in_threadpool(service.stop)
 
     # The scripts of /docs come from the package, because hospital networks cannot reach a CDN.
     app = FastAPIOffline(
@@ -218,14 +137,15 @@ def create_app(
             "auto_configure": False,
         },
     )
-    app.state.services = services
+    app.state.services = service.services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
-    operations.attach(app)
+    service.operations.attach(app)
     if settings.allowed_origins:
         allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
+    app.add_middleware(RequestTelemetry, metrics=service.metrics, traces=service.traces)
     problems.install_handlers(app)
     remove_validation_errors(app)
     return app
@@ -296,52 +216,6 @@ def run_node(settings: Settings, engine: Engine | None = None) -> None:
     check_exposure(settings)
     with _prepare(settings) as listener:
         _run_server(create_app(settings, engine, api=False, worker=False, node=True), settings, listener)
-
-
-def create_engine(settings: Settings, *, worker: bool) -> Engine:
-    """Create the engine for the bundles that the settings name. A worker runs it in a child process.
-
-    Raises
-    ------
-    DamagedBundle
-        A manifest cannot be read.
-    InvalidProfile
-        A site profile cannot be used.
-    """
-    models_folder = str(settings.models) if settings.models else None
-    profiles = load_site_profiles(settings.profiles, settings.profile_key, any_scanner=settings.profile_any_scanner)
-    arguments: dict[str, Any] = {
-        "models": models_folder,
-        "provider": settings.provider,
-        "threads": settings.threads,
-        "noncommercial": settings.allow_noncommercial,
-        "gpu_batch": settings.gpu_batch,
-        "segmentation_type": settings.seg_type,
-        # Their content, which was checked here: the child process does not get the key.
-        "site_profiles": profiles.model_dump(mode="json"),
-    }
-    engine = BundleEngine(**arguments)
-    if not worker:
-        return engine
-    return SubprocessEngine(engine, "app.jobs.engine:BundleEngine", arguments, settings.deadline_seconds)
-
-
-def create_store(settings: Settings) -> Store:
-    """Create the store that the settings name.
-
-    Raises
-    ------
-    StoreUnavailable
-        Its folder cannot be created.
-    """
-    try:
-        return BucketStore(settings.bucket, settings.folder) if settings.bucket else Store(settings.folder)
-    except OSError as error:
-        raise StoreUnavailable(
-            f"The folder of the store cannot be created or written ({type(error).__name__}).",
-            expected="a folder that this user may create and write to.",
-            advice="Check COUNTERPART_STORE, COUNTERPART_SCRATCH and their disk.",
-        ) from None
 
 
 def _prepare(settings: Settings) -> socket.socket:

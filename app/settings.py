@@ -1,4 +1,4 @@
-"""Settings of the service: environment variables with one prefix, or an optional file with the same names.
+"""Settings of the service: environment variables with one prefix, or files with the same names.
 
 `app.cli` reads them once. Every other module receives the frozen object.
 """
@@ -14,16 +14,21 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SecretsSettingsSource, SettingsConfigDict
 
 from app.errors import InvalidSettings, UnsafeExposure
 
 PREFIX = "COUNTERPART_"
 # This variable names the settings file. A file in the working folder is never read without it.
 SETTINGS_FILE_VARIABLE = f"{PREFIX}SETTINGS"
+# This variable names a folder with one file for each setting, as Docker and Kubernetes mount secrets.
+SECRETS_FOLDER_VARIABLE = f"{PREFIX}SECRETS"
 # Variables with the prefix that are no settings: the settings file, the scans of the tests, and those of compose.
 OTHER_VARIABLES = frozenset(
-    {SETTINGS_FILE_VARIABLE, *(f"{PREFIX}{name}" for name in ("DATA", "BUCKET", "API_PORT", "ORTHANC_NAMESPACE"))}
+    {
+        *(SETTINGS_FILE_VARIABLE, SECRETS_FOLDER_VARIABLE),
+        *(f"{PREFIX}{name}" for name in ("DATA", "BUCKET", "API_PORT", "ORTHANC_NAMESPACE")),
+    }
 )
 # Kubernetes adds variables like these to a pod if a service has the name of the prefix.
 SERVICE_LINKS = re.compile(rf"{PREFIX}(SERVICE_(HOST|PORT)|PORT_\d)\w*")
@@ -36,7 +41,7 @@ MASK = "**********"
 HARMLESS_PARAMETERS = frozenset(
     {"application_name", "connect_timeout", "host", "hostaddr", "port", "sslmode", "target_session_attrs"}
 )
-Origin = Literal["default", "environment", "file", "argument"]
+Origin = Literal["default", "environment", "secret", "file", "argument"]
 
 
 def default_data_folder() -> str:
@@ -48,8 +53,15 @@ def default_data_folder() -> str:
     return str(Path(home) / "counterpart")
 
 
+class SecretFiles(SecretsSettingsSource):
+    """Folder of secrets. An empty file, like an empty variable, leaves the setting unset."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if value}
+
+
 class Settings(BaseSettings):
-    """All settings. The order of precedence is: keyword argument, environment, file, default."""
+    """All settings. The order of precedence is: keyword argument, environment, folder of secrets, file, default."""
 
     # Compose files pass variables that are not set as empty strings.
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_prefix=PREFIX, env_ignore_empty=True)
@@ -104,6 +116,13 @@ class Settings(BaseSettings):
     scratch: Path = Field(
         default_factory=lambda: Path(default_data_folder()),
         description="Local folder for unfinished work, if the store is a bucket.",
+    )
+    bucket_key_id: str | None = Field(
+        None, description="Access key id of the bucket. By default, AWS_ACCESS_KEY_ID or the role of the machine."
+    )
+    bucket_key: SecretStr | None = Field(
+        None,
+        description="Secret key of the bucket. By default, AWS_SECRET_ACCESS_KEY or the role of the machine.",
     )
     database: str | None = Field(
         None, description="URL of the job database: postgresql://user:password@host/name. By default, SQLite is used."
@@ -208,13 +227,31 @@ class Settings(BaseSettings):
         None, description="TOML file that names the targets of results, and which results go there (see docs/pacs.md)."
     )
 
+    traces: str | None = Field(
+        None,
+        description="URL of an OpenTelemetry collector (OTLP over HTTP). By default, no traces are recorded.",
+    )
+
     def __init__(self, **arguments: Any) -> None:
         """Read all sources once. An argument of None counts as not given."""
         given = {name: value for name, value in arguments.items() if value is not None}
         super().__init__(_env_file=os.environ.get(SETTINGS_FILE_VARIABLE) or None, **given)
+        secrets = list_secrets(os.environ.get(SECRETS_FOLDER_VARIABLE))
         for name in self.model_fields_set:
-            in_environment = bool(os.environ.get(f"{PREFIX}{name.upper()}"))
-            self._origins[name] = "argument" if name in given else "environment" if in_environment else "file"
+            self._origins[name] = "argument" if name in given else _find_origin(f"{PREFIX}{name.upper()}", secrets)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003  # `SecretFiles` replaces it
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources in the order of their precedence."""
+        secrets = SecretFiles(settings_cls, os.environ.get(SECRETS_FOLDER_VARIABLE) or None)
+        return init_settings, env_settings, secrets, dotenv_settings
 
     @field_validator("store")
     @classmethod
@@ -231,6 +268,13 @@ class Settings(BaseSettings):
         if database is not None and not re.match(r"(sqlite|postgresql|postgres)(\+\w+)?://", database):
             raise ValueError("the database must be sqlite:///path or postgresql://user:password@host/name")
         return None if database is None else re.sub(r"^postgres(ql)?(\+\w+)?://", "postgresql://", database)
+
+    @field_validator("traces")
+    @classmethod
+    def _check_traces(cls, traces: str | None) -> str | None:
+        if traces is not None and not re.match(r"https?://[^/?#]", traces):
+            raise ValueError("the collector must be a URL such as http://collector:4318")
+        return traces
 
     @field_validator("root_path")
     @classmethod
@@ -341,6 +385,13 @@ class Settings(BaseSettings):
         return self.store if self.store.startswith("s3://") else None
 
     @property
+    def bucket_credentials(self) -> dict[str, str]:
+        """Options of the S3 client for the credentials that are set."""
+        key = self.bucket_key.get_secret_value() if self.bucket_key else None
+        given = {"access_key_id": self.bucket_key_id, "secret_access_key": key}
+        return {name: value for name, value in given.items() if value}
+
+    @property
     def folder(self) -> Path:
         """Local folder: the store itself, or the scratch folder if the store is a bucket."""
         return self.scratch.expanduser().absolute() if self.bucket else Path(self.store)
@@ -391,7 +442,7 @@ def read_settings(**arguments: Any) -> Settings:
     Raises
     ------
     InvalidSettings
-        A value is invalid, or the settings file does not exist. The error names the variable.
+        A value is invalid, or the settings file or a secret cannot be read. The error names the variable.
     """
     file = os.environ.get(SETTINGS_FILE_VARIABLE)
     if file and not Path(file).is_file():
@@ -401,6 +452,7 @@ def read_settings(**arguments: Any) -> Settings:
             advice="Correct the path, or unset the variable.",
         )
     _refuse_unknown(name for name, value in os.environ.items() if value)
+    _refuse_unknown(_check_secrets(os.environ.get(SECRETS_FOLDER_VARIABLE)))
     try:
         return Settings(**arguments)
     except ValidationError as error:
@@ -412,6 +464,37 @@ def read_settings(**arguments: Any) -> Settings:
             expected="a value that fits the setting's description (see `counterpart doctor`).",
             advice="Correct the variable, or unset it.",
         ) from None
+
+
+def list_secrets(folder: str | None) -> frozenset[str]:
+    """Return the names of the settings in the folder of secrets, in upper case with their prefix."""
+    if not folder:
+        return frozenset()
+    names = (path.name.upper() for path in Path(folder).iterdir() if path.is_file())
+    return frozenset(name for name in names if name.startswith(PREFIX))
+
+
+def _check_secrets(folder: str | None) -> frozenset[str]:
+    """Return the names of the settings in the folder of secrets, and check that this user may read their files."""
+    try:
+        names = list_secrets(folder)
+        for path in Path(folder).iterdir() if folder else ():
+            if path.name.upper() in names:
+                path.read_bytes()
+    except OSError as error:
+        raise InvalidSettings(
+            f"{SECRETS_FOLDER_VARIABLE} names a folder that cannot be read ({type(error).__name__}).",
+            expected=f"a folder with files such as {PREFIX.lower()}token that this user may read.",
+            advice="Correct the path or the rights of the files, or unset the variable.",
+        ) from None
+    return names
+
+
+def _find_origin(variable: str, secrets: frozenset[str]) -> Origin:
+    """Return the source of a value that is no argument."""
+    if os.environ.get(variable):
+        return "environment"
+    return "secret" if variable in secrets else "file"
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:

@@ -177,3 +177,63 @@ def test_documents_name_no_other_setting() -> None:
     pages = (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
     named = {name for page in pages for name in re.findall(rf"{PREFIX}[A-Z_]+\b", page.read_text())}
     assert named - OTHER_VARIABLES <= {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+
+
+def write_secrets(folder: Path, monkeypatch: pytest.MonkeyPatch, secrets: dict[str, str]) -> None:
+    for name, value in secrets.items():
+        (folder / name).write_text(value)
+    monkeypatch.setenv("COUNTERPART_SECRETS", str(folder))
+
+
+def test_secrets_come_from_files_of_a_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    url = "postgresql://counterpart:secret@database/counterpart"
+    secrets = {"counterpart_token": "from a file\n", "counterpart_database": url, "other": "x"}
+    write_secrets(tmp_path, monkeypatch, secrets)
+    (tmp_path / "..data").mkdir()  # Kubernetes has such a folder in each mounted secret
+    settings = read_settings()
+    assert settings.token is not None
+    assert settings.token.get_secret_value() == "from a file"
+    assert settings.database_url == url
+    assert [settings.origin(name) for name in ("token", "database", "port")] == ["secret", "secret", "default"]
+
+
+def test_environment_precedes_secret_and_secret_precedes_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "settings"
+    file.write_text("COUNTERPART_TOKEN=file\nCOUNTERPART_HOSTS=file\n")
+    monkeypatch.setenv("COUNTERPART_SETTINGS", str(file))
+    (tmp_path / "secrets").mkdir()
+    secrets = {"counterpart_token": "secret", "counterpart_database": "sqlite:///a"}
+    write_secrets(tmp_path / "secrets", monkeypatch, secrets)
+    monkeypatch.setenv("COUNTERPART_DATABASE", "sqlite:///b")
+    settings = read_settings()
+    assert settings.token is not None
+    assert (settings.token.get_secret_value(), settings.hosts, settings.database) == ("secret", "file", "sqlite:///b")
+    assert [settings.origin(name) for name in ("token", "hosts", "database")] == ["secret", "file", "environment"]
+
+
+def test_empty_secret_is_no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_secrets(tmp_path, monkeypatch, {"counterpart_token": "\n", "counterpart_database": ""})
+    settings = read_settings(host="0.0.0.0")  # noqa: S104
+    assert (settings.token, settings.database) == (None, None)
+    with pytest.raises(UnsafeExposure):
+        settings.check_exposure()
+
+
+def test_unknown_secret_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_secrets(tmp_path, monkeypatch, {"counterpart_tokne": "secret"})
+    with pytest.raises(InvalidSettings, match="COUNTERPART_TOKNE: no setting") as refused:
+        read_settings()
+    assert "COUNTERPART_TOKEN" in str(refused.value)
+
+
+def test_missing_folder_of_secrets_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COUNTERPART_SECRETS", str(tmp_path / "none"))
+    with pytest.raises(InvalidSettings, match="COUNTERPART_SECRETS"):
+        read_settings()
+
+
+def test_credentials_of_the_bucket_are_options_of_its_client() -> None:
+    settings = Settings(bucket_key_id="id", bucket_key="key")
+    assert settings.bucket_credentials == {"access_key_id": "id", "secret_access_key": "key"}
+    assert "key" not in settings.format_value("bucket_key")
+    assert Settings().bucket_credentials == {}

@@ -211,7 +211,7 @@ class Readiness:
 
 @dataclass(frozen=True)
 class Services:
-    """The parts of a running service that the routes use; `app.main` creates it."""
+    """The parts of a running service that the routes use; `app.service` creates it."""
 
     settings: Settings
     engine: Engine

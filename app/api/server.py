@@ -44,8 +44,8 @@ UNLOGGED_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 # A caller can send any text as the method.
 LOGGED_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 
-# Probes name a machine by its address. With a token, these routes answer under every name.
-PROBE_ROUTES = frozenset({"/livez", "/readyz"})
+# Probes and scrapes name a machine by its address. With a token, these routes answer under every name.
+PROBE_ROUTES = frozenset({"/livez", "/readyz", "/metrics"})
 # Values of Sec-Fetch-Site for a request of the service's own pages, or of a person who typed the address.
 OWN_SITES = frozenset({"same-origin", "none"})
 # A NUL, encoded or not. PostgreSQL stores none, and no parameter needs one.

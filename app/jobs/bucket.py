@@ -11,7 +11,7 @@
 
 A local folder holds uploads in progress and the scan that this process analyses. Endpoint and credentials come
 from the environment, as for every S3 client (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID,
-AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP), or from the machine's own role.
+AWS_SECRET_ACCESS_KEY, AWS_ALLOW_HTTP), or from the machine's own role. Credentials can also be settings.
 """
 
 import shutil
@@ -45,11 +45,13 @@ class BucketStore(Store):
         URL of the store, as "s3://bucket/prefix".
     scratch : Path
         Local folder for files in progress. If it is missing, it is created for its owner only.
+    **credentials : str
+        Options of the S3 client, such as `access_key_id`. They have precedence over the environment.
     """
 
-    def __init__(self, url: str, scratch: Path) -> None:
+    def __init__(self, url: str, scratch: Path, **credentials: str) -> None:
         super().__init__(scratch)
-        self._bucket = S3Store.from_url(url)
+        self._bucket = S3Store.from_url(url, **credentials)  # type: ignore[arg-type]
         self._local_jobs = scratch / "jobs"
 
     def check(self) -> None:

@@ -3,17 +3,31 @@
 A module of its own, because the queue, the workflow and the worker all update these metrics.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+
+from app.errors import InternalError, OutOfMemory, StoreFull, StoreUnavailable, TookTooLong, WorkerLost
+from app.jobs.faults import SERVICE_ERRORS
+
+# Outcomes that alerts name, besides those of a job without a problem.
+ALERTING_OUTCOMES = (WorkerLost, OutOfMemory, InternalError, StoreUnavailable, StoreFull, TookTooLong)
 # Seconds: from a small scan on a GPU to a long scan on a busy CPU.
 STAGE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 900)
+# Seconds: from a status call to an upload over a slow line, or a caller that waits for its result.
+REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Metrics of one process, in a registry of their own, so that two services in one process do not mix."""
+    """Metrics of one process, in a registry of their own, so that two services in one process do not mix.
+
+    Metrics "of all machines" have the same value in every process: take their maximum. All others count one process:
+    take their sum.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self.outcomes = Counter(
             "counterpart_jobs",
             "Jobs that ended in this process, by outcome: succeeded, cancelled, or an error code.",
@@ -42,9 +56,30 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=self.registry,
         )
-        self.queued = Gauge("counterpart_queue_depth", "Jobs in the queue.", registry=self.registry)
+        # An alert cannot see the first increase of a counter that begins with it.
+        for outcome in ("succeeded", "cancelled", *(error.code for error in ALERTING_OUTCOMES)):
+            self.outcomes.labels(outcome)
+        for error in (*SERVICE_ERRORS, InternalError):
+            self.faults.labels(error.code)
+        self.received = Counter(
+            "counterpart_scans_received", "Scans that this process accepted as new jobs.", registry=self.registry
+        )
+        self.request_seconds = Histogram(
+            "counterpart_http_request_seconds",
+            "Wall-clock seconds of a request in this process until its response began.",
+            ["method", "route", "status"],
+            buckets=REQUEST_BUCKETS,
+            registry=self.registry,
+        )
+        self.busy = Gauge("counterpart_worker_busy", "1 if this process analyses a scan now.", registry=self.registry)
+        self.paused = Gauge(
+            "counterpart_worker_paused", "1 if a fault of the service pauses this worker.", registry=self.registry
+        )
+        self.queued = Gauge("counterpart_queue_depth", "Jobs in the queue of all machines.", registry=self.registry)
         self.oldest = Gauge(
-            "counterpart_queue_age_seconds", "Age of the oldest job in the queue.", registry=self.registry
+            "counterpart_queue_age_seconds",
+            "Age of the oldest job in the queue of all machines.",
+            registry=self.registry,
         )
         self.workers = Gauge("counterpart_workers", "Live workers on all machines.", registry=self.registry)
         self.running = Gauge("counterpart_jobs_running", "Jobs that run now on all machines.", registry=self.registry)
@@ -57,6 +92,16 @@ class Metrics:
         self.info = Gauge(
             "counterpart_model", "Installed models: 1 for each.", ["model", "provider"], registry=self.registry
         )
+
+    def observe_child(self, pid: Callable[[], int | None]) -> None:
+        """Add the memory, processor time and open files of the child process that runs the inference.
+
+        Parameters
+        ----------
+        pid : callable
+            Returns the process id, or None if no child process runs.
+        """
+        ProcessCollector("counterpart_inference", lambda: pid() or "none", registry=self.registry)
 
     def text(self) -> bytes:
         """Return the metrics in the Prometheus exposition format."""

@@ -208,6 +208,8 @@ class JobQueue:
         if queued_job != job:  # the same scan was submitted twice at the same moment
             self._store.erase(job)
             _check_content(self.get(queued_job), content_hash)
+        else:
+            self._metrics.received.inc()
         return queued_job
 
     def _content_hash(self, digest: str, request: AnalysisRequest) -> str:

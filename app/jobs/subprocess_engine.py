@@ -112,6 +112,11 @@ class SubprocessEngine:
         """Return the model card of a model id in Markdown, or None if the model has no card."""
         return self._local.card(model)
 
+    def child_pid(self) -> int | None:
+        """Return the process id of the child process, or None if none runs."""
+        child = self._child
+        return child.pid if child is not None and child.is_running() else None
+
     def warm_up(self) -> None:
         """Load every model in the child process and run a real inference with it.
 
@@ -238,6 +243,11 @@ class ChildProcess:
             arguments, env=environ, pass_fds=[childs_end.fileno()], stdin=null, stdout=null, stderr=null
         )
         childs_end.close()
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
 
     def is_running(self) -> bool:
         """Return whether the process has not ended."""

@@ -142,11 +142,13 @@ class Worker:
             self._stopping.wait()
             raise Interrupted
         self._idle.clear()
+        self._metrics.busy.set(1)
         attempt = Attempt(job, request, self._engine, self._store, self._state, self._metrics, self._stopping)
         try:
             yield attempt
         finally:
             attempt.cleanup()
+            self._metrics.busy.set(0)
             self._idle.set()
 
     def pause(self, fault: CounterpartError) -> None:
@@ -160,6 +162,7 @@ class Worker:
             The fault that ended the last attempt. `health` shows it, or the fault of the last check.
         """
         self.health.fault = fault
+        self._metrics.paused.set(1)
         self._faults_in_a_row += 1
         seconds = min(PAUSE_SECONDS * 2 ** (self._faults_in_a_row - 1), MAX_PAUSE_SECONDS)
         log.error("worker paused", code=fault.code, seconds=seconds)
@@ -176,6 +179,7 @@ class Worker:
                 log.info("worker continues")
                 break
         self.health.fault = None
+        self._metrics.paused.set(0)
 
     def reset_pause(self) -> None:
         """Begin with the shortest pause at the next fault, because a job has succeeded."""

@@ -39,6 +39,7 @@ from app.jobs.maintenance import (
 from app.jobs.metrics import Metrics
 from app.jobs.queue import QUEUE, STATES, WORKFLOW, JobQueue, list_workflows, to_job
 from app.jobs.store import STALE_SECONDS, Slot, Store
+from app.jobs.traces import NoTraces, Span, Traces
 from app.jobs.worker import Interrupted, StepOutput, Worker, quarantine_problem, to_fault
 
 log = structlog.get_logger("counterpart.jobs")
@@ -70,6 +71,7 @@ class JobService:
     limits : StorageLimits
     router : callable
         Returns the deliveries of a succeeded job.
+    traces : Traces, optional
 
     Attributes
     ----------
@@ -78,7 +80,7 @@ class JobService:
         Why the worker of this process pauses.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - its parts
         self,
         engine: Engine,
         store: Store,
@@ -86,6 +88,7 @@ class JobService:
         metrics: Metrics,
         limits: StorageLimits,
         router: Router = route_nothing,
+        traces: Traces | None = None,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -93,6 +96,7 @@ class JobService:
         self._metrics = metrics
         self._limits = limits
         self._router = router
+        self._traces = traces or NoTraces()
         self._database = connect(database_url)
         self._registry = WorkerRegistry(self._database)
         self.queue = JobQueue(engine, store, self._database, self._registry, metrics, limits)
@@ -312,10 +316,10 @@ class JobService:
     def _run_steps(self, job: str, request: AnalysisRequest) -> dict[str, Any]:
         """Run the steps of a job. DBOS returns the output of a recorded step without running it again."""
         with self._worker.start_attempt(job, request) as attempt:
-            inferred = DBOS.run_step({"name": "infer"}, self._run_recorded_step, job, attempt.infer)
+            inferred = self._run_step("infer", job, attempt.infer)
             self._raise_problem(job, inferred)
             name = str(inferred["inferred"])
-            exported = DBOS.run_step({"name": "export"}, self._run_recorded_step, job, lambda: attempt.export(name))
+            exported = self._run_step("export", job, lambda: attempt.export(name))
             self._raise_problem(job, exported)
             DBOS.run_step({"name": "publish"}, self._publish, job, str(exported["work"]))
             routes = self._router(str(exported["model"]), cast("list[str]", exported["results"]))
@@ -325,9 +329,13 @@ class JobService:
         # An older version may have recorded the export, without a summary.
         return {name: exported.get(name) for name in ("model", "results", "summary")}
 
+    def _run_step(self, name: str, job: str, step: Callable[[], StepOutput]) -> StepOutput:
+        """Run and record a step of a job, or return its recorded output."""
+        return DBOS.run_step({"name": name}, self._run_recorded_step, name, job, step)
+
     def _publish(self, job: str, work: str) -> None:
         """Publish staged results, unless the job was cancelled. Whatever comes last removes the results."""
-        with self._as_service_fault(job):
+        with self._trace_step("publish", job), self._as_service_fault(job):
             if not self.is_assigned(job):
                 raise Interrupted
             self._store.publish(job, work)
@@ -344,10 +352,24 @@ class JobService:
             if self.queue.is_cancelled(job):
                 self._store.discard_all_but_scan(job)
 
-    def _run_recorded_step(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
+    def _run_recorded_step(self, name: str, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         """Run a step, and record its problem or model for `JobFilter`."""
-        with self._as_service_fault(job):
-            return self._run_step_once(job, step)
+        with self._trace_step(name, job) as span, self._as_service_fault(job):
+            output = self._run_step_once(job, step)
+            problem = cast("dict[str, str] | None", output.get("problem"))
+            span.attributes["counterpart.outcome"] = problem["code"] if problem else "succeeded"
+            return output
+
+    @contextmanager
+    def _trace_step(self, name: str, job: str) -> Iterator[Span]:
+        """Record a span of a step. An interrupted step is no failure."""
+        with self._traces.span(f"job {name}") as span:
+            span.attributes = {"counterpart.job": job, "counterpart.step": name}
+            try:
+                yield span
+            except Interrupted:
+                span.attributes["counterpart.outcome"] = "interrupted"
+                raise
 
     def _run_step_once(self, job: str, step: Callable[[], StepOutput]) -> StepOutput:
         crashes = self._quarantine(job)

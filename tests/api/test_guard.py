@@ -72,6 +72,7 @@ def guard(**arguments: object) -> RequestGuard:
         ("scanner.example", "attacker.example", URL, False),
         ("scanner.example", "", URL, False),
         ("scanner.example", "10.0.0.7:8000", "/readyz", True),
+        ("scanner.example", "10.0.0.7:8000", "/metrics", True),
     ],
 )
 def test_listed_hosts_are_accepted_with_a_token(hosts: str, host: str, path: str, accepted: bool) -> None:  # noqa: FBT001

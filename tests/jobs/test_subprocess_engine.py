@@ -1,5 +1,6 @@
 import itertools
 import os
+import re
 import resource
 import signal
 import time
@@ -13,6 +14,7 @@ from app.analysis import AnalysisRequest
 from app.errors import NotReady, OutOfDistribution, OutOfMemory, TookTooLong, UnexpectedError, error_location
 from app.export.outputs import REQUIRED_NAMES
 from app.jobs.engine import INFERENCE_FILE, ChildProcessDied
+from app.jobs.metrics import Metrics
 from app.jobs.subprocess_engine import NICENESS, SubprocessEngine, free_memory
 from app.jobs.worker import Interrupted
 from tests.api.support import FakeEngine, fake_scan
@@ -251,3 +253,14 @@ def test_scan_that_crashes_twice_is_quarantined_and_victims_of_kills_are_not(tmp
         wait_for_state(service, victim, "succeeded")
         hungry = submit(service, tmp_path, allocate_bytes=2 * GIB)
         assert problem_of(service, hungry)["code"] == "out_of_memory"
+
+
+def test_metrics_of_the_child_process(fake_child: SubprocessEngine) -> None:
+    metrics = Metrics()
+    metrics.observe_child(fake_child.child_pid)
+    assert b"counterpart_inference_process" not in metrics.text()  # no child process runs yet
+    fake_child.warm_up()
+    text = metrics.text().decode()
+    memory = re.findall(r"^counterpart_inference_process_resident_memory_bytes ([\d.e+]+)$", text, re.MULTILINE)
+    assert [float(number) > 1e6 for number in memory] == [True]
+    assert "counterpart_inference_process_cpu_seconds_total" in text

@@ -24,6 +24,7 @@ import httpx2
 
 from tests.proofs.deployment import (
     CHECKOUT,
+    RESULTS,
     Deployment,
     ServiceProcess,
     as_environ,
@@ -42,6 +43,8 @@ DOCUMENT = CHECKOUT / "docs" / "operations.md"
 # The versions to upgrade from: 0.1.0, which had one process on SQLite, and for --shared the last version without a
 # child process for the inference, which had PostgreSQL and buckets.
 OLD_VERSION, OLD_SHARED_VERSION = "1e1915c", "692eefd"
+# Results of the old versions.
+OLD_RESULTS = tuple(name for name in RESULTS if name != "labels.nii.gz")
 TIMEOUT_SECONDS = 900
 
 
@@ -94,14 +97,14 @@ def submit_all(service: ServiceProcess, scans: list[bytes], name: str) -> list[s
         return [submit(client, scan, f"{name}-{i}", deadline) for i, scan in enumerate(scans)]
 
 
-def digests_when_succeeded(service: ServiceProcess, jobs: list[str]) -> list[str]:
+def digests_when_succeeded(service: ServiceProcess, jobs: list[str], names: tuple[str, ...] = OLD_RESULTS) -> list[str]:
     """Return the digests of the jobs' results when all jobs have succeeded."""
     with httpx2.Client(base_url=service.url, timeout=60) as client:
         for job in jobs:
             found = wait_until_ended(client, job, time.monotonic() + TIMEOUT_SECONDS)
             if found["state"] != "succeeded":
                 raise RuntimeError(f"{job}: {found['problem']}")
-        return [results_digest(client, job) for job in jobs]
+        return [results_digest(client, job, names) for job in jobs]
 
 
 def check_out(version: str, folder: Path) -> Path:

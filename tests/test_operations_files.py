@@ -1,0 +1,101 @@
+"""Alert rules and dashboard: promtool accepts and tries the rules, and every metric that they name exists."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from app.jobs.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RULES = ROOT / "deploy" / "prometheus" / "counterpart.rules.yml"
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana" / "counterpart.json").read_text())
+# Metrics that Prometheus itself adds to each scrape.
+OF_PROMETHEUS = {"up"}
+METRIC = re.compile(r"\b((?:counterpart|process)_[a-z_]+|up)\b(?=[{\[)\s]|$)")
+
+
+def promtool(*arguments: object) -> str:
+    path = shutil.which("promtool")
+    if path is None:
+        pytest.skip("promtool is not installed (prometheus)")
+    done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rules() -> Iterator[dict[str, Any]]:
+    for group in yaml.safe_load(RULES.read_text())["groups"]:
+        yield from group["rules"]
+
+
+def dashboard_expressions() -> Iterator[str]:
+    for panel in DASHBOARD["panels"]:
+        yield from (target["expr"] for target in panel.get("targets", []))
+
+
+def offered() -> str:
+    """Return the metrics of a process, with one value of each label."""
+    metrics = Metrics()
+    metrics.observe_child(lambda: 1)
+    metrics.stage_seconds.labels("infer").observe(1)
+    metrics.request_seconds.labels("GET", "/livez", 200).observe(1)
+    metrics.info.labels("tiny-0.0.1", "cpu").set(1)
+    return metrics.text().decode()
+
+
+def test_promtool_accepts_the_rules() -> None:
+    assert f"{len(list(rules()))} rules found" in promtool("check", "rules", RULES)
+
+
+def test_alerts_fire_when_they_should_and_only_then() -> None:
+    assert "SUCCESS" in promtool("test", "rules", RULES.with_name("counterpart.tests.yml"))
+
+
+def test_promtool_accepts_the_metrics() -> None:
+    path = shutil.which("promtool")
+    if path is None:
+        pytest.skip("promtool is not installed (prometheus)")
+    done = subprocess.run([path, "check", "metrics"], input=offered(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("source", ["rules", "dashboard"])
+def test_every_named_metric_exists(source: str) -> None:
+    expressions = [rule["expr"] for rule in rules()] if source == "rules" else list(dashboard_expressions())
+    named = {name for expression in expressions for name in METRIC.findall(expression)} - OF_PROMETHEUS
+    text = offered()
+    assert len(named) >= 5
+    assert {name for name in named if not re.search(rf"^{name}(\{{| )", text, re.MULTILINE)} == set()
+
+
+def test_every_outcome_of_an_alert_is_counted_from_the_start() -> None:
+    alert = next(rule for rule in rules() if rule.get("alert") == "CounterpartJobsFailByService")
+    outcomes = re.findall(r'outcome=~"([^"]+)"', alert["expr"])[0].split("|")
+    text = Metrics().text().decode()
+    for outcome in outcomes:
+        assert f'counterpart_jobs_total{{outcome="{outcome}"}} 0.0' in text
+    assert 'counterpart_service_faults_total{code="store_unavailable"} 0.0' in text
+
+
+def test_every_alert_has_a_row_in_the_documentation() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text()
+    assert [rule["alert"] for rule in rules() if "alert" in rule and f"`{rule['alert']}`" not in document] == []
+
+
+def test_panels_of_the_dashboard_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+    ids = [panel["id"] for panel in DASHBOARD["panels"]]
+    assert len(set(ids)) == len(ids)
