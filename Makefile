@@ -25,6 +25,7 @@ help: ## Show this list.
 
 run: $(SERVE)/.installed var/sample/scan.nii.gz ## Install the service and start it on a sample scan.
 	@echo
+	@echo "  Pages    $(URL)/"
 	@echo "  API      $(URL)/docs"
 	@echo "  Analyse  curl -sS $(TOKEN_HEADER)-H 'Prefer: wait=60' -F file=@$(CURDIR)/var/sample/scan.nii.gz $(URL)/v1/scans"
 	@echo "  Or       $(SERVE)/bin/counterpart detect var/sample/scan.nii.gz -o var/sample/result"
