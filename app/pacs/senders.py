@@ -1,4 +1,4 @@
-"""Delivery of one DICOM file to a target, by C-STORE (pynetdicom) or STOW-RS (dicomweb-client)."""
+"""Send one DICOM file to a target, by C-STORE (pynetdicom) or STOW-RS (dicomweb-client)."""
 
 from pathlib import Path
 
