@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import app.main
+import app.service
 from app.errors import MissingExtra
 from app.jobs.traces import ExportedTraces, NoTraces, create_traces
 from app.settings import Settings
@@ -33,7 +34,7 @@ def traced(
     exporter: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TestClient]:
     traces = ExportedTraces(export.SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(app.main, "create_traces", lambda url: traces if url == "http://127.0.0.1:4318" else None)
+    monkeypatch.setattr(app.service, "create_traces", lambda url: traces if url == "http://127.0.0.1:4318" else None)
     settings = Settings(store=str(tmp_path_factory.mktemp("store")), traces="http://127.0.0.1:4318")
     with TestClient(app.main.create_app(settings, FakeEngine()), BASE_URL, raise_server_exceptions=False) as client:
         yield client

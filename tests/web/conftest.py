@@ -22,9 +22,16 @@ expect.set_options(timeout=TIMEOUT)
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def installed_browser() -> Path:
     if not CHROMIUM.exists():
         pytest.skip(f"no browser: {CHROMIUM} does not exist (apt-get install chromium)")
+    return CHROMIUM
+
+
+@pytest.fixture(scope="module")
+def browser(installed_browser: Path) -> Iterator[Browser]:
+    # Playwright keeps an event loop running in this thread, so it must end before the tests of another module.
+    assert installed_browser.exists()
     with chromium() as running:
         yield running
 
@@ -40,9 +47,10 @@ def models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def service(browser: Browser, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    # The browser comes first, so that nothing starts without one.
-    assert browser.is_connected()
+def service(
+    installed_browser: Path, models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningService]:
+    assert installed_browser.exists()  # nothing starts without a browser
     folder = tmp_path_factory.mktemp("web-service")
     with run_service(folder / "store", folder / "log", COMMAND, models=str(models)) as running:
         yield running
