@@ -27,7 +27,7 @@ from app.errors import StoreFull
 from app.ingest.dicom.storage import STORAGE_CLASSES, TRANSFER_SYNTAXES, Identifiers
 from app.pacs.metrics import NodeMetrics
 from app.pacs.receiver import Peers, Receiver, ReceiverOptions
-from app.pacs.spool import Spool
+from app.pacs.spool import Sender, Spool
 from app.pacs.tls import client_context, server_context
 from tests.pacs.certificates import Authority
 from tests.pacs.support import make_slices
@@ -127,6 +127,7 @@ def test_dcmtk_sends_with_its_default_contexts(start_node: StartNode, tmp_path: 
     require_tool("echoscu")("-aec", TITLE, "127.0.0.1", node.port)
     require_tool("storescu")("-aec", TITLE, "127.0.0.1", node.port, *paths)
     assert len(node.files()) == 4
+    assert node.spool.read_senders(node.files()[0].parent.name) == (Sender("STORESCU", "127.0.0.1"),)
 
 
 def test_every_storage_class_is_accepted_in_every_transfer_syntax(start_node: StartNode) -> None:
@@ -251,9 +252,9 @@ def test_data_sets_arrive_in_the_spool_and_not_in_the_temporary_folder(
     node, seen = start_node(), []
     add = node.spool.add
 
-    def record(path: Path, identifiers: Identifiers) -> None:
+    def record(path: Path, identifiers: Identifiers, sender: Sender) -> None:
         seen.append(path.parent)
-        add(path, identifiers)
+        add(path, identifiers, sender)
 
     monkeypatch.setattr(node.spool, "add", record)
     assert node.store(*make_slices()[:2]) == [0, 0]
