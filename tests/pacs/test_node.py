@@ -21,7 +21,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_nothing_is_lost_if_programs_are_killed() -> None:
-    command = [sys.executable, "-m", "tests.proofs.node", "--kills", "3", "--load", "1"]
+    prove("tests.proofs.node", "--kills", "3", "--load", "1")
+
+
+def test_every_dicom_result_reaches_a_pacs() -> None:
+    prove("tests.proofs.delivery")
+
+
+def prove(*arguments: str) -> None:
+    command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=900)
     if done.returncode == NOT_INSTALLED or "unshare failed" in done.stderr:
         pytest.skip((done.stdout + done.stderr).strip())

@@ -322,6 +322,26 @@ def test_tls_needs_the_certificates_of_both_sides(start_node: StartNode, tmp_pat
     association.release()
 
 
+def test_dcmtk_sends_over_tls(start_node: StartNode, tmp_path: Path) -> None:
+    echoscu, storescu = require_tool("echoscu"), require_tool("storescu")
+    if "+tls" not in echoscu("--help", check=False):
+        pytest.skip("this dcmtk has no TLS")
+    authority, stranger = Authority.create(tmp_path / "ca"), Authority.create(tmp_path / "other")
+    node = start_node(ssl_context=server_context(*authority.issue("node"), authority.path))
+    certificate, key = authority.issue("scanner")
+    trust = ("+cf", authority.path, "-aec", TITLE, "127.0.0.1", node.port)
+    echoscu("+tls", key, certificate, *trust)
+    (dataset,) = make_slices(count=1)
+    dataset.save_as(tmp_path / "one.dcm", enforce_file_format=True)
+    storescu("+tls", key, certificate, *trust, tmp_path / "one.dcm")
+    assert len(node.files()) == 1
+    unknown_certificate, unknown_key = stranger.issue("scanner")
+    for refused in (["+tls", unknown_key, unknown_certificate], ["+tla"], []):
+        output = echoscu(*refused, *(trust if refused else trust[2:]), "-ta", 10, "-to", 10, check=False)
+        assert "Association Request Failed" in output, refused
+    assert len(node.files()) == 1
+
+
 def test_a_silent_tls_caller_delays_no_other(start_node: StartNode, tmp_path: Path) -> None:
     authority = Authority.create(tmp_path / "ca")
     node = start_node(ssl_context=server_context(*authority.issue("node"), None))
