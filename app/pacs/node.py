@@ -3,7 +3,7 @@
 import structlog
 from prometheus_client import CollectorRegistry
 
-from app.errors import UnsafeExposure
+from app.errors import InvalidSettings, UnsafeExposure
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store
 from app.pacs.handover import HandOver
@@ -74,12 +74,18 @@ def _create_options(settings: Settings) -> ReceiverOptions:
 
 
 def check_exposure(settings: Settings) -> None:
-    """Refuse to accept associations of other machines if the callers are not listed.
+    """Refuse to accept associations of other machines if the callers are not listed, or TLS lacks its certificate.
 
     Raises
     ------
-    UnsafeExposure
+    UnsafeExposure, InvalidSettings
     """
+    if settings.node_tls_certificate is None and (settings.node_tls_key or settings.node_tls_ca):
+        raise InvalidSettings(
+            f"{PREFIX}NODE_TLS_KEY or {PREFIX}NODE_TLS_CA is set, and {PREFIX}NODE_TLS_CERTIFICATE is not.",
+            expected="a certificate. Without it, the node would accept connections without TLS.",
+            advice=f"Set {PREFIX}NODE_TLS_CERTIFICATE, or unset the others.",
+        )
     if not is_loopback(settings.node_host) and not settings.node_peers:
         raise UnsafeExposure(
             f"The DICOM node was asked to listen on {settings.node_host}, and {PREFIX}NODE_PEERS is not set.",
