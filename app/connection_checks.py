@@ -16,7 +16,7 @@ from cryptography import x509
 from app.api.oidc import KEY_ERRORS, Issuer, read_oidc_settings
 from app.api.tokens import TokenFile
 from app.check_output import Check
-from app.errors import CounterpartError
+from app.errors import CounterpartError, InvalidSettings
 from app.ingest.dicomweb_source import read_sources
 from app.jobs.webhook_sender import DeliveryFault, find_address
 from app.pacs.node import check_exposure
@@ -230,18 +230,23 @@ def check_issuer(settings: Settings) -> Iterator[Check]:
         if oidc is None:
             return
         keys = Issuer(oidc).fetch_keys()
-    except CounterpartError as error:
-        yield Check("issuer", "fail", error.found, error.advice.removeprefix("The operator must "))
+    except InvalidSettings as error:
+        yield Check("issuer", "fail", error.found, error.advice)
         return
     except KEY_ERRORS as error:
+        found = error.found if isinstance(error, CounterpartError) else f"no keys ({type(error).__name__})"
         fix = f"Check {PREFIX}OIDC_ISSUER, {PREFIX}OIDC_JWKS, the network, and SSL_CERT_FILE for a private CA."
-        yield Check("issuer", "fail", f"no keys ({type(error).__name__})", fix)
+        yield Check("issuer", "fail", found, fix)
         return
-    if settings.oidc_client and not settings.public_url:
+    if not keys:
+        yield Check("issuer", "fail", "no key has an id", "Set a `kid` for each key of the issuer.")
+    elif settings.oidc_client and not settings.public_url:
         fix = f"Set {PREFIX}PUBLIC_URL to the address of the service in the browser."
         yield Check("issuer", "fail", "the login has no public URL", fix)
     else:
-        yield Check("issuer", "ok" if keys else "fail", f"keys: {len(keys)}", "" if keys else "Check the issuer's keys.")
+        yield Check(
+            "issuer", "ok" if keys else "fail", f"keys: {len(keys)}", "" if keys else "Check the issuer's keys."
+        )
 
 
 def check_webhooks(settings: Settings) -> Iterator[Check]:
