@@ -19,11 +19,11 @@ from app.check_output import Check
 from app.errors import CounterpartError, InvalidSettings
 from app.ingest.dicomweb_source import read_sources
 from app.jobs.webhook_sender import DeliveryFault, find_address
-from app.pacs.node import check_exposure
+from app.pacs.node import check_exposure, create_request
 from app.pacs.routes import DimseTarget, Routes, Target, read_routes
 from app.pacs.senders import NotSent, echo
 from app.pacs.tls import server_context
-from app.runtime.bundle import find_bundles, shipped_models
+from app.runtime.bundle import find_bundles, read_manifest, shipped_models
 from app.settings import PREFIX, Settings, is_loopback
 
 # Seconds for each connection and for each answer.
@@ -171,12 +171,13 @@ def _rate_status(check: str, host: str, status: int) -> Check:
 
 
 def check_node(settings: Settings) -> Iterator[Check]:
-    """Check the list of callers and the TLS files of the DICOM node, if one of its settings was changed."""
+    """Check the callers, the model and the TLS files of the DICOM node, if one of its settings was changed."""
     if all(settings.origin(name) == "default" for name in type(settings).model_fields if name.startswith("node_")):
         return
     certificate = settings.node_tls_certificate
     try:
         check_exposure(settings)
+        create_request(settings, [read_manifest(path) for path in find_bundles(settings.models or shipped_models())])
         if certificate is not None:
             server_context(certificate, settings.node_tls_key, settings.node_tls_ca)
     except CounterpartError as error:

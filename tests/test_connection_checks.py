@@ -166,6 +166,9 @@ def test_a_node_for_other_machines_needs_callers_and_should_have_tls(check: Call
     assert found["DICOM node"] == Check("DICOM node", "ok", "COUNTERPART at 10.0.0.5:11112, callers: 2")
     assert (found["node TLS"].status, "no TLS" in found["node TLS"].found) == ("warn", True)
     assert "node TLS" not in check(node_peers="PACS")
+    assert check(node_model="tiny")["DICOM node"].status == "ok"
+    unknown = check(node_model="tni")["DICOM node"]
+    assert (unknown.status, "COUNTERPART_NODE_MODEL" in unknown.found) == ("fail", True)
 
 
 def test_tls_files_of_the_node_must_be_readable_fit_and_not_end(

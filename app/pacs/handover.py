@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -36,6 +37,8 @@ ACCEPTED = "accepted"
 UNKNOWN_SENDER = Sender("unknown", "")
 ERASED_NOTE = "An earlier part of this series, or the whole series, was erased with its job."
 
+DEFAULT_REQUEST = AnalysisRequest()
+
 
 class HandOver:
     """Thread that makes jobs of the series that are complete.
@@ -48,14 +51,25 @@ class HandOver:
     metrics : NodeMetrics
     quiet_seconds : float
         Seconds without an instance after which a series is complete.
+    request : AnalysisRequest
+        Options of every job.
     """
 
-    def __init__(self, spool: Spool, queue: JobQueue, store: Store, metrics: NodeMetrics, quiet_seconds: float) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        queue: JobQueue,
+        store: Store,
+        metrics: NodeMetrics,
+        quiet_seconds: float,
+        request: AnalysisRequest = DEFAULT_REQUEST,
+    ) -> None:
         self._spool = spool
         self._queue = queue
         self._store = store
         self._metrics = metrics
         self._quiet_seconds = quiet_seconds
+        self._request = request
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hand-over", daemon=True)
         self._pause = RETRY_SECONDS
@@ -157,7 +171,7 @@ class HandOver:
                     note = (
                         f"The series arrived in parts. Job {previous.id} analysed it without {added} of these images."
                     )
-            job = self._queue.submit(upload, AnalysisRequest(note=note), None, reference=batch.name)
+            job = self._queue.submit(upload, replace(self._request, note=note), None, reference=batch.name)
         self._metrics.series.labels("late" if note else "new").inc()
         return job
 
