@@ -153,7 +153,7 @@ def test_each_delivery_has_its_begin_and_its_end_in_the_audit_trail(
 
 
 def test_a_delivery_that_is_given_up_ends_in_the_audit_trail(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.Routes, "give_up_seconds", 0.0)
+    monkeypatch.setattr(Routes, "give_up_seconds", 0.0)
     case.failures = ["0xA700"]
     case.deliveries.plan(case.job, [("archive", RESULT)])
     assert case.deliverer.run_once("archive")
