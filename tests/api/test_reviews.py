@@ -2,7 +2,6 @@
 
 import csv
 import io
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -10,10 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.api.reviews import FORMULA_STARTS, MAX_NOTE, MAX_READER
-from app.api.tokens import TokenFile
-from app.main import create_app
-from app.settings import Settings
-from tests.api.support import BASE_URL, URL, FakeEngine, send, send_running
+from tests.api.support import URL, send, send_running
 
 
 def finished(client: TestClient, name: str) -> str:
@@ -139,19 +135,3 @@ def test_no_cell_of_the_csv_is_a_formula(client: TestClient, start: str) -> None
     put(client, job, "unsure", note=text, reader=f"{start}A")
     (row,) = [row for row in read_csv(client.get("/v1/reviews?format=csv").text) if row["reader"].endswith(f"{start}A")]
     assert (row["note"], row["reader"]) == (f"'{text}", f"'{start}A")
-
-
-def test_a_reader_without_a_name_is_the_actor_of_the_login(tmp_path: Path) -> None:
-    tokens = TokenFile(tmp_path / "tokens")
-    headers = {"Authorization": f"Bearer {tokens.create('workstation', ['send', 'read'])}"}
-    settings = Settings(store=str(tmp_path / "store"), drain_seconds=0, tokens=tmp_path / "tokens")
-    with TestClient(create_app(settings, FakeEngine()), BASE_URL, headers=headers) as client:
-        job = finished(client, "named")
-        assert put(client, job, "right").json()["reader"] == "token:workstation"
-        assert put(client, job, "wrong", reader="B").json()["reader"] == "B"
-        client.delete(f"{URL}/{job}/reviews/1")
-        assert [r["reader"] for r in client.get(f"{URL}/{job}/reviews").json()["reviews"]] == ["B"]
-        trail = client.app.state.auditor.trail  # type: ignore[attr-defined]
-        reviews = [(r.actor, r.outcome, r.job) for r in trail.read_all() if r.action == "review"]
-    outcomes = ("begun", "200", "begun", "200", "begun", "204")
-    assert reviews == [("token:workstation", outcome, job) for outcome in outcomes]
