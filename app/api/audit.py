@@ -1,8 +1,9 @@
-"""Audit of requests: each gets its row before its response leaves, or it is refused. And /v1/audit, the export.
+"""Audit of requests, and /v1/audit, the export of the trail.
 
-A route names its action with `app.api.identity.require`. The row of a reading action is committed before the first
-byte of the response. A changing action has two rows: `begun` before the route runs, and its outcome after it. If a
-row cannot be written in time, the caller gets 503: decision 24.
+Each request gets its row before its response leaves, or it is refused. A route names its action with
+`app.api.identity.require`. The row of a reading action is committed before the first byte of the response. A changing
+action has two rows: `begun` before the route runs, and its outcome after it. If a row cannot be written in time, the
+caller gets 503: decision 24.
 """
 
 import time
@@ -28,7 +29,7 @@ router = APIRouter(tags=["operation"])
 
 # Seconds until a row must be committed.
 WRITE_SECONDS = 5.0
-# Polls and parts of a download repeat: the same row is written once in this time, in seconds.
+# Polls and parts of a download repeat. In this time, in seconds, the same row is written once.
 REPEAT_SECONDS = 60.0
 REPEATED_ACTIONS = frozenset({"list", "show", "follow", "download", "refuse"})
 MAX_REMEMBERED = 10_000
@@ -144,7 +145,7 @@ class AuditMiddleware:
                 try:
                     await self._auditor.finish(scope, message["status"])
                 except AuditUnavailable as error:
-                    # The caller learns nothing of a success that has no row. A failure shows nothing of a scan.
+                    # A success without a row is not sent. A failure contains nothing of a scan.
                     if message["status"] < 400:
                         refused = True
                         await problem_response(problem_of(error))(scope, receive, send)

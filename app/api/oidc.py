@@ -105,7 +105,7 @@ def parse_mapping(text: str) -> dict[str, frozenset[Scope]]:
         scopes = frozenset(names.split("+"))
         if not value or not scopes <= set(SCOPES):
             raise InvalidSettings(
-                f"{PREFIX}OIDC_SCOPES has an entry that is no value with its scopes.",
+                f"{PREFIX}OIDC_SCOPES has an entry without a value or with unknown scopes.",
                 expected=f"VALUE=SCOPE+SCOPE,VALUE=SCOPE with the scopes {', '.join(SCOPES)}.",
                 advice="Correct the setting.",
             )

@@ -25,7 +25,7 @@ log = structlog.get_logger("counterpart.audit")
 
 
 class Operations:
-    """The parts that know callers and operators. They share one connection pool, apart from that of the queue.
+    """Parts for identity, audit trail and webhooks. They share one connection pool, apart from that of the queue.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def create_webhook_sender(settings: Settings, outbox: Outbox, metrics: Metrics) 
     if settings.webhook_secret is None:
         raise InvalidSettings(
             "COUNTERPART_WEBHOOKS is set, and COUNTERPART_WEBHOOK_SECRET is not.",
-            expected="a secret. Without it, a receiver cannot know who sent a webhook.",
+            expected="a secret. Without it, a receiver cannot check the sender of a webhook.",
             advice='Set it to "whsec_$(openssl rand -base64 32)", here and at the receivers.',
         )
     secret = decode_webhook_secret(settings.webhook_secret.get_secret_value())

@@ -20,7 +20,7 @@ LEVEL_PERCENTILE = 95
 # Only planes as bright as this fraction of the usual level are compared.
 MIN_LEVEL = 0.5
 USUAL_PERCENTILE = 75
-# A longer run of planes is no single fault. A bright organ can fill several planes, so fewer are warned of.
+# A longer run of planes is not a single fault. A bright organ can fill several planes, so the second limit is lower.
 MAX_EMPTY_RUN, MAX_SCALED_RUN = 8, 3
 MIN_PLANES = 10
 

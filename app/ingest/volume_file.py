@@ -37,7 +37,7 @@ MIN_AIR_FRACTION = 0.02
 # at most 3.7 times as bright.
 OUTLIER_FACTOR = 10.0
 USUAL_PERCENTILE = 99.5
-# More outliers than this share of the voxels are no single faults, and are left as they are.
+# More outliers than this share of the voxels are not single faults, and are left as they are.
 MAX_OUTLIER_SHARE = 1e-5
 # The usual brightness is measured on about this many voxels along each axis.
 SAMPLES = 64

@@ -20,7 +20,7 @@ Router = Callable[[str, Sequence[str]], Sequence[tuple[str, str]]]
 
 # Seconds that a process may take to send one result. The senders' own time limits are shorter.
 CLAIM_SECONDS = 180.0
-# Pause after the first failed attempt. It doubles.
+# Pause after the first failed attempt. It doubles after each further one.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 900.0
 
 metadata = sa.MetaData()

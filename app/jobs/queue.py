@@ -213,7 +213,7 @@ class JobQueue:
             attributes={"content": content_hash, "model": request.model, "stage": None, "progress": 0.0}
             | ({"reference": reference} if reference else {}),
         )
-        # A worker of an older version does not know the note.
+        # A worker of an older version refuses unknown fields.
         arguments = {name: value for name, value in asdict(request).items() if name != "note" or value}
         queued_job = DBOS.enqueue_workflow_with_options(options, job, arguments).workflow_id
         if queued_job != job:  # the same scan was submitted twice at the same moment
@@ -226,7 +226,7 @@ class JobQueue:
     def _content_hash(self, digest: str, request: AnalysisRequest) -> str:
         """Return the hash of everything that determines the results: bytes, parameters and eligible models."""
         models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
-        # A caller who names a model confirms a scan without a modality, and the report says which case it was.
+        # A caller who names a model confirms a scan without a modality, and the report states which case it was.
         named = "named" if request.model else "chosen"
         return _sha256("content", digest, *models, named, repr(request.series), repr(request.seed), request.geometry)
 
@@ -341,7 +341,7 @@ class JobQueue:
     # ---- cancel and erase ----
 
     def cancel(self, job: str) -> None:
-        """Cancel a job. To cancel it again is no error.
+        """Cancel a job. Cancelling it again is not an error.
 
         Raises
         ------

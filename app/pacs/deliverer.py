@@ -16,7 +16,7 @@ from app.pacs.senders import NotSent, send
 
 log = structlog.get_logger("counterpart.deliveries")
 
-# Seconds between two looks for deliveries to a target, and to targets that are not in the routes.
+# Seconds between two searches for deliveries to a target, and for those to targets that are not in the routes.
 TICK_SECONDS, UNKNOWN_SECONDS = 1.0, 30.0
 # Pause after a fault of the database.
 FAULT_SECONDS = 10.0

@@ -125,7 +125,7 @@ def check_exposure(settings: Settings) -> None:
         )
     if not is_loopback(settings.node_host) and not settings.node_peers:
         raise UnsafeExposure(
-            f"The DICOM node was asked to listen on {settings.node_host}, and {PREFIX}NODE_PEERS is not set.",
+            f"The DICOM node is set to listen on {settings.node_host}, and {PREFIX}NODE_PEERS is not set.",
             expected="127.0.0.1, or a list of the AE titles that may call.",
             advice=f"Set {PREFIX}NODE_PEERS, for example to MODALITY@10.0.0.5.",
         )

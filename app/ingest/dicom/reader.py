@@ -212,7 +212,7 @@ def _select_images(
 def _drop_duplicates(headers: Sequence[Header], limits: Limits) -> list[Header]:
     """Return the first of all files that agree in SOPInstanceUID, position and pixels, in whatever transfer syntax.
 
-    A file without a SOPInstanceUID is no duplicate. An anonymiser can give one UID to all slices, so the UID alone
+    A file without a SOPInstanceUID is not a duplicate. An anonymiser can give one UID to all slices, so the UID alone
     does not decide.
     """
     groups: dict[object, list[Header]] = defaultdict(list)

@@ -95,7 +95,7 @@ function tokenLogin() {
     "form", { on: { submit: logIn } },
     el("h2", { id: "login-title", text: "Log in" }),
     el("label", { for: "login-token", text: "Access token" }), field,
-    el("p", { class: "quiet", text: "The token stays on the service's side: the browser keeps a cookie that scripts cannot read." }),
+    el("p", { class: "quiet", text: "The browser does not keep the token. It keeps a cookie that scripts cannot read." }),
     fault,
     el("menu", {}, el("button", { class: "primary", text: "Log in" })),
   );

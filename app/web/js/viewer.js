@@ -76,7 +76,7 @@ function showCertainty(report) {
   byId("certainty").replaceChildren(
     el("p", { text: `The scan as a whole. ${scanInWords(report)}` }),
     bar,
-    el("p", { class: "quiet", text: "A finding is clear if its peak is at least 1.5 times the threshold, otherwise doubtful. Healthy scans show doubtful findings too. The score is no probability of disease." }),
+    el("p", { class: "quiet", text: "A finding is clear if its peak is at least 1.5 times the threshold, otherwise doubtful. Healthy scans show doubtful findings too. The score is not the probability of a disease." }),
   );
 }
 
