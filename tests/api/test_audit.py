@@ -169,6 +169,7 @@ def test_without_a_row_nothing_is_read_and_nothing_changes(tmp_path: Path, monke
             for answer in answers:
                 assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
                 assert answer.headers["retry-after"]
+            assert f"counterpart_audit_failures_total {len(answers)}.0" in client.get("/metrics").text
             # What is not audited, what shows nothing, and what has a row of this minute are answered.
             assert client.get("/v1/models").status_code == 200
             assert client.get(f"{URL}/{job}/unknown").status_code == 404
