@@ -315,7 +315,8 @@ def models() -> None:
 @app.command()
 def doctor() -> None:
     """Check this installation, and print a fix for each problem."""
-    from app.doctor import print_checks, print_settings, run_checks
+    from app.check_output import print_checks, print_settings
+    from app.doctor import run_checks
     from app.settings import read_settings
 
     with report_errors():

@@ -217,6 +217,14 @@ class Settings(BaseSettings):
         description="End of a series at the DICOM node: quiet, or association if it also ends when its sender releases "
         "the association.",
     )
+    node_model: str | None = Field(
+        None,
+        description="Name or id of the model for series at the DICOM node. By default, their header selects it.",
+    )
+    node_geometry: Literal["refuse", "resample"] = Field(
+        "refuse",
+        description="Series at the DICOM node with missing, tilted or unevenly spaced slices: refuse, or resample.",
+    )
     node_tls_certificate: Path | None = Field(
         None, description="Certificate of the DICOM node (PEM). With it, the node accepts TLS only."
     )

@@ -22,6 +22,7 @@ from app.api.identity import Auditor, require
 from app.api.problems import problem_of, problem_response, problem_responses
 from app.errors import AuditUnavailable, error_location
 from app.jobs.audit import BEGUN, PAGE_ROWS, AuditEntry, AuditTrail, is_disk_full
+from app.jobs.metrics import Metrics
 from app.jobs.queue import JOB_ID
 
 router = APIRouter(tags=["operation"])
@@ -47,10 +48,12 @@ class RequestAuditor(Auditor):
     Parameters
     ----------
     trail : AuditTrail
+    metrics : Metrics
     """
 
-    def __init__(self, trail: AuditTrail) -> None:
+    def __init__(self, trail: AuditTrail, metrics: Metrics) -> None:
         self.trail = trail
+        self._metrics = metrics
         self._threads = ThreadGroup("audit", 8, WRITE_SECONDS)
         self._written: dict[tuple[AuditEntry, str], float] = {}
 
@@ -95,6 +98,7 @@ class RequestAuditor(Auditor):
         try:
             await self._threads.run(self.trail.write, entry)
         except Exception as error:  # noqa: BLE001  # any class of the driver, or the deadline
+            self._metrics.audit_failures.inc()
             log.warning("audit row not written", job=entry.job, **error_location(error))
             fault = _DiskFull if entry.action == "erase" and is_disk_full(error) else AuditUnavailable
             raise fault(

@@ -39,6 +39,9 @@ FRESH_SECONDS = 600.0
 KEEP_SECONDS = 86_400.0
 MAX_SUBJECT_LENGTH = 255
 
+# Errors of `Issuer.fetch_keys`.
+KEY_ERRORS = (jwt.PyJWTError, IdentityUnavailable, OSError, ValueError)
+
 T = TypeVar("T")
 
 log = structlog.get_logger("counterpart.identity")
@@ -217,6 +220,12 @@ class Issuer:
     def _may_refresh(self) -> bool:
         return time.monotonic() - self._tried >= REFRESH_PAUSE_SECONDS
 
+    def fetch_keys(self) -> dict[str, PyJWK]:
+        """Fetch the keys of the issuer, by their id. One of `KEY_ERRORS` is raised if it does not answer."""
+        url = self.settings.jwks or _web_address(self._discover().get("jwks_uri"))
+        client = PyJWKClient(url, cache_jwk_set=False, timeout=ISSUER_SECONDS)
+        return {key.key_id: key for key in client.get_signing_keys() if key.key_id}
+
     def _refresh(self) -> None:
         """Fetch the keys, unless another thread has just done it."""
         with self._lock:
@@ -224,10 +233,8 @@ class Issuer:
                 return
             self._tried = time.monotonic()
             try:
-                url = self.settings.jwks or _web_address(self._discover().get("jwks_uri"))
-                client = PyJWKClient(url, cache_jwk_set=False, timeout=ISSUER_SECONDS)
-                keys = {key.key_id: key for key in client.get_signing_keys() if key.key_id}
-            except (jwt.PyJWTError, IdentityUnavailable, OSError, ValueError) as error:
+                keys = self.fetch_keys()
+            except KEY_ERRORS as error:
                 self._failed = True
                 log.warning("keys of the issuer not read", **error_location(error))
                 return

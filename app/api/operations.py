@@ -48,7 +48,7 @@ class Operations:
         self._audit_days = settings.audit_days
         self._stopped = threading.Event()
         self.identity = Identity(settings, calls, SignedValues(KeyHasher(self._database, SECRET_NAME)))
-        self.auditor = RequestAuditor(AuditTrail(self._database))
+        self.auditor = RequestAuditor(AuditTrail(self._database), metrics)
         self.outbox = Outbox(self._database)
         self._sender = create_webhook_sender(settings, self.outbox, metrics) if api else None
 

@@ -18,7 +18,7 @@ from app.settings import MIN_AUDIT_DAYS
 
 Action = Literal[
     "send", "list", "show", "follow", "download", "review", "cancel", "erase",
-    "login", "logout", "refuse", "export", "retry",
+    "login", "logout", "refuse", "export", "retry", "deliver",
 ]  # fmt: skip
 # Outcome of the row before an action that changes something.
 BEGUN = "begun"
@@ -70,13 +70,13 @@ class AuditEntry:
     Attributes
     ----------
     actor : str
-        `app.api.identity.Principal.actor`, or "unknown".
+        `app.api.identity.Principal.actor`, "dicom:" and an AE title, "service", or "unknown".
     action : str
     outcome : str
-        Status of the response, or "begun".
+        Status of the response, "begun", "accepted" (a series that became a job), or the outcome of a delivery.
     job : str or None
     address : str or None
-        Address of the client.
+        Address of the client, or of the target of a delivery.
     """
 
     actor: str

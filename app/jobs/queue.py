@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import errors
 from app.analysis import AnalysisRequest
+from app.jobs.audit import AuditEntry, AuditTrail
 from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.deliveries import Deliveries
 from app.jobs.engine import Engine
@@ -86,6 +87,7 @@ class JobQueue:
     ----------
     deliveries : Deliveries
         Deliveries of results to other systems.
+    trail : AuditTrail
     reviews : Reviews
         Verdicts of readers. They are erased with their job.
     """
@@ -106,9 +108,18 @@ class JobQueue:
         self._metrics = metrics
         self._limits = limits
         self.deliveries = Deliveries(database)
+        self.trail = AuditTrail(database)
         self._table = workflow_table(database)
         self._key_hasher = KeyHasher(database)
         self.reviews = Reviews(database)
+
+    def audit(self, entry: AuditEntry) -> None:
+        """Append a row to the audit trail, and count it if that fails. The driver's error is raised."""
+        try:
+            self.trail.write(entry)
+        except Exception:
+            self._metrics.audit_failures.inc()
+            raise
 
     # ---- submit ----
 

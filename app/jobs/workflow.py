@@ -146,6 +146,7 @@ class JobService:
         self._registry.create_tables()
         self.queue.deliveries.create_table()
         self.queue.reviews.create_table()
+        self.queue.trail.create_tables()
         # This process holds the lock of its slot, so all earlier processes of the slot have ended.
         self.queue.deliveries.release_claims(f"{self._slot.name}-")
         self._supervisor.start(self._executor_id if worker else None, slot_prefix=f"{self._slot.name}-")

@@ -169,6 +169,7 @@ def test_without_a_row_nothing_is_read_and_nothing_changes(tmp_path: Path, monke
             for answer in answers:
                 assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
                 assert answer.headers["retry-after"]
+            assert f"counterpart_audit_failures_total {len(answers)}.0" in client.get("/metrics").text
             # What is not audited, what shows nothing, and what has a row of this minute are answered.
             assert client.get("/v1/models").status_code == 200
             assert client.get(f"{URL}/{job}/unknown").status_code == 404
@@ -208,3 +209,18 @@ def test_command_prints_the_trail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [json.loads(line)["action"] for line in lines] == ["list", "show"]
     later = CliRunner().invoke(command_line, ["audit-log", "--after", "1"]).output
     assert later.splitlines() == lines[1:]
+
+
+def test_a_reader_without_a_name_is_the_actor_of_the_login(tmp_path: Path) -> None:
+    headers = bearer(TokenFile(tmp_path / "tokens").create("workstation", ["send", "read"]))
+    with run(tmp_path, tokens=tmp_path / "tokens") as client:
+        client.headers.update(headers)
+        job = client.post(URL, content=fake_scan(), headers=WAIT).json()["id"]
+        review = f"{URL}/{job}/reviews/1"
+        assert client.put(review, json={"verdict": "right"}).json()["reader"] == "token:workstation"
+        assert client.put(review, json={"verdict": "wrong", "reader": "B"}).json()["reader"] == "B"
+        assert client.delete(review).status_code == 204
+        assert [r["reader"] for r in client.get(f"{URL}/{job}/reviews").json()["reviews"]] == ["B"]
+        found = [(actor, outcome) for actor, action, outcome in rows(client) if action == "review"]
+    outcomes = ("begun", "200", "begun", "200", "begun", "204")
+    assert found == [("token:workstation", outcome) for outcome in outcomes]

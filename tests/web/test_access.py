@@ -16,6 +16,7 @@ from tests.web.conftest import COMMAND, run_scan
 pytest.importorskip("app.api.identity")
 
 TOKEN = "a-token-of-32-characters-for-test"  # noqa: S105 - of the test
+DASHBOARDS = Path(__file__).resolve().parents[2] / "docs" / "dashboards.md"
 CALL = """async ([url, token]) => {
   try {
     return (await fetch(`${url}/v1/models`, { headers: { Authorization: `Bearer ${token}` } })).status;
@@ -134,4 +135,20 @@ def test_only_pages_of_listed_origins_may_call_and_embed(
     page.goto(f"{foreign}/?{url}/embed/{job}")
     assert page.evaluate(CALL, [url, TOKEN]) == "blocked"
     expect(page.frame_locator("iframe").locator("#findings-title")).to_have_count(0)
+    page.close()
+
+
+def test_documented_script_gives_the_frame_a_token(
+    browser: Browser, protected: RunningService, job: str, sites: tuple[str, str]
+) -> None:
+    url = f"http://127.0.0.1:{protected.port}"
+    script = DASHBOARDS.read_text().partition("<script>")[2].partition("</script>")[0]
+    assert "https://counterpart.example" in script
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.add_init_script(f'const token = "{TOKEN}"; {script.replace("https://counterpart.example", url)}')
+    page.goto(f"{sites[0]}/?{url}/embed/{job}")
+    viewer = page.frame_locator("iframe")
+    expect(viewer.locator("#findings tr")).to_have_count(1)
+    assert viewer.locator("#login-token").count() == 0
     page.close()
