@@ -1,4 +1,4 @@
-"""Send one DICOM file to a target, by C-STORE (pynetdicom) or STOW-RS (dicomweb-client)."""
+"""Senders of one DICOM file to a target: by C-STORE (pynetdicom) or by STOW-RS (dicomweb-client)."""
 
 from pathlib import Path
 
