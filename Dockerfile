@@ -39,7 +39,7 @@ FROM base-${PROVIDER} AS runtime
 LABEL org.opencontainers.image.title="counterpart" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.description="Research use only, not a medical device."
-# Kubernetes cannot verify that a user who is given by name is not root, so USER below is numeric.
+# Kubernetes cannot verify that a user that is given by name is not root, so USER below is numeric.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends ca-certificates python3 \
     && rm -rf /var/lib/apt/lists/* \

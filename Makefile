@@ -25,6 +25,7 @@ help: ## Show this list.
 
 run: $(SERVE)/.installed var/sample/scan.nii.gz ## Install the service and start it on a sample scan.
 	@echo
+	@echo "  Pages    $(URL)/"
 	@echo "  API      $(URL)/docs"
 	@echo "  Analyse  curl -sS $(TOKEN_HEADER)-H 'Prefer: wait=60' -F file=@$(CURDIR)/var/sample/scan.nii.gz $(URL)/v1/scans"
 	@echo "  Or       $(SERVE)/bin/counterpart detect var/sample/scan.nii.gz -o var/sample/result"
@@ -61,10 +62,10 @@ $(CLIENT)/.installed: tests/support/openapi_client_constraints.txt
 
 client: $(CLIENT)/.installed ## Install the generator of API clients that a test uses.
 
-# Programs that judge the results. A test is skipped if its program is missing.
+# Programs that tests use as independent checks. A test is skipped if its program is missing.
 PEERS := orthanc orthanc-dicomweb dcmtk dicom3tools dcm2niix chromium postgresql prometheus systemd
 
-peers: ## Install the Debian packages that tests use as independent judges; needs root.
+peers: ## Install the Debian programs that tests use as independent checks; needs root.
 	@missing=$$(for name in $(PEERS); do dpkg-query -W -f '$${Status}' $$name 2>/dev/null | grep -q 'ok installed' || echo $$name; done); \
 	if [ -z "$$missing" ]; then echo "All peers are installed."; \
 	elif [ "$$(id -u)" -ne 0 ]; then echo "Missing:" $$missing"." "Run as root: make peers" >&2; exit 1; \

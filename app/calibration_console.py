@@ -37,7 +37,7 @@ def calibrate_site(
 
 
 def print_profile(profile: SiteProfile, out: Path, console: Console) -> None:
-    """Print what a site profile achieves, and its price in sensitivity."""
+    """Print the false findings with a site profile, and the loss of sensitivity."""
     left_out = ", ".join(f"{code} {count}" for code, count in profile.excluded.items()) or "none"
     scanner = (
         f"{profile.scanner.manufacturer} {profile.scanner.model}" if profile.scanner else "not stated in the files"

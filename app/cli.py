@@ -315,7 +315,8 @@ def models() -> None:
 @app.command()
 def doctor() -> None:
     """Check this installation, and print a fix for each problem."""
-    from app.doctor import print_checks, print_settings, run_checks
+    from app.check_output import print_checks, print_settings
+    from app.doctor import run_checks
     from app.settings import read_settings
 
     with report_errors():
@@ -333,7 +334,7 @@ def audit_log(
 ) -> None:
     """Print the audit trail as JSON lines."""
     with report_errors():
-        from app.api.audit import AuditTrail
+        from app.jobs.audit import AuditTrail
         from app.jobs.database import check_database, connect
         from app.settings import read_settings
 

@@ -27,13 +27,13 @@ import requests
 from requests.auth import AuthBase
 
 TOKEN_VARIABLE = "COUNTERPART_TOKEN"  # noqa: S105
-# Status codes that say when to try again.
+# Status codes whose responses have the header Retry-After.
 RETRY_STATUSES = frozenset({429, 503})
 # Seconds without Retry-After.
 DEFAULT_RETRY_SECONDS = 5.0
 # Seconds for a connection, and without a byte of an answer. The service may hash a large upload before it answers.
 CONNECT_SECONDS, READ_SECONDS = 10.0, 300.0
-# Seconds between two looks at a job. They grow from the first to the second number.
+# Seconds between two requests for the state of a job. They grow from the first to the second number.
 POLL_SECONDS, MAX_POLL_SECONDS = 0.25, 2.0
 GZIP_MAGIC = b"\x1f\x8b"
 BLOCK_BYTES = 1 << 20
@@ -365,7 +365,7 @@ def _problem(answer: requests.Response) -> dict[str, Any]:
         "status": answer.status_code,
         "code": f"http_{answer.status_code}",
         "title": "Answer of another server",
-        "found": f"The answer has status {answer.status_code} and is not one of Counterpart.",
+        "found": f"The answer has status {answer.status_code} and does not come from Counterpart.",
         "expected": "an answer of the service.",
         "advice": "Check the address of the service, and the proxy before it.",
     }

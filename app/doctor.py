@@ -2,26 +2,18 @@
 
 import shutil
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
-from typing import Literal
 
-from rich.console import Console
-from rich.text import Text
-
+from app.check_output import Check, Status
+from app.connection_checks import check_connections
 from app.errors import CounterpartError
 from app.runtime.bundle import find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.session import open_session
-from app.settings import PREFIX, SETTINGS_FILE_VARIABLE, Settings
-
-Status = Literal["ok", "warn", "fail"]
-COLOURS: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "red"}
-INDENT = " " * 5
+from app.settings import PREFIX, Settings
 
 MIN_PYTHON = (3, 11)
 # A scan of 512 x 512 x 400 voxels and its three images take about one gigabyte before compression.
@@ -44,30 +36,11 @@ SYNTAXES = {
 DECODER_FIX = "pip install python-gdcm pyjpegls pylibjpeg pylibjpeg-openjpeg pillow, then run doctor again."
 
 
-@dataclass(frozen=True)
-class Check:
-    """Result of one check.
-
-    Attributes
-    ----------
-    name : str
-    status : {"ok", "warn", "fail"}
-        With a warning, the service still works.
-    found : str
-    fix : str
-        Advice. Empty if the status is "ok".
-    """
-
-    name: str
-    status: Status
-    found: str
-    fix: str = ""
-
-
 def run_checks(settings: Settings) -> list[Check]:
     """Run every check, including a real inference with each model. No check depends on another."""
     installed = (check_python(), check_runtime(settings), *check_provider(settings), *check_decoders())
-    return [*installed, *check_bundles(settings), check_store(settings), *check_shared(settings)]
+    own = (*check_bundles(settings), check_store(settings), *check_shared(settings))
+    return [*installed, *own, *check_connections(settings)]
 
 
 def check_python() -> Check:
@@ -195,30 +168,6 @@ def check_jobs(settings: Settings) -> Check:
         fix = f"Check {PREFIX}DATABASE, and that its user may log in and create tables."
         return Check("database", "fail", f"no answer ({type(error).__name__})", fix)
     return Check("database", "ok", settings.format_value("database") if settings.database else "the file is sound")
-
-
-def print_checks(checks: list[Check], console: Console) -> None:
-    """Print each check, with its fix on a separate line."""
-    for check in checks:
-        text = _wrap(f"{check.status:4} {check.name}: {check.found}", console)
-        text.stylize(COLOURS[check.status], 0, len(check.status))
-        console.print(text)
-        if check.fix:
-            console.print(_wrap(f"{INDENT}fix: {check.fix}", console))
-
-
-def print_settings(settings: Settings, console: Console) -> None:
-    """Print each setting with its value, origin and description. Secrets are masked."""
-    console.print(f"\nSettings (environment, or the file that {SETTINGS_FILE_VARIABLE} names)", highlight=False)
-    for name, field in type(settings).model_fields.items():
-        value = f"{settings.format_value(name)} ({settings.origin(name)})"
-        console.print(_wrap(f"{PREFIX}{name.upper()} = {value}", console))
-        console.print(_wrap(f"{INDENT}{field.description}", console))
-
-
-def _wrap(text: str, console: Console) -> Text:
-    """Break a text into lines of the console's width, and indent the second and later lines."""
-    return Text(textwrap.fill(text, console.width, subsequent_indent=INDENT, break_on_hyphens=False))
 
 
 def _version(distribution: str) -> str | None:

@@ -91,7 +91,9 @@ class Service:
         if roles.worker:
             self._companions.append(Deliverer(routes, self._jobs, store, DeliveryMetrics(self.metrics.registry)))
         if roles.node:
-            self._companions.append(Node(settings, self._jobs.queue, store, self.metrics.registry))
+            self._companions.append(
+                Node(settings, self._jobs.queue, store, self.metrics.registry, self._engine.manifests)
+            )
         self.services = self._create_services(settings, store)
         self.operations = Operations(settings, self.services.calls, self.metrics, api=roles.api)
 

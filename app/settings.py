@@ -23,7 +23,7 @@ PREFIX = "COUNTERPART_"
 SETTINGS_FILE_VARIABLE = f"{PREFIX}SETTINGS"
 # This variable names a folder with one file for each setting, as Docker and Kubernetes mount secrets.
 SECRETS_FOLDER_VARIABLE = f"{PREFIX}SECRETS"
-# Variables with the prefix that are no settings: the settings file, the scans of the tests, and those of compose.
+# Variables with the prefix that are not settings: the settings file, the scans of the tests, and those of compose.
 OTHER_VARIABLES = frozenset(
     {
         *(SETTINGS_FILE_VARIABLE, SECRETS_FOLDER_VARIABLE),
@@ -82,7 +82,7 @@ class Settings(BaseSettings):
     )
     trusted_proxies: str = Field(
         "",
-        description="Addresses or networks of proxies, separated by commas. Their X-Forwarded headers are believed.",
+        description="Addresses or networks of proxies, separated by commas. Only their X-Forwarded headers count.",
     )
     tokens: Path | None = Field(None, description="File of named tokens. `counterpart token` writes it.")
     oidc_issuer: str | None = Field(None, description="Issuer of accepted JWTs, as in their claim `iss`.")
@@ -170,7 +170,8 @@ class Settings(BaseSettings):
         0.0, ge=0, description="Age, in days, at which rows of the audit trail are deleted, at least 30. 0 keeps them."
     )
     webhooks: str = Field(
-        "", description="URLs that are told the end of each job, separated by commas: https, or http on loopback."
+        "",
+        description="URLs that get a webhook at the end of each job, separated by commas: https, or http on loopback.",
     )
     webhook_secret: SecretStr | None = Field(
         None, description="Key of the signatures of webhooks: whsec_ and 24 to 64 bytes as base64."
@@ -215,6 +216,14 @@ class Settings(BaseSettings):
         "quiet",
         description="End of a series at the DICOM node: quiet, or association if it also ends when its sender releases "
         "the association.",
+    )
+    node_model: str | None = Field(
+        None,
+        description="Name or id of the model for series at the DICOM node. By default, their header selects it.",
+    )
+    node_geometry: Literal["refuse", "resample"] = Field(
+        "refuse",
+        description="Series at the DICOM node with missing, tilted or unevenly spaced slices: refuse, or resample.",
     )
     node_tls_certificate: Path | None = Field(
         None, description="Certificate of the DICOM node (PEM). With it, the node accepts TLS only."
@@ -425,7 +434,7 @@ class Settings(BaseSettings):
             )
         if not self.has_access_control and not is_loopback(self.host):
             raise UnsafeExposure(
-                f"The service was asked to listen on {self.host}, and no token is set.",
+                f"The service is set to listen on {self.host}, and no token is set.",
                 expected="127.0.0.1, or a token.",
                 advice=f"Set {PREFIX}TOKEN to a long random value (openssl rand -hex 32), or use 127.0.0.1.",
             )
@@ -491,14 +500,14 @@ def _check_secrets(folder: str | None) -> frozenset[str]:
 
 
 def _find_origin(variable: str, secrets: frozenset[str]) -> Origin:
-    """Return the source of a value that is no argument."""
+    """Return the source of a value that is not an argument."""
     if os.environ.get(variable):
         return "environment"
     return "secret" if variable in secrets else "file"
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
-    """Refuse a variable with the prefix that is no setting: a setting with a typing error would have no effect."""
+    """Refuse an unknown variable with the prefix: a setting with a typing error would have no effect."""
     known = {name.upper() for name in Settings.model_fields}
     for name in sorted(name.upper() for name in names):
         short = name.removeprefix(PREFIX)

@@ -271,7 +271,7 @@ def read_reports(folder: Path, profile: SiteProfile) -> list[Report]:
     for path in sorted(folder.rglob("report.json")):
         try:
             report = Report.model_validate_json(path.read_bytes())
-        except ValidationError:  # another version wrote it, or it is no report of this program
+        except ValidationError:  # written by another version or another program
             continue
         if report.model.site_profile and report.model.site_profile.id == profile.id:
             found.append(report)

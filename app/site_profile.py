@@ -114,13 +114,13 @@ def read_profile(path: Path, key: str | None) -> SiteProfile:
     Raises
     ------
     InvalidProfile
-        The file is no profile, it was changed, or its signature does not match the key.
+        The file is not a profile, it was changed, or its signature does not match the key.
     """
     try:
         content = ProfileFile.model_validate_json(path.read_bytes())
     except (ValidationError, UnicodeDecodeError):
         raise InvalidProfile(
-            f"The file {path.name} is no site profile.",
+            f"The file {path.name} is not a site profile.",
             expected="a file that `counterpart calibrate` wrote.",
             advice="Run `counterpart calibrate` again, or move the file out of COUNTERPART_PROFILES.",
         ) from None

@@ -15,13 +15,15 @@ from compose_spec import PyCompose
 from typer.main import get_command
 
 from app.cli import app
-from app.settings import PREFIX, SECRETS_FOLDER_VARIABLE, Settings, read_settings
+from app.settings import PREFIX, SECRETS_FOLDER_VARIABLE, Settings, decode_webhook_secret, read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 OURS = {name: service for name, service in SERVICES.items() if "build" in service}
+# Folder of the files that settings name.
+CONFIG = "./config"
 # Variables of obstore's S3 client that hold no secret.
 AWS = {"AWS_ENDPOINT_URL", "AWS_ALLOW_HTTP", "AWS_REGION"}
 
@@ -160,6 +162,30 @@ def test_only_loopback_is_published(name: str) -> None:
     assert f"127.0.0.1:{port}/readyz" in service["healthcheck"]["test"][-1]
 
 
+def test_files_of_routes_and_certificates_are_mounted() -> None:
+    for service in OURS.values():
+        assert f"{CONFIG}:/etc/counterpart:ro" in [interpolate(volume) for volume in service["volumes"]]
+    # A worker needs the token of a target, an API process that of a source, and a node its key.
+    for name, service in OURS.items():
+        assert ("pacs_token" in service["secrets"]) == (name != "node")
+        assert ("node_tls_key" in service["secrets"]) == (name == "node")
+        # Only a process with the API logs people in and sends webhooks.
+        is_api = service.get("command", ["serve"])[0] == "serve"
+        for secret in ("counterpart_oidc_client_secret", "counterpart_webhook_secret"):
+            assert (secret in service["secrets"]) == is_api
+
+
+def test_secrets_of_webhooks_and_login_are_made(secrets: Path, tmp_path: Path) -> None:
+    decode_webhook_secret((secrets / "counterpart_webhook_secret").read_text().strip())
+    for name in ("counterpart_oidc_client_secret", "pacs_token", "node_tls_key"):
+        assert (secrets / name).read_text().strip() == ""
+    environ = {"PATH": "/usr/bin:/bin", "OIDC_CLIENT_SECRET": "client", "PACS_TOKEN": "pacs"}
+    command = [ROOT / "deploy" / "compose" / "make-secrets.sh", tmp_path / "given"]
+    subprocess.run(command, env=environ, check=True)
+    assert (tmp_path / "given" / "counterpart_oidc_client_secret").read_text() == "client\n"
+    assert (tmp_path / "given" / "pacs_token").read_text() == "pacs\n"
+
+
 def test_dependencies_and_volumes_exist() -> None:
     assert "ARG PROVIDER" in DOCKERFILE
     for name, service in SERVICES.items():
@@ -167,9 +193,10 @@ def test_dependencies_and_volumes_exist() -> None:
             assert condition == {"condition": "service_healthy"}
             assert "healthcheck" in SERVICES[other], name
         for volume in service["volumes"]:
-            source, _, target = volume.partition(":")
-            assert source.startswith("/") or source in COMPOSE["volumes"]
-            if name in OURS:
+            source, _, target = interpolate(volume).partition(":")
+            if source != CONFIG:
+                assert source.startswith("/") or source in COMPOSE["volumes"]
+            if name in OURS and source != CONFIG:
                 assert (target or source) == "/var/lib/counterpart"
     # The root file system is read-only, so each process of the cluster needs a volume for its scratch folder.
     assert all("/var/lib/counterpart" in SERVICES[name]["volumes"] for name in ("api", "worker"))

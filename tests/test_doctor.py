@@ -11,8 +11,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from app import doctor
+from app.check_output import Check, print_checks, print_settings
 from app.cli import app
-from app.doctor import Check, print_checks, print_settings, run_checks
+from app.doctor import run_checks
 from app.settings import Settings
 
 

@@ -12,6 +12,8 @@ import yaml
 from typer.main import get_command
 
 from app.cli import app
+from app.ingest.dicomweb_source import read_sources
+from app.pacs.routes import DimseTarget, read_routes
 from app.settings import PREFIX, SECRETS_FOLDER_VARIABLE, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,12 +33,16 @@ def files() -> Documents:
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Documents:
-    """Return the resources of the example as kustomize renders them."""
+    """Return the resources of the example, with its optional component, as kustomize renders them."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed")
     folder = tmp_path_factory.mktemp("kubernetes") / "kubernetes"
     shutil.copytree(FOLDER, folder)
+    example = folder / "example" / "kustomization.yaml"
+    optional = "# - ../components/node-tls"
+    assert optional in example.read_text()
+    example.write_text(example.read_text().replace(optional, optional.removeprefix("# ")))
     subprocess.run([ROOT / "deploy" / "compose" / "make-secrets.sh", folder / "example" / "secrets"], check=True)
     command = [kubectl, "kustomize", str(folder / "example")]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -178,6 +184,55 @@ def test_instances_outlive_the_pod_of_the_node(rendered: Documents) -> None:
     service = of_kind(rendered, "Service")["counterpart-node"]["spec"]
     assert service["selector"].items() <= node["template"]["metadata"]["labels"].items()
     assert data["COUNTERPART_NODE_PEERS"]
+
+
+def test_files_of_routes_and_sources_are_mounted_and_can_be_read(rendered: Documents) -> None:
+    (files,) = [data for name, data in of_kind(rendered, "ConfigMap").items() if name.startswith("counterpart-files-")]
+    settings = of_kind(rendered, "ConfigMap")["counterpart-settings"]["data"]
+    secret = of_kind(rendered, "Secret")["counterpart"]["data"]
+    workloads = [*of_kind(rendered, "Deployment").values(), *of_kind(rendered, "StatefulSet").values()]
+    assert len(workloads) == 4
+    for workload in workloads:
+        pod = workload["spec"]["template"]["spec"]
+        volume = next(volume["configMap"] for volume in pod["volumes"] if volume["name"] == "files")
+        assert volume == {"name": files["metadata"]["name"], "optional": True}
+        mounts = {mount["name"]: mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]}
+        for name in ("ROUTES", "SOURCES"):
+            folder, _, file = settings[f"COUNTERPART_{name}"].rpartition("/")
+            assert (folder, file in files["data"]) == (mounts["files"], True)
+    routes = read_routes(FOLDER / "example" / "files" / "routes.toml")
+    assert routes.routes
+    for source in read_sources(FOLDER / "example" / "files" / "sources.toml").values():
+        assert source.token_file is not None
+        assert str(source.token_file.parent) == settings[SECRETS_FOLDER_VARIABLE]
+        assert source.token_file.name in secret
+
+
+def test_workers_may_call_the_pacs(rendered: Documents) -> None:
+    policy = policies_of(rendered)["counterpart-pacs"]["spec"]
+    (expression,) = policy["podSelector"]["matchExpressions"]
+    workers = {
+        deployment["spec"]["template"]["metadata"]["labels"][expression["key"]]
+        for name, deployment in of_kind(rendered, "Deployment").items()
+        if "worker" in name
+    }
+    assert (expression["operator"], set(expression["values"])) == ("In", workers)
+    targets = read_routes(FOLDER / "example" / "files" / "routes.toml").targets.values()
+    ports = {port["port"] for rule in policy["egress"] for port in rule["ports"]}
+    assert {target.port for target in targets if isinstance(target, DimseTarget)} <= ports
+
+
+def test_tls_of_the_node_comes_from_a_secret(rendered: Documents) -> None:
+    pod = of_kind(rendered, "StatefulSet")["counterpart-node"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {volume["name"] for volume in pod["volumes"]} | {"scratch"} == set(mounts)
+    tls = {name: value for name, value in variables.items() if "_TLS_" in name}
+    assert {f"{PREFIX}{field.upper()}" for field in Settings.model_fields if "_tls_" in field} == set(tls)
+    # The files of a secret of type kubernetes.io/tls.
+    assert {value.removeprefix(f"{mounts['node-tls']}/") for value in tls.values()} == {"tls.crt", "tls.key", "ca.crt"}
+    assert variables["COUNTERPART_NODE_HOST"]
 
 
 def test_gpu_worker_requests_a_gpu_and_cuda() -> None:

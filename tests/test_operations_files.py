@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import CollectorRegistry, generate_latest
 
 from app.jobs.metrics import Metrics
+from app.pacs import receiver
+from app.pacs.metrics import DeliveryMetrics, NodeMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = ROOT / "deploy" / "prometheus" / "counterpart.rules.yml"
@@ -47,6 +50,9 @@ def offered() -> str:
     metrics.stage_seconds.labels("infer").observe(1)
     metrics.request_seconds.labels("GET", "/livez", 200).observe(1)
     metrics.info.labels("tiny-0.0.1", "cpu").set(1)
+    metrics.deliveries.labels("pacs", "failed").set(1)
+    NodeMetrics(metrics.registry).associations.labels("accepted")
+    DeliveryMetrics(metrics.registry).attempts.labels("pacs", "sent")
     return metrics.text().decode()
 
 
@@ -82,6 +88,16 @@ def test_every_outcome_of_an_alert_is_counted_from_the_start() -> None:
     for outcome in outcomes:
         assert f'counterpart_jobs_total{{outcome="{outcome}"}} 0.0' in text
     assert 'counterpart_service_faults_total{code="store_unavailable"} 0.0' in text
+    assert "counterpart_audit_failures_total 0.0" in text
+
+
+def test_the_refused_instances_of_an_alert_are_counted_from_the_start() -> None:
+    registry = CollectorRegistry()
+    NodeMetrics(registry)
+    alert = next(rule for rule in rules() if rule.get("alert") == "CounterpartInstancesRefused")
+    (status,) = re.findall(r'status="(\w+)"', alert["expr"])
+    assert int(status, 16) == receiver.OUT_OF_RESOURCES
+    assert f'counterpart_node_instances_total{{status="{status}"}} 0.0' in generate_latest(registry).decode()
 
 
 def test_every_alert_has_a_row_in_the_documentation() -> None:

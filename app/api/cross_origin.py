@@ -8,7 +8,7 @@ from collections.abc import Collection
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+ALLOWED_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 REQUEST_HEADERS = (
     "Authorization",
     "Content-Type",
@@ -38,7 +38,7 @@ def allow_origins(app: FastAPI, origins: Collection[str]) -> None:
     app.add_middleware(
         CORSMiddleware,
         allow_origins=sorted(origins),
-        allow_methods=METHODS,
+        allow_methods=ALLOWED_METHODS,
         allow_headers=REQUEST_HEADERS,
         expose_headers=RESPONSE_HEADERS,
         max_age=PREFLIGHT_SECONDS,

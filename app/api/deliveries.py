@@ -1,4 +1,4 @@
-"""/v1/scans/{job}/deliveries: try deliveries of results again."""
+"""/v1/scans/{job}/deliveries: repeat deliveries of results."""
 
 from fastapi import APIRouter, Depends
 
@@ -13,7 +13,7 @@ router = APIRouter(prefix="/v1/scans", tags=["scans"], dependencies=[Depends(req
 
 @router.post("/{job}/deliveries/retry", responses=problem_responses(401, 403, 404, 503))
 async def retry_deliveries(services: ServicesDependency, job: JobId) -> ScanDetail:
-    """Try all deliveries of a scan that were not sent again, at once."""
+    """Repeat all unsent deliveries of a scan now, those that were given up included."""
     return await services.calls.query(_retry, services, job)
 
 

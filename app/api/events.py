@@ -32,7 +32,7 @@ async def stream_events(follower: JobFollower, job: str) -> AsyncIterator[str]:
             if snapshot is None:
                 continue
             event = snapshot.event
-            # The estimate alone changes at every poll: it is no reason for an event.
+            # The estimate changes at every poll, so its change alone does not cause an event.
             if not last or not event or event != last.model_copy(update={"seconds_left": event.seconds_left}):
                 last = event
                 yield snapshot.text

@@ -19,18 +19,14 @@ from app.api.dependencies import Calls
 from app.api.oidc import Issuer, read_oidc_settings
 from app.api.tokens import SCOPES, Scope, TokenFile, hash_token
 from app.errors import Forbidden, ForeignOrigin, Unauthorised
+from app.jobs.audit import Action
 from app.settings import Settings
 
-# Actions of callers in the audit trail.
-Action = Literal[
-    "send", "list", "show", "follow", "download", "review", "cancel", "erase",
-    "login", "logout", "refuse", "export", "retry",
-]  # fmt: skip
 Source = Literal["none", "token", "named", "oidc"]
 SESSION_COOKIE = "counterpart_session"
 SESSION_SECONDS = 12 * 3600.0
 CSRF_HEADER = "X-Counterpart-CSRF"
-# Actions with a row before they run, too.
+# Actions that also have a row before they run.
 CHANGING_ACTIONS: frozenset[Action] = frozenset({"send", "review", "cancel", "erase", "retry"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 ALL_SCOPES: frozenset[Scope] = frozenset(SCOPES)
@@ -102,7 +98,7 @@ class Identity:
 
     @property
     def login(self) -> Literal["none", "token", "oidc"]:
-        """How a person logs in: not at all, with a token, or at the issuer."""
+        """Way in which a person logs in: none, with a token, or at the issuer."""
         if not self.settings.has_access_control:
             return "none"
         return "oidc" if self.issuer and self.settings.oidc_client else "token"
@@ -172,7 +168,7 @@ class Identity:
         return principal if principal and fields["key"] == self._fingerprint(principal) else None
 
     async def _current_principal(self, fields: dict[str, Any]) -> Principal | None:
-        """Return what the settings and the file of tokens now say about the owner of a session."""
+        """Return the owner of a session with the rights that the settings and the file of tokens give now."""
         if fields["source"] == "token" and self.settings.token:
             return _static_principal(self.settings.token.get_secret_value())
         if fields["source"] == "named" and self.tokens:
@@ -227,7 +223,7 @@ def require(scope: Scope, action: Action | None = None) -> Callable[..., Awaitab
         request.state.action = action
         if scope not in principal.scopes:
             raise Forbidden(
-                f"The caller has not the scope `{scope}`.",
+                f"The caller does not have the scope `{scope}`.",
                 expected=f"a token with the scope `{scope}`.",
                 advice="Use another token, or ask the operator for the scope.",
             )

@@ -39,6 +39,9 @@ FRESH_SECONDS = 600.0
 KEEP_SECONDS = 86_400.0
 MAX_SUBJECT_LENGTH = 255
 
+# Errors of `Issuer.fetch_keys`.
+KEY_ERRORS = (jwt.PyJWTError, IdentityUnavailable, OSError, ValueError)
+
 T = TypeVar("T")
 
 log = structlog.get_logger("counterpart.identity")
@@ -102,7 +105,7 @@ def parse_mapping(text: str) -> dict[str, frozenset[Scope]]:
         scopes = frozenset(names.split("+"))
         if not value or not scopes <= set(SCOPES):
             raise InvalidSettings(
-                f"{PREFIX}OIDC_SCOPES has an entry that is no value with its scopes.",
+                f"{PREFIX}OIDC_SCOPES has an entry without a value or with unknown scopes.",
                 expected=f"VALUE=SCOPE+SCOPE,VALUE=SCOPE with the scopes {', '.join(SCOPES)}.",
                 advice="Correct the setting.",
             )
@@ -217,6 +220,12 @@ class Issuer:
     def _may_refresh(self) -> bool:
         return time.monotonic() - self._tried >= REFRESH_PAUSE_SECONDS
 
+    def fetch_keys(self) -> dict[str, PyJWK]:
+        """Fetch the keys of the issuer, by their id. One of `KEY_ERRORS` is raised if it does not answer."""
+        url = self.settings.jwks or _web_address(self._discover().get("jwks_uri"))
+        keys = PyJWKSet.from_dict(_fetch(url)).keys
+        return {key.key_id: key for key in keys if key.key_id and key.public_key_use in {"sig", None}}
+
     def _refresh(self) -> None:
         """Fetch the keys, unless another thread has just done it."""
         with self._lock:
@@ -224,13 +233,8 @@ class Issuer:
                 return
             self._tried = time.monotonic()
             try:
-                url = self.settings.jwks or _web_address(self._discover().get("jwks_uri"))
-                keys = {
-                    key.key_id: key
-                    for key in PyJWKSet.from_dict(_fetch(url)).keys
-                    if key.key_id and key.public_key_use in {"sig", None}
-                }
-            except (jwt.PyJWTError, IdentityUnavailable, OSError, ValueError) as error:
+                keys = self.fetch_keys()
+            except KEY_ERRORS as error:
                 self._failed = True
                 log.warning("keys of the issuer not read", **error_location(error))
                 return

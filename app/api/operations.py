@@ -5,11 +5,12 @@ import threading
 import structlog
 from fastapi import FastAPI
 
-from app.api.audit import AuditMiddleware, AuditTrail, RequestAuditor
+from app.api.audit import AuditMiddleware, RequestAuditor
 from app.api.cookies import SECRET_NAME, SignedValues
 from app.api.dependencies import Calls
 from app.api.identity import Identity
 from app.errors import InvalidSettings, error_location
+from app.jobs.audit import AuditTrail
 from app.jobs.database import connect
 from app.jobs.idempotency import KeyHasher
 from app.jobs.metrics import Metrics
@@ -24,7 +25,7 @@ log = structlog.get_logger("counterpart.audit")
 
 
 class Operations:
-    """The parts that know callers and operators. They share one connection pool, apart from that of the queue.
+    """Parts for identity, audit trail and webhooks. They share one connection pool, apart from that of the queue.
 
     Parameters
     ----------
@@ -47,7 +48,7 @@ class Operations:
         self._audit_days = settings.audit_days
         self._stopped = threading.Event()
         self.identity = Identity(settings, calls, SignedValues(KeyHasher(self._database, SECRET_NAME)))
-        self.auditor = RequestAuditor(AuditTrail(self._database))
+        self.auditor = RequestAuditor(AuditTrail(self._database), metrics)
         self.outbox = Outbox(self._database)
         self._sender = create_webhook_sender(settings, self.outbox, metrics) if api else None
 
@@ -96,7 +97,7 @@ def create_webhook_sender(settings: Settings, outbox: Outbox, metrics: Metrics) 
     if settings.webhook_secret is None:
         raise InvalidSettings(
             "COUNTERPART_WEBHOOKS is set, and COUNTERPART_WEBHOOK_SECRET is not.",
-            expected="a secret. Without it, a receiver cannot know who sent a webhook.",
+            expected="a secret. Without it, a receiver cannot check the sender of a webhook.",
             advice='Set it to "whsec_$(openssl rand -base64 32)", here and at the receivers.',
         )
     secret = decode_webhook_secret(settings.webhook_secret.get_secret_value())

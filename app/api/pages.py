@@ -80,7 +80,7 @@ def show_worklist(request: Request) -> Response:
 
 @router.api_route("/scans/{job}", methods=["GET", "HEAD"])
 def show_viewer(request: Request) -> Response:
-    """Show the viewer. Whether the job exists is found out by its script, which asks the API."""
+    """Show the viewer. Its script gets the job from the API, and shows an error if the job does not exist."""
     return _send_page(request, "viewer.html")
 
 

@@ -1,4 +1,4 @@
-"""Retrieve a series from a configured source, as the body of `POST /v1/scans` asks in JSON."""
+"""Retrieval of a series from a configured source, which the JSON body of `POST /v1/scans` names."""
 
 from typing import Annotated
 

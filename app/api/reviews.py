@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters
-from app.api.identity import require
+from app.api.identity import Principal, require
 from app.api.json_body import parse_body, read_body
 from app.api.problems import problem_responses
 from app.api.schemas import Schema
@@ -21,7 +21,8 @@ from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
 router = APIRouter(prefix="/v1", tags=["reviews"])
 
 MAX_NOTE = 1000
-MAX_READER = 100
+# The longest actor: "oidc:" and a subject of the issuer.
+MAX_READER = 260
 # A note of the largest length, with each character escaped.
 MAX_BODY_BYTES = 16 << 10
 # A spreadsheet takes a cell that begins like this for a formula.
@@ -32,7 +33,12 @@ COLUMNS = ("job", "model", "code_version", "label", "volume_ml", "peak_score", "
 
 Label = Annotated[int, Path(ge=1, lt=2**31, description="`findings[].label` of report.json.")]
 Reader = Annotated[
-    str, Query(max_length=MAX_READER, pattern=_TEXT, description="Name of the reader who gave the verdict.")
+    str | None,
+    Query(
+        max_length=MAX_READER,
+        pattern=_TEXT,
+        description="Name of the reader who gave the verdict, by default the actor of the login.",
+    ),
 ]
 
 
@@ -41,7 +47,12 @@ class NewReview(Schema):
 
     verdict: Verdict
     note: str = Field("", max_length=MAX_NOTE, pattern=_TEXT)
-    reader: str = Field("", max_length=MAX_READER, pattern=_TEXT, description="Name of the reader, if it is known.")
+    reader: str = Field(
+        "",
+        max_length=MAX_READER,
+        pattern=_TEXT,
+        description="Name of the reader. If it is empty, the actor of the login.",
+    )
 
 
 class FindingReview(NewReview):
@@ -97,7 +108,8 @@ async def put_review(request: Request, services: ServicesDependency, job: JobId,
     """Record the verdict of a reader on a finding. The latest verdict of a reader counts, and the history is kept."""
     new = parse_body(NewReview, await read_body(request, MAX_BODY_BYTES))
     finding = await services.calls.transfer(_find, services, job, label)
-    review = await services.calls.query(services.queue.reviews.put, finding, new.verdict, new.note, new.reader)
+    reader = new.reader or _default_reader(request)
+    review = await services.calls.query(services.queue.reviews.put, finding, new.verdict, new.note, reader)
     return _describe([review])[0]
 
 
@@ -107,10 +119,13 @@ async def put_review(request: Request, services: ServicesDependency, job: JobId,
     dependencies=[Depends(require("read", "review")), Depends(refuse_unknown_parameters)],
     responses=problem_responses(400, 401, 403, 404, 409, 503),
 )
-async def remove_review(services: ServicesDependency, job: JobId, label: Label, reader: Reader = "") -> None:
+async def remove_review(
+    request: Request, services: ServicesDependency, job: JobId, label: Label, reader: Reader = None
+) -> None:
     """Remove the verdict of a reader on a finding, with its history."""
     await services.calls.transfer(_find, services, job, label)
-    await services.calls.query(services.queue.reviews.remove, job, label, reader)
+    name = _default_reader(request) if reader is None else reader
+    await services.calls.query(services.queue.reviews.remove, job, label, name)
 
 
 @router.get(
@@ -151,6 +166,12 @@ def write_csv(reviews: Sequence[ExportedReview]) -> str:
 def _as_text(value: object) -> str:
     text = str(value)
     return f"'{text}" if isinstance(value, str) and text.startswith(FORMULA_STARTS) else text
+
+
+def _default_reader(request: Request) -> str:
+    """Return the actor of the login, "" without access control."""
+    principal: Principal = request.state.principal
+    return "" if principal.source == "none" else principal.actor
 
 
 def _read_history(services: Services, job: str) -> Sequence[Review]:

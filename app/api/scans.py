@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1/scans", tags=["scans"])
 
 # Longest time for `Prefer: wait`. Proxies close a request after some minutes.
 MAX_WAIT_SECONDS = 300
-# Seconds between two looks whether a waiting caller has disconnected.
+# Seconds between two checks whether a waiting caller has disconnected.
 DISCONNECT_SECONDS = 2.0
 RETRY_AFTER_SECONDS = "2"
 # The default name of a link is the file name without its suffix. "report" is report.json already.
@@ -215,7 +215,7 @@ async def list_scans(
 async def get_scan(request: Request, services: ServicesDependency, job: JobId) -> ScanDetail:
     """Show a scan: state, stage, progress, queue position, and its findings when it has succeeded."""
     detail = await services.calls.query(lambda: describe_job(services, services.queue.get(job)))
-    request.state.phase = detail.state  # who saw the findings is no repetition of who saw the job wait
+    request.state.phase = detail.state  # a view of the findings does not repeat a view of the waiting job
     return detail
 
 

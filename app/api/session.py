@@ -52,9 +52,9 @@ class SessionState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    actor: str | None = Field(description="Name of the caller; null if nobody is logged in.")
+    actor: str | None = Field(description="Name of the caller; null without a login.")
     scopes: tuple[Scope, ...] = Field(description="What the caller may do.")
-    login: Literal["none", "token", "oidc"] = Field(description="How a person logs in.")
+    login: Literal["none", "token", "oidc"] = Field(description="Way in which a person logs in.")
 
 
 @router.get("/session", responses=problem_responses(401, 403, 503))
@@ -64,7 +64,7 @@ async def get_session(
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
     cookie: Annotated[str | None, Security(session_cookie)],
 ) -> SessionState:
-    """Show who is logged in. No session is no error: then `actor` is null. A wrong bearer token is one."""
+    """Show who is logged in. Without a session, `actor` is null. A wrong bearer token is an error."""
     identity = get_identity(request)
     response.headers["Cache-Control"] = "no-store"
     token = credentials.credentials if credentials else None
@@ -105,7 +105,7 @@ async def create_session(request: Request, response: Response) -> SessionState:
 
 @router.delete("/session", status_code=204, responses=problem_responses(403, 503))
 async def delete_session(request: Request, response: Response) -> None:
-    """End the session: the browser forgets its cookie."""
+    """End the session: remove the cookie from the browser."""
     identity = get_identity(request)
     check_same_origin(request, identity.settings.public_url)
     principal = await identity.read_session(request.cookies.get(COOKIE, ""))
@@ -168,7 +168,7 @@ async def finish_login(
     request.state.principal = principal
     if not principal.scopes:
         raise Forbidden(
-            "The login succeeded, and the account has none of the scopes.",
+            "The login succeeded, but the account has no scope.",
             expected=f"one of {', '.join(SCOPES)} (COUNTERPART_OIDC_SCOPE_CLAIM, COUNTERPART_OIDC_SCOPES).",
             advice="Ask the operator for a role that gives a scope.",
         )

@@ -50,7 +50,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 class InstanceParser(RelatedParser):
-    """Parser of a STOW-RS body. An instance that is no image is a failure of this instance, not of the request."""
+    """Parser of a STOW-RS body. An instance that is not an image is a failure of this instance, not of the request."""
 
     def finish(self) -> None:
         """Check that the body is complete and has a part."""

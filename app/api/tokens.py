@@ -26,7 +26,7 @@ NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 # Scanners for leaked secrets find tokens by their prefix.
 TOKEN_PREFIX = "counterpart_"  # noqa: S105
 TOKEN_BYTES = 32
-# File mode: hashes are no secrets, but names and scopes concern nobody else.
+# File mode: hashes are not secret, but names and scopes are private.
 PRIVATE_MODE = 0o600
 
 
@@ -73,7 +73,7 @@ class TokenFile:
         return self.find_hash(hash_token(token))
 
     def find_hash(self, sha256: str) -> NamedToken | None:
-        """Return the valid token with a hash, else None. An unknown hash tells nothing about the known ones.
+        """Return the valid token with a hash, else None. A wrong hash reveals nothing about the valid ones.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class TokenFile:
             tokens = self.read()
             if any(known.name == name for known in tokens):
                 raise BadRequest(
-                    "A token with this name exists, or existed.",
+                    "A token has or had this name.",
                     expected="a name that no other token had.",
                     advice="Choose another name, such as the old one with a number.",
                 )
@@ -127,7 +127,7 @@ class TokenFile:
         return token
 
     def revoke(self, name: str) -> None:
-        """Revoke a token. Its line stays in the file. To revoke it again changes nothing.
+        """Revoke a token. Its line stays in the file. Revoking it again changes nothing.
 
         Raises
         ------
@@ -192,7 +192,7 @@ def _parse(text: str) -> Iterator[NamedToken]:
 
 
 def _unreadable(error: Exception) -> IdentityUnavailable:
-    kind = "a line is no token" if isinstance(error, ValidationError | ValueError) else type(error).__name__
+    kind = "a line is not a token" if isinstance(error, ValidationError | ValueError) else type(error).__name__
     return IdentityUnavailable(
         f"The file of tokens cannot be read ({kind}).",
         expected="the file that `counterpart token` writes.",

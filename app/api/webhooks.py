@@ -55,7 +55,7 @@ async def retry_webhook(
     services: ServicesDependency,
     webhook: Annotated[str, Path(description="`id` of the list.")],
 ) -> None:
-    """Begin the attempts of a webhook anew."""
+    """Start the attempts of a webhook again."""
     outbox: Outbox = request.app.state.outbox
     if not await services.calls.query(outbox.retry, webhook):
         raise NotFound(

@@ -299,7 +299,7 @@ OUTPUTS: tuple[Output, ...] = (
         "application/gzip",
         "The scan as it was read, on its own grid, for viewers: int16 if that is exact, else float32.",
         _write_image,
-        # The only output of its size beside counterpart.nii.gz. It is written when the maps are.
+        # It is written after the maps, because it is as large as counterpart.nii.gz.
         order=2,
         always=True,
     ),

@@ -297,13 +297,13 @@ def _warnings(
         )
     if profile and score > profile.scan_score.high:
         warnings.append(
-            f"The whole scan is unlike the scans of the site profile: its score is {score:.2g}, theirs are at most "
+            f"The whole scan is unlike the scans of the site profile: its score is {score:.2g}, and they have at most "
             f"{profile.scan_score.high:.2g}. The target for false findings does not hold."
         )
     elif not profile and score > FAR_OUTSIDE * healthy.high:
         warnings.append(
-            f"Not calibrated for this scanner: the score of the whole scan is {score:.2g}, and those of the healthy "
-            f"scans that {manifest.id} knows are {healthy.low:.2g} to {healthy.high:.2g}. Expect more false findings "
+            f"Not calibrated for this scanner: the score of the whole scan is {score:.2g}, and the healthy scans of "
+            f"{manifest.id} have {healthy.low:.2g} to {healthy.high:.2g}. Expect more false findings "
             f"than the {manifest.residual.healthy_false_positive_ml:.2g} ml of a calibrated scanner."
         )
     if model.selection and model.selection.warning:

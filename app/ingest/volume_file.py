@@ -46,7 +46,7 @@ MIN_AIR_FRACTION = 0.02
 # at most 3.7 times as bright.
 OUTLIER_FACTOR = 10.0
 USUAL_PERCENTILE = 99.5
-# More outliers than this share of the voxels are no single faults, and are left as they are.
+# More outliers than this share of the voxels are not single faults, and are left as they are.
 MAX_OUTLIER_SHARE = 1e-5
 # The usual brightness is measured on about this many voxels along each axis.
 SAMPLES = 64
@@ -58,7 +58,7 @@ LEVEL_PERCENTILE = 95
 # Only planes as bright as this fraction of the usual level are compared.
 MIN_LEVEL = 0.5
 USUAL_LEVEL_PERCENTILE = 75
-# A longer run of planes is no single fault. A bright organ can fill several planes, so fewer are warned of.
+# A longer run of planes is not a single fault. A bright organ can fill several planes, so the second limit is lower.
 MAX_EMPTY_RUN, MAX_SCALED_RUN = 8, 3
 MIN_PLANES = 10
 

@@ -22,7 +22,7 @@ Router = Callable[[str, Sequence[str]], Sequence[tuple[str, str]]]
 
 # Seconds that a process may take to send one result. The senders' own time limits are shorter.
 CLAIM_SECONDS = 180.0
-# Pause after the first failed attempt. It doubles.
+# Pause after the first failed attempt. It doubles after each further one.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 900.0
 # Doublings after which the pause has its largest value. Without a limit, the power would not fit into a float.
 MAX_DOUBLINGS = 10

@@ -1,4 +1,4 @@
-"""Faults of the service: errors that say nothing about a scan, so that its job is tried again later."""
+"""Faults of the service: errors that a scan did not cause, so that its job is tried again later."""
 
 import errno
 

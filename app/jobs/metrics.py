@@ -49,6 +49,11 @@ class Metrics:
         self.dead_webhooks = Gauge(
             "counterpart_webhooks_dead", "Webhooks that were given up, of all processes.", registry=self.registry
         )
+        self.audit_failures = Counter(
+            "counterpart_audit_failures",
+            "Rows of the audit trail that this process could not write.",
+            registry=self.registry,
+        )
         self.stage_seconds = Histogram(
             "counterpart_stage_seconds",
             "Wall-clock seconds of each stage of a succeeded job.",

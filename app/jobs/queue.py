@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import errors
 from app.analysis import AnalysisRequest
+from app.jobs.audit import AuditEntry, AuditTrail
 from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.deliveries import Deliveries
 from app.jobs.engine import Engine
@@ -86,6 +87,7 @@ class JobQueue:
     ----------
     deliveries : Deliveries
         Deliveries of results to other systems.
+    trail : AuditTrail
     reviews : Reviews
         Verdicts of readers. They are erased with their job.
     """
@@ -106,9 +108,18 @@ class JobQueue:
         self._metrics = metrics
         self._limits = limits
         self.deliveries = Deliveries(database)
+        self.trail = AuditTrail(database)
         self._table = workflow_table(database)
         self._key_hasher = KeyHasher(database)
         self.reviews = Reviews(database)
+
+    def audit(self, entry: AuditEntry) -> None:
+        """Append a row to the audit trail, and count it if that fails. The driver's error is raised."""
+        try:
+            self.trail.write(entry)
+        except Exception:
+            self._metrics.audit_failures.inc()
+            raise
 
     # ---- submit ----
 
@@ -202,7 +213,7 @@ class JobQueue:
             attributes={"content": content_hash, "model": request.model, "stage": None, "progress": 0.0}
             | ({"reference": reference} if reference else {}),
         )
-        # A worker of an older version does not know the note.
+        # A worker of an older version refuses unknown fields.
         arguments = {name: value for name, value in asdict(request).items() if name != "note" or value}
         queued_job = DBOS.enqueue_workflow_with_options(options, job, arguments).workflow_id
         if queued_job != job:  # the same scan was submitted twice at the same moment
@@ -215,7 +226,7 @@ class JobQueue:
     def _content_hash(self, digest: str, request: AnalysisRequest) -> str:
         """Return the hash of everything that determines the results: bytes, parameters and eligible models."""
         models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
-        # A caller who names a model confirms a scan without a modality, and the report says which case it was.
+        # A caller who names a model confirms a scan without a modality, and the report states which case it was.
         named = "named" if request.model else "chosen"
         return _sha256("content", digest, *models, named, repr(request.series), repr(request.seed), request.geometry)
 
@@ -330,7 +341,7 @@ class JobQueue:
     # ---- cancel and erase ----
 
     def cancel(self, job: str) -> None:
-        """Cancel a job. To cancel it again is no error.
+        """Cancel a job. Cancelling it again is not an error.
 
         Raises
         ------

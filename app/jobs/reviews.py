@@ -141,7 +141,7 @@ class Reviews:
             return [_from_row(row._mapping) for row in connection.execute(query)]
 
     def remove(self, job: str, label: int, reader: str) -> None:
-        """Remove the verdicts of a reader on a finding, its history included. To remove it again is no error."""
+        """Remove the verdicts of a reader on a finding, its history included. Removing it again is not an error."""
         t = reviews_table.c
         self._delete(sa.and_(t.job == job, t.label == label, t.reader == reader))
 

@@ -60,7 +60,7 @@ SUSPENDED_SECONDS = 10.0
 SUSPENDED_STATES = "Tt"
 DEADLINE_SECONDS = 1800.0
 # The longest time that one wait counts for a deadline. A wait takes longer if the whole machine or container was
-# suspended, which is no fault of the scan.
+# suspended, which is not a fault of the scan.
 MAX_COUNTED_SECONDS = 1.0
 
 # The scheduler prefers the API, so that a request for the state of a scan does not wait for the scan.
@@ -151,7 +151,7 @@ class SubprocessEngine:
         TookTooLong
             The scan reached its deadline. The child process was killed.
         UnexpectedError
-            The child process raised an exception that is no `CounterpartError`.
+            The child process raised an exception other than `CounterpartError`.
         """
         self._run({"scan": str(scan), "out": str(out), "request": asdict(request)}, "read", progress)
 

@@ -174,7 +174,7 @@ class Outbox:
             return connection.execute(query).scalar_one()
 
     def retry(self, message_id: str) -> bool:
-        """Begin the attempts of a given-up message anew, and return whether there is one with this id."""
+        """Start the attempts of a given-up message again, and return whether there is one with this id."""
         return self._update(message_id, table.c.status == "dead", status="pending", attempts=0, due=_now())
 
     def delete_expired(self) -> None:

@@ -49,7 +49,7 @@ log = structlog.get_logger("counterpart.jobs")
 # to another version restarts started jobs. A job that no worker has started has no version yet.
 STEPS_VERSION = "3"
 POLLING_SECONDS = 0.1
-# Seconds until a job that nobody runs returns to the queue.
+# Seconds until a job that no worker runs returns to the queue.
 STUCK_SECONDS = 10.0
 # Seconds between two searches for orphaned uploads, each of which lists the whole store.
 SWEEP_SECONDS = 6 * 3600.0
@@ -146,6 +146,7 @@ class JobService:
         self._registry.create_tables()
         self.queue.deliveries.create_table()
         self.queue.reviews.create_table()
+        self.queue.trail.create_tables()
         # This process holds the lock of its slot, so all earlier processes of the slot have ended.
         self.queue.deliveries.release_claims(f"{self._slot.name}-")
         self._supervisor.start(self._executor_id if worker else None, slot_prefix=f"{self._slot.name}-")
@@ -363,7 +364,7 @@ class JobService:
 
     @contextmanager
     def _trace_step(self, name: str, job: str) -> Iterator[Span]:
-        """Record a span of a step. An interrupted step is no failure."""
+        """Record a span of a step. An interrupted step is not a failure."""
         title = f"job {name}"
         with self._traces.span(title) if self._traces else nullcontext(Span(title)) as span:
             span.attributes = {"counterpart.job": job, "counterpart.step": name}

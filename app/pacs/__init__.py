@@ -1,1 +1,1 @@
-"""Edges to a PACS: the DICOM node that receives series, and the delivery of results."""
+"""Connections to a PACS: the DICOM node that receives series, and the delivery of results."""

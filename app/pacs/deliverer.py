@@ -6,6 +6,7 @@ import time
 import structlog
 
 from app.errors import CounterpartError, NotFound, error_location
+from app.jobs.audit import BEGUN, AuditEntry
 from app.jobs.deliveries import Claim
 from app.jobs.store import Store
 from app.jobs.workflow import JobService
@@ -15,13 +16,16 @@ from app.pacs.senders import NotSent, send
 
 log = structlog.get_logger("counterpart.deliveries")
 
-# Seconds between two looks for deliveries to a target, and to targets that are not in the routes.
+# Seconds between two searches for deliveries to a target, and for those to targets that are not in the routes.
 TICK_SECONDS, UNKNOWN_SECONDS = 1.0, 30.0
 # Pause after a fault of the database.
 FAULT_SECONDS = 10.0
 STOP_SECONDS = 5.0
 # Codes of failures that only an operator can end.
 UNKNOWN_TARGET, NO_RESULT, FAULT = "unknown_target", "no_such_result", "internal_error"
+
+# Outcome of a success, and the actor in the audit trail.
+SENT, ACTOR = "sent", "service"
 
 
 class Deliverer:
@@ -97,6 +101,8 @@ class Deliverer:
 
     def _deliver(self, claim: Claim) -> None:
         delivery, deliveries = claim.delivery, self._queue.deliveries
+        if not delivery.attempts:
+            self._audit(claim, BEGUN)  # if this fails, nothing is sent
         code = self._send(claim)
         if code is None:
             deliveries.record_sent(claim)
@@ -104,7 +110,7 @@ class Deliverer:
             deliveries.record_refusal(claim, code)
         else:
             deliveries.record_failure(claim, code, self._routes.give_up_seconds)
-        self._metrics.attempts.labels(delivery.target, code or "sent").inc()
+        self._metrics.attempts.labels(delivery.target, code or SENT).inc()
         log.info(
             "result sent" if code is None else "result not sent",
             job=delivery.job,
@@ -113,6 +119,21 @@ class Deliverer:
             attempts=delivery.attempts + 1,
             code=code,
         )
+        self._audit_end(claim, code)
+
+    def _audit_end(self, claim: Claim, code: str | None) -> None:
+        """Write the outcome of a delivery to the audit trail, unless it is tried again."""
+        key = (claim.delivery.target, claim.delivery.result)
+        states = {
+            (other.target, other.result): other.state for other in self._queue.deliveries.of_job(claim.delivery.job)
+        }
+        if code is None or states.get(key) != "pending":
+            self._audit(claim, code or SENT)
+
+    def _audit(self, claim: Claim, outcome: str) -> None:
+        target = self._routes.targets.get(claim.delivery.target)
+        address = target.address if target is not None else None
+        self._queue.audit(AuditEntry(ACTOR, "deliver", outcome, claim.delivery.job, address))
 
     def _send(self, claim: Claim) -> str | None:
         """Send a result, and return the code of a failure, or None."""

@@ -8,17 +8,19 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 
 from app.analysis import AnalysisRequest
 from app.errors import CounterpartError, NotFound, error_location
+from app.jobs.audit import BEGUN, AuditEntry
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store, Upload
 from app.pacs.metrics import NodeMetrics
-from app.pacs.spool import Batch, HandedSeries, Spool, hash_file
+from app.pacs.spool import Batch, HandedSeries, Sender, Spool, hash_file
 
 log = structlog.get_logger("counterpart.node")
 
@@ -31,7 +33,13 @@ QUERIED_JOBS = 500
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
 # A job in one of these states is never the answer to the same content again.
 NOT_REUSED = ("failed", "cancelled")
+# Outcome in the audit trail of a series that is a job.
+ACCEPTED = "accepted"
+# Sender of a series that an older version received.
+UNKNOWN_SENDER = Sender("unknown", "")
 ERASED_NOTE = "An earlier part of this series, or the whole series, was erased with its job."
+
+DEFAULT_REQUEST = AnalysisRequest()
 
 
 class HandOver:
@@ -45,18 +53,31 @@ class HandOver:
     metrics : NodeMetrics
     quiet_seconds : float
         Seconds without an instance after which a series is complete.
+    request : AnalysisRequest
+        Options of every job.
     """
 
-    def __init__(self, spool: Spool, queue: JobQueue, store: Store, metrics: NodeMetrics, quiet_seconds: float) -> None:
+    def __init__(
+        self,
+        spool: Spool,
+        queue: JobQueue,
+        store: Store,
+        metrics: NodeMetrics,
+        quiet_seconds: float,
+        request: AnalysisRequest = DEFAULT_REQUEST,
+    ) -> None:
         self._spool = spool
         self._queue = queue
         self._store = store
         self._metrics = metrics
         self._quiet_seconds = quiet_seconds
+        self._request = request
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hand-over", daemon=True)
         self._pause = RETRY_SECONDS
         self._not_before = self._last_sweep = float("-inf")
+        # Batches whose begin is in the audit trail. They are tried again until they are jobs.
+        self._begun: set[str] = set()
 
     def start(self) -> None:
         """Start the thread."""
@@ -114,6 +135,9 @@ class HandOver:
         if handed is not None and handed.batch == batch.name:  # the process died before it removed the batch
             self._spool.discard(batch)
             return
+        if batch.name not in self._begun:
+            self._audit(batch, BEGUN, None)
+            self._begun.add(batch.name)
         previous = self._find(handed.job) if handed is not None else None
         instances = {path.name: hash_file(path) for path in batch.files}
         # The images of an erased job are not in the new one.
@@ -125,8 +149,15 @@ class HandOver:
         if job is None:
             is_erased = handed is not None and previous is None
             job = self._submit(batch, previous, earlier, instances, note=ERASED_NOTE if is_erased else "")
+        self._audit(batch, ACCEPTED, job)
+        self._begun.discard(batch.name)
         self._spool.finish(batch, HandedSeries(batch.name, job, {**earlier, **instances}))
         log.info("series handed over", job=job, instances=len(instances))
+
+    def _audit(self, batch: Batch, outcome: str, job: str | None) -> None:
+        """Write a row of the audit trail for each sender. If this fails, the batch is tried again."""
+        for sender in self._spool.read_senders(batch.series) or (UNKNOWN_SENDER,):
+            self._queue.audit(AuditEntry(f"dicom:{sender.title}", "send", outcome, job, sender.address or None))
 
     def _submit(
         self, batch: Batch, previous: Job | None, earlier: dict[str, str], instances: dict[str, str], *, note: str
@@ -142,7 +173,7 @@ class HandOver:
                     note = (
                         f"The series arrived in parts. Job {previous.id} analysed it without {added} of these images."
                     )
-            job = self._queue.submit(upload, AnalysisRequest(note=note), None, reference=batch.name)
+            job = self._queue.submit(upload, replace(self._request, note=note), None, reference=batch.name)
         self._metrics.series.labels("late" if note else "new").inc()
         return job
 

@@ -2,6 +2,9 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+# Status of an instance that the disk or a limit refuses (PS3.4 B.2.3), as the alerts name it.
+OUT_OF_RESOURCES = "A700"
+
 
 class NodeMetrics:
     """Metrics of the DICOM node.
@@ -25,6 +28,8 @@ class NodeMetrics:
             ["status"],
             registry=registry,
         )
+        # An alert cannot see the first increase of a counter that begins with it.
+        self.instances.labels(OUT_OF_RESOURCES)
         self.series = Counter(
             "counterpart_node_series",
             "Series that were handed over: new, late (instances after the first job) or repeated (no new job).",

@@ -21,7 +21,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # c
 from app.errors import AddressUnavailable, CounterpartError, StoreFull, UploadTooLarge, error_location
 from app.ingest.dicom.storage import STORAGE_CLASSES, TRANSFER_SYNTAXES, Identifiers, read_identifiers
 from app.pacs.metrics import NodeMetrics
-from app.pacs.spool import MIB, Spool
+from app.pacs.spool import MIB, Sender, Spool
 
 log = structlog.get_logger("counterpart.node")
 
@@ -247,7 +247,7 @@ class Receiver:
             if not _matches(event, identifiers):
                 return WRONG_CLASS
             self._check_disk(0)
-            self._spool.add(path, identifiers)
+            self._spool.add(path, identifiers, _sender(event.assoc))
         except (StoreFull, UploadTooLarge) as error:
             log.warning("instance refused", code=error.code)
             return OUT_OF_RESOURCES
@@ -259,6 +259,11 @@ class Receiver:
             return OUT_OF_RESOURCES
         transfer.series.add(identifiers.series_key)
         return SUCCESS
+
+
+def _sender(association: Association) -> Sender:
+    requestor = association.requestor
+    return Sender(requestor.ae_title.strip(), str(requestor.address).removeprefix("::ffff:"))
 
 
 def _discard_unfinished(association: Association) -> None:

@@ -51,6 +51,11 @@ class DimseTarget(_Table):
             raise ValueError("ca, certificate and key need tls = true")
         return self
 
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{self.host}:{self.port}"
+
 
 class StowTarget(_Table):
     """Target that takes results by STOW-RS.
@@ -71,6 +76,11 @@ class StowTarget(_Table):
     ca: Path | None = None
     certificate: Path | None = None
     key: Path | None = None
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{self.url.host}:{self.url.port}"
 
 
 Target = DimseTarget | StowTarget

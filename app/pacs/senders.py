@@ -1,4 +1,4 @@
-"""Send one DICOM file to a target, by C-STORE (pynetdicom) or STOW-RS (dicomweb-client).
+"""Senders of one DICOM file to a target: by C-STORE (pynetdicom) or by STOW-RS (dicomweb-client).
 
 A file is read under `silence_libraries`, and sent without it: only one thread of a process at a time may be inside, and
 a target can take a minute. `app.api.server.configure_logging` drops the text of warnings of the whole process.
@@ -12,6 +12,7 @@ from dicomweb_client import DICOMwebClient
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
+from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]  # created at import
 
 from app.dicom_attributes import silence_libraries
 from app.pacs.receiver import silence_pynetdicom
@@ -59,11 +60,9 @@ def send_c_store(path: Path, target: DimseTarget) -> None:
     ------
     NotSent
     """
-    silence_pynetdicom()
     with silence_libraries():
         dataset = pydicom.dcmread(path)
-    entity = AE(target.calling_ae_title)
-    entity.acse_timeout = entity.connection_timeout = CONNECT_SECONDS
+    entity = _create_entity(target)
     entity.dimse_timeout = entity.network_timeout = ANSWER_SECONDS
     # Every SCP supports implicit VR (PS3.5 10.1). pynetdicom converts the object if only that is accepted.
     syntaxes = list(
@@ -71,10 +70,7 @@ def send_c_store(path: Path, target: DimseTarget) -> None:
     )
     for syntax in syntaxes if not dataset.file_meta.TransferSyntaxUID.is_compressed else syntaxes[:1]:
         entity.add_requested_context(dataset.SOPClassUID, syntax)
-    tls = (client_context(target.certificate, target.key, target.ca), target.host) if target.tls else None
-    association = entity.associate(target.host, target.port, ae_title=target.ae_title, tls_args=tls)
-    if not association.is_established:
-        raise NotSent(_explain(association))
+    association = _associate(entity, target)
     try:
         answer = association.send_c_store(dataset)
     except ValueError:  # no presentation context was accepted
@@ -86,6 +82,42 @@ def send_c_store(path: Path, target: DimseTarget) -> None:
         raise NotSent("aborted")
     if answer.Status not in STORED:
         raise NotSent(f"0x{answer.Status:04X}")
+
+
+def echo(target: DimseTarget, seconds: float) -> None:
+    """Send a C-ECHO. A target that accepts the association, but not this service, is `unsupported`.
+
+    Raises
+    ------
+    NotSent
+    InvalidSettings
+        The files for TLS cannot be used.
+    """
+    entity = _create_entity(target)
+    entity.acse_timeout = entity.connection_timeout = entity.dimse_timeout = entity.network_timeout = seconds
+    entity.add_requested_context(Verification)
+    association = _associate(entity, target)
+    answer = association.send_c_echo()
+    association.release()
+    if "Status" not in answer:
+        raise NotSent("aborted")
+    if answer.Status:
+        raise NotSent(f"0x{answer.Status:04X}")
+
+
+def _create_entity(target: DimseTarget) -> AE:
+    silence_pynetdicom()
+    entity = AE(target.calling_ae_title)
+    entity.acse_timeout = entity.connection_timeout = CONNECT_SECONDS
+    return entity
+
+
+def _associate(entity: AE, target: DimseTarget) -> Association:
+    tls = (client_context(target.certificate, target.key, target.ca), target.host) if target.tls else None
+    association = entity.associate(target.host, target.port, ae_title=target.ae_title, tls_args=tls)
+    if not association.is_established:
+        raise NotSent(_explain(association))
+    return association
 
 
 def _explain(association: Association) -> str:

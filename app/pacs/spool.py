@@ -5,6 +5,7 @@
     node/receiving/<random>.dcm          instance in transfer
     node/series/<series>/<instance>      instances that wait for the rest of their series
     node/batches/<series>.<random>/      instances on their way into one job, taken by one rename
+    node/senders/<series>.json           callers that sent instances of a series that is not a job yet
     node/handed/<series>.json            last job of the series, and the hashes of its instances
 
 The names are hashes of UIDs, because a peer can send any text as a UID. A file is never changed after its rename.
@@ -30,6 +31,21 @@ from app.ingest.dicom.storage import Identifiers
 # Age in seconds at which the rest of an interrupted transfer is removed. A transfer without a byte ends before.
 STALE_SECONDS = 600.0
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Sender:
+    """Caller that sent an instance.
+
+    Attributes
+    ----------
+    title : str
+        AE title.
+    address : str
+    """
+
+    title: str
+    address: str
 
 
 @dataclass(frozen=True)
@@ -100,13 +116,16 @@ class Spool:
         self.root = root
         self.receiving = root / "receiving"
         self._series, self._batches, self._handed = root / "series", root / "batches", root / "handed"
+        self._senders = root / "senders"
         self.max_bytes, self._max_files = max_mb * MIB, max_files
         self._mutex = threading.Lock()
-        for folder in (self.receiving, self._series, self._batches, self._handed):
+        for folder in (self.receiving, self._series, self._batches, self._senders, self._handed):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = _lock(root / "lock")
         for path in self.receiving.iterdir():
             path.unlink(missing_ok=True)
+        for path in self._senders.iterdir():
+            self._forget_senders(path.stem)
         # For each waiting series: the time of the last arrival, by the clock of this process, and its size.
         now = time.monotonic()
         self._arrivals = {folder.name: now for folder in self._series.iterdir()}
@@ -118,8 +137,8 @@ class Spool:
 
     # ---- arrival ----
 
-    def add(self, path: Path, identifiers: Identifiers) -> None:
-        """Move a received file to its series. When this returns, the file survives a power failure.
+    def add(self, path: Path, identifiers: Identifiers, sender: Sender) -> None:
+        """Move a received file to its series, and note its sender. When this returns, both survive a power failure.
 
         Raises
         ------
@@ -130,6 +149,7 @@ class Spool:
         _sync(path)
         with self._mutex:
             self._check_size(key, size)
+            self._add_sender(key, sender)
             folder = self._series / key
             is_new = not folder.exists()
             folder.mkdir(exist_ok=True)
@@ -140,6 +160,31 @@ class Spool:
             files, total = self._sizes.get(key, (0, 0))
             self._sizes[key] = (files + (replaced is None), total + size - (replaced or 0))
             self._arrivals[key] = time.monotonic()
+
+    def _add_sender(self, key: str, sender: Sender) -> None:
+        known = self.read_senders(key)
+        if sender not in known:
+            self._write(self._senders / f"{key}.json", [asdict(each) for each in (*known, sender)])
+
+    def read_senders(self, key: str) -> tuple[Sender, ...]:
+        """Return the callers that sent instances of a series that is not a job yet."""
+        try:
+            return tuple(Sender(**fields) for fields in json.loads((self._senders / f"{key}.json").read_bytes()))
+        except FileNotFoundError:
+            return ()
+
+    def _forget_senders(self, key: str) -> None:
+        """Remove the senders of a series, unless instances of it wait."""
+        if not (self._series / key).exists() and not any(self._batches.glob(f"{key}.*")):
+            (self._senders / f"{key}.json").unlink(missing_ok=True)
+
+    def _write(self, path: Path, document: object) -> None:
+        """Write a JSON file, which exists completely or not at all after a power failure."""
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(document))
+        _sync(part)
+        part.rename(path)
+        _sync(path.parent)
 
     def _check_size(self, key: str, size: int) -> None:
         files, total = self._sizes.get(key, (0, 0))
@@ -180,16 +225,14 @@ class Spool:
 
     def finish(self, batch: Batch, handed: HandedSeries) -> None:
         """Record the job of a batch, then remove the batch. The record decides what a restart does."""
-        part = self._handed / f"{batch.series}.part"
-        part.write_text(json.dumps(asdict(handed)))
-        _sync(part)
-        part.rename(self._handed / f"{batch.series}.json")
-        _sync(self._handed)
+        self._write(self._handed / f"{batch.series}.json", asdict(handed))
         self.discard(batch)
 
     def discard(self, batch: Batch) -> None:
         """Remove a batch whose job is recorded."""
         shutil.rmtree(batch.folder, ignore_errors=True)
+        with self._mutex:
+            self._forget_senders(batch.series)
 
     def read_handed(self, key: str) -> HandedSeries | None:
         """Return the record of the last job of a series, or None if there is none."""

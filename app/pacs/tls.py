@@ -12,7 +12,7 @@ HANDSHAKE_SECONDS = 30.0
 
 
 class LazyHandshakeContext(ssl.SSLContext):
-    """Context whose sockets shake hands at their first read, in the thread of their association.
+    """Context whose sockets begin TLS at their first read, in the thread of their association.
 
     pynetdicom wraps a socket in the thread that accepts connections. With the handshake there, one silent caller would
     block all others.

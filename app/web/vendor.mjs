@@ -16,6 +16,21 @@ const withoutZarr = {
   },
 };
 
+// NiiVue computes a gradient of every volume, which only its gradient lighting uses: most of the time and half of the
+// graphics memory of a large volume. With this line, `gradientOrder: 0` leaves it out.
+const GRADIENT = "function gradientGL(params) {";
+const withoutGradient = {
+  name: "without-gradient",
+  setup(bundler) {
+    bundler.onLoad({ filter: /@niivue\/niivue\/build\/niivue\/index\.js$/ }, ({ path }) => {
+      const source = readFileSync(path, "utf8");
+      if (source.split(GRADIENT).length !== 2) throw new Error("NiiVue changed: gradientGL was not found.");
+      const contents = source.replace(GRADIENT, `${GRADIENT} if (params.gradientOrder === 0) return params.gradientTexture;`);
+      return { contents, loader: "js" };
+    });
+  },
+};
+
 // The npm package of NiiVue contains no licence file. This is the one of its repository.
 const NIIVUE_LICENCE = "vendor/niivue-LICENSE.txt";
 
@@ -29,7 +44,7 @@ const result = await build({
   legalComments: "none",
   logLevel: "warning",
   metafile: true,
-  plugins: [withoutZarr],
+  plugins: [withoutZarr, withoutGradient],
 });
 
 function packageFolder(input) {

@@ -21,5 +21,11 @@ random() {
 write counterpart_token "$(random)"
 write postgres_password "$(random)"
 write counterpart_database "postgresql://counterpart:$(cat postgres_password)@database/counterpart"
+# Standard Webhooks: the same value at the receivers.
+write counterpart_webhook_secret "whsec_$(head -c 32 /dev/urandom | base64 | tr -d '\n')"
+# Empty files, which count as absent, until a value is written into them.
+write counterpart_oidc_client_secret "${OIDC_CLIENT_SECRET:-}"
+write pacs_token "${PACS_TOKEN:-}"
+write node_tls_key ""
 write counterpart_bucket_key_id "${AWS_ACCESS_KEY_ID:-}"
 write counterpart_bucket_key "${AWS_SECRET_ACCESS_KEY:-}"

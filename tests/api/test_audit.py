@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from app.api.audit import AuditTrail
 from app.api.tokens import TokenFile
 from app.cli import app as command_line
+from app.jobs.audit import AuditTrail
 from app.main import create_app
 from app.settings import Settings
 from tests.api.service_process import API_ONLY, run_service
@@ -169,6 +169,7 @@ def test_without_a_row_nothing_is_read_and_nothing_changes(tmp_path: Path, monke
             for answer in answers:
                 assert (answer.status_code, answer.json()["code"]) == (503, "audit_unavailable")
                 assert answer.headers["retry-after"]
+            assert f"counterpart_audit_failures_total {len(answers)}.0" in client.get("/metrics").text
             # What is not audited, what shows nothing, and what has a row of this minute are answered.
             assert client.get("/v1/models").status_code == 200
             assert client.get(f"{URL}/{job}/unknown").status_code == 404
@@ -215,3 +216,18 @@ def test_refused_tokens_fill_the_trail_with_one_row_a_minute(tmp_path: Path) -> 
         for number in range(5):
             client.get(f"{URL}/{number:016x}-{number:016x}", headers=bearer("wrong"))
         assert rows(client) == [("unknown", "refuse", "401")]
+
+
+def test_a_reader_without_a_name_is_the_actor_of_the_login(tmp_path: Path) -> None:
+    headers = bearer(TokenFile(tmp_path / "tokens").create("workstation", ["send", "read"]))
+    with run(tmp_path, tokens=tmp_path / "tokens") as client:
+        client.headers.update(headers)
+        job = client.post(URL, content=fake_scan(), headers=WAIT).json()["id"]
+        review = f"{URL}/{job}/reviews/1"
+        assert client.put(review, json={"verdict": "right"}).json()["reader"] == "token:workstation"
+        assert client.put(review, json={"verdict": "wrong", "reader": "B"}).json()["reader"] == "B"
+        assert client.delete(review).status_code == 204
+        assert [r["reader"] for r in client.get(f"{URL}/{job}/reviews").json()["reviews"]] == ["B"]
+        found = [(actor, outcome) for actor, action, outcome in rows(client) if action == "review"]
+    outcomes = ("begun", "200", "begun", "200", "begun", "204")
+    assert found == [("token:workstation", outcome) for outcome in outcomes]

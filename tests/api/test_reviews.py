@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from app.api.reviews import FORMULA_STARTS, MAX_NOTE
+from app.api.reviews import FORMULA_STARTS, MAX_NOTE, MAX_READER
 from tests.api.support import URL, send, send_running
 
 
@@ -79,7 +79,7 @@ def test_only_a_succeeded_job_can_be_reviewed(client: TestClient) -> None:
         (b"{", 400, "bad_request"),
         (b'{"verdict": "maybe"}', 400, "bad_request"),
         (b'{"verdict": "right", "note": "%s"}' % (b"x" * (MAX_NOTE + 1)), 400, "bad_request"),
-        (b'{"verdict": "right", "reader": "%s"}' % (b"x" * 101), 400, "bad_request"),
+        (b'{"verdict": "right", "reader": "%s"}' % (b"x" * (MAX_READER + 1)), 400, "bad_request"),
         (b'{"verdict": "right", "note": "a\\u0000b"}', 400, "bad_request"),
         (b'{"verdict": "right", "note": "\\ud800"}', 400, "bad_request"),
         (b'{"verdict": "right"}' + b" " * 20_000, 413, "upload_too_large"),

@@ -50,7 +50,7 @@ def test_name_is_used_once_even_after_its_revocation(tmp_path: Path) -> None:
     file = TokenFile(tmp_path / "tokens")
     file.create("gateway", ["send"])
     file.revoke("gateway")
-    with pytest.raises(BadRequest, match="exists, or existed"):
+    with pytest.raises(BadRequest, match="has or had"):
         file.create("gateway", ["send"])
     for name in ("", "a b", "a\n", "../x", "x" * 65):
         with pytest.raises(BadRequest, match="malformed"):

@@ -15,7 +15,7 @@ from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
 from app.jobs.workflow import JobService
-from app.pacs.handover import HandOver
+from app.pacs.handover import DEFAULT_REQUEST, HandOver
 from app.pacs.metrics import NodeMetrics
 from app.pacs.spool import Spool
 from app.volume import Volume
@@ -56,7 +56,9 @@ class HandOverCase:
 
 
 @contextmanager
-def hand_over_case(folder: Path, queue_limit: int = 100) -> Iterator[HandOverCase]:
+def hand_over_case(
+    folder: Path, queue_limit: int = 100, request: AnalysisRequest = DEFAULT_REQUEST
+) -> Iterator[HandOverCase]:
     """Start a job service without a worker, and a hand-over that is not a thread."""
     store = Store(folder / "store")
     limits = StorageLimits(queue_limit=queue_limit)
@@ -64,7 +66,7 @@ def hand_over_case(folder: Path, queue_limit: int = 100) -> Iterator[HandOverCas
     service.start(worker=False)
     metrics = NodeMetrics(CollectorRegistry())
     spool = Spool(store.root / "node", 100, 1000)
-    case = HandOverCase(service, store, spool, HandOver(spool, service.queue, store, metrics, 0.0), metrics)
+    case = HandOverCase(service, store, spool, HandOver(spool, service.queue, store, metrics, 0.0, request), metrics)
     try:
         yield case
     finally:
@@ -74,8 +76,13 @@ def hand_over_case(folder: Path, queue_limit: int = 100) -> Iterator[HandOverCas
 
 def read_note(job: str) -> str:
     """Return the note of a job's request."""
+    return read_request(job).note
+
+
+def read_request(job: str) -> AnalysisRequest:
+    """Return the request of a job."""
     from dbos import DBOS
 
     (status,) = DBOS.list_workflows(workflow_ids=[job])
     assert status.input is not None
-    return AnalysisRequest(**status.input["args"][1]).note
+    return AnalysisRequest(**status.input["args"][1])

@@ -13,7 +13,8 @@ from app.pacs.senders import STORED
 from tests.ingest.test_conformance import rows as rows_of_input
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVICES = (ROOT / "docs" / "dicom.md").read_text().partition("## DICOM services\n")[2].partition("\n## ")[0]
+DICOM = (ROOT / "docs" / "dicom.md").read_text()
+SERVICES = DICOM.partition("## DICOM services\n")[2].partition("\n## ")[0]
 PACS = (ROOT / "docs" / "pacs.md").read_text()
 
 
@@ -69,4 +70,15 @@ def test_every_key_of_the_routes_is_documented(tmp_path: Path) -> None:
     assert set(re.findall(r"`(\w+)`", table.replace("`true`", ""))) - {"dimse", "stow", "COUNTERPART"} == keys
     (tmp_path / "routes.toml").write_text(PACS.partition("```toml\n")[2].partition("```")[0])
     example = read_routes(tmp_path / "routes.toml")
-    assert example.routes[0].results == DICOM_NAMES[:2]
+    assert example.routes[0].results == DICOM_NAMES[:3]
+
+
+def test_delivered_classes_are_those_of_the_dicom_results() -> None:
+    results = {cells[0].strip("`"): cells[2] for cells in rows(DICOM) if cells[0].strip("`") in DICOM_NAMES}
+    delivered = [cells[2] for cells in rows(SERVICES.partition("### Delivery")[2]) if cells[0] == "C-STORE, STOW-RS"]
+    assert list(results) == list(DICOM_NAMES)
+    assert delivered == list(results.values())
+
+
+def test_a_route_takes_every_dicom_result() -> None:
+    assert Route(target="archive", results=DICOM_NAMES).results == DICOM_NAMES

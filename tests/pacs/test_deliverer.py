@@ -14,7 +14,7 @@ from app.jobs.workflow import JobService
 from app.pacs import deliverer as module
 from app.pacs.deliverer import Deliverer
 from app.pacs.metrics import DeliveryMetrics
-from app.pacs.routes import DimseTarget, Routes, Target
+from app.pacs.routes import DimseTarget, Routes, StowTarget, Target
 from app.pacs.senders import NotSent
 from tests.api.support import FakeEngine
 from tests.jobs.support import running_service, submit, wait_for_state
@@ -42,6 +42,10 @@ class Case:
         self.sent.append(path.read_bytes())
         if self.failures:
             raise NotSent(self.failures.pop(0))
+
+    def audit_rows(self) -> list[tuple[str, str, str, str | None, str | None]]:
+        rows = self.service.queue.trail.read_all()
+        return [(row.actor, row.action, row.outcome, row.job, row.address) for row in rows]
 
     def state(self) -> tuple[str, int, str | None]:
         (delivery,) = self.deliveries.of_job(self.job)
@@ -131,3 +135,45 @@ def test_the_threads_deliver_and_stop(case: Case) -> None:
         pass
     case.deliverer.stop()
     assert len(case.sent) == 1
+
+
+def test_each_delivery_has_its_begin_and_its_end_in_the_audit_trail(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deliveries_module, "RETRY_SECONDS", 0.0)
+    case.failures = ["unreachable", "aborted"]
+    case.deliveries.plan(case.job, [("archive", RESULT), ("archive", "segmentation.dcm")])
+    while case.deliverer.run_once("archive"):
+        pass
+    row = ("service", "deliver")
+    of_archive = (case.job, "127.0.0.1:1")
+    assert sorted(case.audit_rows()) == sorted(
+        [(*row, outcome, *of_archive) for outcome in ("begun", "sent", "begun", "no_such_result")]
+    )
+
+
+def test_a_delivery_that_is_given_up_ends_in_the_audit_trail(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Routes, "give_up_seconds", 0.0)
+    case.failures = ["0xA700"]
+    case.deliveries.plan(case.job, [("archive", RESULT)])
+    assert case.deliverer.run_once("archive")
+    assert case.state() == ("failed", 1, "0xA700")
+    assert [row[2] for row in case.audit_rows()] == ["begun", "0xA700"]
+
+
+def test_nothing_is_sent_without_a_row(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    case.deliveries.plan(case.job, [("archive", RESULT)])
+    with monkeypatch.context() as patch:
+        patch.setattr(case.service.queue.trail, "write", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            case.deliverer.run_once("archive")
+    assert case.sent == []
+    case.deliveries.release_claims(case.service.process_name)
+    assert case.deliverer.run_once("archive")
+    assert [row[2] for row in case.audit_rows()] == ["begun", "sent"]
+
+
+def test_the_target_of_a_row_has_a_host_and_a_port() -> None:
+    assert TARGET.address == "127.0.0.1:1"
+    web = StowTarget.model_validate({"kind": "stow", "url": "https://pacs.example/web"})
+    assert web.address == "pacs.example:443"

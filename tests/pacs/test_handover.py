@@ -10,8 +10,10 @@ import sqlalchemy as sa
 from app.errors import QueueFull
 from app.ingest.dicom.storage import read_identifiers
 from app.pacs.handover import ERASED_NOTE
-from app.pacs.spool import Spool
+from app.pacs.spool import Sender, Spool
 from tests.pacs.support import HandOverCase, hand_over_case, make_slices, read_note
+
+SCANNER = Sender("SCANNER", "10.0.0.5")
 
 
 class Died(Exception):
@@ -24,11 +26,11 @@ def case(tmp_path: Path) -> Iterator[HandOverCase]:
         yield running
 
 
-def receive(spool: Spool, name: str = "one", numbers: slice = slice(None)) -> None:
+def receive(spool: Spool, name: str = "one", numbers: slice = slice(None), sender: Sender = SCANNER) -> None:
     for number, dataset in enumerate(make_slices(name)[numbers]):
         path = spool.receiving / f"{number}.dcm"
         dataset.save_as(path, enforce_file_format=True)
-        spool.add(path, read_identifiers(path))
+        spool.add(path, read_identifiers(path), sender)
 
 
 def contents(tmp_path: Path, numbers: slice = slice(None)) -> list[bytes]:
@@ -237,3 +239,68 @@ def test_sweep_asks_for_many_jobs_in_parts(case: HandOverCase, monkeypatch: pyte
     case.hand_over._forget_erased_jobs()
     assert sorted(forgotten) == sorted(handed)
     assert 1 < max(numbers) < 2000
+
+
+def audit_rows(case: HandOverCase) -> list[tuple[str, str, str, str | None, str | None]]:
+    rows = case.service.queue.trail.read_all()
+    return [(row.actor, row.action, row.outcome, row.job, row.address) for row in rows]
+
+
+def test_a_series_that_becomes_a_job_is_in_the_audit_trail(case: HandOverCase) -> None:
+    receive(case.spool, numbers=slice(0, 2))
+    receive(case.spool, numbers=slice(2, 4), sender=Sender("PACS", "10.0.0.6"))
+    case.restart()  # the senders survive the process
+    case.hand_over.run_once()
+    (job,) = case.jobs()
+    scanner, pacs = ("dicom:SCANNER", "send"), ("dicom:PACS", "send")
+    expected = [
+        (*scanner, "begun", None, "10.0.0.5"),
+        (*pacs, "begun", None, "10.0.0.6"),
+        (*scanner, "accepted", job, "10.0.0.5"),
+        (*pacs, "accepted", job, "10.0.0.6"),
+    ]
+    assert audit_rows(case) == expected
+    receive(case.spool)  # the same series again, from the scanner alone
+    case.hand_over.run_once()
+    assert audit_rows(case)[4:] == [expected[0], expected[2]]
+
+
+def test_a_series_without_a_row_is_no_job_yet(case: HandOverCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive(case.spool)
+    with monkeypatch.context() as patch:
+        patch.setattr(case.service.queue.trail, "write", raise_died)
+        with pytest.raises(Died):
+            case.hand_over.run_once()
+    assert case.jobs() == []
+    assert audit_rows(case) == []
+    assert case.service.queue._metrics.audit_failures._value.get() == 1
+    case.hand_over.run_once()
+    assert [row[2] for row in audit_rows(case)] == ["begun", "accepted"]
+
+
+def test_a_process_that_dies_after_the_submission_still_writes_its_row(
+    case: HandOverCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive(case.spool)
+    queue = case.service.queue
+    write = queue.trail.write
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.trail, "write", lambda entry: write(entry) if entry.job is None else raise_died())
+        with pytest.raises(Died):
+            case.hand_over.run_once()
+    case.restart()
+    case.hand_over.run_once()
+    (job,) = case.jobs()
+    assert [row[2:4] for row in audit_rows(case)] == [("begun", None), ("begun", None), ("accepted", job)]
+
+
+def test_a_series_that_is_tried_again_begins_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hand_over_case(tmp_path) as case:
+        receive(case.spool)
+        with monkeypatch.context() as patch:
+            patch.setattr(case.service.queue, "submit", raise_died)
+            for _ in range(3):
+                with pytest.raises(Died):
+                    case.hand_over.run_once()
+        case.hand_over.run_once()
+        assert [row[2] for row in audit_rows(case)] == ["begun", "accepted"]

@@ -8,10 +8,15 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from app.errors import UnsafeExposure
+from app.analysis import AnalysisRequest
+from app.errors import InvalidSettings, NonCommercialModel, UnsafeExposure
+from app.ingest.dicom.storage import read_identifiers
 from app.main import run_node
+from app.pacs.node import create_request
+from app.pacs.spool import Sender
 from app.settings import Settings
-from tests.pacs.support import make_slices
+from tests.api.support import FakeEngine
+from tests.pacs.support import hand_over_case, make_slices, read_request
 from tests.proofs.deployment import deploy
 from tests.support.external_tools import require_tool
 from tests.support.pacs import NOT_INSTALLED
@@ -21,7 +26,15 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def test_nothing_is_lost_if_programs_are_killed() -> None:
-    command = [sys.executable, "-m", "tests.proofs.node", "--kills", "3", "--load", "1"]
+    prove("tests.proofs.node", "--kills", "3", "--load", "1")
+
+
+def test_every_dicom_result_reaches_a_pacs() -> None:
+    prove("tests.proofs.delivery")
+
+
+def prove(*arguments: str) -> None:
+    command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=900)
     if done.returncode == NOT_INSTALLED or "unshare failed" in done.stderr:
         pytest.skip((done.stdout + done.stderr).strip())
@@ -54,6 +67,33 @@ def test_a_series_that_cannot_be_analysed_is_a_failed_job(tmp_path: Path) -> Non
     assert (ended["aet"], ended["instances"], ended["outcome"]) == ("STORESCU", 11, "released")
     (handed,) = [record for record in records if record["event"] == "series handed over"]
     assert (handed["job"], handed["instances"]) == (jobs[0]["id"], 11)
+
+
+def test_options_of_a_node_are_those_of_its_jobs(tmp_path: Path) -> None:
+    bundles = FakeEngine().manifests
+    assert create_request(Settings(), bundles) == AnalysisRequest()
+    settings = Settings(node_model=bundles[0].name, node_geometry="resample")
+    request = create_request(settings, bundles)
+    assert request == AnalysisRequest(model=bundles[0].name, geometry="resample")
+    with hand_over_case(tmp_path, request=request) as case:
+        dataset = make_slices()[0]
+        dataset.save_as(case.spool.receiving / "x.dcm", enforce_file_format=True)
+        path = case.spool.receiving / "x.dcm"
+        case.spool.add(path, read_identifiers(path), Sender("CT", "10.0.0.5"))
+        case.hand_over.run_once()
+        assert read_request(case.jobs()[0]) == request
+
+
+def test_a_model_that_cannot_be_used_stops_the_node() -> None:
+    bundles = FakeEngine().manifests
+    with pytest.raises(InvalidSettings, match="COUNTERPART_NODE_MODEL"):
+        create_request(Settings(node_model="none"), bundles)
+    licence = bundles[0].licence.model_copy(update={"non_commercial": True})
+    restricted = bundles[0].model_copy(update={"licence": licence})
+    settings = {"node_model": restricted.id}
+    with pytest.raises(NonCommercialModel):
+        create_request(Settings(**settings), [restricted])
+    assert create_request(Settings(**settings, allow_noncommercial=True), [restricted]).model == restricted.id
 
 
 def test_other_machines_need_a_list_of_callers(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from app.errors import StoreFull
 from app.ingest.dicom.storage import STORAGE_CLASSES, TRANSFER_SYNTAXES, Identifiers
 from app.pacs.metrics import NodeMetrics
 from app.pacs.receiver import Peers, Receiver, ReceiverOptions
-from app.pacs.spool import Spool
+from app.pacs.spool import Sender, Spool
 from app.pacs.tls import client_context, server_context
 from tests.pacs.certificates import Authority
 from tests.pacs.support import make_slices
@@ -127,6 +127,7 @@ def test_dcmtk_sends_with_its_default_contexts(start_node: StartNode, tmp_path: 
     require_tool("echoscu")("-aec", TITLE, "127.0.0.1", node.port)
     require_tool("storescu")("-aec", TITLE, "127.0.0.1", node.port, *paths)
     assert len(node.files()) == 4
+    assert node.spool.read_senders(node.files()[0].parent.name) == (Sender("STORESCU", "127.0.0.1"),)
 
 
 def test_every_storage_class_is_accepted_in_every_transfer_syntax(start_node: StartNode) -> None:
@@ -251,9 +252,9 @@ def test_data_sets_arrive_in_the_spool_and_not_in_the_temporary_folder(
     node, seen = start_node(), []
     add = node.spool.add
 
-    def record(path: Path, identifiers: Identifiers) -> None:
+    def record(path: Path, identifiers: Identifiers, sender: Sender) -> None:
         seen.append(path.parent)
-        add(path, identifiers)
+        add(path, identifiers, sender)
 
     monkeypatch.setattr(node.spool, "add", record)
     assert node.store(*make_slices()[:2]) == [0, 0]
@@ -319,6 +320,26 @@ def test_tls_needs_the_certificates_of_both_sides(start_node: StartNode, tmp_pat
     association = node.associate(tls=client_context(*authority.issue("caller"), authority.path))
     assert association.send_c_store(make_slices()[0]).Status == 0
     association.release()
+
+
+def test_dcmtk_sends_over_tls(start_node: StartNode, tmp_path: Path) -> None:
+    echoscu, storescu = require_tool("echoscu"), require_tool("storescu")
+    if "+tls" not in echoscu("--help", check=False):
+        pytest.skip("this dcmtk has no TLS")
+    authority, stranger = Authority.create(tmp_path / "ca"), Authority.create(tmp_path / "other")
+    node = start_node(ssl_context=server_context(*authority.issue("node"), authority.path))
+    certificate, key = authority.issue("scanner")
+    trust = ("+cf", authority.path, "-aec", TITLE, "127.0.0.1", node.port)
+    echoscu("+tls", key, certificate, *trust)
+    (dataset,) = make_slices(count=1)
+    dataset.save_as(tmp_path / "one.dcm", enforce_file_format=True)
+    storescu("+tls", key, certificate, *trust, tmp_path / "one.dcm")
+    assert len(node.files()) == 1
+    unknown_certificate, unknown_key = stranger.issue("scanner")
+    for refused in (["+tls", unknown_key, unknown_certificate], ["+tla"], []):
+        output = echoscu(*refused, *(trust if refused else trust[2:]), "-ta", 10, "-to", 10, check=False)
+        assert "Association Request Failed" in output, refused
+    assert len(node.files()) == 1
 
 
 def test_a_silent_tls_caller_delays_no_other(start_node: StartNode, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Results reach a PACS by C-STORE and by STOW-RS, and every failure has its code."""
 
 import json
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,12 +133,20 @@ class StowHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def stow(*answers: tuple[int, dict[str, Any]]) -> Iterator[tuple[StowTarget, type[StowHandler]]]:
+def stow(
+    *answers: tuple[int, dict[str, Any]], context: ssl.SSLContext | None = None
+) -> Iterator[tuple[StowTarget, type[StowHandler]]]:
     handler = type("Handler", (StowHandler,), {"answers": list(answers), "requests": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = f"{'https' if context else 'http'}://127.0.0.1:{server.server_port}/web"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield StowTarget.model_validate({"kind": "stow", "url": f"http://127.0.0.1:{server.server_port}/web"}), handler
+        yield (
+            StowTarget.model_validate({"kind": "stow", "url": url}),
+            handler,
+        )
     finally:
         server.shutdown()
         server.server_close()
@@ -159,6 +168,21 @@ def test_stow_sends_the_object_and_the_token(path: Path, tmp_path: Path) -> None
     assert url == "/web/studies"
     assert headers["Authorization"] == "Bearer s3cret"
     assert path.read_bytes()[200:] in body
+
+
+def test_stow_over_tls_checks_the_pacs(path: Path, tmp_path: Path) -> None:
+    authority, stranger = Authority.create(tmp_path / "ca"), Authority.create(tmp_path / "other")
+    certificate, key = authority.issue("counterpart")
+    context = server_context(*authority.issue("pacs"), authority.path)
+    answer = (200, items("00081199", stored_item(path)))
+    with stow(answer, context=context) as (target, handler):
+        assert target.url.scheme == "https"
+        tls = {"ca": authority.path, "certificate": certificate, "key": key}
+        for wrong in ({}, {**tls, "ca": stranger.path}, {**tls, "certificate": None, "key": None}):
+            assert code_of(path, target.model_copy(update=wrong)) == "unreachable"
+        assert handler.requests == []
+        send(path, target.model_copy(update=tls))
+    assert len(handler.requests) == 1
 
 
 @pytest.mark.parametrize(

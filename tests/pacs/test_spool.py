@@ -7,14 +7,14 @@ import pytest
 
 from app.errors import AddressUnavailable, UploadTooLarge
 from app.ingest.dicom.storage import Identifiers
-from app.pacs.spool import HandedSeries, Spool
+from app.pacs.spool import HandedSeries, Sender, Spool
 
 
 def receive(spool: Spool, content: bytes, instance: str = "1", series: str = "1.2.5") -> Identifiers:
     path = spool.receiving / "x.dcm"
     path.write_bytes(content)
     identifiers = Identifiers("1.2", instance, "1.2.4", series)
-    spool.add(path, identifiers)
+    spool.add(path, identifiers, Sender("SCANNER", "10.0.0.5"))
     return identifiers
 
 
@@ -65,7 +65,7 @@ def test_limits_of_a_series(spool: Spool) -> None:
 
 def test_uids_never_become_paths(spool: Spool, tmp_path: Path) -> None:
     receive(spool, b"one", "../../../escaped", "/etc/../../x")
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".json" and path.name != "lock"]
     assert [path.parent.parent for path in files] == [tmp_path / "node" / "series"]
 
 
@@ -101,3 +101,14 @@ def test_the_record_of_a_series(spool: Spool) -> None:
     assert spool.batches() == []
     spool.forget(batch.series)
     assert spool.read_handed(batch.series) is None
+
+
+def test_senders_are_kept_until_their_series_is_a_job(spool: Spool) -> None:
+    key = receive(spool, b"one").series_key
+    receive(spool, b"two", "2")
+    batch = spool.take(key)
+    receive(spool, b"three", "3")
+    spool.discard(batch)
+    assert spool.read_senders(key) == (Sender("SCANNER", "10.0.0.5"),)
+    spool.discard(spool.take(key))
+    assert spool.read_senders(key) == ()

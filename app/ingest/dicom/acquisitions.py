@@ -1,4 +1,4 @@
-"""Acquisitions of one series that overlap, for example two ranges of a head CT that share the slice where they meet.
+"""Acquisitions of one series that overlap, for example two ranges of a head CT that share their border slice.
 
 The longest acquisition is complete in the result. Every other one loses the images inside the extent of a longer one,
 and adds the rest. A mixture of interleaved images of two acquisitions would show a head that moved in between.

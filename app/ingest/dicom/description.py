@@ -41,7 +41,7 @@ def describe_series_file(path: Path) -> list[str]:
     try:
         dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=list(_KEYWORDS))
         return [*_number(dataset), *_kernel(dataset), *_description_classes(dataset)]
-    except Exception:  # noqa: BLE001 - an invalid name is no reason to refuse an image
+    except Exception:  # noqa: BLE001 - an invalid name does not make an image unusable
         return []
 
 

@@ -317,7 +317,7 @@ def _hash_patient_detail(dataset: pydicom.Dataset, keyword: str) -> str:
     """
     try:
         value = text(dataset, keyword)
-    except Exception:  # noqa: BLE001 - an unreadable name is no reason to refuse an image
+    except Exception:  # noqa: BLE001 - an unreadable name does not make an image unusable
         return ""
     if keyword == "PatientName":
         value = " ".join(value.partition("=")[0].replace("^", " ").split()).casefold()

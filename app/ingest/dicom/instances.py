@@ -64,7 +64,7 @@ class Instance:
 
 
 def identify(path: Path) -> Instance | None:
-    """Return the UIDs of a file, or None if it is no DICOM file with all four of them."""
+    """Return the UIDs of a file, or None if it is not a DICOM file with all four."""
     with silence_libraries():
         try:
             dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_UIDS))

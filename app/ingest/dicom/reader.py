@@ -91,6 +91,7 @@ def read_dicom(
         _check_size(len(stack.frames) * head.rows * head.columns, limits)
         _check_file_sizes(stack, limits)
         sequence = classify_sequence_file(head.path, stack.frames[0][1])
+        scanner = read_scanner(head.path)
         frames = [Frame(stack.frames[i][0].path, stack.frames[i][1], head.tiles) for i in arrangement.order]
         array, pixel_notes = read_frames(frames, head.rows, head.columns)
     affine = arrangement.affine
@@ -107,7 +108,7 @@ def read_dicom(
         frames=tuple(frame.index for frame in frames) if head.is_multi_frame else (),
         series_uid=head.series,
         resampled=grid is not None,
-        scanner=read_scanner(head.path),
+        scanner=scanner,
         notes=tuple(notes),
     )
     return Scan(Volume(array, affine), source)
@@ -212,7 +213,7 @@ def _select_images(
 def _drop_duplicates(headers: Sequence[Header], limits: Limits) -> list[Header]:
     """Return the first of all files that agree in SOPInstanceUID, position and pixels, in whatever transfer syntax.
 
-    A file without a SOPInstanceUID is no duplicate. An anonymiser can give one UID to all slices, so the UID alone
+    A file without a SOPInstanceUID is not a duplicate. An anonymiser can give one UID to all slices, so the UID alone
     does not decide.
     """
     groups: dict[object, list[Header]] = defaultdict(list)

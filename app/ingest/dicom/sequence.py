@@ -99,7 +99,7 @@ def classify_sequence_file(path: Path, frame: int) -> SequenceInfo:
     try:
         dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=list(_KEYWORDS))
         return classify_sequence(dataset, frame)
-    except Exception:  # noqa: BLE001 - an invalid name or time is no reason to refuse an image
+    except Exception:  # noqa: BLE001 - an invalid name or time does not make an image unusable
         return SequenceInfo()
 
 
@@ -109,7 +109,7 @@ def read_scanner(path: Path) -> Scanner | None:
         dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True, specific_tags=list(_SCANNER_KEYWORDS))
         maker, model = (text(dataset, keyword).upper() for keyword in _SCANNER_KEYWORDS[:2])
         strength = optional_numbers(dataset, "MagneticFieldStrength")
-    except Exception:  # noqa: BLE001 - an invalid name is no reason to refuse an image
+    except Exception:  # noqa: BLE001 - an invalid name does not make an image unusable
         return None
     return Scanner(maker, model, round(strength[0], 1) if strength else None) if maker and model else None
 

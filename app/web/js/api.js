@@ -4,6 +4,15 @@ export const ROOT = new URL("../../", import.meta.url);
 // The service accepts calls of a session cookie that change something only with this header.
 const CSRF = { "X-Counterpart-CSRF": "1" };
 
+// Access token of an embedded page, whose browser sends no cookie of this site. It is kept in memory only.
+let token = null;
+
+export function useToken(value) {
+  token = value;
+}
+
+const authorisation = () => (token ? { Authorization: `Bearer ${token}` } : {});
+
 export const toUrl = (path) => new URL(path, ROOT);
 
 /** A problem that the service returned (RFC 9457), or a failed connection. */
@@ -34,7 +43,7 @@ async function toProblem(response) {
 export async function request(path, { headers = {}, ...options } = {}) {
   let response;
   try {
-    response = await fetch(toUrl(path), { credentials: "same-origin", headers: { ...CSRF, ...headers }, ...options });
+    response = await fetch(toUrl(path), { credentials: "same-origin", headers: { ...CSRF, ...authorisation(), ...headers }, ...options });
   } catch (error) {
     throw error.name === "AbortError" ? error : new ApiError(NO_CONNECTION);
   }
@@ -72,6 +81,11 @@ async function* readChunks(response) {
     if (done) return;
     yield value;
   }
+}
+
+/** Return the address of an image in this page's memory. An `img` element cannot send a token. */
+export async function getPicture(path) {
+  return URL.createObjectURL(await (await request(path)).blob());
 }
 
 /** Yield the server-sent events of a job. EventSource is not used, because it cannot report a status such as 401. */

@@ -20,14 +20,29 @@ export function certaintyOf(finding, report) {
     : `clear: its peak is ${ratio} times the threshold`;
 }
 
-/** Return how the scan as a whole compares with the healthy scans that the model knows. */
-export function scanInWords(scores) {
-  const { scan, healthy_scan: healthy } = scores;
-  const range = `healthy scans have ${healthy.low.toFixed(2)} to ${healthy.high.toFixed(2)}`;
-  if (scan > 2 * healthy.high) return `Far outside: its score is ${scan.toFixed(2)}, ${range}. Do not rely on the findings.`;
-  if (scan > healthy.high) return `Above the healthy range: its score is ${scan.toFixed(2)}, ${range}. A large lesion or another scanner can be the cause.`;
-  if (scan < healthy.low) return `Below the healthy range: its score is ${scan.toFixed(2)}, ${range}. A smoothed image can be the cause.`;
-  return `Within the healthy range: its score is ${scan.toFixed(2)}, ${range}.`;
+/** Return the score of the scan with the range in which healthy scans are: those of the site profile, if there is one. */
+export function scoreOf({ scores, model }) {
+  const profile = model.site_profile;
+  return profile
+    ? { score: scores.scan, range: profile.scan_score, whose: "the scans of the site profile have" }
+    : { score: scores.scan, range: scores.healthy_scan, whose: "healthy scans have" };
+}
+
+/** Return how the scan as a whole compares with the healthy scans that the model or the site profile knows. */
+export function scanInWords(report) {
+  const { score, range, whose } = scoreOf(report);
+  const numbers = `its score is ${score.toFixed(2)}, ${whose} ${range.low.toFixed(2)} to ${range.high.toFixed(2)}`;
+  if (score > 2 * range.high) return `Far outside: ${numbers}. Do not rely on the findings.`;
+  if (score > range.high) return `Above the healthy range: ${numbers}. A large lesion or another scanner can be the cause.`;
+  if (score < range.low) return `Below the healthy range: ${numbers}. A smoothed image can be the cause.`;
+  return `Within the healthy range: ${numbers}.`;
+}
+
+/** Return the site profile that determined the thresholds, in words. */
+export function profileInWords({ model: { site_profile: profile } }) {
+  if (!profile) return "none: thresholds of the training scanners";
+  const doubt = profile.other_scanner ? ", made for another scanner" : "";
+  return `${profile.id}: ${profile.scans} healthy scans, at most ${profile.target_ml} ml of false findings${doubt}`;
 }
 
 /** Return the warnings and notes of a result, each once: [{text, isWarning}]. */

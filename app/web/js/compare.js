@@ -4,11 +4,15 @@ import { announce, byId } from "./dom.js";
 
 const FLICKER_MILLISECONDS = 700;
 
-/** Controls of the comparison. `open` returns the scene of the counterpart and is called once. */
+/**
+ * Controls of the comparison. `open` returns the scene of the counterpart and is called once. `hideMap(isHidden)` takes
+ * the map away where scan and counterpart are drawn at the same place: it would be the largest difference.
+ */
 export class Comparison {
-  constructor(scan, open) {
+  constructor(scan, open, hideMap) {
     this._scan = scan;
     this._open = open;
+    this._hideMap = hideMap;
     this._stage = byId("stage");
     this.mode = "off";
     byId("swipe").addEventListener("input", () => this._clip());
@@ -32,6 +36,7 @@ export class Comparison {
     byId("swipe-row").hidden = mode !== "swipe";
     this._clip();
     this._show("scan");
+    this._hideMap(mode === "swipe" || mode === "flicker");
     if (mode === "flicker") this._flicker();
     this._scan.redraw();
     this.counterpart?.redraw();

@@ -72,7 +72,7 @@ function drawRow(context, { volumes, plane, grid, x, y, height, window, scaleMax
   context.translate((LEFT_MM - 1) * MM, y + height / 2);
   context.rotate(-Math.PI / 2);
   context.textAlign = "center";
-  writeOn(context, `z = ${plane.z.toFixed(0)} mm`, 0, 0);
+  writeOn(context, `z = ${plane.z.toFixed(0).replace("-", "−")} mm`, 0, 0);
   context.restore();
 }
 
@@ -98,11 +98,20 @@ function writeOn(context, text, x, y, colour = "#111") {
   context.fillText(text, x, y);
 }
 
+/** Write on a picture: white with a black border. */
+function writeOver(context, text, x, y) {
+  context.strokeStyle = "#000";
+  context.lineWidth = 0.6 * MM;
+  context.lineJoin = "round";
+  context.strokeText(text, x, y);
+  writeOn(context, text, x, y, "#fff");
+}
+
 function drawSides(context, x, y, width, height) {
   const middle = y + height / 2;
-  writeOn(context, "R", x + MM, middle, "#fff");
-  writeOn(context, "L", x + width - 2.8 * MM, middle, "#fff");
-  writeOn(context, "A", x + width / 2 - MM, y + 3 * MM, "#fff");
+  writeOver(context, "R", x + MM, middle);
+  writeOver(context, "L", x + width - 2.8 * MM, middle);
+  writeOver(context, "A", x + width / 2 - MM, y + 3 * MM);
 }
 
 function drawScale(context, x, bottom, pixelsPerMm) {
@@ -110,7 +119,7 @@ function drawScale(context, x, bottom, pixelsPerMm) {
   context.fillStyle = "#fff";
   context.fillRect(left, y, 50 * pixelsPerMm, 0.4 * MM);
   for (const end of [left, left + 50 * pixelsPerMm]) context.fillRect(end, y - 0.6 * MM, 0.3 * MM, 1.4 * MM);
-  writeOn(context, "5 cm", left, y - 1 * MM, "#fff");
+  writeOver(context, "5 cm", left, y - 1 * MM);
 }
 
 function drawOutlines(context, labels, plane, grid, { x, y, scale }) {
@@ -132,7 +141,7 @@ function drawOutlines(context, labels, plane, grid, { x, y, scale }) {
     const points = loops.flat();
     const right = Math.max(...points.map(([a]) => a));
     const top = Math.min(...points.map(([, b]) => b));
-    writeOn(context, `${label}${finding?.isDoubtful ? "?" : ""}`, x + right * scale + MM, y + top * scale + 2 * MM, "#fff");
+    writeOver(context, `${label}${finding?.isDoubtful ? "?" : ""}`, x + right * scale + MM, y + top * scale + 2 * MM);
   }
 }
 

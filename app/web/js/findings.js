@@ -143,7 +143,7 @@ export class Findings {
       "div", { class: "review" },
       el("div", { class: "verdicts", role: "group", "aria-label": `Review of finding ${finding.label}` }, ...verdicts),
       el("label", {}, "Note (no names of patients)", note),
-      getSession().actor ? null : this._readerField(),
+      getSession().login === "none" ? this._readerField() : null,
       el("p", { class: "quiet" }, `${by}A review never changes the result. A verdict saves the note as well.`,
         review ? el("button", { class: "link", text: "Withdraw", on: { click: () => this.withdraw() } }) : null),
       el("p", { id: "review-fault", class: "fault", role: "alert" }),

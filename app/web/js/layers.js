@@ -21,17 +21,26 @@ export class Layers {
     for (const id of ["level", "width"]) byId(id).addEventListener("change", () => this._applyNumbers());
   }
 
-  /** Set the ranges of the sliders for one result. */
+  /** Describe the thresholds of one result. */
   setReport(report) {
-    this.scaleMax = SCALE_FACTOR * report.threshold;
+    this._report = report;
+    this.setMapScale("anomaly");
+    byId("thresholds").textContent =
+      `A finding has a peak above ${report.threshold} and extends to ${report.extent_threshold}. The sliders change the display, never the result.`;
+  }
+
+  /** Set the colour scale and the threshold of a map. That of the anomaly map follows from the thresholds. */
+  setMapScale(name, image = null) {
+    const isAnomaly = name === "anomaly";
+    const { threshold, extent_threshold: extent } = this._report;
+    this.scaleMax = isAnomaly ? SCALE_FACTOR * threshold : image.global_max;
     const slider = byId("map-threshold");
     slider.max = String(this.scaleMax);
     slider.step = String(this.scaleMax / 100);
-    slider.value = String(report.extent_threshold);
+    slider.value = String(isAnomaly ? extent : 0);
     byId("bar-low").textContent = "0";
     byId("bar-high").textContent = this.scaleMax.toFixed(2);
-    byId("thresholds").textContent =
-      `A finding has a peak above ${report.threshold} and extends to ${report.extent_threshold}. The sliders change the display, never the result.`;
+    byId("colour-bar").classList.toggle("uncertainty", !isAnomaly);
   }
 
   get mapThreshold() {
@@ -60,10 +69,24 @@ export class Layers {
   }
 
   toggleMap() {
+    this._showMap(Number(byId("map-opacity").value) === 0);
+  }
+
+  /** Hide the map, or show it again if this hid it. */
+  hideMap(isHidden) {
+    const isShown = Number(byId("map-opacity").value) > 0;
+    if (isHidden && isShown) this._isHiddenHere = true;
+    if (isHidden) this._showMap(false);
+    else if (this._isHiddenHere) {
+      this._isHiddenHere = false;
+      this._showMap(true);
+    }
+  }
+
+  _showMap(isShown) {
     const slider = byId("map-opacity");
-    const isShown = Number(slider.value) > 0;
-    if (isShown) this._lastOpacity = slider.value;
-    slider.value = isShown ? "0" : (this._lastOpacity ?? "0.5");
+    if (Number(slider.value) > 0) this._lastOpacity = slider.value;
+    slider.value = isShown ? (this._lastOpacity ?? "0.4") : "0";
     this._applyMapOpacity();
   }
 

@@ -41,12 +41,12 @@ async function show(models) {
     return;
   }
   document.title = `${model.id} – Counterpart`;
-  const { manifest, card, site_profile: profile } = await getJson(model.link);
+  const { manifest, card } = await getJson(model.link);
   byId("card").replaceChildren(
     ...(card ? renderMarkdown(card) : [el("h2", { text: model.id }), el("p", { text: "This bundle has no card." })]),
     el("h3", { text: "In the service" }),
     facts(model, manifest),
-    el("p", { text: profile ? `A site profile is loaded: ${profile.name ?? profile}.` : "No site profile is loaded: the thresholds are those of the model's own validation scans. They hold only for scanners like those of the training data." }),
+    el("p", { text: "These thresholds hold only for scanners like those of the training data. A site profile replaces them for its scanner: each report names the profile that was used." }),
   );
 }
 

@@ -1,25 +1,49 @@
 // Parts that all pages share: login, help, keys.
 
-import { getJson, request, sendJson } from "./api.js";
+import { getJson, request, ROOT, sendJson, useToken } from "./api.js";
 import { byId, el, isTyping } from "./dom.js";
 
-let session = { actor: null, scopes: [], login: "none" };
+// Time in which an embedding page can send its token. A service without access control needs none.
+const TOKEN_MILLISECONDS = 300;
+const isEmbedded = window.parent !== window;
+// `scopes` null: the service has no access control of its own.
+let session = { actor: null, scopes: null, login: "none" };
 const isLoggedIn = () => session.login === "none" || Boolean(session.actor);
 
 /** Return who uses the page: {actor, scopes, login}. */
 export const getSession = () => session;
 
+/** Return whether the person may do something: send, read, erase. */
+export const may = (scope) => session.scopes === null || session.scopes.includes(scope) || session.login === "none";
+
 /** Read the session and show its login. A service without login answers 404. */
 export async function startPage() {
   addEventListener("login-needed", showLogin);
+  if (isEmbedded) await waitForToken();
   bindHelp();
   try {
     session = await getJson("session");
   } catch (error) {
     if (error.problem?.status !== 404) return;
   }
-  if (!isLoggedIn()) showLogin();
+  if (!isLoggedIn() && !isEmbedded) showLogin();
   showActor();
+}
+
+/**
+ * Take the token of the embedding page: `frame.contentWindow.postMessage({counterpartToken: "..."}, origin)`.
+ * Only listed origins can embed the viewer, so any parent is one of them.
+ */
+async function waitForToken() {
+  await new Promise((resolve) => {
+    addEventListener("message", ({ source, data }) => {
+      if (source !== window.parent || typeof data?.counterpartToken !== "string") return;
+      useToken(data.counterpartToken);
+      resolve();
+    });
+    window.parent.postMessage({ counterpart: "ready" }, "*");
+    setTimeout(resolve, TOKEN_MILLISECONDS);
+  });
 }
 
 function showActor() {
@@ -45,7 +69,7 @@ function oidcLogin() {
     "div", {},
     el("h2", { id: "login-title", text: "Log in" }),
     el("p", { text: "This service uses the login of your hospital." }),
-    el("a", { class: "button primary", href: new URL(session.login_url ?? "session/login", new URL("../../", import.meta.url)).href, text: "Continue to the login" }),
+    el("a", { class: "button primary", href: new URL("login", ROOT).href, text: "Continue to the login" }),
   );
 }
 
@@ -54,6 +78,12 @@ function tokenLogin() {
   const fault = el("p", { class: "fault", role: "alert" });
   const logIn = async (event) => {
     event.preventDefault();
+    if (isEmbedded) {
+      useToken(field.value);
+      byId("login").remove();
+      dispatchEvent(new CustomEvent("logged-in"));
+      return;
+    }
     try {
       await sendJson("POST", "session", { token: field.value });
       location.reload();
@@ -65,7 +95,7 @@ function tokenLogin() {
     "form", { on: { submit: logIn } },
     el("h2", { id: "login-title", text: "Log in" }),
     el("label", { for: "login-token", text: "Access token" }), field,
-    el("p", { class: "quiet", text: "The token stays on the service's side: the browser keeps a cookie that scripts cannot read." }),
+    el("p", { class: "quiet", text: "The browser does not keep the token. It keeps a cookie that scripts cannot read." }),
     fault,
     el("menu", {}, el("button", { class: "primary", text: "Log in" })),
   );

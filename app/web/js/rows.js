@@ -1,6 +1,7 @@
 // One row of the worklist.
 
 import { ROOT } from "./api.js";
+import { may } from "./page.js";
 import { el, formatAge, formatNumber, formatTime, formatVolume, plural } from "./dom.js";
 
 const STAGES = { read: "reading", infer: "comparing", export: "writing" };
@@ -117,16 +118,16 @@ function reviews(scan) {
 
 function buttons(scan, actions) {
   const short = scan.id.slice(0, 8);
-  const erase = el("button", { class: "quiet-button", "aria-label": `Delete scan ${short}`, text: "Delete", on: { click: () => actions.erase(scan) } });
+  const erase = !may("erase") ? null : el("button", { class: "quiet-button", "aria-label": `Delete scan ${short}`, text: "Delete", on: { click: () => actions.erase(scan) } });
   if (isActive(scan)) {
-    return [el("button", { class: "quiet-button", "aria-label": `Cancel scan ${short}`, text: "Cancel", on: { click: () => actions.cancel(scan) } }), erase];
+    return !erase ? [] : [el("button", { class: "quiet-button", "aria-label": `Cancel scan ${short}`, text: "Cancel", on: { click: () => actions.cancel(scan) } }), erase];
   }
-  if (scan.state !== "succeeded") return [erase];
+  if (scan.state !== "succeeded") return [erase].filter(Boolean);
   const files = DOWNLOADS.filter(([link]) => scan.links[link]);
   const menu = el(
     "details", { class: "menu" },
     el("summary", { "aria-label": `Download results of scan ${short}`, text: "Download" }),
     el("ul", {}, ...files.map(([link, file]) => el("li", {}, el("a", { href: scan.links[link], download: `${short}-${file}`, text: file })))),
   );
-  return [el("a", { class: "button quiet-button", "aria-label": `Print scan ${short}`, href: new URL(`scans/${scan.id}/print`, ROOT).href, text: "Print" }), menu, erase];
+  return [el("a", { class: "button quiet-button", "aria-label": `Print scan ${short}`, href: new URL(`scans/${scan.id}/print`, ROOT).href, text: "Print" }), menu, erase].filter(Boolean);
 }

@@ -40,6 +40,7 @@ const OPTIONS = {
   multiplanarShowRender: SHOW_RENDER.NEVER,
   multiplanarPadPixels: 6,
   show3Dcrosshair: true,
+  gradientOrder: 0, // vendor.mjs: none
 };
 
 /** Read a NIfTI file. It needs no canvas. */
@@ -48,6 +49,23 @@ export function readNifti(buffer, name, options = {}) {
 }
 
 export const hasWebGl2 = () => Boolean(document.createElement("canvas").getContext("webgl2"));
+
+const OVERLAY_UNIT = 2; // texture unit of the map in the shaders of NiiVue
+
+function bindOverlay(gl, texture) {
+  gl.activeTexture(gl.TEXTURE0 + OVERLAY_UNIT);
+  gl.bindTexture(gl.TEXTURE_3D, texture);
+}
+
+/** Return a texture of one transparent voxel. */
+function emptyVolume(gl) {
+  const texture = gl.createTexture();
+  bindOverlay(gl, texture);
+  gl.texParameteri(gl.TEXTURE_3D, gl.TEXTURE_MIN_FILTER, gl.NEAREST);
+  gl.texParameteri(gl.TEXTURE_3D, gl.TEXTURE_MAG_FILTER, gl.NEAREST);
+  gl.texImage3D(gl.TEXTURE_3D, 0, gl.RGBA8, 1, 1, 1, 0, gl.RGBA, gl.UNSIGNED_BYTE, new Uint8Array(4));
+  return texture;
+}
 
 /** A canvas with its volumes. Positions are RAS+ millimetres. */
 export class Scene {
@@ -89,9 +107,9 @@ export class Scene {
     nv.draw3D = (...options) => {
       const { drawOpacity } = nv;
       nv.drawOpacity = this._solid ?? 0;
-      nv.renderShader.use(nv.gl);
-      nv.gl.uniform1f(nv.renderShader.uniforms.overlays, 0);
+      bindOverlay(nv.gl, (this._noMap ??= emptyVolume(nv.gl)));
       const result = draw(...options);
+      bindOverlay(nv.gl, nv.overlayTexture);
       nv.drawOpacity = drawOpacity;
       return result;
     };

@@ -1,6 +1,6 @@
 // Sending of scans: dropped files and folders, chosen files, the sample.
 
-import { request, toUrl, upload } from "./api.js";
+import { request, upload } from "./api.js";
 import { announce, byId, el, plural, problemCard } from "./dom.js";
 
 /** Return all files of dropped items. Folders are read to their last level. */
@@ -136,5 +136,3 @@ export class Uploads {
     };
   }
 }
-
-export const downloadUrl = (path) => toUrl(path).href;

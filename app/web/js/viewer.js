@@ -1,7 +1,7 @@
 // The viewer of one scan: follows the job, then shows pictures, layers and findings.
 
-import { followEvents, getBytes, getJson } from "./api.js";
-import { collectWarnings, scanInWords } from "./certainty.js";
+import { followEvents, getBytes, getJson, getPicture } from "./api.js";
+import { collectWarnings, profileInWords, scanInWords, scoreOf } from "./certainty.js";
 import { Comparison } from "./compare.js";
 import { announce, byId, el, formatPosition, formatTime, problemCard } from "./dom.js";
 import { Findings } from "./findings.js";
@@ -67,26 +67,25 @@ function showWarnings(report) {
 }
 
 function showCertainty(report) {
-  const { scan: score, healthy_scan: healthy } = report.scores;
+  const { score, range: healthy } = scoreOf(report);
   const top = Math.max(score, healthy.high) * 1.15;
   const bar = el("div", { class: "range", "aria-hidden": "true" }, el("span", { class: "healthy" }), el("span", { class: "mark" }));
   bar.style.setProperty("--low", `${(100 * healthy.low) / top}%`);
   bar.style.setProperty("--high", `${(100 * healthy.high) / top}%`);
   bar.style.setProperty("--at", `${(100 * score) / top}%`);
   byId("certainty").replaceChildren(
-    el("p", { text: `The scan as a whole. ${scanInWords(report.scores)}` }),
+    el("p", { text: `The scan as a whole. ${scanInWords(report)}` }),
     bar,
-    el("p", { class: "quiet", text: "A finding is clear if its peak is at least 1.5 times the threshold, otherwise doubtful. Healthy scans show doubtful findings too. The score is no probability of disease." }),
+    el("p", { class: "quiet", text: "A finding is clear if its peak is at least 1.5 times the threshold, otherwise doubtful. Healthy scans show doubtful findings too. The score is not the probability of a disease." }),
   );
 }
 
 function showAbout(job, report) {
   const seconds = Object.values(report.work.seconds).reduce((sum, value) => sum + value, 0);
-  const profile = report.site_profile ?? report.model.site_profile;
   const rows = [
     ["Model", report.model.id],
     ["Selected by", { caller: "the sender", sequence: "the sequence", modality: "the modality", default: "no other model" }[report.model.selection?.by] ?? "–"],
-    ["Site profile", profile ? (profile.name ?? String(profile)) : "none: thresholds of the training scanners"],
+    ["Site profile", profileInWords(report)],
     ["Input", `${report.input.format}, ${report.input.modality ?? "modality not stated"}, ${report.input.shape.join(" × ")}, ${report.input.spacing_mm.map((mm) => mm.toFixed(2)).join(" × ")} mm`],
     ["Analysed", `${report.analysed.volume_ml} ml, z = ${report.analysed.z_mm.join(" to ")} mm, ${report.analysed.slices - report.analysed.slices_not_analysed.length} of ${report.analysed.slices} slices`],
     ["Time", `${seconds.toFixed(1)} s on ${report.model.provider}`],
@@ -130,7 +129,7 @@ async function loadPicture(job, report) {
   scan.onWindow = () => layers.showWindow(scan);
   bindSlices();
   byId("toolbar").hidden = byId("slices").hidden = false;
-  comparison = new Comparison(scan, () => openCounterpart(job, readNifti, Scene));
+  comparison = new Comparison(scan, () => openCounterpart(job, readNifti, Scene), (isHidden) => layers.hideMap(isHidden));
   showPosition();
   byId("first-picture").hidden = true;
   images = { labels: await labels, anomaly: await map };
@@ -151,8 +150,12 @@ function dress(scene, { withMap = true } = {}) {
   scene.setMask(images.labels);
   scene.annotations.findings = findings.list;
   scene.colourMask(findings.list);
-  if (withMap) scene.setMap(Object.assign(images.anomaly, MAP_STYLE, { cal_min: layers.mapThreshold, cal_max: layers.scaleMax }));
+  if (withMap) showMap(scene, images.anomaly);
   layers.apply();
+}
+
+function showMap(scene, image) {
+  scene.setMap(Object.assign(image, MAP_STYLE, { cal_min: layers.mapThreshold, cal_max: layers.scaleMax }));
 }
 
 async function openCounterpart(job, readNifti, Scene) {
@@ -181,8 +184,10 @@ function bindMaps(job, read) {
   for (const input of document.querySelectorAll("input[name=map]")) {
     input.addEventListener("change", async () => {
       images[input.value] ??= await read(input.value, { colormap: "viridis" });
-      scan.setMap(Object.assign(images[input.value], MAP_STYLE));
+      layers.setMapScale(input.value, images[input.value]);
+      showMap(scan, images[input.value]);
       layers.apply();
+      showPosition();
       byId("progress").hidden = true;
     });
   }
@@ -255,6 +260,10 @@ function stepSlice(step) {
 
 function bindControls() {
   for (const input of document.querySelectorAll("input[name=view]")) input.addEventListener("change", () => setView(input.value));
+  // A choice with the mouse gives the arrow keys back to the slices.
+  for (const input of document.querySelectorAll("input[type=radio]")) {
+    input.addEventListener("click", (event) => { if (event.detail > 0) input.blur(); });
+  }
   byId("convention").addEventListener("click", () => setConvention(!isRadiological()));
   const whenLoaded = (action) => (event) => {
     if (!scan) return false;
@@ -285,7 +294,7 @@ function bindControls() {
 
 async function showResult(job) {
   const preview = byId("first-picture");
-  preview.src = job.links.preview;
+  getPicture(job.links.preview).then((address) => { preview.src = address; }, () => {});
   preview.hidden = false;
   byId("panel").hidden = false;
   const report = await getJson(job.links.report);
@@ -302,13 +311,10 @@ async function showResult(job) {
 }
 
 async function start() {
-  const ready = startPage();
-  bindControls();
   byId("title").textContent = `Scan ${jobId.slice(0, 8)}`;
   document.title = `Scan ${jobId.slice(0, 8)} – Counterpart`;
   try {
     const job = await waitForEnd(await getJson(jobPath));
-    await ready;
     if (job.state === "succeeded") await showResult(job);
     else if (job.state === "failed") showEnd(job.problem);
     else showEnd({ title: "The analysis was cancelled", found: "There are no results.", advice: "Send the scan again.", code: "cancelled" });
@@ -318,4 +324,7 @@ async function start() {
   }
 }
 
+bindControls();
+addEventListener("logged-in", start);
+await startPage();
 start();

@@ -2,7 +2,7 @@
 
 import { getJson, request } from "./api.js";
 import { announce, ask, byId, problemCard } from "./dom.js";
-import { bindKeys, startPage } from "./page.js";
+import { bindKeys, may, startPage } from "./page.js";
 import { isActive, renderRow } from "./rows.js";
 import { Uploads } from "./upload.js";
 
@@ -236,3 +236,4 @@ new Uploads((job, label) => {
 poll();
 fillModels().catch(() => {});
 await startPage();
+document.querySelector(".send").hidden = !may("send");

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from app.api.audit import DAY_MILLISECONDS, AuditEntry, AuditTrail, table
+from app.jobs.audit import DAY_MILLISECONDS, AuditEntry, AuditTrail, table
 from app.jobs.database import connect
 from app.settings import MIN_AUDIT_DAYS
 
