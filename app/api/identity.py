@@ -2,24 +2,36 @@
 
 Every route has `require(scope)` as a dependency. A caller proves its identity with a bearer token (the token of the
 settings, a named token, or a JWT of the issuer) or with the cookie of a session that began with one.
+
+Each request gets its row in the audit trail before its response leaves, or it is refused. A route names its action with
+`require`. The row of a reading action is committed before the first byte of the response. A changing action has two
+rows: `begun` before the route runs, and its outcome after it. If a row cannot be written in time, the caller gets 503:
+decision 24.
 """
 
 import secrets
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, cast
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
+import structlog
 from fastapi import Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from app.api.cookies import SignedValues
-from app.api.dependencies import Calls
+from app.api.dependencies import Calls, ThreadGroup
 from app.api.oidc import Issuer, read_oidc_settings
+from app.api.problems import problem_of, problem_response
 from app.api.tokens import SCOPES, Scope, TokenFile, hash_token
-from app.errors import Forbidden, ForeignOrigin, Unauthorised
-from app.jobs.audit import Action
+from app.errors import AuditUnavailable, Forbidden, ForeignOrigin, Unauthorised, error_location
+from app.jobs.audit import BEGUN, Action, AuditEntry, AuditTrail, is_disk_full
+from app.jobs.metrics import Metrics
+from app.jobs.queue import JOB_ID
 from app.settings import Settings
 
 Source = Literal["none", "token", "named", "oidc"]
@@ -30,6 +42,15 @@ CSRF_HEADER = "X-Counterpart-CSRF"
 CHANGING_ACTIONS: frozenset[Action] = frozenset({"send", "review", "cancel", "erase", "retry"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 ALL_SCOPES: frozenset[Scope] = frozenset(SCOPES)
+# Seconds until a row must be committed.
+WRITE_SECONDS = 5.0
+# Polls and parts of a download repeat. In this time, in seconds, the same row is written once.
+REPEAT_SECONDS = 60.0
+REPEATED_ACTIONS = frozenset({"list", "show", "follow", "download", "refuse"})
+MAX_REMEMBERED = 10_000
+UNKNOWN_ACTOR = "unknown"
+
+log = structlog.get_logger("counterpart.audit")
 
 bearer = HTTPBearer(
     auto_error=False, scheme_name="bearer", description="COUNTERPART_TOKEN, a named token, or a JWT of the issuer."
@@ -190,13 +211,6 @@ class Identity:
         return self.values.hash("credential", principal.key)
 
 
-class Auditor(Protocol):
-    """Writer of the audit trail."""
-
-    async def begin(self, scope: ASGIScope) -> None:
-        """Write the row before an action that changes something, or raise `AuditUnavailable`."""
-
-
 def require(scope: Scope, action: Action | None = None) -> Callable[..., Awaitable[Principal]]:
     """Return the dependency that admits only callers with a scope.
 
@@ -228,7 +242,7 @@ def require(scope: Scope, action: Action | None = None) -> Callable[..., Awaitab
                 advice="Use another token, or ask the operator for the scope.",
             )
         if action in CHANGING_ACTIONS:
-            auditor: Auditor = request.app.state.auditor
+            auditor: RequestAuditor = request.app.state.auditor
             await auditor.begin(request.scope)
         return principal
 
@@ -273,3 +287,151 @@ def _unauthorised() -> Unauthorised:
         expected="Authorization: Bearer <token>.",
         advice="Ask the operator for a token: COUNTERPART_TOKEN, or one of `counterpart token create`.",
     )
+
+
+# ---- audit of each request ---------------------------------------------------------------------
+
+
+class _DiskFull(AuditUnavailable):
+    """The row does not fit on the disk."""
+
+
+class RequestAuditor:
+    """Writer of rows with a deadline.
+
+    Parameters
+    ----------
+    trail : AuditTrail
+    metrics : Metrics
+    """
+
+    def __init__(self, trail: AuditTrail, metrics: Metrics) -> None:
+        self.trail = trail
+        self._metrics = metrics
+        self._threads = ThreadGroup("audit", 8, WRITE_SECONDS)
+        self._written: dict[tuple[AuditEntry, str], float] = {}
+
+    async def begin(self, scope: ASGIScope) -> None:
+        """Write the row before an action that changes something.
+
+        Raises
+        ------
+        AuditUnavailable
+        """
+        try:
+            await self._write(_describe(scope, BEGUN))
+        except _DiskFull:
+            # The erasure of a scan may free the space that the row needs. The row of its outcome is still required.
+            return
+        except AuditUnavailable:
+            scope["state"]["action"] = None  # the action has not begun
+            raise
+
+    async def finish(self, scope: ASGIScope, status: int) -> None:
+        """Write the row of a response, unless it repeats one of the last minute. Each of its jobs has a row.
+
+        Raises
+        ------
+        AuditUnavailable
+        """
+        action = scope["state"].get("action")
+        if action is None or (action == "refuse" and status != 401):
+            return
+        if status == 503 and action in REPEATED_ACTIONS:
+            return
+        phase = scope["state"].get("phase", "")
+        for job in scope["state"].get("jobs") or [find_job(scope)]:
+            entry = replace(_describe(scope, str(status)), job=job)
+            # A caller without a credential can name any job. Such calls must not fill the trail with rows.
+            kind = replace(entry, job=None) if action == "refuse" else entry
+            if action in REPEATED_ACTIONS and self._is_repeated(kind, phase):
+                continue
+            await self._write(entry)
+            if action in REPEATED_ACTIONS:
+                self._remember(kind, phase)
+
+    async def _write(self, entry: AuditEntry) -> None:
+        try:
+            await self._threads.run(self.trail.write, entry)
+        except Exception as error:  # noqa: BLE001  # any class of the driver, or the deadline
+            self._metrics.audit_failures.inc()
+            log.warning("audit row not written", job=entry.job, **error_location(error))
+            fault = _DiskFull if entry.action == "erase" and is_disk_full(error) else AuditUnavailable
+            raise fault(
+                "The audit trail cannot be written.",
+                expected=f"a job database that stores a row within {WRITE_SECONDS:g} s.",
+                advice="Try again later (see Retry-After). The operator must check the database and its disk.",
+            ) from None
+
+    def _is_repeated(self, entry: AuditEntry, phase: str) -> bool:
+        return time.monotonic() - self._written.get((entry, phase), -REPEAT_SECONDS) < REPEAT_SECONDS
+
+    def _remember(self, entry: AuditEntry, phase: str) -> None:
+        now = time.monotonic()
+        if len(self._written) >= MAX_REMEMBERED:
+            self._written = {key: then for key, then in self._written.items() if now - then < REPEAT_SECONDS}
+        if len(self._written) < MAX_REMEMBERED:
+            self._written[entry, phase] = now
+
+
+class AuditMiddleware:
+    """Middleware that holds back a response until its row is committed.
+
+    Parameters
+    ----------
+    app : ASGIApp
+    auditor : RequestAuditor
+    """
+
+    def __init__(self, app: ASGIApp, auditor: RequestAuditor) -> None:
+        self._app = app
+        self._auditor = auditor
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope.setdefault("state", {})
+        refused = started = False
+
+        async def send_audited(message: Message) -> None:
+            nonlocal refused, started
+            if message["type"] == "http.response.start":
+                started = True
+                try:
+                    await self._auditor.finish(scope, message["status"])
+                except AuditUnavailable as error:
+                    # A success without a row is not sent. A failure contains nothing of a scan.
+                    if message["status"] < 400:
+                        refused = True
+                        await problem_response(problem_of(error))(scope, receive, send)
+                        raise
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_audited)
+        except Exception:
+            if refused:
+                return
+            if not started:
+                with suppress(AuditUnavailable):
+                    await self._auditor.finish(scope, 500)
+            raise
+
+
+def _describe(scope: ASGIScope, outcome: str) -> AuditEntry:
+    principal = scope["state"].get("principal")
+    actor = principal.actor if principal else UNKNOWN_ACTOR
+    return AuditEntry(actor, scope["state"]["action"], outcome, find_job(scope), client_address(scope))
+
+
+def find_job(scope: ASGIScope) -> str | None:
+    """Return the job of a request: the one that its route created, or that its path names."""
+    job = scope.get("state", {}).get("job") or scope.get("path_params", {}).get("job", "")
+    return job if JOB_ID.fullmatch(job) else None
+
+
+def client_address(scope: ASGIScope) -> str | None:
+    """Return the address of the client. Behind a proxy, uvicorn has set it (COUNTERPART_TRUSTED_PROXIES)."""
+    client = scope.get("client")
+    return str(client[0]) if client else None

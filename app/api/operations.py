@@ -5,10 +5,9 @@ import threading
 import structlog
 from fastapi import FastAPI
 
-from app.api.audit import AuditMiddleware, RequestAuditor
 from app.api.cookies import SECRET_NAME, SignedValues
 from app.api.dependencies import Calls
-from app.api.identity import Identity
+from app.api.identity import AuditMiddleware, Identity, RequestAuditor
 from app.errors import InvalidSettings, error_location
 from app.jobs.audit import AuditTrail
 from app.jobs.database import connect

@@ -26,8 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.typing import EventDict, Processor
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from app.api.audit import find_job
-from app.api.identity import Principal
+from app.api.identity import Principal, find_job
 from app.api.problems import problem_of, problem_response
 from app.errors import (
     BadRequest,

@@ -87,7 +87,7 @@ def test_polls_are_one_row_a_minute_and_state(tmp_path: Path, monkeypatch: pytes
         for _ in range(5):
             client.get(f"{URL}/{job}")
         assert rows(client).count(("anonymous", "show", "200")) == len(seen)
-        monkeypatch.setattr("app.api.audit.REPEAT_SECONDS", 0.0)
+        monkeypatch.setattr("app.api.identity.REPEAT_SECONDS", 0.0)
         client.get(f"{URL}/{job}")
         assert rows(client).count(("anonymous", "show", "200")) == len(seen) + 1
 
