@@ -390,7 +390,7 @@ def pull(service: Service, **document: object) -> httpx2.Response:
         ({"series": "1.2/../3"}, 400, "bad_request"),
         ({"url": "http://127.0.0.1"}, 400, "bad_request"),
         ({"study": None}, 400, "bad_request"),
-        ({"source": "x" * 20_000}, 400, "bad_request"),
+        ({"source": "x" * 20_000}, 413, "upload_too_large"),
     ],
 )
 def test_pull_is_refused(service: Service, document: dict[str, object], status: int, code: str) -> None:
