@@ -5,6 +5,7 @@ import { traceOutlines } from "./contours.js";
 const BAR_LENGTHS_MM = [100, 50, 20, 10, 5];
 const MAX_BAR = 0.4; // of the width of a tile
 const AXES = [[0, 1, 2], [0, 2, 1], [1, 2, 0]]; // across, up, through: axial, coronal, sagittal
+const SMALL_TEXT = 14; // pixels, the smallest size of the style sheet
 const COLOURS = { clear: "#ff5c50", doubtful: "#ffd60a", selected: "#78dcff" };
 
 /** Draw the annotations of every tile that shows a plane. */
@@ -14,7 +15,7 @@ export function annotate(canvas, nv, { findings, outline, cache }) {
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, width, height);
   if (nv.volumes.length === 0) return;
-  const scale = nv.uiData?.dpr ?? 1;
+  const scale = (nv.uiData?.dpr ?? 1) * textScale();
   context.font = `600 ${Math.round(15 * scale)}px system-ui, sans-serif`;
   context.lineJoin = "round";
   context.textBaseline = "middle";
@@ -29,6 +30,11 @@ export function annotate(canvas, nv, { findings, outline, cache }) {
     context.restore();
     drawScaleBar(context, tile, scale);
   }
+}
+
+/** Return the size of the page's text relative to that of a small screen. */
+function textScale() {
+  return parseFloat(getComputedStyle(document.documentElement).fontSize) / SMALL_TEXT;
 }
 
 /** The geometry of one shown plane. Fractions are those of the scan's grid along RAS+ axes. */
