@@ -112,7 +112,12 @@ async def _store(request: Request, services: Services, study: str | None) -> Res
 
 
 def base_url(request: Request, services: Services) -> str:
-    """Return the URL of the DICOMweb service, as the caller wrote it. The guard has checked the host."""
+    """Return the public URL of the DICOMweb service. Without one in the settings, the host is that of the caller.
+
+    The guard has checked the host.
+    """
+    if services.settings.public_url:
+        return f"{services.settings.public_url.rstrip('/')}/dicomweb"
     return f"{request.url.scheme}://{request.headers.get('host', 'localhost')}{services.settings.root_path}/dicomweb"
 
 
