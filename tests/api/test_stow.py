@@ -1,16 +1,20 @@
-"""STOW-RS with a fake engine: the URLs of the answer."""
+"""STOW-RS with a fake engine: the URLs of the answer, and a store that hangs."""
 
+import threading
+import time
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
+from app.api import stow
 from app.main import create_app
 from app.settings import Settings
-from tests.api.support import BASE_URL, FakeEngine
+from tests.api.support import BASE_URL, URL, FakeEngine
 from tests.support.dicom import make_datasets
 from tests.support.phantom import brain
 
@@ -37,3 +41,32 @@ def test_retrieve_urls_begin_with_the_public_url(client: TestClient) -> None:
     for document in (stored, stored["00081199"]["Value"][0]):
         (url,) = document["00081190"]["Value"]
         assert url.startswith("https://reader.example/counterpart/dicomweb/studies/")
+
+
+def test_series_that_are_sorted_too_slowly_keep_their_files_until_the_end(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = client.app.state.services  # type: ignore[attr-defined]
+    incoming: Path = services.store.root / "incoming"
+    release = threading.Event()
+    found: list[Any] = []
+    identify = stow.identify
+
+    def slow(path: Path) -> Any:
+        release.wait(60)
+        found.append(identify(path))
+        return found[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(services.calls._transfers, "_seconds", 0.3)
+        patch.setattr(stow, "identify", slow)
+        answer = store_instance(client)
+        assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
+        assert len(list(incoming.iterdir())) == 1
+        release.set()
+        deadline = time.monotonic() + 60
+        while list(incoming.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert [instance.is_image for instance in found] == [True]
+    assert len(client.get(URL).json()["scans"]) == 1
+    assert not list(incoming.iterdir())
