@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any, Literal, Self
 from urllib.parse import urljoin
+from uuid import uuid4
 
 import nibabel as nib
 import requests
@@ -231,14 +232,22 @@ class Client:
         return self._call("GET", f"{_path(job)}/{name}").content
 
     def save(self, job: Job | str, name: str, path: Path | str) -> None:
-        """Write a result file to a path, block by block.
+        """Write a result file to a path, block by block. The path changes only when the file is complete.
 
         Raises
         ------
         CounterpartProblem
+        requests.RequestException
+            The connection ended before the file was complete.
         """
-        with self._call("GET", f"{_path(job)}/{name}", stream=True) as answer, Path(path).open("wb") as file:
-            file.writelines(answer.iter_content(BLOCK_BYTES))
+        target = Path(path)
+        part = target.with_name(f".{target.name[:200]}.{uuid4().hex}.part")
+        try:
+            with self._call("GET", f"{_path(job)}/{name}", stream=True) as answer, part.open("xb") as file:
+                file.writelines(answer.iter_content(BLOCK_BYTES))
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
     def image(self, job: Job | str, name: str) -> nib.Nifti1Image:
         """Return a NIfTI result, such as "mask.nii.gz", as an image in memory.

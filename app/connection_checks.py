@@ -18,7 +18,7 @@ from app.api.tokens import TokenFile
 from app.check_output import Check
 from app.errors import CounterpartError, InvalidSettings
 from app.ingest.dicomweb_source import read_sources
-from app.jobs.webhook_sender import DeliveryFault, find_address
+from app.jobs.webhook_sender import DeliveryFault, find_addresses
 from app.pacs.node import check_exposure, create_request
 from app.pacs.routes import DimseTarget, Routes, Target, read_routes
 from app.pacs.senders import NotSent, echo
@@ -262,7 +262,7 @@ def check_webhooks(settings: Settings) -> Iterator[Check]:
         parts = urlsplit(url)
         host = parts.hostname or ""
         try:
-            find_address(host, parts.port or 443, private)
+            find_addresses(host, parts.port or 443, private)
         except DeliveryFault as fault:
             fix = f"Correct {PREFIX}WEBHOOKS, or add the host to {PREFIX}WEBHOOK_PRIVATE_HOSTS."
             yield Check(f"webhook {host}", "warn", str(fault), fix)

@@ -78,7 +78,9 @@ class Settings(BaseSettings):
         "", description="Path prefix under which a proxy publishes the service, such as /counterpart."
     )
     public_url: str | None = Field(
-        None, description="URL of the service for browsers, with its prefix. The login by OIDC needs it."
+        None,
+        description="URL of the service for browsers, with its prefix. The login by OIDC needs it, and the URLs of "
+        "DICOMweb begin with it.",
     )
     trusted_proxies: str = Field(
         "",

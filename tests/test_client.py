@@ -11,6 +11,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import requests
 
 from app.client import Client, CounterpartProblem
 from tests.api.service_process import run_service
@@ -158,3 +159,31 @@ def test_busy_service_is_tried_again_with_the_whole_scan(busy: HTTPServer, scan:
         with pytest.raises(CounterpartProblem, match="queue_full"):
             client.send(b"scan")
         assert len(BusyService.calls) == 1
+
+
+def test_file_that_ends_early_leaves_the_path_as_it_was(tmp_path: Path) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = b"complete" if "whole" in self.path else b"comp"
+            self.send_response(200)
+            self.send_header("Content-Length", "8")
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    path = tmp_path / "mask.nii.gz"
+    path.write_bytes(b"earlier")
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        with Client(f"http://127.0.0.1:{server.server_port}") as client:
+            with pytest.raises(requests.RequestException):
+                client.save("job", "half", path)
+            assert path.read_bytes() == b"earlier"
+            client.save("job", "whole", path)
+        server.shutdown()
+        thread.join()
+    assert path.read_bytes() == b"complete"
+    assert list(tmp_path.iterdir()) == [path]

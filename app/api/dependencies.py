@@ -9,7 +9,7 @@ import queue
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
@@ -152,6 +152,30 @@ class Calls:
                 expected="a store that moves a scan within some minutes.",
                 advice="Try again later (see Retry-After). The operator must check the store.",
             ) from None
+
+    async def transfer_with(self, files: ExitStack, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a call as `transfer`, and close the files that it uses when it ends, whoever waits for it.
+
+        Raises
+        ------
+        StoreUnavailable
+            The call takes too long. It may still succeed.
+        """
+        # Held by whoever closes the files: the thread, or the caller if no thread has started.
+        claim = threading.Lock()
+
+        def run() -> T:
+            if not claim.acquire(blocking=False):
+                raise TimeoutError
+            with files:
+                return function(*args, **kwargs)
+
+        try:
+            return await self.transfer(run)
+        except BaseException:
+            if claim.acquire(blocking=False):
+                files.close()
+            raise
 
 
 async def _or_database_unavailable(

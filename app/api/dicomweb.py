@@ -273,16 +273,27 @@ async def retrieve_frames(
     series: SeriesUid,
     instance: InstanceUid,
     frames: Annotated[
-        str, PathParameter(description="Numbers from 1, separated by commas.", pattern=r"^[\d,]{1,500}$")
+        str, PathParameter(description="Numbers from 1, separated by commas.", pattern=r"^[0-9,]{1,500}$")
     ],
 ) -> Response:
     """Retrieve frames of an instance as they are stored."""
     _check_accept(request, "multipart/related")
-    numbers = [int(number) for number in frames.split(",") if number]
+    numbers = _frame_numbers(frames)
     entries = await _find(request, services, study, series, instance)
     syntax, parts = await services.calls.transfer(_read_frames, services.catalogue, entries[0], numbers)
     kind = "application/octet-stream"
     return _multipart(kind, ((f"{kind}; transfer-syntax={syntax}", iter([part])) for part in parts))
+
+
+def _frame_numbers(frames: str) -> list[int]:
+    numbers = frames.split(",")
+    if not all(numbers):
+        raise BadRequest(
+            "The list of frames has an empty entry.",
+            expected="numbers from 1, separated by single commas, such as frames/1,3.",
+            advice="Correct the list.",
+        )
+    return [int(number) for number in numbers]
 
 
 async def _find(request: Request, services: ServicesDependency, *uids: str) -> list[Entry]:

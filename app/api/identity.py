@@ -77,6 +77,8 @@ class Principal:
         Name in logs. The subject of a JWT, which may name a person, is hashed.
     key : str
         Fingerprint of the credential, which a session keeps.
+    expires : float, optional
+        Time in seconds since 1970 at which the JWT of the caller expires. A session does not outlast it.
     """
 
     actor: str
@@ -84,6 +86,14 @@ class Principal:
     source: Source
     pseudonym: str
     key: str = ""
+    expires: float | None = None
+
+    @property
+    def session_seconds(self) -> float:
+        """Duration of a session that begins now."""
+        if self.expires is None:
+            return SESSION_SECONDS
+        return min(SESSION_SECONDS, max(0.0, self.expires - time.time()))
 
 
 ANONYMOUS = Principal("anonymous", ALL_SCOPES, "none", "anonymous")
@@ -161,7 +171,8 @@ class Identity:
             return Principal(f"token:{named.name}", named.scopes, "named", f"token:{named.name}", named.sha256)
         if self.issuer is not None and token.count(".") == 2:
             claims = await self.issuer.verify(token)
-            return await self.subject(claims["sub"], self.issuer.find_scopes(claims))
+            principal = await self.subject(claims["sub"], self.issuer.find_scopes(claims))
+            return replace(principal, expires=float(claims["exp"]))
         raise _unauthorised()
 
     async def subject(self, subject: str, scopes: frozenset[Scope]) -> Principal:
@@ -176,9 +187,9 @@ class Identity:
         pseudonym = await self.calls.query(self.values.hash, "actor", subject)
         return Principal(f"oidc:{subject}", scopes, "oidc", f"oidc:{pseudonym}", self.issuer.settings.issuer)
 
-    async def create_session(self, principal: Principal, seconds: float = SESSION_SECONDS) -> str:
+    async def create_session(self, principal: Principal, seconds: float) -> str:
         """Return the cookie of a new session."""
-        return await self.calls.query(self._sign_session, principal, min(seconds, SESSION_SECONDS))
+        return await self.calls.query(self._sign_session, principal, seconds)
 
     async def read_session(self, cookie: str) -> Principal | None:
         """Return the owner of a session, None if it has ended: expired, or its token is revoked or changed."""

@@ -1,11 +1,9 @@
 """/v1/scans: send, list, show, cancel and erase scans."""
 
 import re
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import urlencode
@@ -29,7 +27,6 @@ from app.api.upload import REQUEST_BODY, declared_length, is_json
 from app.errors import BadRequest, UnknownModel
 from app.jobs.job import ENDED_STATES, Cursor, Job, JobFilter, Order, Priority, State
 from app.jobs.reviews import Verdict
-from app.jobs.store import Upload
 from app.runtime.selection import check_licence
 from app.volume import Geometry
 
@@ -49,41 +46,6 @@ JOB_HEADERS: dict[str, Any] = {
     "Preference-Applied": {"description": "`wait=SECONDS`, if the request waited.", **_TEXT},
 }
 RETRY_HEADER: dict[str, Any] = {"Retry-After": {"description": "Seconds until the next poll.", **_TEXT}}
-
-
-@dataclass(frozen=True)
-class Submission:
-    """A complete upload on its way into the queue. Its thread removes the temporary files, whoever waits for it."""
-
-    services: Services
-    upload: Upload
-    parameters: AnalysisRequest
-    key: str | None
-    priority: Priority
-    files: ExitStack
-    # Held by whoever removes the files: the thread, or the caller if no thread has started.
-    claim: threading.Lock = field(default_factory=threading.Lock)
-
-    async def run(self) -> str:
-        """Return the id of the job.
-
-        Raises
-        ------
-        StoreUnavailable
-            The submission takes too long. It may still succeed: then the same scan gives the same job.
-        """
-        try:
-            return await self.services.calls.transfer(self._submit)
-        except BaseException:
-            if self.claim.acquire(blocking=False):
-                self.files.close()
-            raise
-
-    def _submit(self) -> str:
-        if not self.claim.acquire(blocking=False):
-            raise TimeoutError
-        with self.files:
-            return self.services.queue.submit(self.upload, self.parameters, self.key, self.priority)
 
 
 def analysis_request(
@@ -156,8 +118,9 @@ async def send_scan(
             await pull(request, services, upload)
         else:
             await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files)
-        submission = Submission(services, upload, parameters, idempotency_key, priority, stack.pop_all())
-    job_id = request.state.job = await submission.run()
+        files = stack.pop_all()
+    arguments = (upload, parameters, idempotency_key, priority)
+    job_id = request.state.job = await services.calls.transfer_with(files, services.queue.submit, *arguments)
     seconds = _parse_wait_seconds(prefer)
     if services.follower.full or services.follower.stopping:
         seconds = 0

@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.identity import SESSION_COOKIE as COOKIE
 from app.api.identity import (
-    SESSION_SECONDS,
     Identity,
     Principal,
     bearer,
@@ -88,7 +87,10 @@ async def get_session(
     responses=problem_responses(400, 401, 403, 408, 413, 503),
 )
 async def create_session(request: Request, response: Response) -> SessionState:
-    """Begin a session with a token, for 12 hours at most. A page sends it with the header X-Counterpart-CSRF: 1."""
+    """Begin a session with a token, for 12 hours at most. A page sends it with the header X-Counterpart-CSRF: 1.
+
+    The session of a JWT ends when the JWT expires.
+    """
     # Anybody can call this route, so the body is read by hand: FastAPI would keep a body of any length in memory.
     body = parse_body(SessionRequest, await read_body(request, MAX_BODY_BYTES))
     identity = get_identity(request)
@@ -99,7 +101,7 @@ async def create_session(request: Request, response: Response) -> SessionState:
     principal = await identity.check_token(body.token)
     request.state.principal = principal
     response.headers["Cache-Control"] = "no-store"
-    _set_cookie(request, response, COOKIE, await identity.create_session(principal), SESSION_SECONDS, "strict")
+    await _begin_session(request, response, principal)
     return _describe(identity, principal)
 
 
@@ -173,7 +175,7 @@ async def finish_login(
             advice="Ask the operator for a role that gives a scope.",
         )
     response = _lead_to_dashboard(request)
-    _set_cookie(request, response, COOKIE, await identity.create_session(principal), SESSION_SECONDS, "strict")
+    await _begin_session(request, response, principal)
     response.delete_cookie(LOGIN_COOKIE, _cookie_path(request))
     return response
 
@@ -233,6 +235,12 @@ def _lead_to_dashboard(request: Request) -> Response:
     page = f'<!doctype html><title>Counterpart</title><meta http-equiv="refresh" content="0;url={target}">'
     headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "Content-Security-Policy": CALLBACK_CSP}
     return HTMLResponse(page, headers=headers)
+
+
+async def _begin_session(request: Request, response: Response, principal: Principal) -> None:
+    seconds = principal.session_seconds
+    cookie = await get_identity(request).create_session(principal, seconds)
+    _set_cookie(request, response, COOKIE, cookie, seconds, "strict")
 
 
 CALLBACK_CSP = "default-src 'none'; frame-ancestors 'none'"

@@ -101,10 +101,12 @@ async def _store(request: Request, services: Services, study: str | None) -> Res
     services.readiness.check()
     await services.calls.query(services.queue.check_capacity, services.uploads.missing + declared_length(request))
     settings = services.settings
-    with services.store.receive_upload() as upload:
+    with ExitStack() as stack:
+        upload = stack.enter_context(services.store.receive_upload())
         parser = InstanceParser(boundary, upload, settings.max_files)
         await services.uploads.receive(request, upload, settings.max_upload_mb, settings.max_files, parser)
-        outcome = await services.calls.transfer(_submit, services, upload, study)
+        files = stack.pop_all()
+    outcome = await services.calls.transfer_with(files, _submit, services, upload, study)
     request.state.jobs = outcome.jobs
     headers = {JOBS_HEADER: ",".join(outcome.jobs)} if outcome.jobs else {}
     base = base_url(request, services)
@@ -112,7 +114,12 @@ async def _store(request: Request, services: Services, study: str | None) -> Res
 
 
 def base_url(request: Request, services: Services) -> str:
-    """Return the URL of the DICOMweb service, as the caller wrote it. The guard has checked the host."""
+    """Return the public URL of the DICOMweb service. Without one in the settings, the host is that of the caller.
+
+    The guard has checked the host.
+    """
+    if services.settings.public_url:
+        return f"{services.settings.public_url.rstrip('/')}/dicomweb"
     return f"{request.url.scheme}://{request.headers.get('host', 'localhost')}{services.settings.root_path}/dicomweb"
 
 

@@ -7,8 +7,11 @@ a reader of a log could try all names. The secret is random, and it is created b
 import hashlib
 import hmac
 import secrets
+from contextlib import suppress
 
 import sqlalchemy as sa
+
+from app.jobs.database import create_tables
 
 metadata = sa.MetaData()
 secrets_table = sa.Table(
@@ -43,13 +46,10 @@ class KeyHasher:
 
     def _read_secret(self) -> bytes:
         """Return the secret of the database. Two processes may create it at once: the first one wins."""
-        for create in (lambda c: secrets_table.create(c, checkfirst=True), self._insert):
-            try:
-                with self._database.begin() as connection:
-                    create(connection)
-            except sa.exc.DBAPIError:
-                if not sa.inspect(self._database).has_table(secrets_table.name):
-                    raise
+        create_tables(self._database, metadata)
+        # Another process may insert it, or lock the database, at the same time.
+        with suppress(sa.exc.DBAPIError), self._database.begin() as connection:
+            self._insert(connection)
         with self._database.connect() as connection:
             query = sa.select(secrets_table.c.value).where(secrets_table.c.name == self._name)
             return bytes.fromhex(connection.execute(query).scalar_one())

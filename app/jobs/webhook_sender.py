@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,6 +29,10 @@ POLL_SECONDS = 2.0
 CLEAN_SECONDS = 3600.0
 PARALLEL = 4
 GONE = 410
+# Addresses of a target that an attempt tries.
+MAX_ADDRESSES = 2
+# Networks of IPv6 whose addresses contain one of IPv4, which may be private: NAT64 (RFC 6052) and 6to4 (RFC 3056).
+TRANSLATED = (ip_network("64:ff9b::/96"), ip_network("2002::/16"))
 
 log = structlog.get_logger("counterpart.webhooks")
 
@@ -44,31 +48,39 @@ def sign(secret: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 
 
 class CheckedConnection(http.client.HTTPConnection):
-    """Connection to one address of a host, which was checked before, with TLS if a context is given.
+    """Connection to a host at one of its addresses, which were checked before, with TLS if a context is given.
 
-    A second look-up of the name could give another address.
+    A second look-up of the name could give other addresses.
 
     Parameters
     ----------
     host : str
     port : int
-    address : str
+    addresses : sequence of str
+        An address that refuses the connection is left out, if another one follows.
     context : ssl.SSLContext, optional
     """
 
-    def __init__(self, host: str, port: int, address: str, context: ssl.SSLContext | None) -> None:
+    def __init__(self, host: str, port: int, addresses: Sequence[str], context: ssl.SSLContext | None) -> None:
         super().__init__(host, port, timeout=REQUEST_SECONDS)
-        self._address = address
+        self._addresses = addresses
         self._tls = context
 
     def connect(self) -> None:
-        """Connect to the address, and check the certificate against the name."""
-        plain = socket.create_connection((self._address, self.port), self.timeout)
+        """Connect to the first address that accepts, and check the certificate against the name."""
+        plain = self._open()
         try:
             self.sock = self._tls.wrap_socket(plain, server_hostname=self.host) if self._tls else plain
         except BaseException:
             plain.close()
             raise
+
+    def _open(self) -> socket.socket:
+        *others, last = self._addresses
+        for address in others:
+            with suppress(OSError):
+                return socket.create_connection((address, self.port), self.timeout)
+        return socket.create_connection((last, self.port), self.timeout)
 
     def abort(self) -> None:
         """End the request in the thread that waits for it, with an error."""
@@ -77,22 +89,30 @@ class CheckedConnection(http.client.HTTPConnection):
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
-def find_address(host: str, port: int, private_hosts: Collection[str]) -> str:
-    """Return the address of a target.
+def find_addresses(host: str, port: int, private_hosts: Collection[str]) -> list[str]:
+    """Return the addresses of a target: all of them if it may be private, otherwise the public ones.
 
     Raises
     ------
     DeliveryFault
-        The name is unknown, or the address is not public and the operator has not listed the host.
+        The name is unknown, or no address is public and the operator has not listed the host.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
         raise DeliveryFault("the name of the target is unknown") from None
-    address = str(found[0][4][0])
-    if is_loopback(host) or host in private_hosts or ip_address(address.partition("%")[0]).is_global:
-        return address
+    may_be_private = is_loopback(host) or host in private_hosts
+    addresses = dict.fromkeys(str(entry[4][0]) for entry in found)
+    if allowed := [address for address in addresses if may_be_private or is_public(address)][:MAX_ADDRESSES]:
+        return allowed
     raise DeliveryFault("the target has a private address, and is not in COUNTERPART_WEBHOOK_PRIVATE_HOSTS")
+
+
+def is_public(address: str) -> bool:
+    """Return whether an address belongs to one machine of the internet."""
+    parsed = ip_address(address.partition("%")[0])
+    mapped = any(parsed in network for network in TRANSLATED)
+    return parsed.is_global and not parsed.is_multicast and not mapped
 
 
 def post(url: str, body: bytes, headers: dict[str, str], private_hosts: Collection[str]) -> int:
@@ -105,8 +125,8 @@ def post(url: str, body: bytes, headers: dict[str, str], private_hosts: Collecti
     parts = urlsplit(url)
     host, secure = parts.hostname or "", parts.scheme == "https"
     port = parts.port or (443 if secure else 80)
-    address = find_address(host, port, private_hosts)
-    connection = CheckedConnection(host, port, address, ssl.create_default_context() if secure else None)
+    addresses = find_addresses(host, port, private_hosts)
+    connection = CheckedConnection(host, port, addresses, ssl.create_default_context() if secure else None)
     # A target that sends one byte at a time would hold the thread.
     timer = threading.Timer(ATTEMPT_SECONDS, connection.abort)
     timer.daemon = True

@@ -187,6 +187,9 @@ class Receiver:
 
     def _end(self, event: evt.Event) -> None:
         """Close an association whose connection ended without a release, and remove its unfinished data set."""
+        if event.assoc.requestor.primitive is None:
+            # Its thread would wait for the request until the time-out.
+            event.assoc.dul.to_user_queue.put(None)  # type: ignore[arg-type]  # as after the time-out
         if self._close(event.assoc, "aborted") is not None:
             threading.Thread(target=_discard_unfinished, args=(event.assoc,), daemon=True).start()
 

@@ -316,6 +316,14 @@ def test_unknown_uids_and_media_types_are_refused(service: Service) -> None:
         assert (answer.status_code, answer.json()["code"]) == (406, "not_acceptable")
 
 
+@pytest.mark.parametrize("frames", [",", "1,", ",1", "1,,2"])
+def test_malformed_lists_of_frames_are_refused(service: Service, frames: str) -> None:
+    source = service.source
+    series = f"/dicomweb/studies/{source.StudyInstanceUID}/series/{source.SeriesInstanceUID}"
+    answer = service.http.get(f"{series}/instances/{source.SOPInstanceUID}/frames/{frames}")
+    assert (answer.status_code, answer.json()["code"]) == (400, "bad_request")
+
+
 def test_erased_job_is_not_found(service: Service) -> None:
     slices = make_datasets(brain(), Series(name="erased"))
     for dataset in slices:

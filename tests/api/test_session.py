@@ -4,6 +4,8 @@ import asyncio
 import base64
 import hashlib
 import json
+import re
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -233,6 +235,25 @@ def test_bearer_jwt_of_the_issuer_is_accepted_with_its_scopes(tmp_path: Path, is
         assert client.get(URL).status_code == 200
         expired = {"Authorization": f"Bearer {issuer.sign(exp=1)}"}
         assert client.get(URL, headers=expired).json()["found"] == "The token has expired."
+
+
+def test_session_of_a_jwt_ends_with_the_jwt(
+    tmp_path: Path, issuer: TestIssuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_with(issuer, tmp_path) as client:
+        expires = int(time.time()) + 100
+        answer = log_in(client, issuer.sign(exp=expires))
+        max_age = re.search(r"Max-Age=(\d+);", answer.headers["set-cookie"])
+        assert max_age is not None
+        assert 0 < int(max_age[1]) <= 100
+        header = {"Cookie": answer.headers["set-cookie"].partition(";")[0]}
+        client.cookies.clear()
+        assert client.get(URL, headers=header).status_code == 200
+        monkeypatch.setattr("app.api.cookies.time.time", lambda: expires + 1.0)
+        assert client.get(URL, headers=header).status_code == 401
+        monkeypatch.undo()
+        long = log_in(client, issuer.sign(exp=expires + 10 * 24 * 3600))
+        assert "Max-Age=43200;" in long.headers["set-cookie"]
 
 
 def test_login_by_code_and_pkce(tmp_path: Path, issuer: TestIssuer) -> None:

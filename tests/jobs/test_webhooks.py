@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import sqlalchemy as sa
@@ -19,10 +20,10 @@ from fastapi.testclient import TestClient
 from standardwebhooks.webhooks import Webhook, WebhookVerificationError
 
 from app.errors import InvalidSettings
-from app.jobs import webhooks
+from app.jobs import webhook_sender, webhooks
 from app.jobs.database import connect, workflow_table
 from app.jobs.metrics import Metrics
-from app.jobs.webhook_sender import DeliveryFault, WebhookSender, find_address, post
+from app.jobs.webhook_sender import DeliveryFault, WebhookSender, find_addresses, post
 from app.jobs.webhooks import PAUSES, Outbox
 from app.main import create_app
 from app.settings import Settings, decode_webhook_secret
@@ -327,16 +328,52 @@ def test_redirect_is_a_fault_and_is_not_followed(receiver: Receiver) -> None:
         ("fe80::1%eth0", False),
         ("fd00::1", False),
         ("::ffff:10.0.0.1", False),
+        ("224.0.1.1", False),
+        ("ff0e::1", False),
+        ("64:ff9b::a00:1", False),
+        ("2002:a00:1::1", False),
     ],
 )
 def test_private_address_needs_a_listed_host(monkeypatch: pytest.MonkeyPatch, address: str, accepted: bool) -> None:  # noqa: FBT001
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 443))])
     if accepted:
-        assert find_address("hook.example", 443, frozenset()) == address
+        assert find_addresses("hook.example", 443, frozenset()) == [address]
     else:
         with pytest.raises(DeliveryFault, match="private"):
-            find_address("hook.example", 443, frozenset({"other.example"}))
-    assert find_address("hook.example", 443, frozenset({"hook.example"})) == address
+            find_addresses("hook.example", 443, frozenset({"other.example"}))
+    assert find_addresses("hook.example", 443, frozenset({"hook.example"})) == [address]
+
+
+def resolve(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (address, 0)) for address in addresses])
+
+
+def test_private_addresses_of_a_public_host_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, "10.0.0.1", "1.1.1.1", "1.1.1.1")
+    assert find_addresses("hook.example", 443, frozenset()) == ["1.1.1.1"]
+
+
+def test_next_address_is_tried_if_the_first_one_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect, tried = socket.create_connection, []
+
+    def record(address: tuple[str, int], timeout: float) -> socket.socket:
+        tried.append(address[0])
+        if address[0] == "1.1.1.1":
+            raise ConnectionRefusedError
+        return connect(("127.0.0.1", address[1]), timeout)
+
+    with receive() as receiver:
+        port = urlsplit(receiver.url).port
+        with monkeypatch.context() as patch:
+            resolve(patch, "1.1.1.1", "10.0.0.1", "8.8.8.8")
+            assert find_addresses("hook.example", 80, frozenset()) == ["1.1.1.1", "8.8.8.8"]
+        monkeypatch.setattr(webhook_sender, "find_addresses", lambda *_: ["1.1.1.1", "8.8.8.8"])
+        monkeypatch.setattr("socket.create_connection", record)
+        assert post(f"http://hook.example:{port}/hook", b"{}", {}, frozenset()) == 204
+        assert tried == ["1.1.1.1", "8.8.8.8"]
+        monkeypatch.setattr(webhook_sender, "find_addresses", lambda *_: ["1.1.1.1"])
+        with pytest.raises(DeliveryFault, match="ConnectionRefusedError"):
+            post(f"http://hook.example:{port}/hook", b"{}", {}, frozenset())
 
 
 def test_certificate_of_the_target_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

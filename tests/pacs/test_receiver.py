@@ -351,4 +351,6 @@ def test_a_silent_tls_caller_delays_no_other(start_node: StartNode, tmp_path: Pa
         assert association.is_established
         assert time.monotonic() - begun < 10
         association.release()
+    begun = time.monotonic()
     wait_until(lambda: not node.receiver._ae.active_associations)
+    assert time.monotonic() - begun < 10
