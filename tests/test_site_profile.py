@@ -6,14 +6,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from app.analysis import AnalysisRequest, infer
 from app.errors import InvalidProfile
+from app.main import create_app
 from app.manifest import Range
 from app.runtime.bundle import Bundle, load_bundle
+from app.settings import Settings
 from app.site_profile import SiteProfile, SiteProfiles, Volumes, load_site_profiles, read_profile, write_profile
 from app.volume import Scanner
+from tests.api.support import BASE_URL
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 from tests.support.results import run_analysis, save_nifti
 
@@ -129,6 +133,19 @@ def test_a_scan_outside_the_profile_is_marked(scan: Path, bundle: Bundle, tmp_pa
     assert report.model.site_profile is not None
     assert report.model.site_profile.other_scanner
     assert len(report.warnings) == len(unchanged.warnings) + 2
+
+
+def test_the_model_page_gets_the_profiles_of_its_model(tiny_models: Path, tmp_path: Path) -> None:
+    (tmp_path / "profiles").mkdir()
+    of_tiny, of_other = profile_of(SCANNER), profile_of(SCANNER, "b" * 64, model="other-1.0.0")
+    for profile, name in ((of_tiny, "a"), (of_other, "b")):
+        write_profile(profile, tmp_path / "profiles" / f"{name}.json", KEY)
+    settings = Settings(
+        store=str(tmp_path / "store"), models=tiny_models, profiles=tmp_path / "profiles", profile_key=SecretStr(KEY)
+    )
+    client = TestClient(create_app(settings, worker=False), BASE_URL)
+    (found,) = client.get("/v1/models/tiny-0.0.1").json()["site_profiles"]
+    assert SiteProfile.model_validate(found) == of_tiny
 
 
 def test_the_inference_result_has_the_thresholds_of_the_profile(scan: Path, bundle: Bundle, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""/v1/models: list the installed models, show a model's manifest and card."""
+"""/v1/models: list the installed models, show a model's manifest, card and site profiles."""
 
 from fastapi import APIRouter, Depends
 
@@ -20,10 +20,14 @@ def list_models(services: ServicesDependency) -> ModelList:
 
 @router.get("/{model}", responses=problem_responses(401, 403, 404))
 def get_model(services: ServicesDependency, model: str) -> ModelCard:
-    """Show a model's manifest and card."""
+    """Show a model's manifest, card and site profiles."""
     for manifest in services.engine.manifests:
         if manifest.id == model:
-            return ModelCard(manifest=manifest, card=services.engine.card(model))
+            return ModelCard(
+                manifest=manifest,
+                card=services.engine.card(model),
+                site_profiles=tuple(services.engine.profiles(model)),
+            )
     raise NotFound(
         "No model has this id.",
         expected=", ".join(m.id for m in services.engine.manifests) + ".",

@@ -10,6 +10,7 @@ from app.export.report import Finding, ModelSelectionReport
 from app.jobs.deliveries import DeliveryState
 from app.jobs.job import Priority, State
 from app.manifest import Manifest
+from app.site_profile import SiteProfile
 
 
 class Schema(BaseModel):
@@ -110,6 +111,9 @@ class ModelCard(Schema):
 
     manifest: Manifest
     card: str | None = Field(description="Model card in Markdown; null if the bundle has no card.")
+    site_profiles: tuple[SiteProfile, ...] = Field(
+        description="Site profiles that replace the thresholds of the manifest for their scanners."
+    )
 
 
 class Health(Schema):

@@ -32,6 +32,8 @@ BLOCK_BYTES = 1 << 20
 MIB = 1 << 20
 # Seconds without a byte after which an upload is refused.
 BODY_SECONDS = 60.0
+# An upload that is slower than this after its first minute is ended, so that single bytes keep no connection open.
+MIN_BYTES_PER_SECOND = 1000
 # zlib reads the head of a gzip stream if 16 is added to the largest window.
 GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
@@ -138,7 +140,7 @@ class Uploads:
         StoreFull
             The disk is full, or will be when all uploads under way are complete.
         UploadTooSlow
-            No byte arrived for a minute.
+            No byte arrived for a minute, or the upload is slower than `MIN_BYTES_PER_SECOND`.
         NotReady
             The process ends.
         """
@@ -183,10 +185,12 @@ class Uploads:
 
     async def _stream(self, request: Request, reception: Reception) -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
+        slowest = loop.time() + BODY_SECONDS
         async for chunk in request.stream():
             reception.missing = max(0, reception.missing - len(chunk))
+            slowest += len(chunk) / MIN_BYTES_PER_SECOND
             if not self._stopping:
-                reception.timer.reschedule(loop.time() + BODY_SECONDS)
+                reception.timer.reschedule(min(loop.time() + BODY_SECONDS, slowest))
             yield chunk
 
 
@@ -451,9 +455,9 @@ def _too_large(max_mb: int) -> UploadTooLarge:
 
 
 def too_slow() -> UploadTooSlow:
-    """Return the error of a body that stopped."""
+    """Return the error of a body that stopped, or that is too slow."""
     return UploadTooSlow(
-        f"No byte of the upload arrived for {BODY_SECONDS:g} s.",
+        f"No byte of the upload arrived for {BODY_SECONDS:g} s, or fewer than {MIN_BYTES_PER_SECOND} bytes a second.",
         expected="the whole scan without long breaks.",
         advice="Send the scan again.",
     )

@@ -26,7 +26,7 @@ from app.pipeline.scores import ScanScores
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence
 from app.runtime.session import Provider, check_provider
-from app.site_profile import SiteProfiles
+from app.site_profile import SiteProfile, SiteProfiles
 from app.volume import Scan, SegmentationType
 
 # The name of the file that `Engine.infer` writes.
@@ -59,6 +59,9 @@ class Engine(Protocol):
 
     def card(self, model: str) -> str | None:
         """Return the model card of a model id in Markdown, or None if the model has no card."""
+
+    def profiles(self, model: str) -> Sequence[SiteProfile]:
+        """Return the site profiles of a model id, for all its scanners."""
 
     def warm_up(self) -> None:
         """Load every model and run a real inference with it. Raise the first error."""
@@ -160,6 +163,11 @@ class BundleEngine:
         """Return the model card of a model id in Markdown, or None if the model has no card."""
         path = self._folders[model] / CARD
         return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def profiles(self, model: str) -> Sequence[SiteProfile]:
+        """Return the site profiles of a model id, for all its scanners."""
+        loaded = self._site_profiles.profiles if self._site_profiles else ()
+        return [profile for profile in loaded if profile.model == model]
 
     def warm_up(self) -> None:
         """Load every permitted bundle, which runs its golden pair.

@@ -48,6 +48,7 @@ from app.jobs.engine import ChildProcessDied, Engine
 from app.jobs.faults import SERVICE_ERRORS, find_service_fault
 from app.manifest import Manifest
 from app.runtime.session import Provider
+from app.site_profile import SiteProfile
 
 # Seconds between two calls of the progress callback, which checks for cancellation, while the child sends nothing.
 POLL_SECONDS = 0.1
@@ -111,6 +112,10 @@ class SubprocessEngine:
     def card(self, model: str) -> str | None:
         """Return the model card of a model id in Markdown, or None if the model has no card."""
         return self._local.card(model)
+
+    def profiles(self, model: str) -> Sequence[SiteProfile]:
+        """Return the site profiles of a model id, for all its scanners."""
+        return self._local.profiles(model)
 
     def child_pid(self) -> int | None:
         """Return the process id of the child process, or None if none runs."""

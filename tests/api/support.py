@@ -21,6 +21,7 @@ from app.export.report import Cost, Extent, Finding, Input, ModelUsed, Report, S
 from app.jobs.engine import INFERENCE_FILE
 from app.manifest import Manifest, Range
 from app.runtime.session import Provider
+from app.site_profile import SiteProfile
 from tests.support.bundle import tiny_manifest
 
 URL = "/v1/scans"
@@ -108,6 +109,9 @@ class FakeEngine:
 
     def card(self, model: str) -> str | None:
         return f"# {model}"
+
+    def profiles(self, model: str) -> Sequence[SiteProfile]:  # noqa: ARG002
+        return ()
 
     def warm_up(self) -> None:
         if self.warm_up_error:

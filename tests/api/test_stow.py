@@ -11,7 +11,7 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
-from app.api import stow
+from app.ingest.dicom.instances import identify
 from app.main import create_app
 from app.settings import Settings
 from tests.api.support import BASE_URL, URL, FakeEngine
@@ -50,7 +50,6 @@ def test_series_that_are_sorted_too_slowly_keep_their_files_until_the_end(
     incoming: Path = services.store.root / "incoming"
     release = threading.Event()
     found: list[Any] = []
-    identify = stow.identify
 
     def slow(path: Path) -> Any:
         release.wait(60)
@@ -59,7 +58,7 @@ def test_series_that_are_sorted_too_slowly_keep_their_files_until_the_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(services.calls._transfers, "_seconds", 0.3)
-        patch.setattr(stow, "identify", slow)
+        patch.setattr("app.api.stow.identify", slow)
         answer = store_instance(client)
         assert (answer.status_code, answer.json()["code"]) == (503, "store_unavailable")
         assert len(list(incoming.iterdir())) == 1

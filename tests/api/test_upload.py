@@ -150,6 +150,18 @@ def test_upload_that_stops_is_refused(client: TestClient, monkeypatch: pytest.Mo
     assert not list((store / "incoming").iterdir())
 
 
+def test_upload_of_single_bytes_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stream(_: object) -> AsyncIterator[bytes]:
+        for byte in fake_scan():
+            yield bytes([byte])
+            await asyncio.sleep(0.05)  # shorter than the longest break
+
+    monkeypatch.setattr("app.api.upload.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("starlette.requests.Request.stream", stream)
+    answer = client.post(URL, content=b"")
+    assert (answer.status_code, answer.json()["code"]) == (408, "upload_too_slow")
+
+
 def test_disk_that_becomes_full_during_a_pull_is_no_fault_of_the_code(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

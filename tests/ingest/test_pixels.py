@@ -8,6 +8,7 @@ import pytest
 from pydicom import uid
 from pydicom.dataset import Dataset, FileDataset
 
+from app.errors import InvalidHeader
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.support.dicom import Series, make_datasets, reorient, save
@@ -141,6 +142,20 @@ def test_bits_and_signs_are_read(tmp_path: Path, read_scan: Read, bits: int, *, 
     expected = random_pictures(bits, signed=signed)
     found = save_and_read(tmp_path, read_scan, make_slices(expected, bits, signed=signed))
     np.testing.assert_array_equal(found, expected)
+
+
+def test_images_that_disagree_about_the_sign_of_large_values_are_refused(tmp_path: Path, read_scan: Read) -> None:
+    slices = make_slices(random_pictures(16, signed=False), 16, signed=False)
+    slices[1].PixelRepresentation = 1
+    with pytest.raises(InvalidHeader, match="PixelRepresentation"):
+        save_and_read(tmp_path, read_scan, slices)
+
+
+def test_images_may_differ_in_sign_if_no_value_contradicts(tmp_path: Path, read_scan: Read) -> None:
+    expected = random_pictures(12, signed=False)
+    slices = make_slices(expected, 16, signed=False)
+    slices[1].PixelRepresentation = 1
+    np.testing.assert_array_equal(save_and_read(tmp_path, read_scan, slices), expected)
 
 
 @pytest.mark.parametrize(("bits", "signed"), [(12, False), (12, True)])

@@ -55,6 +55,42 @@ class Frame:
     tiles: int = 0
 
 
+@dataclass
+class _Extremes:
+    """Smallest stored value of signed images with their limit, and largest value of unsigned images.
+
+    A wrong PixelRepresentation shows large values as negative ones. Single images cannot show that, but a series whose
+    images disagree can.
+    """
+
+    lowest_signed: int = 0
+    highest_unsigned: int = 0
+    signed_limit: int = 1 << 31
+
+    def add(self, dataset: pydicom.Dataset, stored: StoredPixels) -> None:
+        """Add the pixels of a file."""
+        if dataset.get("PixelRepresentation"):
+            self.lowest_signed = min(self.lowest_signed, int(stored.min()))
+            self.signed_limit = min(self.signed_limit, 1 << (int(dataset.get("BitsStored") or 16) - 1))
+        else:
+            self.highest_unsigned = max(self.highest_unsigned, int(stored.max()))
+
+    def check(self) -> None:
+        """Refuse a series in which unsigned values exceed the signed range, and other images have negative values.
+
+        Raises
+        ------
+        InvalidHeader
+        """
+        if self.lowest_signed < 0 and self.highest_unsigned >= self.signed_limit:
+            raise InvalidHeader(
+                "The images of the series disagree about the sign of their values (PixelRepresentation): some have "
+                "negative values, and others have values that a signed image cannot store.",
+                expected="one PixelRepresentation in the whole series.",
+                advice="Export the series again from the original.",
+            )
+
+
 def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[FloatArray, tuple[str, ...]]:
     """Decode frames into one array.
 
@@ -78,7 +114,8 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
     UnsupportedPixels
         If there is no decoder for the compression.
     InvalidHeader
-        If a CT states no conversion to Hounsfield units and does not look like it.
+        If a CT states no conversion to Hounsfield units and does not look like it, or if some images state a wrong
+        PixelRepresentation.
     NoImageInArchive
         If a file has no pixel data.
     TruncatedFile
@@ -87,9 +124,11 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
     stack = np.empty((len(frames), rows, columns), dtype=np.float32)
     padded, inverted, unscaled, assumed = 0, False, 0, False
     opened: tuple[Path, pydicom.Dataset, StoredPixels] | None = None
+    extremes = _Extremes()
     for k, frame in enumerate(frames):
         if opened is None or opened[0] != frame.path:  # frames of one file are mostly neighbours
             opened = (frame.path, *_decode_file(frame.path, k + 1, len(frames)))
+            extremes.add(opened[1], opened[2])
         _, dataset, stored = opened
         try:
             pixels = split_tiles(stored[0], frame.tiles) if frame.tiles else stored
@@ -102,6 +141,7 @@ def read_frames(frames: Sequence[Frame], rows: int, columns: int) -> tuple[Float
         inverted |= _is_inverted(dataset)
         unscaled += _is_unscaled_ct(dataset, frame.index)
         assumed |= dataset.get("PhotometricInterpretation") is None
+    extremes.check()
     if padded:
         _fill_padding(stack)
     if unscaled:

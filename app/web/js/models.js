@@ -34,6 +34,28 @@ function facts(model, manifest) {
   return el("dl", { class: "facts" }, ...rows.flatMap(([name, text]) => [el("dt", { text: name }), el("dd", { text })]));
 }
 
+/** Return a table of the site profiles of a model, or a sentence if there are none. */
+function renderProfiles(profiles) {
+  if (profiles.length === 0) {
+    return el("p", { text: "No site profile is loaded for this model. Its thresholds hold only for scanners like those of the training data." });
+  }
+  const head = ["Scanner", "Healthy scans", "Target", "Threshold", "False findings: median, 90th percentile", "Made on"];
+  const cells = (profile) => [
+    profile.scanner ? `${profile.scanner.manufacturer} ${profile.scanner.model}` : "not stated in the files",
+    `${profile.scans}`,
+    `${profile.target_ml} ml`,
+    `${profile.threshold.toPrecision(3)}, extent ${profile.extent_threshold.toPrecision(3)}`,
+    `${profile.achieved.median} ml, ${profile.achieved.percentile_90} ml`,
+    profile.created.slice(0, 10),
+  ];
+  return el(
+    "table", {},
+    el("caption", { text: "Site profiles: they replace the thresholds for scans of their scanner" }),
+    el("thead", {}, el("tr", {}, ...head.map((text) => el("th", { scope: "col", text })))),
+    el("tbody", {}, ...profiles.map((profile) => el("tr", {}, ...cells(profile).map((text) => el("td", { text }))))),
+  );
+}
+
 async function show(models) {
   const model = renderList(models);
   if (!model) {
@@ -41,12 +63,12 @@ async function show(models) {
     return;
   }
   document.title = `${model.id} – Counterpart`;
-  const { manifest, card } = await getJson(model.link);
+  const { manifest, card, site_profiles: profiles } = await getJson(model.link);
   byId("card").replaceChildren(
     ...(card ? renderMarkdown(card) : [el("h2", { text: model.id }), el("p", { text: "This bundle has no card." })]),
     el("h3", { text: "In the service" }),
     facts(model, manifest),
-    el("p", { text: "These thresholds hold only for scanners like those of the training data. A site profile replaces them for its scanner: each report names the profile that was used." }),
+    renderProfiles(profiles),
   );
 }
 
