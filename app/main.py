@@ -39,7 +39,6 @@ from app.export.report import RESEARCH_USE_ONLY
 from app.jobs.database import check_database, run_within
 from app.jobs.engine import Engine, check_engine
 from app.jobs.store import is_open_to_others
-from app.pacs.node import check_exposure
 from app.service import Roles, Service, create_engine, create_store
 from app.settings import Settings
 
@@ -140,15 +139,20 @@ def create_app(
     app.state.services = service.services
     for router in (*(API_ROUTERS if api else ()), health.router):
         app.include_router(router)
+    _add_middleware(app, settings, service)
+    problems.install_handlers(app)
+    remove_validation_errors(app)
+    return app
+
+
+def _add_middleware(app: FastAPI, settings: Settings, service: Service) -> None:
+    """Add the middleware. A request passes the last one first."""
     service.operations.attach(app)
     if settings.allowed_origins:
         allow_origins(app, settings.allowed_origins)
     app.add_middleware(RequestGuard, settings=settings)
     app.add_middleware(AccessLog)
     app.add_middleware(RequestTelemetry, metrics=service.metrics, traces=service.traces)
-    problems.install_handlers(app)
-    remove_validation_errors(app)
-    return app
 
 
 def serve(settings: Settings, engine: Engine | None = None, *, worker: bool = True) -> None:
@@ -213,7 +217,6 @@ def run_node(settings: Settings, engine: Engine | None = None) -> None:
     DamagedBundle
         A manifest cannot be read.
     """
-    check_exposure(settings)
     with _prepare(settings) as listener:
         _run_server(create_app(settings, engine, api=False, worker=False, node=True), settings, listener)
 

@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from app.api.catalogue import Catalogue
 from app.api.dependencies import Calls, Readiness, Services
@@ -18,10 +18,9 @@ from app.jobs.metrics import Metrics
 from app.jobs.store import Store
 from app.jobs.subprocess_engine import SubprocessEngine
 from app.jobs.traces import create_traces
-from app.jobs.workflow import JobService
+from app.jobs.workflow import JobHooks, JobService
 from app.pacs.deliverer import Deliverer
 from app.pacs.metrics import DeliveryMetrics
-from app.pacs.node import Node
 from app.pacs.routes import read_routes
 from app.settings import Settings
 from app.site_profile import load_site_profiles
@@ -47,6 +46,16 @@ class Roles:
     api: bool = True
     worker: bool = True
     node: bool = False
+
+
+class Companion(Protocol):
+    """Threads that run beside the job service."""
+
+    def start(self) -> None:
+        """Start them. The job service runs already."""
+
+    def stop(self) -> None:
+        """Stop them before the job service."""
 
 
 class Service:
@@ -83,14 +92,15 @@ class Service:
         self._stopped = threading.Event()
         self.metrics, self.traces = create_metrics(self._engine), create_traces(settings.traces)
         store = create_store(settings)
-        router = routes.select if routes.routes else None
+        hooks = JobHooks(routes.select if routes.routes else None, self.traces)
         limits = StorageLimits(settings.queue_limit, settings.min_free_gb, settings.keep_days, settings.keep_gb)
-        self._jobs = JobService(self._engine, store, settings.database_url, self.metrics, limits, router, self.traces)
-        # Threads that run beside the job service.
-        self._companions: list[Deliverer | Node] = []
+        self._jobs = JobService(self._engine, store, settings.database_url, self.metrics, limits, hooks)
+        self._companions: list[Companion] = []
         if roles.worker:
             self._companions.append(Deliverer(routes, self._jobs, store, DeliveryMetrics(self.metrics.registry)))
         if roles.node:
+            from app.pacs.node import Node
+
             self._companions.append(
                 Node(settings, self._jobs.queue, store, self.metrics.registry, self._engine.manifests)
             )
@@ -100,11 +110,11 @@ class Service:
     def start(self) -> None:
         """Start the threads of all parts. The models load in a thread, so the server can answer /livez meanwhile."""
         self._jobs.start(worker=self._roles.worker)
+        if self._roles.worker:
+            threading.Thread(target=self._load_models, name="warm-up", daemon=True).start()
         for companion in self._companions:
             companion.start()
         self.operations.start()
-        if self._roles.worker:
-            threading.Thread(target=self._load_models, name="warm-up", daemon=True).start()
 
     def stop(self) -> None:
         """Stop all parts. A running scan has `COUNTERPART_DRAIN_SECONDS` to finish."""

@@ -360,7 +360,7 @@ class Settings(BaseSettings):
 
     @property
     def has_access_control(self) -> bool:
-        """Whether callers need a token or a login. Without it, only programs on this machine may call."""
+        """True if callers need a token or a login. If it is false, only programs on this machine may call."""
         return self.token is not None or self.tokens is not None or self.oidc_issuer is not None
 
     @property

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -11,6 +12,7 @@ from pydantic import SecretStr
 
 from app.analysis import AnalysisRequest, infer
 from app.errors import InvalidProfile
+from app.jobs.engine import BundleEngine
 from app.main import create_app
 from app.manifest import Range
 from app.runtime.bundle import Bundle, load_bundle
@@ -155,3 +157,19 @@ def test_the_inference_result_has_the_thresholds_of_the_profile(scan: Path, bund
         scan, tmp_path, lambda _: loaded, [bundle.manifest], AnalysisRequest(), lambda _stage, _fraction: None
     )
     assert (inference.manifest.residual.threshold, inference.manifest.residual.extent_threshold) == (0.2, 0.1)
+
+
+def test_settings_that_change_results_make_another_job(tiny_models: Path) -> None:
+    def key(*profiles: SiteProfile, any_scanner: bool = False, **arguments: Any) -> str:
+        loaded = SiteProfiles(profiles=profiles, any_scanner=any_scanner).model_dump(mode="json")
+        return BundleEngine(tiny_models, "cpu", 1, site_profiles=loaded, **arguments).settings_key
+
+    keys = [
+        key(),
+        key(profile_of(SCANNER)),
+        key(profile_of(SCANNER), any_scanner=True),
+        key(profile_of(SCANNER, threshold=0.3)),
+        key(segmentation_type="labelmap"),
+    ]
+    assert keys[0] == ""
+    assert len(set(keys)) == len(keys)

@@ -63,6 +63,10 @@ class Engine(Protocol):
     def profiles(self, model: str) -> Sequence[SiteProfile]:
         """Return the site profiles of a model id, for all its scanners."""
 
+    @property
+    def settings_key(self) -> str:
+        """Return a text of the settings, besides the models, that change results. It is empty for their defaults."""
+
     def warm_up(self) -> None:
         """Load every model and run a real inference with it. Raise the first error."""
 
@@ -168,6 +172,15 @@ class BundleEngine:
         """Return the site profiles of a model id, for all its scanners."""
         loaded = self._site_profiles.profiles if self._site_profiles else ()
         return [profile for profile in loaded if profile.model == model]
+
+    @property
+    def settings_key(self) -> str:
+        """Return a text of the settings, besides the models, that change results. It is empty for their defaults."""
+        parts: list[str] = [] if self._segmentation_type == "binary" else [self._segmentation_type]
+        if self._site_profiles:
+            parts += sorted(profile.id for profile in self._site_profiles.profiles)
+            parts += ["any scanner"] if self._site_profiles.any_scanner else []
+        return " ".join(parts)
 
     def warm_up(self) -> None:
         """Load every permitted bundle, which runs its golden pair.

@@ -224,11 +224,14 @@ class JobQueue:
         return queued_job
 
     def _content_hash(self, digest: str, request: AnalysisRequest) -> str:
-        """Return the hash of everything that determines the results: bytes, parameters and eligible models."""
+        """Return the hash of everything that determines the results: bytes, parameters, eligible models, settings."""
         models = sorted(m.id for m in self._engine.manifests if request.model in (None, m.name, m.id))
         # A caller who names a model confirms a scan without a modality, and the report states which case it was.
         named = "named" if request.model else "chosen"
-        return _sha256("content", digest, *models, named, repr(request.series), repr(request.seed), request.geometry)
+        # The default settings add nothing, so jobs of earlier versions are found.
+        settings = filter(None, [self._engine.settings_key])
+        parameters = (repr(request.series), repr(request.seed), request.geometry)
+        return _sha256("content", digest, *models, named, *parameters, *settings)
 
     def _find_reusable(self, identity: str, content_hash: str) -> str | None:
         found = list_workflows(

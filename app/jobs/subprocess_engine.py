@@ -117,6 +117,11 @@ class SubprocessEngine:
         """Return the site profiles of a model id, for all its scanners."""
         return self._local.profiles(model)
 
+    @property
+    def settings_key(self) -> str:
+        """Return a text of the settings, besides the models, that change results. It is empty for their defaults."""
+        return self._local.settings_key
+
     def child_pid(self) -> int | None:
         """Return the process id of the child process, or None if none runs."""
         child = self._child

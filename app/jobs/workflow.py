@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, cast
 
 import structlog
@@ -55,6 +56,25 @@ STUCK_SECONDS = 10.0
 SWEEP_SECONDS = 6 * 3600.0
 
 
+@dataclass(frozen=True)
+class JobHooks:
+    """Optional parts that act on the jobs of a service.
+
+    Attributes
+    ----------
+    router : callable or None
+        Returns the deliveries of a succeeded job. None if there are no routes.
+    traces : Traces or None
+        Receives the spans of the steps.
+    """
+
+    router: Router | None = None
+    traces: Traces | None = None
+
+
+NO_HOOKS = JobHooks()
+
+
 class JobService:
     """The queue with its worker and supervisor, from start to stop.
 
@@ -69,9 +89,7 @@ class JobService:
         SQLAlchemy URL.
     metrics : Metrics
     limits : StorageLimits
-    router : callable, optional
-        Returns the deliveries of a succeeded job. By default, a job has none.
-    traces : Traces, optional
+    hooks : JobHooks
 
     Attributes
     ----------
@@ -80,23 +98,22 @@ class JobService:
         Why the worker of this process pauses.
     """
 
-    def __init__(  # noqa: PLR0913 - its parts
+    def __init__(
         self,
         engine: Engine,
         store: Store,
         database_url: str,
         metrics: Metrics,
         limits: StorageLimits,
-        router: Router | None = None,
-        traces: Traces | None = None,
+        hooks: JobHooks = NO_HOOKS,
     ) -> None:
         self._engine = engine
         self._store = store
         self._database_url = database_url
         self._metrics = metrics
         self._limits = limits
-        self._router = router
-        self._traces = traces
+        self._router = hooks.router
+        self._traces = hooks.traces
         self._database = connect(database_url)
         self._registry = WorkerRegistry(self._database)
         self.queue = JobQueue(engine, store, self._database, self._registry, metrics, limits)

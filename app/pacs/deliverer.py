@@ -12,7 +12,6 @@ from app.jobs.store import Store
 from app.jobs.workflow import JobService
 from app.pacs.metrics import DeliveryMetrics
 from app.pacs.routes import Routes
-from app.pacs.senders import NotSent, send
 
 log = structlog.get_logger("counterpart.deliveries")
 
@@ -137,6 +136,8 @@ class Deliverer:
 
     def _send(self, claim: Claim) -> str | None:
         """Send a result, and return the code of a failure, or None."""
+        from app.pacs.senders import NotSent, send
+
         delivery = claim.delivery
         target = self._routes.targets.get(delivery.target)
         if target is None:

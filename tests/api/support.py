@@ -110,6 +110,8 @@ class FakeEngine:
     def card(self, model: str) -> str | None:
         return f"# {model}"
 
+    settings_key = ""
+
     def profiles(self, model: str) -> Sequence[SiteProfile]:  # noqa: ARG002
         return ()
 

@@ -77,6 +77,16 @@ def test_same_bytes_and_parameters_are_the_same_job(client: TestClient, engine: 
     assert engine.inferences[-1][1].seed == 5
 
 
+def test_other_settings_of_the_service_make_another_job(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = send(client, name="settings").json()["id"]
+    monkeypatch.setattr(engine, "settings_key", "a site profile")
+    second = send(client, name="settings").json()["id"]
+    assert second != first
+    assert send(client, name="settings").json()["id"] == second
+
+
 def test_concurrent_senders_get_the_same_job(client: TestClient, engine: FakeEngine) -> None:
     analysed, ids = len(engine.inferences), []
     threads = [

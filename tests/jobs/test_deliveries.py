@@ -13,7 +13,7 @@ from app.jobs.deliveries import Claim, Deliveries
 from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
-from app.jobs.workflow import JobService
+from app.jobs.workflow import JobHooks, JobService
 from tests.api.support import FakeEngine
 from tests.jobs.support import problem_of, submit, wait_for_state
 
@@ -133,8 +133,9 @@ def start(folder: Path, seen: list[tuple[str, tuple[str, ...]]]) -> JobService:
         seen.append((model, tuple(results)))
         return [("archive", results[0])]
 
+    hooks = JobHooks(route)
     service = JobService(
-        FakeEngine(), Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), StorageLimits(), route
+        FakeEngine(), Store(folder), f"sqlite:///{folder}/jobs.sqlite", Metrics(), StorageLimits(), hooks
     )
     service.start()
     return service

@@ -59,6 +59,7 @@ def test_engine_describes_its_models(case: EngineCase) -> None:
     assert manifest.name == "tiny"
     assert isinstance(case.engine.card(manifest.id), str | None)
     assert list(case.engine.profiles(manifest.id)) == []
+    assert case.engine.settings_key == ""
 
 
 def test_export_from_memory_and_from_the_file_give_the_same_results(case: EngineCase, tmp_path: Path) -> None:

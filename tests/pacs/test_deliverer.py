@@ -33,7 +33,7 @@ class Case:
         store = Store(folder)
         self.metrics = DeliveryMetrics(CollectorRegistry())
         self.deliverer = Deliverer(Routes(targets={"archive": TARGET}), service, store, self.metrics)
-        monkeypatch.setattr(module, "send", self.send)
+        monkeypatch.setattr("app.pacs.senders.send", self.send)
         self.job = submit(service, folder)
         wait_for_state(service, self.job, "succeeded")
         self.deliveries: Deliveries = service.queue.deliveries
@@ -95,7 +95,7 @@ def test_a_process_that_dies_before_the_record_sends_the_same_object_again(
 
 
 def test_an_unexpected_error_is_a_failed_attempt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "send", lambda *_: 1 / 0)
+    monkeypatch.setattr("app.pacs.senders.send", lambda *_: 1 / 0)
     case.deliveries.plan(case.job, [("archive", RESULT)])
     assert case.deliverer.run_once("archive")
     assert case.state() == ("pending", 1, "internal_error")
