@@ -36,6 +36,7 @@ LOGIN_COOKIE = "counterpart_login"
 LOGIN_SECONDS = 600.0
 MAX_TOKEN_LENGTH = 16_384
 MAX_BODY_BYTES = 2 * MAX_TOKEN_LENGTH
+CALLBACK_CSP = "default-src 'none'; frame-ancestors 'none'"
 
 
 class SessionRequest(BaseModel):
@@ -241,9 +242,6 @@ async def _begin_session(request: Request, response: Response, principal: Princi
     seconds = principal.session_seconds
     cookie = await get_identity(request).create_session(principal, seconds)
     _set_cookie(request, response, COOKIE, cookie, seconds, "strict")
-
-
-CALLBACK_CSP = "default-src 'none'; frame-ancestors 'none'"
 
 
 def _set_cookie(

@@ -16,7 +16,7 @@ from tests.web.conftest import COMMAND, run_scan
 pytest.importorskip("app.api.identity")
 
 TOKEN = "a-token-of-32-characters-for-test"  # noqa: S105 - of the test
-DASHBOARDS = Path(__file__).resolve().parents[2] / "docs" / "dashboards.md"
+OTHER_VIEWERS = Path(__file__).resolve().parents[2] / "docs" / "other-viewers.md"
 CALL = """async ([url, token]) => {
   try {
     return (await fetch(`${url}/v1/models`, { headers: { Authorization: `Bearer ${token}` } })).status;
@@ -142,7 +142,7 @@ def test_documented_script_gives_the_frame_a_token(
     browser: Browser, protected: RunningService, job: str, sites: tuple[str, str]
 ) -> None:
     url = f"http://127.0.0.1:{protected.port}"
-    script = DASHBOARDS.read_text().partition("<script>")[2].partition("</script>")[0]
+    script = OTHER_VIEWERS.read_text().partition("<script>")[2].partition("</script>")[0]
     assert "https://counterpart.example" in script
     page = browser.new_page()
     page.set_default_timeout(TIMEOUT)

@@ -1,4 +1,4 @@
-"""The examples of docs/dashboards.md and docs/client.md, run as they are written against a served process."""
+"""The examples of docs/other-viewers.md and docs/client.md, run as they are written against a served process."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 from tests.support.results import save_nifti
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PAGE = (CHECKOUT / "docs" / "dashboards.md").read_text()
+PAGE = (CHECKOUT / "docs" / "other-viewers.md").read_text()
 CLIENT_PAGE = (CHECKOUT / "docs" / "client.md").read_text()
 NIIVUE = CHECKOUT / "app" / "web" / "vendor" / "niivue.js"
 CHROMIUM = shutil.which("chromium")
