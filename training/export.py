@@ -19,9 +19,9 @@ from app.volume import FloatArray
 from training.config import Config, parse_config
 from training.data import UINT16_MAX, cached_slices
 from training.loop import load_modules
-from training.networks import Decoder, Encoder, build_denoiser
+from training.networks import build_denoiser
 from training.quantise import FLOAT32_LAYERS, calibration_data, noise_error, quantise, share_weights
-from training.train_vqvae import load_vqvae
+from training.train_vqvae import load_coders
 
 OPSET = 18
 PARITY_SLICES = 16
@@ -55,17 +55,17 @@ class Parity:
 
 def trained_networks(config: Config) -> tuple[dict[str, nn.Module], Provenance]:
     """Load the three networks on the CPU, with the averaged denoiser, and the provenance of both stages."""
-    vqvae, latent, vqvae_provenance = load_vqvae(config)
+    encoder, decoder, coder_provenance = load_coders(config)
     averaged = torch.optim.swa_utils.AveragedModel(build_denoiser(config))
     denoiser_provenance = load_modules(config, "denoiser", {"averaged": averaged})
     networks: dict[str, nn.Module] = {
-        "encoder": Encoder(vqvae, latent),
+        "encoder": encoder,
         "denoiser": averaged.module,
-        "decoder": Decoder(vqvae, latent),
+        "decoder": decoder,
     }
     for network in networks.values():
         network.cpu().eval().requires_grad_(False)
-    return networks, {"vqvae": vqvae_provenance, "denoiser": denoiser_provenance}
+    return networks, {"vqvae": coder_provenance, "denoiser": denoiser_provenance}
 
 
 def graphs_folder(config: Config) -> Path:

@@ -33,7 +33,7 @@ class ModelSelection:
 def select_model(manifests: Sequence[Manifest], source: Source, model: str | None) -> ModelSelection:
     """Select the bundle that the caller names, or the newest one for the modality and sequence of the scan.
 
-    A bundle for non-commercial use is selected only by name. `check_licence` must accept it as well.
+    A bundle that another one replaces, or that is for non-commercial use, is selected only by name. `check_licence` must accept it as well.
 
     Parameters
     ----------
@@ -65,6 +65,8 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
     fitting = [m for m in fitting if not m.licence.non_commercial]
     if fitting and source.sequences:
         fitting = _with_sequence(fitting, source)
+    replaced = {name for m in fitting for name in m.replaces}
+    fitting = [m for m in fitting if m.name not in replaced]
     names = {m.name for m in fitting}
     if len(names) != 1:
         raise UnknownModel(

@@ -134,6 +134,17 @@ def test_sequences_are_those_of_models_that_can_be_selected() -> None:
     assert trained_sequences(models, "ct") == set()
 
 
+def test_replaced_model_is_selected_only_by_name() -> None:
+    old = named("oldct", "9.0.0", "CT", "head")
+    new = named("ct", "1.0.0", "CT", "head").model_copy(update={"replaces": ("oldct",)})
+    scan = CT
+    assert select_model([old, new], scan, None).manifest is new
+    assert select_model([old, new], scan, "oldct").manifest is old
+    assert select_model([old], scan, None).manifest is old
+    with pytest.raises(UnknownModel, match="Several models"):
+        select_model([old, new.model_copy(update={"replaces": ()})], scan, None)
+
+
 def test_unknown_model_is_refused() -> None:
     with pytest.raises(UnknownModel, match="'flair'") as caught:
         select_model(HEAD, T1_SCAN, "flair")
