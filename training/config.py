@@ -18,7 +18,9 @@ SPLITS_FOLDER = Path(__file__).with_name("splits")
 # Preprocessing fields that do not change the pixels of a slice: texts, and whether serving extracts the brain first.
 NON_PIXEL_FIELDS = {"subject", "advice", "brain_only"}
 
-EvaluationPart = Literal["healthy", "lesions", "heads", "foreign", "single", "tumours", "haemorrhage"]
+EvaluationPart = Literal[
+    "healthy", "lesions", "heads", "unseen_lesions", "pathology", "foreign", "single", "tumours", "haemorrhage"
+]
 
 
 def data_root() -> Path:
@@ -238,6 +240,9 @@ class EvaluationConfig(FrozenModel):
     """Parts of the evaluation on test subjects (`training.evaluate`)."""
 
     parts: tuple[EvaluationPart, ...] = Field(description="Parts to run. `healthy` and `lesions` are required.")
+    scope: str = Field(
+        default="", description="Scanners of the test scans, and what was known about these scans before. For the page."
+    )
 
 
 class BundleConfig(FrozenModel):
