@@ -23,6 +23,7 @@ from app.volume import Volume
 from training.bundle_runs import Row, analyse, ood_scores, run_detection, score_truth
 from training.config import ROOT, Config, EvaluationPart
 from training.data import HealthyScan, Split, load_scan, load_split
+from training.evaluate_haemorrhage import evaluate_haemorrhage
 from training.evaluate_tumours import evaluate_tumours
 from training.evaluate_unseen import evaluate_heads, evaluate_pathology, evaluate_unseen_lesions
 from training.evaluation_page import evaluation_page
@@ -135,6 +136,7 @@ PARTS: dict[EvaluationPart, Callable[[Config, Bundle, Split], list[Row]]] = {
     "foreign": evaluate_foreign,
     "single": evaluate_single,
     "tumours": evaluate_tumours,
+    "haemorrhage": evaluate_haemorrhage,
 }
 
 

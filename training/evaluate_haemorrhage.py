@@ -15,18 +15,16 @@ from PIL import Image
 from scipy import stats
 from tqdm import tqdm
 
-from app.errors import CounterpartError
-from app.pipeline.detect import dice, to_scan_result
-from app.pipeline.methods import METHODS
+from app.pipeline.detect import dice
 from app.runtime.bundle import Bundle
 from app.volume import BoolArray, FloatArray
+from training.bundle_runs import analyse
+from training.cluster_bootstrap import cluster_weights
 from training.config import Config
 from training.data import Split
 from training.image_archive import archive_path, load_stack, stack_names
 
-BATCH = 16
 ADULT_YEARS = 16.0
-BOOTSTRAP = 2000
 # Percentile of the anomaly map in a slice: a bleed of about a square centimetre reaches it.
 SLICE_PERCENTILE = 99.0
 KINDS = ("intraventricular", "intraparenchymal", "subarachnoid", "epidural", "subdural")
@@ -55,13 +53,9 @@ def patient_interval(rows: Sequence[Row], statistic: Callable[[Sequence[Row]], f
 
     Patients with and without haemorrhage are drawn separately, so that both occur in each resample.
     """
-    rng = np.random.default_rng(0)
-    groups = [[r for r in rows if r["haemorrhage"] is with_it] for with_it in (True, False)]
-    drawn = []
-    for _ in range(BOOTSTRAP):
-        sample = [group[i] for group in groups for i in rng.integers(0, len(group), len(group))]
-        drawn.append(statistic(sample))
-    return [statistic(rows), *np.nanpercentile(drawn, (2.5, 97.5)).tolist()]
+    counts = cluster_weights([r["subject"] for r in rows], [str(r["haemorrhage"]) for r in rows], seed=0)
+    drawn = [statistic([r for r, n in zip(rows, count, strict=True) for _ in range(n)]) for count in counts]
+    return [statistic(rows), *np.percentile(drawn, (2.5, 97.5)).tolist()]
 
 
 def evaluate_haemorrhage(config: Config, bundle: Bundle, split: Split) -> list[Row]:
@@ -94,12 +88,9 @@ def evaluate_haemorrhage(config: Config, bundle: Bundle, split: Split) -> list[R
 def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str, str]]) -> Row:
     """Return outcome, found volume and slice scores of one patient."""
     volume = load_stack(config, subject).volume
-    try:
-        models = bundle.networks.in_batches(BATCH, lambda _: None)
-        detection = METHODS[bundle.manifest.method](volume, models, bundle.manifest)
-    except CounterpartError as error:
-        return {"outcome": error.code}
-    result = to_scan_result(volume, detection, bundle.manifest)
+    outcome, result = analyse(volume, bundle)
+    if result is None:
+        return {"outcome": outcome}
     analysed = np.isfinite(result.anomaly)
     slices = [
         {
@@ -111,7 +102,7 @@ def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str
         if analysed[:, :, z].any()
     ]
     row: Row = {
-        "outcome": "analysed",
+        "outcome": outcome,
         "found_ml": float(result.mask.sum()) * volume.voxel_ml,
         "findings": len(result.lesions),
         "score": max(s["score"] for s in slices),

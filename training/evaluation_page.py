@@ -7,6 +7,7 @@ import numpy as np
 
 from app.manifest import Manifest
 from training.cluster_bootstrap import cluster_weights, crossed_weights, interval, mean, quantile
+from training.haemorrhage_page import haemorrhage_table
 from training.unseen_page import format_interval, heads_table, pathology_table, unseen_lesion_table
 
 EARLIER = "Measured with an earlier version of this bundle."
@@ -132,6 +133,7 @@ PARTS: tuple[tuple[str, str, Table, tuple[str, ...]], ...] = (
         tumour_table,
         (),
     ),
+    ("haemorrhage", "Real haemorrhage: test patients of ct-ich", haemorrhage_table, ()),
 )
 
 
