@@ -192,7 +192,7 @@ def calibrate_residual(
             decode_view(view, mask, networks, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
         ]
         maps.append(anomaly_map(scan, masks, counterparts, config))
-    if config.data.image_archive is not None:
+    if config.data.image_archive is not None and not config.data.image_archive.ordered:
         maps = [separate_slices(each) for each in maps]
     return residual_settings(maps, config)
 

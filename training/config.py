@@ -37,6 +37,7 @@ class ImageArchiveConfig(FrozenModel):
     window_high_grey: float = Field(default=255.0, description="Grey value at the upper end of a CT window.")
     air_below_grey: int = Field(default=0, description="Smaller grey values are air, in a CT window. 0: none are.")
     bone_above_grey: int = Field(default=255, description="Larger grey values are bone, in a CT window. 255: none are.")
+    ordered: bool = Field(default=False, description="Consecutive images of a subject are neighbours in the head.")
     exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy import stats
 from tqdm import tqdm
 
 from app.pipeline.detect import dice
@@ -22,6 +21,7 @@ from training.bundle_runs import analyse
 from training.cluster_bootstrap import cluster_weights
 from training.config import Config
 from training.data import Split
+from training.experiments.metrics import auroc, exact_counts
 from training.image_archive import archive_path, load_stack, stack_names
 
 ADULT_YEARS = 16.0
@@ -39,13 +39,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def area_under_curve(scores: Sequence[float], positive: Sequence[bool]) -> float:
-    """Return the area under the ROC curve: the probability that a positive scores higher, ties count half."""
-    values, is_positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
-    n, m = int(is_positive.sum()), int((~is_positive).sum())
-    if not n or not m:
-        return float("nan")
-    ranks = stats.rankdata(values)
-    return float((ranks[is_positive].sum() - n * (n + 1) / 2) / (n * m))
+    """Return the area under the ROC curve. Ties count half."""
+    return auroc(*exact_counts(np.asarray(scores, dtype=np.float32), np.asarray(positive, dtype=np.bool_)))
 
 
 def patient_interval(rows: Sequence[Row], statistic: Callable[[Sequence[Row]], float]) -> list[float]:

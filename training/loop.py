@@ -34,7 +34,7 @@ SECTIONS = {
     "denoiser": SLICES | {"vqvae", "pixel_latents", "coarse_noise", "schedule", "denoiser"},
     # The baseline of training/experiments that is trained on the codes of the VQ-VAE. All others use only slices.
     "baseline-transformer": SLICES | {"vqvae"},
-    "baseline-denoising-ae": SLICES | {"coarse_noise"},
+    "denoising-autoencoder": SLICES | {"coarse_noise"},
 }
 
 

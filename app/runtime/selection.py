@@ -33,7 +33,8 @@ class ModelSelection:
 def select_model(manifests: Sequence[Manifest], source: Source, model: str | None) -> ModelSelection:
     """Select the bundle that the caller names, or the newest one for the modality and sequence of the scan.
 
-    A bundle that another one replaces, or that is for non-commercial use, is selected only by name. `check_licence` must accept it as well.
+    A bundle that another one replaces, or that is for non-commercial use, is selected only by name. For the latter,
+    `check_licence` must accept it as well.
 
     Parameters
     ----------

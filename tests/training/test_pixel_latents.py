@@ -87,7 +87,7 @@ def test_other_bundle_with_another_shape_is_refused(config: Config) -> None:
 
 
 @pytest.mark.parametrize("both", [True, False])
-def test_exactly_one_kind_of_latents(config: Config, both: bool) -> None:
+def test_exactly_one_kind_of_latents(config: Config, *, both: bool) -> None:
     values = config.model_dump()
     whole = Config.load(ROOT / "training" / "configs" / "t1.toml").model_dump()
     values["vqvae"] = whole["vqvae"] if both else None

@@ -23,16 +23,13 @@ from app.volume import FloatArray
 from training.config import Config
 from training.data import UINT16_MAX, HealthySlices, UInt16Array, cached_slices, data_hash, load_split
 from training.experiments.cases import Case
-from training.experiments.denoising_autoencoder import DenoisingAutoencoder, denoising_loss
-from training.experiments.methods import BUDGETS, DENOISING, TRANSFORMER, Budget, budget_of
+from training.experiments.methods import BUDGETS, TRANSFORMER, Budget, budget_of
 from training.experiments.segmentation import BATCH, AnomalyMap, ComparedMethod
 from training.experiments.transformer import build_transformer, shift_right
-from training.loop import Batches, Run, TrainingOptions, device, has_fast_bfloat16, make_generator
-from training.networks import TorchNetworks, load_networks, stage_weights
+from training.loop import Batches, Run, TrainingOptions, device, has_fast_bfloat16
+from training.networks import TorchNetworks, load_networks
 
 VALIDATION_SLICES = 256
-# Random streams of the coarse noise in training and in validation, in addition to the seed of the configuration.
-NOISE_STREAM, VALIDATION_STREAM = 7, 8
 # Channels of an autoencoder's levels, each at half the resolution, and size of its bottleneck.
 CHANNELS = (32, 64, 128)
 DENSE, SPATIAL = 128, 16
@@ -40,7 +37,7 @@ DENSE, SPATIAL = 128, 16
 CONTRAST_FLOOR = 0.02
 DIFFERENCE, OVER_CONTRAST = "difference", "over local contrast"
 
-Loss = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+Loss = Callable[[torch.Tensor], torch.Tensor]
 # Slices (N, 1, H, W) -> codes of the bundle's VQ-VAE (N, L).
 Codes = Callable[[torch.Tensor], torch.Tensor]
 
@@ -50,8 +47,6 @@ def build(name: str, config: Config) -> nn.Module:
     if name == "spatial-ae":
         spatial: nn.Module = AutoEncoder(2, 1, 1, (*CHANNELS, SPATIAL), (2,) * len(CHANNELS) + (1,), norm="BATCH")
         return spatial
-    if name == DENOISING:
-        return DenoisingAutoencoder(config)
     if name == TRANSFORMER:
         rows, columns = (side // config.downsampling for side in config.preprocessing.shape)
         transformer: nn.Module = build_transformer(config.vqvae_settings.codes, rows * columns)
@@ -70,16 +65,16 @@ def reconstruct(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return reconstructed
 
 
-def loss_of(name: str, network: nn.Module, config: Config, codes: Codes | None) -> Loss:
+def loss_of(name: str, network: nn.Module, codes: Codes | None) -> Loss:
     """Return the loss of a baseline over a batch of slices (N, 1, H, W). Only the transformer needs `codes`."""
 
-    def variational(x: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+    def variational(x: torch.Tensor) -> torch.Tensor:
         reconstructed, mean, log_variance, _ = network(x)
         kl = -0.5 * (1 + log_variance - mean**2 - log_variance.exp()).sum(1).mean()
         loss: torch.Tensor = (F.l1_loss(reconstructed, x, reduction="sum") / len(x) + kl) / x[0].numel()
         return loss
 
-    def next_code(x: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+    def next_code(x: torch.Tensor) -> torch.Tensor:
         assert codes is not None, "the transformer is trained on codes"
         target = codes(x)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=has_fast_bfloat16(x.device)):
@@ -87,12 +82,9 @@ def loss_of(name: str, network: nn.Module, config: Config, codes: Codes | None) 
         loss: torch.Tensor = F.cross_entropy(logits.float().transpose(1, 2), target)
         return loss
 
-    special: dict[str, Loss] = {
-        "vae": variational,
-        TRANSFORMER: next_code,
-        DENOISING: lambda x, rng: denoising_loss(network, x, config, rng),
-    }
-    return special.get(name, lambda x, _: F.l1_loss(reconstruct(network, x), x))
+    if name == "vae":
+        return variational
+    return next_code if name == TRANSFORMER else lambda x: F.l1_loss(reconstruct(network, x), x)
 
 
 def slice_codes(config: Config) -> Codes:
@@ -108,12 +100,11 @@ def slice_codes(config: Config) -> Codes:
 
 
 @torch.no_grad()
-def _validate(network: nn.Module, loss: Loss, stack: UInt16Array, batch: int, seed: int) -> dict[str, float]:
+def _validate(network: nn.Module, loss: Loss, stack: UInt16Array, batch: int) -> dict[str, float]:
     network.eval()
     some = stack[:: max(1, len(stack) // VALIDATION_SLICES)]
     x = torch.from_numpy(some.astype("float32") / UINT16_MAX)[:, None].to(device())
-    rng = make_generator(seed, VALIDATION_STREAM)
-    mean = sum(float(loss(part, rng)) * len(part) for part in x.split(batch)) / len(x)
+    mean = sum(float(loss(part)) * len(part) for part in x.split(batch)) / len(x)
     network.train()
     return {"val_loss": mean}
 
@@ -139,15 +130,12 @@ def train(budget: Budget, config: Config, healthy: HealthySlices | None = None) 
     healthy = healthy or HealthySlices.of(config)
     torch.manual_seed(config.seed)
     network = build(budget.name, config).to(device()).train()
-    if isinstance(network, DenoisingAutoencoder) and config.denoiser.warm_start:
-        start = config.model_copy(update={"version": config.denoiser.warm_start})
-        network.start_from_denoiser(stage_weights(start.bundle_folder, config, "denoiser"))
-    loss = loss_of(budget.name, network, config, slice_codes(config) if budget.name == TRANSFORMER else None)
+    loss = loss_of(budget.name, network, slice_codes(config) if budget.name == TRANSFORMER else None)
     batches = Batches(healthy.train, budget.batch, config.seed, config.augmentation)
     run = make_run(budget, config, network, healthy.data)
 
-    def step_fn(step: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        value = loss(x, make_generator(config.seed, NOISE_STREAM, step))
+    def step_fn(_: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        value = loss(x)
         run.optimiser.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -158,9 +146,7 @@ def train(budget: Budget, config: Config, healthy: HealthySlices | None = None) 
     started = time.monotonic()
 
     def validate() -> dict[str, float]:
-        return _validate(network, loss, healthy.validation, budget.batch, config.seed) | {
-            "seconds": time.monotonic() - started
-        }
+        return _validate(network, loss, healthy.validation, budget.batch) | {"seconds": time.monotonic() - started}
 
     run.train(batches, TrainingOptions().progress(budget.steps), step_fn, validate, max(1, budget.steps // 10))
 

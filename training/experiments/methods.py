@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 COUNTERPART, TRANSFORMER, ENSEMBLE = "counterpart", "transformer", "transformer-ensemble"
-DENOISING = "denoising-ae"
 
 # The part of a bundle that a method's anomaly map depends on. Each part includes the ones after it.
 DependsOn = Literal["detection", "codes", "cases"]
@@ -58,11 +57,6 @@ METHOD_INFO = {
     "vae": MethodInfo(
         "variational autoencoder", "reconstruction error of a VAE with a vector bottleneck (the same paper)."
     ),
-    DENOISING: MethodInfo(
-        "denoising autoencoder",
-        "the difference between a slice and the output of a U-Net in pixel space that removes the same coarse noise "
-        "patches, mean over the same views (Kascenas et al. 2022).",
-    ),
     TRANSFORMER: MethodInfo(
         "transformer",
         "an autoregressive transformer on the bundle's VQ-VAE codes. Unlikely codes are resampled and the difference "
@@ -89,7 +83,6 @@ class Budget:
 
 
 BUDGETS = {name: Budget(name, 1500, 32, 1e-3) for name in ("dense-ae", "spatial-ae", "vae", TRANSFORMER)}
-BUDGETS[DENOISING] = Budget(DENOISING, 2400, 16, 6e-4)
 # On a CPU, 1,500 batches of 32 T1 slices of 1,920 codes take four hours (decision 20).
 SMALLER_BATCHES = {(TRANSFORMER, "t1"): 8}
 

@@ -20,16 +20,16 @@ def config() -> Config:
     return Config.load(ROOT / "training" / "configs" / "headct.toml")
 
 
-@pytest.mark.parametrize("name", ["dense-ae", "spatial-ae", "vae", "denoising-ae"])
+@pytest.mark.parametrize("name", ["dense-ae", "spatial-ae", "vae"])
 def test_autoencoder_loss_falls(name: str, config: Config) -> None:
     torch.manual_seed(0)
     network = baselines.build(name, config).train()
-    loss = baselines.loss_of(name, network, config, None)
+    loss = baselines.loss_of(name, network, None)
     x = torch.rand(4, 1, 64, 64).cumsum(-1) / 64
     optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
     losses = []
     for _ in range(40):
-        value = loss(x, torch.Generator().manual_seed(0))
+        value = loss(x)
         optimiser.zero_grad()
         value.backward()
         optimiser.step()
