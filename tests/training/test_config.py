@@ -26,6 +26,7 @@ from training.export import Parity  # noqa: E402
 from training.image_archive import read_exclusions  # noqa: E402
 from training.networks import build_denoiser, build_vqvae  # noqa: E402
 from training.quantise import noise_levels  # noqa: E402
+from training.unseen_scans import UNSEEN  # noqa: E402
 
 pytestmark = pytest.mark.training
 
@@ -53,6 +54,7 @@ def test_no_splits_file_is_unused() -> None:
     used = {c.data.splits for c in loaded} | {c.data.image_archive.exclusions for c in loaded if c.data.image_archive}
     # An older bundle that is still shipped names its split too.
     used |= {read_manifest(folder).provenance.split for folder in find_bundles(ROOT / "models")}
+    used.add(UNSEEN)
     assert {path.name for path in SPLITS_FOLDER.iterdir()} - {"README.md"} == used
 
 
