@@ -13,21 +13,21 @@ NAMES = {
 def haemorrhage_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the statistics of the adults, the found slices by kind of haemorrhage, and one row for each patient."""
     summary = next(row["summary"] for row in rows if "summary" in row)
+    scope = f"{summary['patients']} adults, {summary['with_haemorrhage']} of them with haemorrhage."
+    false_ml = ", ".join(f"{v:.2f}" for v in summary["false_positive_ml"])
     lines = [
-        f"{summary['patients']} adults, {summary['with_haemorrhage']} of them with haemorrhage. Intervals resample "
-        "patients, with and without haemorrhage separately.",
+        f"{scope} Intervals resample patients, with and without haemorrhage separately.",
         "",
         "| adults | value (95 % interval) |",
         "| --- | --- |",
         *(f"| {name} | {'{:.2f} ({:.2f} to {:.2f})'.format(*summary[key])} |" for key, name in NAMES.items()),
-        f"| found in adults without haemorrhage, ml: median, 90th percentile | "
-        f"{', '.join(f'{v:.2f}' for v in summary['false_positive_ml'])} |",
+        f"| found in adults without haemorrhage, ml: median, 90th percentile | {false_ml} |",
         "",
         "| kind of haemorrhage | slices of adults with at least one finding |",
         "| --- | --- |",
         *(f"| {kind} | {hit} of {count} |" for kind, (hit, count) in summary["slices_found_by_kind"].items()),
         "",
-        "| patient | adult | haemorrhage | outcome | found, ml | slices with haemorrhage: found | outlined, ml | Dice |",
+        "| patient | adult | haemorrhage | outcome | found, ml | bleeding slices found | outlined, ml | Dice |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     return lines + [_patient_row(row) for row in rows if "subject" in row]

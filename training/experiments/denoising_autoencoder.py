@@ -4,8 +4,8 @@
 CONFIG BUNDLE`, it measures both on test subjects and writes docs/evaluation/NAME-denoising-autoencoder.json and .md.
 
 The autoencoder learns to remove the same patches of coarse noise as the denoiser of the bundle (decision 8), from the
-same slices. It has no latents and no diffusion: it runs once per view, and the difference between a slice and its output
-is the anomaly map. Views, filters and the rule for the threshold are those of the bundle.
+same slices. It has no latents and no diffusion: it runs once per view. The difference between a slice and its output is
+the anomaly map. Views, filters and the rule for the threshold are those of the bundle.
 
 A. Kascenas, N. Pugeault, A. O'Neil: Denoising autoencoders for unsupervised anomaly detection in brain MRI, MIDL 2022.
 """
@@ -211,21 +211,26 @@ def measure(config: Config, bundle: Bundle) -> list[Row]:
 
 def page(document: Row) -> str:
     """Return the page of a comparison."""
-    lines = [
-        f"# {document['bundle']} and a denoising autoencoder in pixel space",
-        "",
+    protocol = (
         "Written by `python -m training.experiments.denoising_autoencoder compare CONFIG BUNDLE`. Test subjects of the "
         f"configuration with one lesion shape each ({', '.join(GRADES)}), and without a lesion. The threshold of each "
         f"method is the lowest one at which the median of {CALIBRATION_SCANS} healthy validation scans has at most "
         f"{document['false_positive_ml']:g} ml of findings. Means over subjects with bootstrap 95 % intervals over "
-        "subjects; false findings are medians. Milliseconds are those of the same run.",
-        "",
+        "subjects; false findings are medians. Milliseconds are those of the same run."
+    )
+    training = (
         f"Training of the autoencoder: {document['steps']} steps of {BATCH} slices, from the inner layers of the "
-        f"denoiser of {document['start']}. Its last and first layer have seen only these slices. {document['note']}",
+        f"denoiser of {document['start']}. Its last and first layer have seen only these slices. {document['note']}"
+    )
+    columns = "".join(f"| AUPRC, {g} | best Dice, {g} | Dice, {g} " for g in GRADES)
+    lines = [
+        f"# {document['bundle']} and a denoising autoencoder in pixel space",
         "",
-        "| method | ms per slice | false findings, ml "
-        + "".join(f"| AUPRC, {g} | best Dice, {g} | Dice, {g} " for g in GRADES)
-        + "|",
+        protocol,
+        "",
+        training,
+        "",
+        f"| method | ms per slice | false findings, ml {columns}|",
         "| --- | --- | --- " + "| --- " * (3 * len(GRADES)) + "|",
     ]
     for row in document["rows"]:
