@@ -433,6 +433,9 @@ class JobQueue:
         self._metrics.deliveries.clear()
         for (target, state), number in self.deliveries.count().items():
             self._metrics.deliveries.labels(target, state).set(number)
+        self._metrics.delivery_age.clear()
+        for target, seconds in self.deliveries.ages().items():
+            self._metrics.delivery_age.labels(target).set(seconds)
         return self._metrics.text()
 
 
