@@ -5,10 +5,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -20,11 +19,6 @@ from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from app.api.catalogue import Catalogue
-from app.export.outputs import STRUCTURED_REPORT_NAME
-from app.jobs.job import Cursor, Job
-from app.jobs.queue import JobQueue
-from app.jobs.store import Store, StoredFile
 from tests.api.service_process import RunningService, run_service
 from tests.api.support import URL, WAIT, wait_for_state
 from tests.support.dicom import SECRET, Series, make_datasets, write_series
@@ -334,50 +328,6 @@ def test_erased_job_is_not_found(service: Service) -> None:
     service.http.delete(f"{URL}/{job}")
     assert service.http.get("/dicomweb/studies/1.2.840.4711").status_code == 404
     assert service.http.get("/dicomweb/studies?StudyInstanceUID=1.2.840.4711").status_code == 204
-
-
-class FakeJobs:
-    """Queue and store of jobs with one DICOM file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.existing: list[str] = []
-
-    def add(self, job: str) -> None:
-        folder = self.folder / job
-        folder.mkdir()
-        for number, dataset in enumerate(make_datasets(brain(), Series(name=job))[:4]):
-            dataset.StudyInstanceUID = "1.2.3"
-            dataset.save_as(folder / f"{number:06d}", enforce_file_format=True)
-        self.existing.append(job)
-
-    def list_jobs(self, _filter: object, limit: int, after: Cursor | None) -> list[Job]:
-        now = datetime.now(UTC)
-        results = (STRUCTURED_REPORT_NAME,)
-        jobs = [Job(job, "succeeded", None, 1, None, now, now, now, None, "", results=results) for job in self.existing]
-        return [] if after else jobs[:limit]
-
-    def fetch(self, job: str, _name: str) -> StoredFile:
-        return StoredFile(self.folder / job / "000000")
-
-    def scan_files(self, job: str) -> list[Path]:
-        return sorted((self.folder / job).iterdir())
-
-
-def test_catalogue_forgets_erased_jobs_and_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = FakeJobs(tmp_path)
-    catalogue = Catalogue(cast("JobQueue", jobs), cast("Store", jobs))
-    for job in ("one", "two", "three"):
-        jobs.add(job)
-    assert len(catalogue.find("1.2.3")) == 12
-    assert {entry.job for entries in catalogue._entries.values() for entry in entries} == set(jobs.existing)
-    jobs.existing.remove("two")  # another process has erased it
-    assert len(catalogue.find("1.2.3")) == 8
-    assert {entry.job for entries in catalogue._entries.values() for entry in entries} == {"one", "three"}
-    monkeypatch.setattr("app.api.catalogue.CACHED_INSTANCES", 6)
-    jobs.add("four")
-    assert len(catalogue.find("1.2.3")) == 12
-    assert sum(map(len, catalogue._entries.values())) <= 6
 
 
 # ---- pull --------------------------------------------------------------------------------------

@@ -142,11 +142,14 @@ def test_something_else_than_instances(content: bytes, kind: str, code: str) -> 
 
 
 def test_too_large() -> None:
-    assert refusal(lambda handler: send(handler, multipart([INSTANCE + bytes(5 << 20)])), max_bytes=1 << 20) == "upload_too_large"
+    assert (
+        refusal(lambda handler: send(handler, multipart([INSTANCE + bytes(5 << 20)])), max_bytes=1 << 20)
+        == "upload_too_large"
+    )
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_an_instance_is_never_in_memory_as_a_whole(chunked: bool) -> None:
+def test_an_instance_is_never_in_memory_as_a_whole(*, chunked: bool) -> None:
     """An instance of 64 MB arrives in blocks, whose boundaries cut the delimiter of the message."""
     block, blocks = bytes(1 << 16), 1024
     begin, _, end = multipart([INSTANCE + b"|"]).partition(b"|")
