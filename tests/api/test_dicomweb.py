@@ -19,6 +19,8 @@ from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
+from app.api.catalogue import SERIES_KEYWORDS, STUDY_KEYWORDS
+from app.ingest.dicom.instances import tag_of
 from tests.api.service_process import RunningService, run_service
 from tests.api.support import URL, WAIT, wait_for_state
 from tests.support.dicom import SECRET, Series, make_datasets, write_series
@@ -28,6 +30,7 @@ from tests.support.servers import free_port
 SERVE = (sys.executable, "-m", "app.cli", "serve")
 TYPE = 'multipart/related; type="application/dicom"; boundary=part'
 TOKEN = "secret-token"  # noqa: S105 - of this test
+PATIENT = {"00100010", "00100020", "00100030"}
 REFERENCED, FAILED, OTHERS = "00081199", "00081198", "0008119A"
 
 
@@ -235,6 +238,31 @@ def test_search_for_instances_in_pages(service: Service) -> None:
             break
         assert answer.headers["Warning"].startswith("299 ")
     assert (len(found), set(found)) == (len(everything), everything)
+
+
+@pytest.mark.parametrize("path", ["/dicomweb/series", "/dicomweb/studies/{study}/series"])
+def test_every_attribute_of_an_answer_is_a_key(service: Service, path: str) -> None:
+    """Keys that the database checks, and those that need the files, with a value and with a wildcard."""
+    study = str(service.source.StudyInstanceUID)
+    path = path.format(study=study)
+    (series,) = service.http.get(f"{path}?StudyInstanceUID={study}&Modality=SEG").json()
+    keys = {tag for keyword in (*STUDY_KEYWORDS, *SERIES_KEYWORDS) if (tag := tag_of(keyword)) in series}
+    values = {tag: str(series[tag]["Value"][0]) for tag in keys - PATIENT if series[tag].get("Value")}
+    assert {"0020000D", "0020000E", "00080060", "00080020", "00200011"} <= values.keys()
+    for tag, value in values.items():
+        if series[tag]["vr"] == "PN":
+            continue
+        for wanted in (value, f"{value[:-1]}?", f"{value[0]}*"):
+            answer = service.http.get(path, params={tag: wanted})
+            found = answer.json() if answer.status_code == 200 else []
+            assert series["0020000E"] in [item["0020000E"] for item in found], (tag, wanted)
+        assert service.http.get(path, params={tag: f"{value}~"}).status_code == 204, tag
+
+
+@pytest.mark.parametrize("path", ["studies", "series", "instances"])
+def test_search_with_another_media_type_is_refused(service: Service, path: str) -> None:
+    answer = service.http.get(f"/dicomweb/{path}", headers={"Accept": "application/dicom+xml"})
+    assert (answer.status_code, answer.json()["code"]) == (406, "not_acceptable")
 
 
 @pytest.mark.parametrize(
