@@ -38,6 +38,7 @@ ARCHIVES = (
 )
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 READY_SECONDS = 600
+PROGRAMS = ("buildah", "mmdebstrap", "runc")
 STOP_SECONDS = 60
 # Limits of docker-compose.yml.
 MEMORY_BYTES, PROCESSES = 6 << 30, 512
