@@ -224,9 +224,9 @@ class Catalogue:
         """Remove the attributes of jobs that do not exist from memory, whichever process has erased them."""
         with self._lock:
             jobs = {job for job, _ in self._entries}
-        existing = self._queue.read_states(jobs).keys() if jobs else jobs
+        erased = jobs.difference(self._queue.read_states(jobs) if jobs else ())
         with self._lock:
-            for key in [key for key in self._entries if key[0] in jobs - existing]:
+            for key in [key for key in self._entries if key[0] in erased]:
                 self._count -= len(self._entries.pop(key))
 
     @contextmanager
