@@ -171,8 +171,7 @@ class Catalogue:
         with self._update_lock:
             while jobs := self._index.missing(PAGE):
                 found = self._queue.find(jobs)
-                for job in jobs:
-                    self._index.add(job, list(self._describe(found[job])) if job in found else [])
+                self._index.add({job: list(self._describe(found[job])) if job in found else [] for job in jobs})
         self._forget_erased()
 
     def _describe(self, job: Job) -> Iterator[IndexedInstance]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal, TypeVar
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from app.jobs.database import create_tables, workflow_table
 
@@ -90,6 +91,7 @@ class InstanceIndex:
 
     def __init__(self, database: sa.Engine, workflow: str) -> None:
         self._database = database
+        self._insert = postgresql.insert if database.dialect.name == "postgresql" else sqlite.insert
         self._jobs = workflow_table(database)
         self._succeeded = (self._jobs.c.name == workflow, self._jobs.c.status == SUCCEEDED)
         self._rows = instances_table.join(self._jobs, self._jobs.c.workflow_uuid == instances_table.c.job)
@@ -108,17 +110,19 @@ class InstanceIndex:
         with self._database.connect() as connection:
             return list(connection.execute(query.order_by(t.created_at.desc()).limit(limit)).scalars())
 
-    def add(self, job: str, instances: Sequence[IndexedInstance]) -> None:
-        """Add a job with its instances. A job that is in the index, or was erased, stays as it is."""
-        exists = sa.exists().where(self._jobs.c.workflow_uuid == job)
-        new = indexed_table.insert().from_select(["job"], sa.select(sa.literal(job, sa.Text)).where(exists))
-        rows = [{"position": position, **asdict(instance)} for position, instance in enumerate(instances)]
-        try:
-            with self._database.begin() as connection:
-                if connection.execute(new).rowcount and rows:
-                    connection.execute(instances_table.insert(), rows)
-        except sa.exc.IntegrityError:  # another process has added it in the meantime
-            return
+    def add(self, found: Mapping[str, Sequence[IndexedInstance]]) -> None:
+        """Add jobs with their instances. A job that is in the index, or was erased, stays as it is."""
+        jobs = sa.select(self._jobs.c.workflow_uuid).where(self._jobs.c.workflow_uuid.in_(found))
+        new = self._insert(indexed_table).from_select(["job"], jobs).on_conflict_do_nothing()
+        with self._database.begin() as connection:
+            added = list(connection.execute(new.returning(indexed_table.c.job)).scalars())
+            rows = [
+                {"position": position, **asdict(instance)}
+                for job in added
+                for position, instance in enumerate(found[job])
+            ]
+            if rows:
+                connection.execute(instances_table.insert(), rows)
 
     def erase(self, job: str) -> None:
         """Remove a job."""

@@ -57,8 +57,8 @@ def results(job: str, study: str, date: str | None = "20260101") -> list[Indexed
 def test_pages_have_each_uid_once_newest_job_first(engine: sa.Engine, index: InstanceIndex, level: Level) -> None:
     jobs = [f"job-{number:04d}" for number in range(JOBS)]
     add_jobs(engine, *jobs)
-    for number, job in enumerate(jobs):
-        index.add(job, results(job, f"1.2.{number // 2}"))  # each scan was analysed twice
+    # Each scan was analysed twice.
+    index.add({job: results(job, f"1.2.{number // 2}") for number, job in enumerate(jobs)})
     uids = [row for number in reversed(range(JOBS // 2)) for row in results("", f"1.2.{number}")]
     expected = list(dict.fromkeys(getattr(row, level) for row in uids))
     assert index.count(level, NO_CONDITION) == len(expected)
@@ -70,9 +70,9 @@ def test_pages_have_each_uid_once_newest_job_first(engine: sa.Engine, index: Ins
 
 def test_conditions(engine: sa.Engine, index: InstanceIndex) -> None:
     add_jobs(engine, "old", "none", "new")
-    index.add("old", results("old", "1.1", "20251231"))
-    index.add("none", results("none", "1.2", None)[:1])
-    index.add("new", results("new", "1.3"))
+    index.add({"old": results("old", "1.1", "20251231")})
+    index.add({"none": results("none", "1.2", None)[:1]})
+    index.add({"new": results("new", "1.3")})
 
     def found(level: Level = "study", **conditions: object) -> list[str]:
         wanted = InstanceFilter(**conditions)  # type: ignore[arg-type]
@@ -98,10 +98,10 @@ def test_only_jobs_that_succeeded_are_missing(engine: sa.Engine, index: Instance
     add_jobs(engine, "other", name="another_workflow")
     assert index.missing(10) == ["new", "old"]
     assert index.missing(1) == ["new"]
-    index.add("new", [])  # its scan was not DICOM
+    index.add({"new": []})  # its scan was not DICOM
     assert index.missing(10) == ["old"]
-    index.add("old", results("old", "1.1"))
-    index.add("old", results("old", "1.1"))  # another process
+    index.add({"old": results("old", "1.1")})
+    index.add({"old": results("old", "1.1")})  # another process
     assert index.missing(10) == []
     assert [row.name for row in index.find(study="1.1")] == ["segmentation.dcm", "report.dcm"]
     assert index.find(study="1.1", series="1.1.2") == results("old", "1.1")[1:]
@@ -109,16 +109,15 @@ def test_only_jobs_that_succeeded_are_missing(engine: sa.Engine, index: Instance
 
 def test_an_erased_job_is_found_no_more(engine: sa.Engine, index: InstanceIndex) -> None:
     add_jobs(engine, "one", "two")
-    for job in ("one", "two"):
-        index.add(job, results(job, f"1.{job}"))
+    index.add({job: results(job, f"1.{job}") for job in ("one", "two")})
     jobs = workflow_table(engine)
     with engine.begin() as connection:
         connection.execute(jobs.delete().where(jobs.c.workflow_uuid == "one"))
     assert index.page("study", NO_CONDITION, 10, 0) == ["1.two"]  # before its rows are erased
     assert index.find(study="1.one") == []
-    index.add("one", results("one", "1.one"))  # a search that has read it before
+    index.add({"one": results("one", "1.one")})  # a search that has read it before
     index.erase("one")
-    index.add("one", results("one", "1.one"))
+    index.add({"one": results("one", "1.one")})
     with engine.connect() as connection:
         assert set(connection.execute(sa.text("SELECT DISTINCT job FROM counterpart_instances")).scalars()) == {"two"}
         assert set(connection.execute(sa.text("SELECT job FROM counterpart_indexed_jobs")).scalars()) == {"two"}
@@ -126,8 +125,7 @@ def test_an_erased_job_is_found_no_more(engine: sa.Engine, index: InstanceIndex)
 
 def test_orphans_are_removed(engine: sa.Engine, index: InstanceIndex) -> None:
     add_jobs(engine, "one", "two")
-    for job in ("one", "two"):
-        index.add(job, results(job, f"1.{job}"))
+    index.add({job: results(job, f"1.{job}") for job in ("one", "two")})
     jobs = workflow_table(engine)
     with engine.begin() as connection:
         connection.execute(jobs.delete().where(jobs.c.workflow_uuid == "one"))
