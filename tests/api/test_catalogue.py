@@ -18,9 +18,9 @@ from app.jobs.instances import InstanceFilter, InstanceIndex
 from app.jobs.job import Job
 from app.jobs.queue import WORKFLOW, JobQueue
 from app.jobs.store import Store, StoredFile
-from tests.jobs.support import create_workflow_table
 from tests.support.dicom import Series, make_datasets
 from tests.support.phantom import brain
+from tests.support.workflow_table import create_workflow_table
 
 RESULTS = (SEGMENTATION_NAME, STRUCTURED_REPORT_NAME)
 EVERYTHING = InstanceFilter()

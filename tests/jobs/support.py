@@ -5,10 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import sqlalchemy as sa
-
 from app.analysis import AnalysisRequest
-from app.jobs.database import workflow_table
 from app.jobs.engine import Engine
 from app.jobs.job import State
 from app.jobs.maintenance import StorageLimits
@@ -49,16 +46,6 @@ def running_service(folder: Path, engine: Engine, queue_limit: int = 100) -> Ite
         yield service
     finally:
         service.stop(0)
-
-
-def create_workflow_table(database: sa.Engine) -> None:
-    """Create the columns of DBOS's table that an index of jobs reads."""
-    table = workflow_table(database)
-    with database.begin() as connection:
-        if table.schema:
-            connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {table.schema}"))
-        columns = "workflow_uuid TEXT PRIMARY KEY, name TEXT, status TEXT, created_at BIGINT"
-        connection.execute(sa.text(f"CREATE TABLE {table.fullname} ({columns})"))
 
 
 def submit(service: JobService, folder: Path, **orders: object) -> str:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from app.jobs.database import connect, workflow_table
 from app.jobs.instances import IndexedInstance, InstanceFilter, InstanceIndex, Level, metadata
-from tests.jobs.support import create_workflow_table
+from tests.support.workflow_table import create_workflow_table
 
 WORKFLOW = "analyse_scan"
 JOBS = 1000
