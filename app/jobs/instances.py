@@ -179,9 +179,9 @@ class InstanceIndex:
         with self._database.connect() as connection:
             return connection.execute(query).scalar_one()
 
-    def _select(self, level: Level, wanted: InstanceFilter, column: sa.ColumnElement[T]) -> sa.Select[tuple[T]]:
+    def _select(self, level: Level, wanted: InstanceFilter, column: sa.ColumnElement[T]) -> sa.Select[T]:
         t = instances_table.c
-        conditions = [t[name].in_(values) for name, values in wanted.accepted.items()]
+        conditions: list[sa.ColumnElement[bool]] = [t[name].in_(values) for name, values in wanted.accepted.items()]
         if wanted.first_date:
             conditions.append(t.study_date >= wanted.first_date)
         if wanted.last_date:
