@@ -1,6 +1,6 @@
 """Catalogue of DICOM instances with many jobs: pages from the database, few files read, little in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -88,7 +88,7 @@ def jobs(tmp_path: Path) -> FakeJobs:
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Files whose attributes were read."""
     seen: list[Path] = []
 

@@ -114,7 +114,7 @@ def find(folder: Path, port: int, study: str) -> list[pydicom.Dataset]:
     folder.mkdir()
     keys = ("QueryRetrieveLevel=SERIES", f"StudyInstanceUID={study}", "SeriesInstanceUID", "Modality")
     options = [option for key in keys for option in ("-k", key)]
-    command = ["findscu", "-S", "-X", "-od", folder, "-aec", TITLE, *options, "127.0.0.1", str(port)]
+    command = ["findscu", "-S", "-X", "-od", str(folder), "-aec", TITLE, *options, "127.0.0.1", str(port)]
     subprocess.run(command, check=True)
     return [pydicom.dcmread(path) for path in folder.iterdir()]
 

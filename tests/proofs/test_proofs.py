@@ -34,7 +34,7 @@ def test_oidc_provider_browser_and_mutual_tls(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or not all(map(shutil.which, image.PROGRAMS)), reason="no root, or no buildah")
 def test_the_image_is_built_and_runs(tmp_path: Path) -> None:
     scan = make_sample(tmp_path / "sample", 0).scan
-    command = [sys.executable, "-m", "tests.proofs.image", "--scan", scan, "--out", tmp_path / "result"]
+    command = [sys.executable, "-m", "tests.proofs.image", "--scan", str(scan), "--out", str(tmp_path / "result")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
