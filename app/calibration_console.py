@@ -1,4 +1,4 @@
-"""Terminal output of `counterpart calibrate` and `counterpart audit`."""
+"""Terminal output of `counterpart calibrate` and `counterpart drift`."""
 
 from pathlib import Path
 

@@ -269,7 +269,7 @@ def calibrate(
 
 
 @app.command()
-def audit(
+def drift(
     profile: Annotated[Path, typer.Argument(help="Site profile.", callback=_check_exists, dir_okay=False)],
     reports: Annotated[
         Path,
@@ -287,9 +287,9 @@ def audit(
     with report_errors({"PROFILE": profile, "REPORTS": reports}):
         key = read_settings().profile_key
         checked = read_profile(profile, key.get_secret_value() if key else None)
-        drift = measure_drift(checked, read_reports(reports, checked))
-        print_drift(drift, Console())
-    if drift.has_drifted:
+        measured = measure_drift(checked, read_reports(reports, checked))
+        print_drift(measured, Console())
+    if measured.has_drifted:
         raise typer.Exit(STATUS_OTHER)
 
 

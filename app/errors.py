@@ -289,6 +289,13 @@ class Unauthorised(CounterpartError):
     title = "Token required"
 
 
+class SearchTooBroad(CounterpartError):
+    """Too many instances would have to be read for a search."""
+
+    code = "search_too_broad"
+    title = "Search too broad"
+
+
 class NotAcceptable(CounterpartError):
     code = "not_acceptable"
     title = "Not an offered media type"

@@ -59,7 +59,7 @@ class SiteProfile(FrozenModel):
     )
     sensitivity: tuple[LesionSensitivity, ...]
     scan_score: Range = Field(description="Scores of scans that the profile fits.")
-    scan_scores: tuple[float, ...] = Field(description="Scores of the scans, sorted, for `counterpart audit`.")
+    scan_scores: tuple[float, ...] = Field(description="Scores of the scans, sorted, for `counterpart drift`.")
     volumes_ml: tuple[float, ...] = Field(description="False-positive volumes with these thresholds, sorted.")
 
     @property

@@ -51,7 +51,11 @@ def offered() -> str:
     metrics.request_seconds.labels("GET", "/livez", 200).observe(1)
     metrics.info.labels("tiny-0.0.1", "cpu").set(1)
     metrics.deliveries.labels("pacs", "failed").set(1)
-    NodeMetrics(metrics.registry).associations.labels("accepted")
+    metrics.delivery_age.labels("pacs").set(1)
+    metrics.webhooks.labels("delivered")
+    node = NodeMetrics(metrics.registry)
+    node.associations.labels("accepted")
+    node.series.labels("new")
     DeliveryMetrics(metrics.registry).attempts.labels("pacs", "sent")
     return metrics.text().decode()
 
@@ -79,6 +83,33 @@ def test_every_named_metric_exists(source: str) -> None:
     text = offered()
     assert len(named) >= 5
     assert {name for name in named if not re.search(rf"^{name}(\{{| )", text, re.MULTILINE)} == set()
+
+
+def test_every_label_of_an_expression_exists() -> None:
+    """A matcher or a group by a label that a metric does not have gives nothing, without an error."""
+    text = offered()
+    labels = set(re.findall(r'[{,](\w+)="', text)) | {"job", "instance"}
+    expressions = [rule["expr"] for rule in rules()] + list(dashboard_expressions())
+    for expression in expressions:
+        matched = re.findall(r'(\w+)(?:=|!=|=~|!~)"', expression)
+        grouped = [name.strip() for names in re.findall(r"by \(([^)]*)\)", expression) for name in names.split(",")]
+        assert {*matched, *grouped} <= labels, expression
+
+
+def test_every_metric_has_a_row_in_the_documentation() -> None:
+    document = (ROOT / "docs" / "operations.md").read_text()
+    families = set(re.findall(r"^# TYPE (counterpart_\w+) ", offered(), re.MULTILINE))
+    shown = {name for name in families if not name.startswith("counterpart_inference_process_")}
+    assert [name for name in sorted(shown) if not name.endswith("_created") and f"`{name}" not in document] == []
+
+
+def test_the_dashboard_shows_the_node_the_deliveries_and_the_webhooks() -> None:
+    expressions = " ".join(dashboard_expressions())
+    registry = CollectorRegistry()
+    NodeMetrics(registry)
+    DeliveryMetrics(registry)
+    names = {family.name for family in registry.collect()} | {"counterpart_webhooks", "counterpart_deliveries"}
+    assert [name for name in sorted(names) if name not in expressions] == []
 
 
 def test_every_outcome_of_an_alert_is_counted_from_the_start() -> None:

@@ -75,6 +75,14 @@ def test_service_does_not_import_torch() -> None:
     assert out.stdout.strip() == "set()"
 
 
+def test_start_of_the_service_imports_only_what_every_service_needs() -> None:
+    """PyJWT, the DICOM network, the writers of DICOM, clients and traces come with the first use or by a setting."""
+    later = {"jwt", "cryptography", "pynetdicom", "highdicom", "dicomweb_client", "opentelemetry.sdk", "onnxruntime"}
+    code = f"import sys, app.main; print(sorted({later!r} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
 def test_constraints_are_exact_and_in_range() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines), lines

@@ -1,13 +1,15 @@
-"""`counterpart calibrate` and `counterpart audit`: thresholds from healthy scans, openly excluded outliers, drift."""
+"""`counterpart calibrate` and `counterpart drift`: thresholds from healthy scans, openly excluded outliers, drift."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from app import site_calibration
 from app.analysis import AnalysisRequest
+from app.cli import app
 from app.errors import TooFewScans
 from app.export.report import Report
 from app.runtime.bundle import Bundle, load_bundle
@@ -21,7 +23,7 @@ from app.site_calibration import (
     read_reports,
     score_range,
 )
-from app.site_profile import SiteProfile, SiteProfiles
+from app.site_profile import SiteProfile, SiteProfiles, write_profile
 from tests.support.dicom import Series, make_datasets, save
 from tests.support.phantom import brain, grid
 from tests.support.results import run_analysis, save_nifti
@@ -204,3 +206,16 @@ def test_only_reports_of_the_profile_are_read(profile: SiteProfile, report: Repo
     model = report.model.model_copy(update={"site_profile": None})
     (tmp_path / "report.json").write_text(report.model_copy(update={"model": model}).model_dump_json())
     assert read_reports(tmp_path, profile) == [report]
+
+
+@pytest.mark.parametrize(("factor", "status", "text"), [(1.0, 0, "no drift found"), (1.3, 1, "drifted")])
+def test_the_command_compares_reports_with_a_profile(
+    profile: SiteProfile, report: Report, tmp_path: Path, factor: float, status: int, text: str
+) -> None:
+    write_profile(profile, tmp_path / "profile.json", None)
+    for number, score in enumerate(profile.scan_scores):
+        folder = tmp_path / "results" / str(number)
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(with_score(report, factor * score).model_dump_json())
+    done = CliRunner().invoke(app, ["drift", str(tmp_path / "profile.json"), str(tmp_path / "results")])
+    assert (done.exit_code, text in done.output) == (status, True)

@@ -16,10 +16,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from app.api.catalogue import (
     INSTANCE,
     INSTANCE_KEYWORDS,
+    MODALITY,
     SERIES,
     SERIES_KEYWORDS,
+    SOP_CLASS,
     STUDY,
+    STUDY_DATE,
     STUDY_KEYWORDS,
+    UID_TAGS,
     Catalogue,
     Entry,
 )
@@ -29,6 +33,7 @@ from app.api.problems import problem_responses
 from app.api.stow import DICOM_JSON, StudyUid, base_url
 from app.errors import BadRequest, NotAcceptable, NotFound
 from app.ingest.dicom.instances import DicomJson, read_attributes, read_frames, tag_of
+from app.jobs.instances import InstanceFilter, Level
 
 router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"])
 _LIST, _SHOW, _DOWNLOAD = ([Depends(require("read", action))] for action in ("list", "show", "download"))
@@ -38,14 +43,17 @@ InstanceUid = Annotated[str, PathParameter(description="SOPInstanceUID.", patter
 Limit = Annotated[int, Query(ge=1, le=1000, description="Largest number of matches.")]
 Offset = Annotated[int, Query(ge=0, description="Matches to leave out.")]
 
-_MODALITY, _MODALITIES = "00080060", "00080061"
+_MODALITIES = "00080061"
 # A URL ends up in the logs of proxies.
 _PATIENT = frozenset(tag_of(keyword) for keyword in ("PatientName", "PatientID", "PatientBirthDate"))
-_LEVELS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "study": (STUDY, STUDY_KEYWORDS),
-    "series": (SERIES, (*STUDY_KEYWORDS, *SERIES_KEYWORDS)),
-    "instance": (INSTANCE, (*STUDY_KEYWORDS, *SERIES_KEYWORDS, *INSTANCE_KEYWORDS)),
+_KEYWORDS: Mapping[Level, tuple[str, ...]] = {
+    "study": STUDY_KEYWORDS,
+    "series": (*STUDY_KEYWORDS, *SERIES_KEYWORDS),
+    "instance": (*STUDY_KEYWORDS, *SERIES_KEYWORDS, *INSTANCE_KEYWORDS),
 }
+# Keys that the database checks, if their values have no wildcard.
+_INDEXED = {STUDY: "study", SERIES: "series", INSTANCE: "instance", SOP_CLASS: "sop_class", MODALITY: "modality"}
+_RANGE = re.compile(r"(?=.*\d)([\d.]*)-([\d.]*)")
 _MATCHED = {tag_of(keyword) for keyword in (*STUDY_KEYWORDS, *SERIES_KEYWORDS, *INSTANCE_KEYWORDS)} | {_MODALITIES}
 _OPTIONS = ("limit", "offset", "includefield", "fuzzymatching")
 _BLOCK = 1 << 20
@@ -57,7 +65,7 @@ _FILES: dict[int | str, dict[str, Any]] = {
     200: {"content": {"multipart/related": {"schema": {"type": "string", "format": "binary"}}}}
 }
 _SEARCH: dict[int | str, dict[str, Any]] = {**_JSON, 204: {"description": "No match"}}
-_SEARCH |= problem_responses(400, 401, 403, 404, 406, 503)
+_SEARCH |= problem_responses(400, 401, 403, 404, 406, 413, 503)
 _METADATA: dict[int | str, dict[str, Any]] = {**_JSON, **problem_responses(400, 401, 403, 404, 406, 503)}
 _RETRIEVE: dict[int | str, dict[str, Any]] = {**_FILES, **problem_responses(400, 401, 403, 404, 406, 503)}
 
@@ -121,7 +129,7 @@ async def search_instances_of_series(
 async def _search(
     request: Request,
     services: ServicesDependency,
-    level: str,
+    level: Level,
     page: tuple[int, int],
     *uids: str,
 ) -> Response:
@@ -130,16 +138,53 @@ async def _search(
     scope = list(uids)
     if not scope and re.fullmatch(r"[0-9.]{1,64}", keys.get(STUDY, "")):
         scope = [keys[STUDY]]
-    entries = await services.calls.transfer(services.catalogue.find, *scope)
-    uid_tag, keywords = _LEVELS[level]
-    matches = [group for group in _group(entries, uid_tag) if any(_matches(entry, keys, group) for entry in group)]
     limit, offset = page
-    shown = [_describe(level, group, keywords, base_url(request, services)) for group in matches[offset:][:limit]]
+    groups, total = await services.calls.transfer(_find_groups, services.catalogue, level, keys, scope, limit, offset)
+    shown = [_describe(level, group, _KEYWORDS[level], base_url(request, services)) for group in groups]
     if not shown:
         return Response(status_code=204)
-    remaining = len(matches) - offset - len(shown)
+    remaining = total - offset - len(shown)
     warning = f'299 - "There are {remaining} additional results that can be requested"'
     return JSONResponse(shown, headers={"Warning": warning} if remaining else {}, media_type=DICOM_JSON)
+
+
+def _find_groups(
+    catalogue: Catalogue, level: Level, keys: Mapping[str, str], uids: Sequence[str], limit: int, offset: int
+) -> tuple[list[list[Entry]], int]:
+    """Return a page of the matching studies, series or instances, and the number of all."""
+
+    def matches(group: Sequence[Entry]) -> bool:
+        return any(_matches(entry, keys, group) for entry in group)
+
+    if uids:
+        groups = list(filter(matches, _group(catalogue.find(*uids), UID_TAGS[level])))
+        return groups[offset:][:limit], len(groups)
+    wanted, is_complete = _to_filter(keys)
+    return catalogue.search(level, wanted, limit, offset, None if is_complete else matches)
+
+
+def _to_filter(keys: Mapping[str, str]) -> tuple[InstanceFilter, bool]:
+    """Return the conditions that the database can check, and whether they are all."""
+    accepted: dict[str, list[str]] = {}
+    modalities: list[str] = []
+    dates = ("", "")
+    is_complete = True
+    for tag, wanted in keys.items():
+        period = _RANGE.fullmatch(wanted) if tag == STUDY_DATE else None
+        if period is not None:
+            dates = (period[1], period[2])
+        elif {"*", "?"} & set(wanted) or tag not in {*_INDEXED, STUDY_DATE, _MODALITIES}:
+            is_complete = False
+        elif tag == _MODALITIES:
+            modalities = _options(wanted)
+        else:
+            accepted[_INDEXED.get(tag, "study_date")] = _options(wanted)
+    return InstanceFilter(accepted, *dates, modalities), is_complete
+
+
+def _options(wanted: str) -> list[str]:
+    """Return the alternatives of a list of values."""
+    return re.split(r"[,\\]", wanted)
 
 
 def _matching_keys(request: Request) -> dict[str, str]:
@@ -176,7 +221,7 @@ def _group(entries: Sequence[Entry], tag: str) -> list[list[Entry]]:
 def _matches(entry: Entry, keys: Mapping[str, str], group: Sequence[Entry]) -> bool:
     for tag, wanted in keys.items():
         if tag == _MODALITIES:
-            values = [str(value) for other in group for value in other.attributes.get(_MODALITY, {}).get("Value", [])]
+            values = [str(value) for other in group for value in other.attributes.get(MODALITY, {}).get("Value", [])]
         else:
             values = [str(value) for value in entry.attributes.get(tag, {}).get("Value", [])]
         if not any(_matches_value(value, wanted) for value in values):
@@ -186,11 +231,11 @@ def _matches(entry: Entry, keys: Mapping[str, str], group: Sequence[Entry]) -> b
 
 def _matches_value(value: str, wanted: str) -> bool:
     """Return whether a value matches a key: single value, list of UIDs, range of dates or times, or wildcards."""
-    if re.fullmatch(r"[\d.]*-[\d.]*", wanted) and wanted != "-":
-        low, _, high = wanted.partition("-")
+    period = _RANGE.fullmatch(wanted)
+    if period is not None:
+        low, high = period.groups()
         return (not low or value >= low) and (not high or value[: len(high)] <= high)
-    options = re.split(r"[,\\]", wanted)
-    return any(fnmatchcase(value, re.sub(r"\[", "[[]", option)) for option in options)
+    return any(fnmatchcase(value, re.sub(r"\[", "[[]", option)) for option in _options(wanted))
 
 
 def _describe(level: str, group: Sequence[Entry], keywords: Sequence[str], base: str) -> DicomJson:
@@ -202,7 +247,7 @@ def _describe(level: str, group: Sequence[Entry], keywords: Sequence[str], base:
     found["00080056"] = {"vr": "CS", "Value": ["ONLINE"]}
     url = f"{base}/studies/{first.uid(STUDY)}"
     if level == "study":
-        modalities = sorted({str(value) for e in group for value in e.attributes.get(_MODALITY, {}).get("Value", [])})
+        modalities = sorted({str(value) for e in group for value in e.attributes.get(MODALITY, {}).get("Value", [])})
         found[_MODALITIES] = {"vr": "CS", "Value": modalities}
         found["00201206"] = {"vr": "IS", "Value": [len({entry.uid(SERIES) for entry in group})]}
         found["00201208"] = {"vr": "IS", "Value": [len(group)]}

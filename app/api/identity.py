@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import structlog
@@ -25,7 +25,6 @@ from starlette.types import Scope as ASGIScope
 
 from app.api.cookies import SignedValues
 from app.api.dependencies import Calls, ThreadGroup
-from app.api.oidc import Issuer, read_oidc_settings
 from app.api.problems import problem_of, problem_response
 from app.api.tokens import SCOPES, Scope, TokenFile, hash_token
 from app.errors import AuditUnavailable, Forbidden, ForeignOrigin, Unauthorised, error_location
@@ -33,6 +32,9 @@ from app.jobs.audit import BEGUN, Action, AuditEntry, AuditTrail, is_disk_full
 from app.jobs.metrics import Metrics
 from app.jobs.queue import JOB_ID
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.api.oidc import Issuer
 
 Source = Literal["none", "token", "named", "oidc"]
 SESSION_COOKIE = "counterpart_session"
@@ -121,8 +123,7 @@ class Identity:
         self.settings = settings
         self.calls = calls
         self.values = values
-        oidc = read_oidc_settings(settings)
-        self.issuer = Issuer(oidc) if oidc else None
+        self.issuer = _create_issuer(settings)
         self.tokens = TokenFile(settings.tokens) if settings.tokens else None
         if self.tokens:
             self.tokens.read()
@@ -220,6 +221,16 @@ class Identity:
 
     def _fingerprint(self, principal: Principal) -> str:
         return self.values.hash("credential", principal.key)
+
+
+def _create_issuer(settings: Settings) -> "Issuer | None":
+    """Create the issuer that the settings name."""
+    if settings.oidc_issuer is None:
+        return None
+    from app.api.oidc import Issuer, read_oidc_settings
+
+    oidc = read_oidc_settings(settings)
+    return Issuer(oidc) if oidc else None
 
 
 def require(scope: Scope, action: Action | None = None) -> Callable[..., Awaitable[Principal]]:

@@ -40,6 +40,7 @@ STATUS: dict[type[CounterpartError], int] = {
     errors.IdempotencyKeyReused: 409,
     errors.Cancelled: 409,
     errors.UploadTooLarge: 413,
+    errors.SearchTooBroad: 413,  # PS3.18 table 10.6.3-6
     errors.NotAnImageFormat: 415,
     errors.UnsupportedEncoding: 415,
     errors.UnreadableScan: 422,

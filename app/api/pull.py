@@ -49,30 +49,41 @@ async def pull(request: Request, services: Services, upload: Upload) -> None:
             expected=f"{known}.",
             advice="Correct the name, or ask the operator for an entry in COUNTERPART_SOURCES.",
         )
-    settings = services.settings
-
-    def write(data: bytes) -> None:
-        services.queue.check_disk(len(data))
-        if len(upload.heads) >= settings.max_files:
-            raise UploadTooLarge(
-                f"The series at the source has more than {settings.max_files} instances.",
-                expected=f"at most {settings.max_files} instances.",
-                advice="Name another series, or raise COUNTERPART_MAX_FILES.",
-            )
-        upload.begin()
-        upload.write(data)
-        upload.end()
-
+    limit = services.settings.max_upload_mb * MIB
     try:
-        limit = settings.max_upload_mb * MIB
         with explain_full_disk():
-            await _PULLS.run(retrieve_series, source, wanted.study, wanted.series, limit, write)
+            await _PULLS.run(retrieve_series, source, wanted.study, wanted.series, limit, _Receiver(services, upload))
     except TimeoutError:
         raise SourceUnavailable(
             "The source did not send the series in time.",
             expected="a source that sends a series within its total_seconds.",
             advice="Try again later.",
         ) from None
+
+
+class _Receiver:
+    """Receiver that writes the instances of a series into an upload, up to the limits of the service."""
+
+    def __init__(self, services: Services, upload: Upload) -> None:
+        self._queue = services.queue
+        self._max_files = services.settings.max_files
+        self._upload = upload
+
+    def begin(self) -> None:
+        if len(self._upload.heads) >= self._max_files:
+            raise UploadTooLarge(
+                f"The series at the source has more than {self._max_files} instances.",
+                expected=f"at most {self._max_files} instances.",
+                advice="Name another series, or raise COUNTERPART_MAX_FILES.",
+            )
+        self._upload.begin()
+
+    def write(self, data: bytes) -> None:
+        self._queue.check_disk(len(data))
+        self._upload.write(data)
+
+    def end(self) -> None:
+        self._upload.end()
 
 
 async def _read(request: Request) -> PullRequest:

@@ -2,12 +2,12 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import StreamingResponse
 from pydantic import Field
 
 from app.api.dependencies import JobId, Services, ServicesDependency, refuse_unknown_parameters
@@ -29,6 +29,8 @@ MAX_BODY_BYTES = 16 << 10
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 # PostgreSQL stores no NUL.
 _TEXT = r"^[^\x00]*$"
+JSON_BEGIN, JSON_END = '{"reviews":[', "]}"
+MEDIA_TYPES = {"json": "application/json", "csv": "text/csv"}
 COLUMNS = ("job", "model", "code_version", "label", "volume_ml", "peak_score", "verdict", "note", "reader", "time")
 
 Label = Annotated[int, Path(ge=1, lt=2**31, description="`findings[].label` of report.json.")]
@@ -144,19 +146,39 @@ async def export_reviews(
     ] = "json",
 ) -> Response:
     """Return the verdicts on the findings of all scans, for calibration and audits."""
-    history = await services.calls.transfer(services.queue.reviews.history)
-    export = ReviewExport(reviews=tuple(map(_export, select_latest(history))))
-    if format == "json":
-        return JSONResponse(export.model_dump(mode="json"))
-    headers = {"Content-Disposition": 'attachment; filename="reviews.csv"'}
-    return Response(write_csv(export.reviews), headers=headers, media_type="text/csv")
+    pages = services.queue.reviews.read_latest()
+    first = await services.calls.query(_next_page, pages)  # a fault of the database is 503, not half a response
+    write = write_csv if format == "csv" else write_json
+
+    async def body() -> AsyncIterator[str]:
+        yield write(map(_export, first), begin=True)
+        while page := await services.calls.query(_next_page, pages):
+            yield write(map(_export, page), begin=False)
+        if format == "json":
+            yield JSON_END
+
+    headers = {"Cache-Control": "no-store"}
+    if format == "csv":
+        headers["Content-Disposition"] = 'attachment; filename="reviews.csv"'
+    return StreamingResponse(body(), headers=headers, media_type=MEDIA_TYPES[format])
 
 
-def write_csv(reviews: Sequence[ExportedReview]) -> str:
-    """Return reviews as CSV (RFC 4180) with a header. No cell is a formula of a spreadsheet."""
+def _next_page(pages: Iterator[Sequence[Review]]) -> Sequence[Review]:
+    return next(pages, ())
+
+
+def write_json(reviews: Iterable[ExportedReview], *, begin: bool) -> str:
+    """Return a page of the JSON object `ReviewExport`, which `JSON_END` completes."""
+    text = ",".join(review.model_dump_json() for review in reviews)
+    return f"{JSON_BEGIN if begin else ','}{text}"
+
+
+def write_csv(reviews: Iterable[ExportedReview], *, begin: bool) -> str:
+    """Return a page of CSV (RFC 4180), the first one with a header. No cell is a formula of a spreadsheet."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(COLUMNS)
+    if begin:
+        writer.writerow(COLUMNS)
     for review in reviews:
         document = review.model_dump(mode="json")
         writer.writerow([_as_text(document[column]) for column in COLUMNS])

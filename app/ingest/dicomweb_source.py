@@ -1,26 +1,28 @@
 """Series from other DICOMweb services. Only the sources of the file of COUNTERPART_SOURCES can be named."""
 
-import logging
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
-from io import BytesIO
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.errors import InvalidSettings, SourceUnavailable, UnknownSeries, UploadTooLarge
 
-if TYPE_CHECKING:  # an import takes a second, and only a pull needs it
+if TYPE_CHECKING:  # only a pull needs it
     import requests
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 # As stored: the reader decodes every transfer syntax.
-AS_STORED = (("application/dicom", "*"),)
+AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 CONNECT_SECONDS = 10.0
 NOT_FOUND = (204, 404, 410)
+BLOCK_BYTES = 1 << 16
+# End of the prefix that follows the preamble of a DICOM file.
+MAGIC, MAGIC_END = b"DICM", 132
 
 
 class _Table(BaseModel):
@@ -80,10 +82,23 @@ def read_sources(path: Path | None) -> Mapping[str, DicomWebSource]:
     )
 
 
-def retrieve_series(
-    source: DicomWebSource, study: str, series: str, max_bytes: int, write: Callable[[bytes], None]
-) -> int:
-    """Retrieve all instances of a series, one at a time (WADO-RS), and return their number.
+class Receiver(Protocol):
+    """Receiver of the files of a series, one after the other."""
+
+    def begin(self) -> None:
+        """Start the next file."""
+
+    def write(self, data: bytes) -> None:
+        """Append data to the current file."""
+
+    def end(self) -> None:
+        """Finish the current file."""
+
+
+def retrieve_series(source: DicomWebSource, study: str, series: str, max_bytes: int, receiver: Receiver) -> int:
+    """Retrieve all instances of a series (WADO-RS, PS3.18 section 10.4), and return their number.
+
+    The receiver gets the bytes of the source in blocks, so that no instance is in memory as a whole.
 
     Parameters
     ----------
@@ -92,8 +107,7 @@ def retrieve_series(
         UIDs.
     max_bytes : int
         Largest size of the response.
-    write : callable
-        Called with the bytes of each instance.
+    receiver : Receiver
 
     Raises
     ------
@@ -104,42 +118,109 @@ def retrieve_series(
     UploadTooLarge
     """
     import requests  # noqa: PLC0415 - see TYPE_CHECKING above
-    from dicomweb_client.web import DICOMwebClient  # noqa: PLC0415
-    from pydicom.errors import InvalidDicomError  # noqa: PLC0415
+    from urllib3.exceptions import HTTPError  # noqa: PLC0415
 
-    for name in ("dicomweb_client", "retrying"):  # their messages contain headers and tracebacks
-        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     deadline = time.monotonic() + source.total_seconds
-    with requests.Session() as session, ExitStack() as responses:
+    url = f"{str(source.url).rstrip('/')}/studies/{study}/series/{series}"
+    with requests.Session() as session:
         session.trust_env = False  # no .netrc, and no proxy from the environment
-        session.max_redirects = 0  # the operator listed this address, and no other
         session.verify = str(source.ca) if source.ca else True
-        client = DICOMwebClient(
-            str(source.url).rstrip("/"),
-            session=session,
-            headers=_authorisation(source),
-            callback=lambda response, **_: _limit(responses.enter_context(response), max_bytes, deadline),
-            timeout=(CONNECT_SECONDS, source.read_seconds),
-        )
-        client.set_http_retry_params(retry=False)
-        count = 0
         try:
-            for dataset in client.iter_series(study, series, media_types=AS_STORED):
-                buffer = BytesIO()
-                dataset.save_as(buffer, enforce_file_format=True)
-                write(buffer.getvalue())
-                count += 1
-        except requests.HTTPError as error:
-            status = error.response.status_code if error.response is not None else None
-            raise _no_series() if status in NOT_FOUND else _unavailable(f"answered with status {status}") from None
-        except requests.RequestException as error:
+            # Redirects are not followed: the operator listed this address, and no other.
+            with session.get(
+                url,
+                headers={"Accept": AS_STORED, **_authorisation(source)},
+                timeout=(CONNECT_SECONDS, source.read_seconds),
+                stream=True,
+                allow_redirects=False,
+            ) as response:
+                _check_status(response.status_code)
+                parser = _InstanceParser(response.headers.get("Content-Type", ""), receiver)
+                for block in _read_blocks(response, max_bytes, deadline):
+                    parser.write(block)
+        except (requests.RequestException, HTTPError) as error:
             raise _unavailable(f"could not be read ({type(error).__name__})") from None
-        # From pydicom and the multipart parser.
-        except (InvalidDicomError, ValueError, KeyError, AttributeError, EOFError, TypeError):
-            raise _unavailable("answered with something else than DICOM instances") from None
-    if not count:
+    return parser.finish()
+
+
+def _check_status(status: int) -> None:
+    if status in NOT_FOUND:
         raise _no_series()
-    return count
+    if status != 200:
+        raise _unavailable(f"answered with status {status}")
+
+
+def _read_blocks(response: "requests.Response", max_bytes: int, deadline: float) -> Iterator[bytes]:
+    """Yield the body of a response as it arrives, up to a size and a time."""
+    size = 0
+    while block := response.raw.read1(BLOCK_BYTES, decode_content=True):
+        size += len(block)
+        if size > max_bytes:
+            raise UploadTooLarge(
+                f"The series at the source is larger than {max_bytes >> 20} MiB.",
+                expected=f"at most {max_bytes >> 20} MiB.",
+                advice="Name another series, or raise COUNTERPART_MAX_UPLOAD_MB.",
+            )
+        if time.monotonic() > deadline:
+            raise _unavailable("did not send the series in time")
+        yield block
+
+
+class _InstanceParser:
+    """Parser of a multipart/related response. Each part must begin as a DICOM file (PS3.10 section 7.1)."""
+
+    def __init__(self, content_type: str, receiver: Receiver) -> None:
+        media_type, options = parse_options_header(content_type)
+        if media_type != b"multipart/related" or not options.get(b"boundary"):
+            raise _no_instances()
+        self._receiver = receiver
+        self._head = bytearray()
+        self._count = 0
+        self._is_complete = False
+        self._parser = MultipartParser(
+            options[b"boundary"],
+            {
+                "on_part_begin": self._begin,
+                "on_part_data": lambda data, start, end: self._write(data[start:end]),
+                "on_part_end": self._end,
+                "on_end": self._complete,
+            },
+        )
+
+    def write(self, data: bytes) -> None:
+        """Parse a block."""
+        try:
+            self._parser.write(data)
+        except FormParserError:
+            raise _no_instances() from None
+
+    def finish(self) -> int:
+        """Return the number of instances. Raise if there is none, or if the response ends before its last boundary."""
+        if not self._is_complete:
+            raise _no_instances()
+        if not self._count:
+            raise _no_series()
+        return self._count
+
+    def _begin(self) -> None:
+        self._head.clear()
+        self._receiver.begin()
+
+    def _write(self, data: bytes) -> None:
+        if len(self._head) < MAGIC_END:
+            self._head += data[: MAGIC_END - len(self._head)]
+            if len(self._head) == MAGIC_END and not self._head.endswith(MAGIC):
+                raise _no_instances()
+        self._receiver.write(data)
+
+    def _end(self) -> None:
+        if len(self._head) < MAGIC_END:
+            raise _no_instances()
+        self._receiver.end()
+        self._count += 1
+
+    def _complete(self) -> None:
+        self._is_complete = True
 
 
 def _authorisation(source: DicomWebSource) -> dict[str, str]:
@@ -151,34 +232,16 @@ def _authorisation(source: DicomWebSource) -> dict[str, str]:
         raise _unavailable(f"has no readable token file ({type(error).__name__})") from None
 
 
-def _limit(response: "requests.Response", max_bytes: int, deadline: float) -> "requests.Response":
-    """Make the body of a response end with an error at a size and at a time."""
-    read = response.iter_content
-
-    def iter_content(*arguments: Any, **options: Any) -> Iterator[bytes]:
-        size = 0
-        for chunk in read(*arguments, **options):
-            size += len(chunk)
-            if size > max_bytes:
-                raise UploadTooLarge(
-                    f"The series at the source is larger than {max_bytes >> 20} MiB.",
-                    expected=f"at most {max_bytes >> 20} MiB.",
-                    advice="Name another series, or raise COUNTERPART_MAX_UPLOAD_MB.",
-                )
-            if time.monotonic() > deadline:
-                raise _unavailable("did not send the series in time")
-            yield chunk
-
-    response.iter_content = iter_content  # type: ignore[method-assign]
-    return response
-
-
 def _no_series() -> UnknownSeries:
     return UnknownSeries(
         "The source does not have this series.",
         expected="StudyInstanceUID and SeriesInstanceUID of a series at the source.",
         advice="Correct the UIDs, or send the scan itself.",
     )
+
+
+def _no_instances() -> SourceUnavailable:
+    return _unavailable("answered with something else than DICOM instances")
 
 
 def _unavailable(what: str) -> SourceUnavailable:

@@ -128,6 +128,15 @@ class Deliveries:
         with self._database.connect() as connection:
             return {(row[0], row[1]): row[2] for row in connection.execute(query)}
 
+    def ages(self) -> dict[str, float]:
+        """Return the age of the oldest pending delivery of each target in seconds, 0 for a target without one."""
+        t = deliveries_table.c
+        pending = sa.func.min(sa.case((t.state == "pending", t.since)))
+        now = time.time()
+        with self._database.connect() as connection:
+            oldest = connection.execute(sa.select(t.target, pending).group_by(t.target))
+            return {target: 0.0 if since is None else max(0.0, now - since) for target, since in oldest}
+
     # ---- send ----
 
     def claim(self, process: str, target: str | Collection[str]) -> Claim | None:

@@ -94,6 +94,12 @@ class Metrics:
             ["target", "state"],
             registry=self.registry,
         )
+        self.delivery_age = Gauge(
+            "counterpart_delivery_age_seconds",
+            "Age of the oldest delivery of all jobs that is pending, by target.",
+            ["target"],
+            registry=self.registry,
+        )
         self.info = Gauge(
             "counterpart_model", "Installed models: 1 for each.", ["model", "provider"], registry=self.registry
         )

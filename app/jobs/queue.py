@@ -24,6 +24,7 @@ from app.jobs.database import truncate_write_ahead_log, workflow_table
 from app.jobs.deliveries import Deliveries
 from app.jobs.engine import Engine
 from app.jobs.idempotency import KeyHasher
+from app.jobs.instances import InstanceIndex
 from app.jobs.job import Cursor, Job, JobFilter, Order, Priority, ResultSummary, State
 from app.jobs.maintenance import StorageLimits, WorkerRegistry
 from app.jobs.metrics import Metrics
@@ -90,6 +91,8 @@ class JobQueue:
     trail : AuditTrail
     reviews : Reviews
         Verdicts of readers. They are erased with their job.
+    instances : InstanceIndex
+        DICOM results of the succeeded jobs.
     """
 
     def __init__(
@@ -112,6 +115,7 @@ class JobQueue:
         self._table = workflow_table(database)
         self._key_hasher = KeyHasher(database)
         self.reviews = Reviews(database)
+        self.instances = InstanceIndex(database, WORKFLOW)
 
     def audit(self, entry: AuditEntry) -> None:
         """Append a row to the audit trail, and count it if that fails. The driver's error is raised."""
@@ -408,6 +412,7 @@ class JobQueue:
         self._registry.delete_crash_records(job)
         self.deliveries.erase(job)
         self.reviews.erase(job)
+        self.instances.erase(job)
 
     def is_cancelled(self, job: str) -> bool:
         """Return whether a job was cancelled. DBOS's own call would become a step of the workflow that calls it."""
@@ -433,6 +438,9 @@ class JobQueue:
         self._metrics.deliveries.clear()
         for (target, state), number in self.deliveries.count().items():
             self._metrics.deliveries.labels(target, state).set(number)
+        self._metrics.delivery_age.clear()
+        for target, seconds in self.deliveries.ages().items():
+            self._metrics.delivery_age.labels(target).set(seconds)
         return self._metrics.text()
 
 

@@ -6,7 +6,7 @@ rows of a job are erased with it.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, cast
@@ -17,6 +17,7 @@ from app.errors import NotFound
 from app.jobs.database import create_tables, workflow_table
 
 Verdict = Literal["right", "wrong", "unsure"]
+PAGE_ROWS = 1000
 
 metadata = sa.MetaData()
 reviews_table = sa.Table(
@@ -132,13 +133,31 @@ class Reviews:
                 "The job was erased.", expected="a job that exists.", advice="List the jobs with GET /v1/scans."
             )
 
-    def history(self, job: str | None = None) -> Sequence[Review]:
-        """Return all verdicts on the findings of a job, or of all jobs, in the order of their time."""
-        query = sa.select(reviews_table).order_by(reviews_table.c.id)
-        if job is not None:
-            query = query.where(reviews_table.c.job == job)
+    def history(self, job: str) -> Sequence[Review]:
+        """Return all verdicts on the findings of a job, in the order of their time."""
+        query = sa.select(reviews_table).where(reviews_table.c.job == job).order_by(reviews_table.c.id)
         with self._database.connect() as connection:
             return [_from_row(row._mapping) for row in connection.execute(query)]
+
+    def read_latest(self) -> Iterator[Sequence[Review]]:
+        """Yield the latest verdict of each reader on each finding of all jobs in pages, in the order of their time.
+
+        A verdict that is recorded meanwhile changes no page.
+        """
+        t, later = reviews_table.c, reviews_table.alias()
+        with self._database.connect() as connection:
+            last = connection.execute(sa.select(sa.func.max(t.id))).scalar_one() or 0
+        same = (later.c.job == t.job, later.c.label == t.label, later.c.reader == t.reader)
+        superseded = sa.exists().where(*same, later.c.id > t.id, later.c.id <= last)
+        query = sa.select(reviews_table).where(~superseded, t.id <= last).order_by(t.id).limit(PAGE_ROWS)
+        after = 0
+        while after < last:
+            with self._database.connect() as connection:
+                rows = connection.execute(query.where(t.id > after)).all()
+            if not rows:
+                return
+            yield [_from_row(row._mapping) for row in rows]
+            after = rows[-1].id
 
     def remove(self, job: str, label: int, reader: str) -> None:
         """Remove the verdicts of a reader on a finding, its history included. Removing it again is not an error."""

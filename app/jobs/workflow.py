@@ -163,6 +163,7 @@ class JobService:
         self._registry.create_tables()
         self.queue.deliveries.create_table()
         self.queue.reviews.create_table()
+        self.queue.instances.create_tables()
         self.queue.trail.create_tables()
         # This process holds the lock of its slot, so all earlier processes of the slot have ended.
         self.queue.deliveries.release_claims(f"{self._slot.name}-")
@@ -241,6 +242,7 @@ class JobService:
             with suppress(errors.NotFound):  # another process has erased it
                 self.queue.erase(job)
         self.queue.reviews.remove_orphans()
+        self.queue.instances.remove_orphans()
         truncate_write_ahead_log(self._database)
         if time.monotonic() - self._last_sweep >= SWEEP_SECONDS:
             self._last_sweep = time.monotonic()

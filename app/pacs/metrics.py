@@ -40,6 +40,11 @@ class NodeMetrics:
         self.batches = Gauge(
             "counterpart_node_series_delayed", "Complete series that are not jobs yet.", registry=registry
         )
+        self.oldest = Gauge(
+            "counterpart_node_series_age_seconds",
+            "Seconds since the last image of the oldest series that is not a job yet.",
+            registry=registry,
+        )
 
 
 class DeliveryMetrics:

@@ -58,6 +58,7 @@ class Node:
         self._hand_over = HandOver(self._spool, queue, store, metrics, settings.node_quiet_seconds, request)
         metrics.waiting.set_function(lambda: self._spool.count_waiting()[0])
         metrics.batches.set_function(lambda: self._spool.count_waiting()[1])
+        metrics.oldest.set_function(self._spool.oldest_seconds)
 
     def start(self) -> None:
         """Start the hand-over, which first finishes the work of a killed process, and accept associations.

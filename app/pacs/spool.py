@@ -21,6 +21,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
@@ -265,6 +266,14 @@ class Spool:
     def count_waiting(self) -> tuple[int, int]:
         """Return the number of waiting series, and the number of batches that are not jobs yet."""
         return len(self._arrivals), sum(1 for _ in self._batches.iterdir())
+
+    def oldest_seconds(self) -> float:
+        """Return the seconds since the last arrival in the series that waits for the longest time, 0 if none waits."""
+        times = []
+        for folder in (*self._series.iterdir(), *self._batches.iterdir()):
+            with suppress(FileNotFoundError):  # it has become a job
+                times.append(folder.stat().st_mtime)
+        return max(0.0, time.time() - min(times)) if times else 0.0
 
 
 def hash_file(path: Path) -> str:

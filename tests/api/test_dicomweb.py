@@ -5,10 +5,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -20,11 +19,8 @@ from dicomweb_client.api import DICOMwebClient
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
-from app.api.catalogue import Catalogue
-from app.export.outputs import STRUCTURED_REPORT_NAME
-from app.jobs.job import Cursor, Job
-from app.jobs.queue import JobQueue
-from app.jobs.store import Store, StoredFile
+from app.api.catalogue import SERIES_KEYWORDS, STUDY_KEYWORDS
+from app.ingest.dicom.instances import tag_of
 from tests.api.service_process import RunningService, run_service
 from tests.api.support import URL, WAIT, wait_for_state
 from tests.support.dicom import SECRET, Series, make_datasets, write_series
@@ -34,6 +30,7 @@ from tests.support.servers import free_port
 SERVE = (sys.executable, "-m", "app.cli", "serve")
 TYPE = 'multipart/related; type="application/dicom"; boundary=part'
 TOKEN = "secret-token"  # noqa: S105 - of this test
+PATIENT = {"00100010", "00100020", "00100030"}
 REFERENCED, FAILED, OTHERS = "00081199", "00081198", "0008119A"
 
 
@@ -243,6 +240,31 @@ def test_search_for_instances_in_pages(service: Service) -> None:
     assert (len(found), set(found)) == (len(everything), everything)
 
 
+@pytest.mark.parametrize("path", ["/dicomweb/series", "/dicomweb/studies/{study}/series"])
+def test_every_attribute_of_an_answer_is_a_key(service: Service, path: str) -> None:
+    """Keys that the database checks, and those that need the files, with a value and with a wildcard."""
+    study = str(service.source.StudyInstanceUID)
+    path = path.format(study=study)
+    (series,) = service.http.get(f"{path}?StudyInstanceUID={study}&Modality=SEG").json()
+    keys = {str(tag_of(keyword)) for keyword in (*STUDY_KEYWORDS, *SERIES_KEYWORDS)} & series.keys()
+    values = {tag: str(series[tag]["Value"][0]) for tag in keys - PATIENT if series[tag].get("Value")}
+    assert {"0020000D", "0020000E", "00080060", "00080020", "00200011"} <= values.keys()
+    for tag, value in values.items():
+        if series[tag]["vr"] == "PN":
+            continue
+        for wanted in (value, f"{value[:-1]}?", f"{value[0]}*"):
+            answer = service.http.get(path, params={tag: wanted})
+            found = answer.json() if answer.status_code == 200 else []
+            assert series["0020000E"] in [item["0020000E"] for item in found], (tag, wanted)
+        assert service.http.get(path, params={tag: f"{value}~"}).status_code == 204, tag
+
+
+@pytest.mark.parametrize("path", ["studies", "series", "instances"])
+def test_search_with_another_media_type_is_refused(service: Service, path: str) -> None:
+    answer = service.http.get(f"/dicomweb/{path}", headers={"Accept": "application/dicom+xml"})
+    assert (answer.status_code, answer.json()["code"]) == (406, "not_acceptable")
+
+
 @pytest.mark.parametrize(
     "query", ["PatientName=Somebody", "00100020=1", "PatientBirthDate=2000", "Nonsense=1", "limit=0"]
 )
@@ -334,50 +356,6 @@ def test_erased_job_is_not_found(service: Service) -> None:
     service.http.delete(f"{URL}/{job}")
     assert service.http.get("/dicomweb/studies/1.2.840.4711").status_code == 404
     assert service.http.get("/dicomweb/studies?StudyInstanceUID=1.2.840.4711").status_code == 204
-
-
-class FakeJobs:
-    """Queue and store of jobs with one DICOM file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.existing: list[str] = []
-
-    def add(self, job: str) -> None:
-        folder = self.folder / job
-        folder.mkdir()
-        for number, dataset in enumerate(make_datasets(brain(), Series(name=job))[:4]):
-            dataset.StudyInstanceUID = "1.2.3"
-            dataset.save_as(folder / f"{number:06d}", enforce_file_format=True)
-        self.existing.append(job)
-
-    def list_jobs(self, _filter: object, limit: int, after: Cursor | None) -> list[Job]:
-        now = datetime.now(UTC)
-        results = (STRUCTURED_REPORT_NAME,)
-        jobs = [Job(job, "succeeded", None, 1, None, now, now, now, None, "", results=results) for job in self.existing]
-        return [] if after else jobs[:limit]
-
-    def fetch(self, job: str, _name: str) -> StoredFile:
-        return StoredFile(self.folder / job / "000000")
-
-    def scan_files(self, job: str) -> list[Path]:
-        return sorted((self.folder / job).iterdir())
-
-
-def test_catalogue_forgets_erased_jobs_and_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs = FakeJobs(tmp_path)
-    catalogue = Catalogue(cast("JobQueue", jobs), cast("Store", jobs))
-    for job in ("one", "two", "three"):
-        jobs.add(job)
-    assert len(catalogue.find("1.2.3")) == 12
-    assert {entry.job for entries in catalogue._entries.values() for entry in entries} == set(jobs.existing)
-    jobs.existing.remove("two")  # another process has erased it
-    assert len(catalogue.find("1.2.3")) == 8
-    assert {entry.job for entries in catalogue._entries.values() for entry in entries} == {"one", "three"}
-    monkeypatch.setattr("app.api.catalogue.CACHED_INSTANCES", 6)
-    jobs.add("four")
-    assert len(catalogue.find("1.2.3")) == 12
-    assert sum(map(len, catalogue._entries.values())) <= 6
 
 
 # ---- pull --------------------------------------------------------------------------------------

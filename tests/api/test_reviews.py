@@ -128,6 +128,19 @@ def test_export_has_the_finding_of_each_verdict(client: TestClient) -> None:
     assert client.get("/v1/reviews?fromat=csv").json()["expected"] == "format."
 
 
+def test_export_in_several_pages(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = finished(client, "pages")
+    for number in range(7):
+        put(client, job, "right", reader=f"reader {number}")
+    whole = client.get("/v1/reviews").json()["reviews"]
+    assert len(whole) >= 7
+    rows = client.get("/v1/reviews?format=csv").text
+    monkeypatch.setattr("app.jobs.reviews.PAGE_ROWS", 3)
+    assert client.get("/v1/reviews").json()["reviews"] == whole
+    assert client.get("/v1/reviews?format=csv").text == rows
+    assert len(read_csv(rows)) == len(whole)
+
+
 @pytest.mark.parametrize("start", FORMULA_STARTS)
 def test_no_cell_of_the_csv_is_a_formula(client: TestClient, start: str) -> None:
     job = finished(client, "formula")

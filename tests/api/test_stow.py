@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,19 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi.testclient import TestClient
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
-from app.ingest.dicom.instances import identify
+from app.ingest.dicom.instances import IMAGE_CLASSES, identify
+from app.ingest.dicom.storage import TRANSFER_SYNTAXES
 from app.main import create_app
 from app.settings import Settings
 from tests.api.support import BASE_URL, URL, FakeEngine
 from tests.support.dicom import make_datasets
 from tests.support.phantom import brain
 
+REFERENCED, FAILED = "00081199", "00081198"
 PUBLIC_URL = "https://reader.example/counterpart/"
 
 
@@ -29,11 +35,68 @@ def client(tmp_path: Path) -> Iterator[TestClient]:
 
 
 def store_instance(client: TestClient) -> httpx2.Response:
-    buffer = BytesIO()
-    make_datasets(brain())[0].save_as(buffer, enforce_file_format=True)
-    content = b"\r\n--part\r\nContent-Type: application/dicom\r\n\r\n" + buffer.getvalue() + b"\r\n--part--\r\n"
+    return store(client, make_datasets(brain())[0])
+
+
+def store(client: TestClient, *datasets: Dataset) -> httpx2.Response:
+    content = b"".join(map(encode, datasets)) + b"\r\n--part--\r\n"
     kind = 'multipart/related; type="application/dicom"; boundary=part'
     return client.post("/dicomweb/studies", content=content, headers={"Content-Type": kind})
+
+
+def encode(dataset: Dataset) -> bytes:
+    buffer = BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return b"\r\n--part\r\nContent-Type: application/dicom\r\n\r\n" + buffer.getvalue()
+
+
+def make_instance(series: str, sop_class: UID = MRImageStorage, syntax: UID = ExplicitVRLittleEndian) -> Dataset:
+    """Return an instance with one pixel, which only its headers identify."""
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, generate_uid()
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3", series
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.Rows = dataset.Columns = dataset.SamplesPerPixel = 1
+    dataset.BitsAllocated = 8
+    dataset.PixelData = encapsulate([b"\0\0"]) if syntax.is_encapsulated else b"\0\0"
+    dataset["PixelData"].VR = "OB"
+    return dataset
+
+
+def test_every_class_is_stored_in_every_transfer_syntax(client: TestClient) -> None:
+    instances = [
+        make_instance("1.2.4", sop_class, syntax) for sop_class in IMAGE_CLASSES for syntax in TRANSFER_SYNTAXES
+    ]
+    answer = store(client, *instances)
+    stored = {item["00081155"]["Value"][0]: item["00081150"]["Value"][0] for item in answer.json()[REFERENCED]["Value"]}
+    assert answer.status_code == 200
+    assert stored == {str(instance.SOPInstanceUID): str(instance.SOPClassUID) for instance in instances}
+
+
+def test_capacity_that_ends_between_two_series_fails_the_second_one(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = client.app.state.services.queue  # type: ignore[attr-defined]
+    monkeypatch.setattr(queue, "_limits", replace(queue._limits, queue_limit=1))
+    first, second = make_instance("1.2.5"), make_instance("1.2.6")
+    answer = store(client, first, second)
+    document = answer.json()
+    (failed,) = document[FAILED]["Value"]
+    assert answer.status_code == 202
+    assert len(document[REFERENCED]["Value"]) == 1
+    assert failed["00081197"]["Value"] == [0xA700]
+    assert len(client.get(URL).json()["scans"]) == 1
+    refused = store(client, make_instance("1.2.7"))
+    assert (refused.status_code, refused.json()["code"]) == (429, "queue_full")
+    assert "Retry-After" in refused.headers
+
+
+def test_a_full_disk_refuses_the_request(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = client.app.state.services.queue  # type: ignore[attr-defined]
+    monkeypatch.setattr(queue, "_limits", replace(queue._limits, min_free_gb=1e9))
+    answer = store_instance(client)
+    assert (answer.status_code, answer.json()["code"]) == (507, "store_full")
 
 
 def test_retrieve_urls_begin_with_the_public_url(client: TestClient) -> None:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from app.jobs import deliveries as module
 from app.jobs.database import connect
-from app.jobs.deliveries import Claim, Deliveries
+from app.jobs.deliveries import RETRY_SECONDS, Claim, Deliveries
 from app.jobs.maintenance import StorageLimits
 from app.jobs.metrics import Metrics
 from app.jobs.store import Store
@@ -53,6 +53,23 @@ def test_a_plan_is_idempotent_and_keeps_what_was_sent(deliveries: Deliveries) ->
     ]
     assert deliveries.count() == {("archive", "sent"): 1, ("archive", "pending"): 1, ("web", "pending"): 1}
     assert deliveries.of_job("other") == []
+
+
+def test_age_of_the_oldest_pending_delivery(deliveries: Deliveries, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr("app.jobs.deliveries.time.time", lambda: now)
+    assert deliveries.ages() == {}
+    deliveries.plan("first", [("archive", "report.dcm"), ("web", "report.dcm")])
+    now += 10
+    deliveries.plan("second", [("archive", "report.dcm")])
+    deliveries.record_failure(claim(deliveries), "unreachable", HOUR)
+    now += 1
+    assert deliveries.ages() == pytest.approx({"archive": 11, "web": 11})
+    now += RETRY_SECONDS
+    deliveries.record_sent(claim(deliveries, "web"))
+    for _ in range(2):
+        deliveries.record_sent(claim(deliveries))
+    assert deliveries.ages() == {"archive": 0, "web": 0}
 
 
 def test_a_delivery_is_claimed_once(deliveries: Deliveries) -> None:
@@ -153,7 +170,9 @@ def test_only_a_succeeded_job_has_deliveries_and_erasing_removes_them(tmp_path: 
         wait_for_state(service, job, "succeeded")
         assert seen == [("tiny-0.0.1", service.queue.get(job).results)]
         assert [d.target for d in service.queue.deliveries.of_job(job)] == ["archive"]
-        assert b'counterpart_deliveries{state="pending",target="archive"} 1.0' in service.queue.metrics()
+        metrics = service.queue.metrics()
+        assert b'counterpart_deliveries{state="pending",target="archive"} 1.0' in metrics
+        assert b'counterpart_delivery_age_seconds{target="archive"} ' in metrics
         service.queue.erase(job)
         assert service.queue.deliveries.of_job(job) == []
     finally:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from app.errors import NotFound
 from app.jobs.database import connect, workflow_table
-from app.jobs.reviews import ReviewedFinding, Reviews, reviews_table, select_latest
+from app.jobs.reviews import Review, ReviewedFinding, Reviews, Verdict, reviews_table, select_latest
 from tests.api.support import FakeEngine
 from tests.jobs.support import running_service, submit, wait_for_state
 
@@ -42,6 +42,10 @@ def finding(job: str = "job-1", label: int = 1) -> ReviewedFinding:
     return ReviewedFinding(job, label, "tiny-0.0.1", "test", 2.5, 0.5)
 
 
+def read_all(reviews: Reviews) -> list[Review]:
+    return [review for page in reviews.read_latest() for review in page]
+
+
 def test_latest_verdict_of_each_reader_counts_and_the_history_is_kept(
     databases: tuple[sa.Engine, sa.Engine],
 ) -> None:
@@ -65,13 +69,38 @@ def test_latest_verdict_of_each_reader_counts_and_the_history_is_kept(
     assert again == history[1]
     assert [(r.verdict, r.reader) for r in select_latest(history)] == [("unsure", "A"), ("wrong", "B"), ("right", "A")]
     assert first.count(JOBS) == {"job-1": {"unsure": 1, "wrong": 1, "right": 1}, "job-2": {"wrong": 1}}
-    assert len(first.history()) == 5
+    assert [(r.finding.job, r.verdict, r.reader) for r in read_all(first)] == [
+        ("job-1", "unsure", "A"),
+        ("job-1", "wrong", "B"),
+        ("job-1", "right", "A"),
+        ("job-2", "wrong", ""),
+    ]
 
     first.remove("job-1", 1, "A")
     first.remove("job-1", 1, "A")
     assert [(r.finding.label, r.reader) for r in second.history("job-1")] == [(1, "B"), (2, "A")]
     first.erase("job-1")
-    assert [r.finding.job for r in second.history()] == ["job-2"]
+    assert [r.finding.job for r in read_all(second)] == ["job-2"]
+
+
+def test_pages_have_each_verdict_once_while_readers_go_on(
+    databases: tuple[sa.Engine, sa.Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.jobs.reviews.PAGE_ROWS", 10)
+    reviews = Reviews(databases[0])
+    reviews.create_table()
+    verdicts: tuple[Verdict, ...] = ("wrong", "right")
+    for verdict in verdicts:  # the second verdict supersedes the first one
+        for label in range(1, 26):
+            reviews.put(finding(label=label), verdict, "", "A")
+    sizes, seen = [], []
+    for page in reviews.read_latest():
+        sizes.append(len(page))
+        seen += [(review.finding.label, review.verdict) for review in page]
+        reviews.put(finding(label=1), "unsure", str(len(sizes)), "A")
+        reviews.put(finding(label=25), "unsure", str(len(sizes)), "A")
+    assert sizes == [10, 10, 5]
+    assert seen == [(label, "right") for label in range(1, 26)]
 
 
 def test_review_of_an_erased_job_is_refused(databases: tuple[sa.Engine, sa.Engine]) -> None:
@@ -79,7 +108,7 @@ def test_review_of_an_erased_job_is_refused(databases: tuple[sa.Engine, sa.Engin
     reviews.create_table()
     with pytest.raises(NotFound):
         reviews.put(finding("erased"), "right", "", "")
-    assert reviews.history() == []
+    assert read_all(reviews) == []
 
 
 def test_orphans_are_removed(databases: tuple[sa.Engine, sa.Engine]) -> None:
@@ -91,7 +120,7 @@ def test_orphans_are_removed(databases: tuple[sa.Engine, sa.Engine]) -> None:
     with databases[1].begin() as connection:
         connection.execute(jobs.delete().where(jobs.c.workflow_uuid == "job-1"))
     reviews.remove_orphans()
-    assert [r.finding.job for r in reviews.history()] == ["job-2"]
+    assert [r.finding.job for r in read_all(reviews)] == ["job-2"]
 
 
 def test_erasure_and_review_at_the_same_time_leave_no_review(databases: tuple[sa.Engine, sa.Engine]) -> None:
@@ -128,7 +157,7 @@ def test_reviews_survive_a_restart_and_are_erased_with_their_job(tmp_path: Path)
         assert [r.note for r in service.queue.reviews.history(job)] == [note]
         assert service.queue.get(job).state == "succeeded"
         service.queue.erase(job)
-        assert service.queue.reviews.history() == []
+        assert read_all(service.queue.reviews) == []
     with closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as file:
         file.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     assert note.encode() not in b"".join(path.read_bytes() for path in tmp_path.glob("jobs.sqlite*"))

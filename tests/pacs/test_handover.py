@@ -199,6 +199,7 @@ def test_a_full_queue_loses_nothing(tmp_path: Path) -> None:
             case.hand_over.run_once()
         assert len(case.jobs()) == 1
         assert case.spool.count_waiting() == (1, 0)
+        assert case.spool.oldest_seconds() > 0  # for the alert
         receive(case.spool, "two", slice(2, 4))  # the series still grows
         case.service.queue.cancel(case.jobs()[0])
         case.hand_over.run_once()

@@ -25,6 +25,7 @@ from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 
 from app.errors import StoreFull
 from app.ingest.dicom.storage import STORAGE_CLASSES, TRANSFER_SYNTAXES, Identifiers
+from app.pacs import receiver
 from app.pacs.metrics import NodeMetrics
 from app.pacs.receiver import Peers, Receiver, ReceiverOptions
 from app.pacs.spool import Sender, Spool
@@ -140,6 +141,47 @@ def test_every_storage_class_is_accepted_in_every_transfer_syntax(start_node: St
         accepted = {context.transfer_syntax[0] for context in association.accepted_contexts}
         association.release()
         assert accepted == set(TRANSFER_SYNTAXES), sop_class.name
+
+
+def test_one_association_too_many_is_rejected(start_node: StartNode) -> None:
+    node = start_node()
+    associations = [node.associate() for _ in range(receiver.MAX_ASSOCIATIONS)]
+    assert all(association.is_established for association in associations)
+    rejected = node.associate()
+    assert rejected.is_rejected
+    primitive = rejected.acceptor.primitive
+    assert primitive is not None
+    # Rejected-transient by the presentation layer: local limit exceeded (PS3.8 table 9-21).
+    assert (primitive.result, primitive.result_source, primitive.diagnostic) == (2, 3, 2)
+    associations.pop().release()
+    wait_until(lambda: node.associate().is_established)
+    for association in associations:
+        association.abort()
+
+
+def test_largest_pdu(start_node: StartNode) -> None:
+    association = start_node().associate()
+    assert association.acceptor.maximum_length == receiver.MAX_PDU_BYTES
+    association.release()
+
+
+@pytest.mark.parametrize(("limit", "request_sent"), [("ACSE_SECONDS", False), ("NETWORK_SECONDS", True)])
+def test_silent_callers_are_left_in_time(
+    start_node: StartNode,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: str,
+    request_sent: bool,  # noqa: FBT001
+) -> None:
+    """A caller that never requests an association, and one that sends nothing after its association began."""
+    monkeypatch.setattr(receiver, limit, 1)
+    node = start_node()
+    if request_sent:
+        association = node.associate()
+        assert association.is_established
+        wait_until(lambda: association.is_aborted)
+        return
+    with socket.create_connection(("127.0.0.1", node.port), timeout=30) as silent:
+        assert silent.recv(1) in {b"", bytes([7])}  # closed, or an A-ABORT
 
 
 def test_other_storage_classes_are_not_accepted(start_node: StartNode) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pydicom
 import pytest
 from pydicom.uid import (
+    UID,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     MRImageStorage,
@@ -26,6 +27,8 @@ from app.pacs.tls import server_context
 from tests.pacs.certificates import Authority
 from tests.pacs.support import make_slices
 from tests.support.servers import free_port
+
+LABEL_MAP_STORAGE = UID("1.2.840.10008.5.1.4.1.1.66.7")
 
 
 @pytest.fixture
@@ -74,6 +77,17 @@ def test_c_store_uses_the_encoding_that_the_pacs_accepts(path: Path, syntax: str
         send(path, target)
     assert [dataset for dataset in stored if dataset != pydicom.dcmread(path)] == []
     assert len(stored) == 1
+
+
+def test_a_label_map_is_sent_with_its_class(path: Path) -> None:
+    dataset = pydicom.dcmread(path)
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = LABEL_MAP_STORAGE
+    dataset.save_as(path, enforce_file_format=True)
+    with scp(sop_class=LABEL_MAP_STORAGE) as (target, stored):
+        send(path, target)
+    assert [received.SOPClassUID for received in stored] == [LABEL_MAP_STORAGE]
+    with scp(sop_class=SegmentationStorage) as (target, _):
+        assert code_of(path, target) == "unsupported"
 
 
 @pytest.mark.parametrize("status", [0xB000, 0xB006, 0xB007, 0x0111])

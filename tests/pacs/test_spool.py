@@ -1,5 +1,7 @@
 """Received instances on disk: arrival, limits, and what a restart finds."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +85,25 @@ def test_a_restart_keeps_complete_instances_and_removes_the_others(spool: Spool)
     receive(again, b"x", "3")
     with pytest.raises(UploadTooLarge):
         receive(again, b"x", "4")
+    again.close()
+
+
+def test_age_of_the_oldest_series(spool: Spool) -> None:
+    """Series that still arrive, that wait for a full queue, and that were taken count, also after a restart."""
+    assert spool.oldest_seconds() == 0
+    taken = spool.take(receive(spool, b"one", series="taken").series_key)
+    waiting = spool.root / "series" / receive(spool, b"two").series_key
+    now = time.time()
+    os.utime(taken.folder, (now - 500, now - 500))
+    os.utime(waiting, (now - 900, now - 900))
+    assert 899 < spool.oldest_seconds() < 930
+    receive(spool, b"three", "2")
+    assert 499 < spool.oldest_seconds() < 530
+    spool.close()
+    again = Spool(spool.root, 1, 3)
+    assert 499 < again.oldest_seconds() < 530
+    again.discard(taken)
+    assert again.oldest_seconds() < 30
     again.close()
 
 

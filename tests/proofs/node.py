@@ -57,7 +57,7 @@ ae_title = "ORTHANC"
 
 [[routes]]
 target = "archive"
-results = ["segmentation.dcm", "report.dcm"]
+results = ["segmentation.dcm", "report.dcm", "capture.dcm"]
 """
 
 

@@ -102,9 +102,11 @@ def pull(service: RunningService, first: pydicom.Dataset) -> str:
 
 
 def wait(service: RunningService, job: str) -> str:
-    """Wait until a job has ended."""
-    while service.http.get(f"/v1/scans/{job}").json()["state"] in {"queued", "running"}:
+    """Wait until a job has succeeded."""
+    while (shown := service.http.get(f"/v1/scans/{job}").json())["state"] in {"queued", "running"}:
         time.sleep(0.2)
+    if shown["state"] != "succeeded":
+        raise SystemExit(f"FAILED: expected a job that succeeded, found {shown['state']}: {shown['problem']}")
     return job
 
 

@@ -1,12 +1,15 @@
 """Short forms of the proofs. docs/operations.md has the long forms."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.proofs import cluster, contract, hostile, identity, kill, operations, soak, streams
+from app.sample import make_sample
+from tests.proofs import cluster, contract, hostile, identity, image, kill, operations, soak, streams
 from tests.support.pacs import NOT_INSTALLED
 from tests.support.servers import find_postgres
 
@@ -26,6 +29,14 @@ def test_every_scan_survives_kill_9_on_postgresql(tmp_path: Path) -> None:
 @pytest.mark.skipif(bool(identity.missing_programs()), reason=f"not installed: {identity.missing_programs()}")
 def test_oidc_provider_browser_and_mutual_tls(tmp_path: Path) -> None:
     assert identity.prove(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not all(map(shutil.which, image.PROGRAMS)), reason="no root, or no buildah")
+def test_the_image_is_built_and_runs(tmp_path: Path) -> None:
+    scan = make_sample(tmp_path / "sample", 0).scan
+    command = [sys.executable, "-m", "tests.proofs.image", "--scan", str(scan), "--out", str(tmp_path / "result")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @needs_postgres
