@@ -22,6 +22,8 @@ from app.volume import Affine, BoolArray, FloatArray, IntArray, Volume
 AIR_HU = -1000.0
 # Dense bone and metal above this value would blur over the thickness of a slice.
 MAX_HU = 1000.0
+# A larger field contains the trunk. The skull would be searched for in hundreds of megabytes.
+MAX_FIELD_MM = (800.0, 800.0, 500.0)
 # Pixel size at which the skull is outlined.
 SKULL_PIXEL_MM = 1.0
 # The foreground starts at this fraction of the 99th percentile. It is far above the interpolation noise of a masked
@@ -145,6 +147,7 @@ def _to_intracranial_slices(volume: Volume, settings: Preprocessing) -> Slices:
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in hu.shape])).reshape(3, -1).T
     corners = affines.apply_affine(volume.affine, corners)
     low, high = corners.min(axis=0), corners.max(axis=0)
+    _check_field(high - low, settings)
     side = tuple(int(n) for n in np.ceil((high - low)[1::-1] / SKULL_PIXEL_MM) + 1)
     affine, shape = _slice_grid((low + high) / 2, high - low, (dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), side)
     head = resample_to(smooth - np.float32(AIR_HU), volume.affine, affine, shape) + np.float32(AIR_HU)
@@ -349,6 +352,19 @@ def _bounds_mm(foreground: BoolArray, affine: Affine) -> tuple[npt.NDArray[np.fl
     points = affines.apply_affine(affine, np.argwhere(shell) + [side.start for side in box])
     low, high = points.min(axis=0), points.max(axis=0)
     return (low + high) / 2, high - low
+
+
+def _check_field(field_mm: npt.NDArray[np.float64], settings: Preprocessing) -> None:
+    """Raise `WrongFieldOfView` if a scan covers more than a head, along the RAS+ axes (3,)."""
+    if (field_mm <= MAX_FIELD_MM).all():
+        return
+    size = " x ".join(f"{side:.0f}" for side in field_mm)
+    limit = " x ".join(f"{side:.0f}" for side in MAX_FIELD_MM)
+    raise WrongFieldOfView(
+        f"The scan covers {size} mm (right-left, anterior-posterior, inferior-superior).",
+        expected=f"{settings.subject} in a field of at most {limit} mm.",
+        advice=settings.advice,
+    )
 
 
 def _check_extent(extent: npt.NDArray[np.float64], settings: Preprocessing) -> None:

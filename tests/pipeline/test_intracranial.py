@@ -117,6 +117,12 @@ def test_calcification_belongs_to_the_space() -> None:
     assert dice(mask[2], radius < 50) > 0.98
 
 
+def test_scan_of_the_trunk_is_refused_before_its_skull_is_searched_for() -> None:
+    volume = head_ct((32, 32, 130), grid((32, 32, 130), (10.0, 10.0, 5.0)))
+    with pytest.raises(WrongFieldOfView, match="310 x 310 x 645 mm"):
+        to_slices(volume, SETTINGS)
+
+
 def test_scan_without_a_skull_is_refused() -> None:
     p = positions(FINE[0], grid(*FINE))
     volume = Volume(np.where(inside(p), BRAIN, AIR), grid(*FINE))
