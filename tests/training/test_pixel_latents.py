@@ -12,6 +12,7 @@ from training.config import ROOT, Config, PixelLatentsConfig
 from training.data import HealthySlices
 from training.loop import load_start_weights
 from training.networks import build_denoiser, load_networks, matching_denoiser_weights
+from training.quantise import noise_levels
 from training.train_vqvae import load_coders
 
 pytestmark = pytest.mark.training
@@ -60,6 +61,8 @@ def test_trained_and_exported_networks_agree(config: Config, monkeypatch: pytest
     assert train_denoiser.train(plain, HealthySlices(STACK, STACK, "data")) == 2
     parity = export.export(plain)
     assert max(parity.encoder, parity.denoiser, parity.decoder_flipped) < 1e-3
+    with np.load(export.graphs_folder(plain) / "golden.npz") as golden:
+        assert golden["t"].tolist() == noise_levels(plain)  # every time step that serving uses
     networks = load_networks(export.graphs_folder(plain), plain)  # raises if the golden pair is not reproduced
     x = STACK[:2].astype(np.float32)[:, None] / 65535
     np.testing.assert_allclose(networks.models().decode(networks.models().encode(x)), x, atol=1e-5)
