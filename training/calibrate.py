@@ -115,7 +115,7 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
     # and the high end from the smallest.
     ranges = [
         make_range(prediction_interval(score[..., 1], outside).low, prediction_interval(score[..., 0], outside).high)
-        if score.min() > 0
+        if score.max() > NO_LOSS.high
         else NO_LOSS  # a decoder of pixels returns every slice unchanged, so this score says nothing
         for score in np.moveaxis(scores, 2, 0)
     ]
