@@ -298,8 +298,8 @@ class Manifest(FrozenModel):
     intended_use: str
     modality: Literal["MR", "CT"]
     sequence: str = Field(description="T1, FLAIR, ... It is shown to users and selects the bundle for a scan.")
-    replaces: tuple[str, ...] = Field(
-        default=(), description="Names of bundles that are not selected automatically if this one fits the scan."
+    named_only: bool = Field(
+        default=False, description="Early version: the bundle is used only if the caller names it."
     )
     method: str = Field(
         default=DEFAULT_METHOD, description="Name of the detection method (`app.pipeline.methods.METHODS`)."
@@ -327,8 +327,12 @@ class Manifest(FrozenModel):
 
     def to_json(self) -> str:
         """Return the text of manifest.json. Default values that earlier bundles lack are not written."""
-        exclude = {"method"} if self.method == DEFAULT_METHOD else set()
-        exclude |= {"replaces"} if not self.replaces else set()
+        is_default = {
+            "method": self.method == DEFAULT_METHOD,
+            "named_only": not self.named_only,
+            "preprocessing": {"intracranial": True} if not self.preprocessing.intracranial else False,
+        }
+        exclude = {name: excluded for name, excluded in is_default.items() if excluded}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

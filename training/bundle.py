@@ -44,7 +44,7 @@ def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -
         intended_use=b.intended_use,
         modality=b.modality,
         sequence=b.sequence,
-        replaces=b.replaces,
+        named_only=b.named_only,
         method=config.detection.method,
         preprocessing=config.preprocessing,
         latent=Latent(channels=config.latent_channels, downsampling=config.downsampling),

@@ -115,14 +115,14 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
     # and the high end from the smallest.
     ranges = [
         make_range(prediction_interval(score[..., 1], outside).low, prediction_interval(score[..., 0], outside).high)
-        if score.max() > NO_LOSS.high
-        else NO_LOSS  # a decoder of pixels returns every slice unchanged, so this score says nothing
-        for score in np.moveaxis(scores, 2, 0)
+        for score in np.moveaxis(scores[:, :, :-1], 2, 0)
     ]
+    errors = scores[:, :, -1, 0]
     return OodCheck(
         timesteps=detection.ood_timesteps,
-        median_kl_range=tuple(ranges[:-1]),
-        reconstruction_range=ranges[-1],
+        median_kl_range=tuple(ranges),
+        # A decoder of pixels returns every slice unchanged, except for rounding, so its error says nothing.
+        reconstruction_range=NO_LOSS if config.pixel_latents else prediction_interval(errors, outside),
         latent_kl_range=make_range(low, high),
         max_outlier_fraction=detection.ood_max_outlier_fraction,
         max_outlier_slice_fraction=detection.ood_max_outlier_slice_fraction,

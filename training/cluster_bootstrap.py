@@ -116,6 +116,9 @@ def ratio(first: Statistic, second: Statistic, is_first: Sequence[bool]) -> Stat
 
     def of(counts: IntArray) -> FloatArray:
         below = second(counts[:, ~chosen])
-        return np.divide(first(counts[:, chosen]), below, out=np.full(len(counts), np.nan), where=below > 0)
+        quotient: FloatArray = np.divide(
+            first(counts[:, chosen]), below, out=np.full(len(counts), np.nan), where=below > 0
+        )
+        return quotient
 
     return of

@@ -251,9 +251,7 @@ class BundleConfig(FrozenModel):
 
     title: str = Field(description="Name of the model for users.")
     intended_use: str = Field(description="Intended use, in one or two sentences.")
-    replaces: tuple[str, ...] = Field(
-        default=(), description="Names of bundles that the service no longer selects by itself if it has this one."
-    )
+    named_only: bool = Field(default=False, description="Early version: used only if the caller names it.")
     modality: Literal["MR", "CT"] = Field(description="DICOM modality of the scans. The selection of a model uses it.")
     sequence: str = Field(
         description="MR sequence, or body part for CT: T1, FLAIR, head. The selection of a model uses it."

@@ -140,9 +140,21 @@ PARTS: dict[EvaluationPart, Callable[[Config, Bundle, Split], list[Row]]] = {
 }
 
 
-def evaluate(config: Config, parts: Sequence[EvaluationPart] = (), folder: Path = EVALUATION) -> None:
-    """Measure some parts again, or all parts of the configuration, and write the page of the bundle."""
-    bundle = load_bundle(config.bundle_folder)
+def evaluate(
+    config: Config, parts: Sequence[EvaluationPart] = (), folder: Path = EVALUATION, bundle_folder: Path | None = None
+) -> None:
+    """Measure some parts again, or all parts of the configuration, and write the page of the bundle.
+
+    Parameters
+    ----------
+    config : Config
+    parts : sequence of str
+    folder : Path
+        Folder of the result and its page.
+    bundle_folder : Path, optional
+        Another bundle, which is measured on the data of the configuration.
+    """
+    bundle = load_bundle(bundle_folder or config.bundle_folder)
     split = load_split(config.data.splits)
     path = folder / f"{config.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +172,10 @@ if __name__ == "__main__":
     parser.add_argument("config", type=Path, help="configuration, e.g. training/configs/t1.toml")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"one of {', '.join(get_args(EvaluationPart))}")
     parser.add_argument("--output", type=Path, default=EVALUATION, metavar="FOLDER", help="default: docs/evaluation")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="another bundle, with --output")
     options = parser.parse_args()
+    if options.bundle and options.output == EVALUATION:
+        parser.error("--bundle needs --output, because docs/evaluation has the bundle of each configuration")
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part: {', '.join(sorted(unknown))}")
-    evaluate(Config.load(options.config), options.parts, options.output)
+    evaluate(Config.load(options.config), options.parts, options.output, options.bundle)

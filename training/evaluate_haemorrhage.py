@@ -87,7 +87,7 @@ def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str
     if result is None:
         return {"outcome": outcome}
     analysed = np.isfinite(result.anomaly)
-    slices = []
+    slices: list[Row] = []
     for z in range(volume.shape[2]):
         bleeds = [kind for kind in KINDS if labels[z][kind] == "1"]
         inside = analysed[:, :, z]

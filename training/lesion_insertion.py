@@ -196,7 +196,7 @@ def _foreign_offset(
         offset_mm = direction / np.linalg.norm(direction) * rng.uniform(*PATCH_DISTANCE_MM)
         offset = np.rint(to_voxels @ offset_mm).astype(np.int64)
         there = voxels + offset
-        inside = ((there >= 0) & (there < volume.shape)).all(axis=1)
+        inside = np.asarray(((there >= 0) & (there < volume.shape)).all(axis=1))
         inside[inside] = brain[tuple(there[inside].T)]
         change = np.abs(volume.array[tuple(there[inside].T)] - volume.array[tuple(voxels[inside].T)])
         difference = float(change.sum()) / len(voxels) / float(high - low)

@@ -139,6 +139,12 @@ class TorchNetworks:
     denoiser: nn.Module
     decoder: Decoder | PixelDecoder
 
+    @property
+    def code_decoder(self) -> Decoder:
+        """The decoder of a bundle with a VQ-VAE, which decodes codes."""
+        assert isinstance(self.decoder, Decoder), "this bundle has pixels as latents"
+        return self.decoder
+
     def models(self) -> Networks:
         """Wrap the networks for the pipeline, which calls them with numpy arrays."""
 
@@ -216,14 +222,13 @@ def stage_weights(folder: Path, config: Config, stage: str) -> Weights:
     if stage == "denoiser":
         weights: Weights = networks.denoiser.state_dict()
         return weights
-    assert isinstance(networks.decoder, Decoder), "only a VQ-VAE has that stage"
     vqvae = build_vqvae(config)
     vqvae.encoder.load_state_dict(networks.encoder.encoder.state_dict())
-    vqvae.decoder.load_state_dict(networks.decoder.decoder.state_dict())
+    vqvae.decoder.load_state_dict(networks.code_decoder.decoder.state_dict())
     codebook = vqvae.quantizer.quantizer
     # A bundle has no moving averages of the codebook: start as if each code had been used once.
-    codebook.embedding.weight.data = networks.decoder.codes.clone()
-    codebook.ema_w.copy_(networks.decoder.codes)
+    codebook.embedding.weight.data = networks.code_decoder.codes.clone()
+    codebook.ema_w.copy_(networks.code_decoder.codes)
     codebook.ema_cluster_size.fill_(1.0)
     restored: Weights = vqvae.state_dict()
     return restored

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -143,6 +144,11 @@ class Cases:
         return [*cells, format_interval(interval(ratio(*parts, unseen.tolist()), weights))]
 
 
+def _has_size(ml: float, *, index: int) -> bool:
+    """Return whether a lesion belongs to a size class."""
+    return size_class(ml) == index
+
+
 def unseen_lesion_table(rows: Rows, home: Rows) -> list[str]:
     """Return Dice, found lesions and false findings on scanners that are not in training and at home, and ratios.
 
@@ -163,7 +169,7 @@ def unseen_lesion_table(rows: Rows, home: Rows) -> list[str]:
     share = [[f"{title}, all sizes", *Cases.of_lesions(chosen).compare(mean)] for title, chosen in families]
     for title, chosen in (families[-2], families[-1]):
         for index in range(len(SIZE_CLASSES_ML)):
-            cases = Cases.of_lesions(chosen, lambda ml, index=index: size_class(ml) == index)
+            cases = Cases.of_lesions(chosen, partial(_has_size, index=index))
             if cases.values:
                 share.append([f"{title}, {size_class_name(index)}", *cases.compare(mean)])
     lines += ["", *table(["share of the connected lesions that is found", *first[1:]], share), ""]

@@ -148,8 +148,8 @@ def _to_intracranial_slices(volume: Volume, settings: Preprocessing) -> Slices:
     corners = affines.apply_affine(volume.affine, corners)
     low, high = corners.min(axis=0), corners.max(axis=0)
     _check_field(high - low, settings)
-    side = tuple(int(n) for n in np.ceil((high - low)[1::-1] / SKULL_PIXEL_MM) + 1)
-    affine, shape = _slice_grid((low + high) / 2, high - low, (dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), side)
+    rows, columns = (int(n) for n in np.ceil((high - low)[1::-1] / SKULL_PIXEL_MM) + 1)
+    affine, shape = _slice_grid((low + high) / 2, high - low, (dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), (rows, columns))
     head = resample_to(smooth - np.float32(AIR_HU), volume.affine, affine, shape) + np.float32(AIR_HU)
     inside = intracranial_mask(head, SKULL_PIXEL_MM)
     if not inside.any():

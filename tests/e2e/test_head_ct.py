@@ -44,7 +44,7 @@ def test_resampled_series_is_analysed(series: Path, tmp_path: Path) -> None:
     done = _detect(series, "-o", str(tmp_path), "--geometry", "resample")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["model"]["id"].startswith("ct-")
+    assert report["model"]["id"].startswith("headct-")
     assert 0 < sum(f["volume_ml"] for f in report["findings"]) < MAX_FOUND_ML
 
     mask, anomaly = nib.load(tmp_path / "mask.nii.gz"), nib.load(tmp_path / "anomaly.nii.gz")

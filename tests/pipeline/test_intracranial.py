@@ -1,6 +1,7 @@
 """Space inside the skull of a head CT: openings of bone, clots at the skull, any grid of the scan."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from nibabel import affines
 
@@ -9,7 +10,7 @@ from app.manifest import Preprocessing
 from app.pipeline.detect import dice
 from app.pipeline.intracranial import intracranial_mask
 from app.pipeline.preprocess import Slices, analysed_slices, to_slices
-from app.volume import Affine, BoolArray, FloatArray, Volume
+from app.volume import Affine, BoolArray, Volume
 from tests.support.grids import tilted
 from tests.support.phantom import grid, positions
 
@@ -45,7 +46,7 @@ GRIDS = {
 }
 
 
-def inside(points: FloatArray, margin_mm: float = 0.0) -> BoolArray:
+def inside(points: npt.NDArray[np.floating], margin_mm: float = 0.0) -> BoolArray:
     """Return which points (..., 3) lie inside the inner surface of the skull, moved outwards by a margin."""
     return np.asarray((points**2 / (INNER_MM + margin_mm) ** 2).sum(axis=-1) < 1)
 

@@ -134,15 +134,15 @@ def test_sequences_are_those_of_models_that_can_be_selected() -> None:
     assert trained_sequences(models, "ct") == set()
 
 
-def test_replaced_model_is_selected_only_by_name() -> None:
-    old = named("oldct", "9.0.0", "CT", "head")
-    new = named("ct", "1.0.0", "CT", "head").model_copy(update={"replaces": ("oldct",)})
-    scan = CT
-    assert select_model([old, new], scan, None).manifest is new
-    assert select_model([old, new], scan, "oldct").manifest is old
-    assert select_model([old], scan, None).manifest is old
+def test_early_version_is_selected_only_by_name() -> None:
+    usual = named("ct", "9.0.0", "CT", "head")
+    early = named("newct", "0.1.0", "CT", "head").model_copy(update={"named_only": True})
+    assert select_model([usual, early], CT, None).manifest is usual
+    assert select_model([usual, early], CT, "newct").manifest is early
+    with pytest.raises(UnknownModel, match=r"newct-0.1.0 \(CT, head; only if named\)"):
+        select_model([early], CT, None)
     with pytest.raises(UnknownModel, match="Several models"):
-        select_model([old, new.model_copy(update={"replaces": ()})], scan, None)
+        select_model([usual, early.model_copy(update={"named_only": False})], CT, None)
 
 
 def test_unknown_model_is_refused() -> None:

@@ -15,7 +15,7 @@ SLICES = 12
 HEADER = "file\tpatient\tslice\tintraventricular\tintraparenchymal\tsubarachnoid\tepidural\tsubdural"
 
 
-def head_image(z: int) -> np.ndarray:
+def head_image(z: float) -> np.ndarray:
     """Return an image whose disc grows and shrinks slowly with its height z, 0 to 1."""
     rows, columns = np.mgrid[-32:32, -32:32]
     return np.where(np.hypot(rows, columns) < 8 + 20 * np.sin(np.pi * (0.1 + 0.55 * z)), 110, 0).astype(np.uint8)

@@ -20,9 +20,10 @@ def test_lesion_with_one_marked_voxel_is_found(truth: np.ndarray) -> None:
     labels = np.zeros(truth.shape, np.uint16)
     labels[2, 2, 2] = 1  # touches the first lesion
     labels[5:7, 15, 15] = 2  # touches none
-    assert score_lesions(labels, truth, 0.1) == LesionScores(
-        ((0.8, True), (2.7, False), (0.1, False)), false_findings=1, false_ml=pytest.approx(0.2)
-    )
+    scores = score_lesions(labels, truth, 0.1)
+    assert scores.lesions == ((0.8, True), (2.7, False), (0.1, False))
+    assert scores.false_findings == 1
+    assert scores.false_ml == pytest.approx(0.2)
 
 
 def test_small_lesions_are_not_counted_but_a_finding_in_them_is_not_false(truth: np.ndarray) -> None:

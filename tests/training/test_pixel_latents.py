@@ -53,7 +53,7 @@ def test_nothing_is_lost(config: Config) -> None:
     assert provenance == {"step": "0"}
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's exporter
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter
 def test_trained_and_exported_networks_agree(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.export.cached_slices", lambda *_: STACK)
     monkeypatch.setattr("training.train_vqvae.cached_slices", lambda *_: STACK)
@@ -64,7 +64,7 @@ def test_trained_and_exported_networks_agree(config: Config, monkeypatch: pytest
     with np.load(export.graphs_folder(plain) / "golden.npz") as golden:
         assert golden["t"].tolist() == noise_levels(plain)  # every time step that serving uses
     networks = load_networks(export.graphs_folder(plain), plain)  # raises if the golden pair is not reproduced
-    x = STACK[:2].astype(np.float32)[:, None] / 65535
+    x = (STACK[:2].astype(np.float32)[:, None] / 65535).astype(np.float32)
     np.testing.assert_allclose(networks.models().decode(networks.models().encode(x)), x, atol=1e-5)
 
 

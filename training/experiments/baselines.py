@@ -93,7 +93,7 @@ def slice_codes(config: Config) -> Codes:
 
     @torch.no_grad()
     def codes(x: torch.Tensor) -> torch.Tensor:
-        nearest: torch.Tensor = networks.decoder.nearest(networks.encoder(x)).flatten(1)
+        nearest: torch.Tensor = networks.code_decoder.nearest(networks.encoder(x)).flatten(1)
         return nearest
 
     return codes
