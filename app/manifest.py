@@ -58,6 +58,9 @@ class Preprocessing(FrozenModel):
     brain_only: bool = Field(
         default=False, description="The model was trained on skull-stripped brains. Brain extraction runs first."
     )
+    intracranial: bool = Field(
+        default=False, description="For CT: the model was trained on the space inside the skull, found from bone."
+    )
     head_box: HeadBox | None = Field(
         default=None,
         description="Every head is scaled to this box. `spacing_mm` is then the spacing of a typical head.",
@@ -84,6 +87,12 @@ class Preprocessing(FrozenModel):
             raise ValueError("the box of the head must lie inside the slice")
         if self.head_box is not None and self.brain_only:
             raise ValueError("a box of the head needs whole heads, but the model takes brains only")
+        return self
+
+    @model_validator(mode="after")
+    def _check_intracranial(self) -> "Preprocessing":
+        if self.intracranial and (self.window is None or self.head_box is not None or self.brain_only):
+            raise ValueError("the space inside the skull needs a window, no box of the head and no brain extraction")
         return self
 
 
@@ -289,6 +298,9 @@ class Manifest(FrozenModel):
     intended_use: str
     modality: Literal["MR", "CT"]
     sequence: str = Field(description="T1, FLAIR, ... It is shown to users and selects the bundle for a scan.")
+    named_only: bool = Field(
+        default=False, description="Early version: the bundle is used only if the caller names it."
+    )
     method: str = Field(
         default=DEFAULT_METHOD, description="Name of the detection method (`app.pipeline.methods.METHODS`)."
     )
@@ -314,8 +326,13 @@ class Manifest(FrozenModel):
     )
 
     def to_json(self) -> str:
-        """Return the text of manifest.json. The default method is not written, as in earlier bundles."""
-        exclude = {"method"} if self.method == DEFAULT_METHOD else None
+        """Return the text of manifest.json. Default values that earlier bundles lack are not written."""
+        is_default = {
+            "method": self.method == DEFAULT_METHOD,
+            "named_only": not self.named_only,
+            "preprocessing": {"intracranial": True} if not self.preprocessing.intracranial else False,
+        }
+        exclude = {name: excluded for name, excluded in is_default.items() if excluded}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

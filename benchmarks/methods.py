@@ -136,7 +136,7 @@ class TorchBaselines:
 
     def _transformer_method(self, row: Row) -> Method:
         """Make one member of the transformer's ensemble: resample unlikely codes and decode."""
-        decoder = self._torch.decoder
+        decoder = self._torch.code_decoder
         _, rows, columns = self.manifest.latent_shape
         size = transformer.PUBLISHED if "published" in row.name else transformer.TRAINED
         network: DecoderOnlyTransformer = transformer.build_transformer(len(decoder.codes), rows * columns, size).eval()

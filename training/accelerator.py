@@ -35,11 +35,16 @@ STEP = 257
 Packed = dict[str, Any]
 
 
+def trained_stages(config: Config) -> tuple[str, ...]:
+    """Return the stages of a configuration. Pixel latents are not trained."""
+    return STAGES if config.pixel_latents is None else STAGES[1:]
+
+
 def pack(config: Config, folder: Path) -> Path:
     """Write the slices of a configuration and the start weights of its stages for `train`."""
     packed: Packed = {
         **pack_slices(config),
-        "start": {stage: _start_weights(config, stage) for stage in STAGES},
+        "start": {stage: _start_weights(config, stage) for stage in trained_stages(config)},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.name}.xz"
@@ -67,6 +72,8 @@ def train(path: Path, out: Path, seconds: Iterable[float], workers: int = WORKER
             save_start_weights(config, stage, weights)
     back: Packed = {"config": packed["config"], "data": packed["data"], "steps": {}, "weights": {}, "curves": {}}
     for stage, allowed in zip(STAGES, seconds, strict=True):
+        if stage not in trained_stages(config):
+            continue
         train_stage = {"vqvae": train_vqvae.train, "denoiser": train_denoiser.train}[stage]
         options = TrainingOptions(allowed, workers) if getattr(config, stage).steps else TrainingOptions()
         back["steps"][stage] = train_stage(config, healthy, options)
@@ -79,7 +86,7 @@ def train(path: Path, out: Path, seconds: Iterable[float], workers: int = WORKER
 
 def _refuse_runs(config: Config) -> None:
     """Raise SystemExit if there is a run of this version, because it must not be overwritten or resumed."""
-    for stage in STAGES:
+    for stage in trained_stages(config):
         path = config.run_folder / f"{stage}.pt"
         if path.exists():
             raise SystemExit(f"{path} already exists. Move it away, or raise the version in the configuration.")
@@ -157,7 +164,7 @@ def unpack_slices(packed: Packed) -> HealthySlices:
 def _start_weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
     """Return the start weights of a stage, those of the denoiser in half precision. Empty without a warm start."""
     settings = getattr(config, stage)
-    is_trained = config.vqvae.steps or config.denoiser.steps
+    is_trained = config.denoiser.steps or (config.vqvae is not None and config.vqvae.steps)
     if not settings.warm_start or not is_trained:
         return {}
     module: nn.Module = build_vqvae(config) if stage == "vqvae" else build_denoiser(config)
@@ -191,7 +198,12 @@ def main() -> None:
     command = commands.add_parser("train")
     command.add_argument("packed", type=Path)
     command.add_argument("out", type=Path)
-    command.add_argument("seconds", type=float, nargs=len(STAGES), help="training time of VQ-VAE and denoiser")
+    command.add_argument(
+        "seconds",
+        type=float,
+        nargs=len(STAGES),
+        help="training time of VQ-VAE and denoiser. The first one has no effect on pixel latents",
+    )
     command = commands.add_parser("unpack")
     command.add_argument("parts", type=Path, nargs="+")
     options = parser.parse_args()

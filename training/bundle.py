@@ -44,9 +44,10 @@ def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -
         intended_use=b.intended_use,
         modality=b.modality,
         sequence=b.sequence,
+        named_only=b.named_only,
         method=config.detection.method,
         preprocessing=config.preprocessing,
-        latent=Latent(channels=config.vqvae.embedding_dim, downsampling=config.downsampling),
+        latent=Latent(channels=config.latent_channels, downsampling=config.downsampling),
         schedule=config.schedule,
         seed=config.seed,
         views=config.detection.views,
@@ -55,7 +56,7 @@ def make_manifest(config: Config, folder: Path, provenance: export.Provenance) -
         provenance=Provenance(
             code_version=__version__,
             config_sha256=config.sha256,
-            data_sha256=provenance["vqvae"]["data"],
+            data_sha256=provenance["denoiser"]["data"],
             split=config.data.splits,
             train_subjects=len(split.train),
             validation_subjects=len(split.validation),
@@ -95,7 +96,7 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     # If a stage was not trained in this version, the curves of the version it starts from remain.
-    if config.vqvae.steps and config.denoiser.steps:
+    if config.denoiser.steps and (config.vqvae is None or config.vqvae.steps):
         draw_curves(config, figures / f"{config.name}-curves.png")
     # Images of non-commercial data stay out of the repository.
     destination = config.run_folder if config.bundle.non_commercial else figures
@@ -105,7 +106,6 @@ def write_bundle(config: Config, models: Path = ROOT / "models") -> Path:
 
 def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
     """Fill the template of the model card from the configuration and the manifest."""
-    curve = read_curve(config.run_folder / "vqvae.csv")
     channels, h, w = manifest.latent_shape
     rows, columns = manifest.preprocessing.shape
     spacing = " x ".join(f"{s:g}" for s in manifest.preprocessing.spacing_mm)
@@ -123,10 +123,8 @@ def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
         channels=channels,
         h=h,
         w=w,
-        codes=config.vqvae.codes,
-        codes_used=int(curve["val_codes_used"][-1]),
         training=_training(config, manifest),
-        l1=curve["val_l1_foreground"][-1],
+        **_autoencoder(config),
         parity=parity,
         int8=_int8(parity),
         subjects=", ".join(manifest.calibration.subjects),
@@ -141,6 +139,22 @@ def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
         low=manifest.preprocessing.extent_mm[0],
         high=manifest.preprocessing.extent_mm[1],
     )
+
+
+def _autoencoder(config: Config) -> dict[str, str]:
+    """Return the card's texts on the latents: those of a VQ-VAE, or blocks of pixels."""
+    if config.pixel_latents is not None:
+        fold = config.pixel_latents.fold
+        text = f"; each latent is a block of {fold} x {fold} pixels, without an autoencoder"
+        return {"latents": "pixels", "codes": text, "reconstruction": ""}
+    curve = read_curve(config.run_folder / "vqvae.csv")
+    used, l1 = int(curve["val_codes_used"][-1]), curve["val_l1_foreground"][-1]
+    return {
+        "latents": "a VQ-VAE",
+        "codes": f"; {used} of {config.vqvae_settings.codes} codes used on validation slices",
+        "reconstruction": f"| reconstruction error | {l1:.4f} of the intensity range (L1, foreground of validation "
+        "slices) |\n",
+    }
 
 
 def _ood(config: Config, manifest: Manifest) -> str:
@@ -163,11 +177,12 @@ def _ood(config: Config, manifest: Manifest) -> str:
 def _training(config: Config, manifest: Manifest) -> str:
     """Return the card's text on the training steps of this version and its start weights."""
     p, decision = manifest.provenance, "docs/decisions/0005-noise-levels-in-training.md"
-    earlier = f"{manifest.name}-{p.warm_start}"
+    is_other = (ROOT / "models" / p.warm_start).is_dir() and bool(p.warm_start)
+    earlier = f"{p.warm_start}, without its first and last layer," if is_other else f"{manifest.name}-{p.warm_start}"
     if not p.vqvae_steps and not p.denoiser_steps:
         return f"none in this version: the networks are those of {earlier} ({decision})"
     start = f", from the weights of {earlier} ({decision})" if p.warm_start else ""
-    vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae.batch}, " if p.vqvae_steps else ""
+    vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae_settings.batch}, " if p.vqvae_steps else ""
     return f"{vqvae}denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{start}, seed {p.seed}"
 
 

@@ -34,6 +34,8 @@ LATENT_PERCENTILES = (0.1, 99.9)
 SLICE_PERCENTILES = (0.5, 99.5)
 # Random stream of the simulated scanners, in addition to the seed of the configuration.
 SCANNER_STREAM = 6
+# Range of the reconstruction error if latents are pixels: rounding only.
+NO_LOSS = Range(low=0.0, high=1e-3)
 # Halvings of a threshold's range: finer than the digits that are stored.
 BISECTIONS = 20
 
@@ -113,12 +115,14 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
     # and the high end from the smallest.
     ranges = [
         make_range(prediction_interval(score[..., 1], outside).low, prediction_interval(score[..., 0], outside).high)
-        for score in np.moveaxis(scores, 2, 0)
+        for score in np.moveaxis(scores[:, :, :-1], 2, 0)
     ]
+    errors = scores[:, :, -1, 0]
     return OodCheck(
         timesteps=detection.ood_timesteps,
-        median_kl_range=tuple(ranges[:-1]),
-        reconstruction_range=ranges[-1],
+        median_kl_range=tuple(ranges),
+        # A decoder of pixels returns every slice unchanged, except for rounding, so its error says nothing.
+        reconstruction_range=NO_LOSS if config.pixel_latents else prediction_interval(errors, outside),
         latent_kl_range=make_range(low, high),
         max_outlier_fraction=detection.ood_max_outlier_fraction,
         max_outlier_slice_fraction=detection.ood_max_outlier_slice_fraction,
@@ -188,7 +192,7 @@ def calibrate_residual(
             decode_view(view, mask, networks, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
         ]
         maps.append(anomaly_map(scan, masks, counterparts, config))
-    if config.data.image_archive is not None:
+    if config.data.image_archive is not None and not config.data.image_archive.ordered:
         maps = [separate_slices(each) for each in maps]
     return residual_settings(maps, config)
 

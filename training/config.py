@@ -18,7 +18,9 @@ SPLITS_FOLDER = Path(__file__).with_name("splits")
 # Preprocessing fields that do not change the pixels of a slice: texts, and whether serving extracts the brain first.
 NON_PIXEL_FIELDS = {"subject", "advice", "brain_only"}
 
-EvaluationPart = Literal["healthy", "lesions", "heads", "foreign", "single", "tumours"]
+EvaluationPart = Literal[
+    "healthy", "lesions", "heads", "unseen_lesions", "pathology", "foreign", "single", "tumours", "haemorrhage"
+]
 
 
 def data_root() -> Path:
@@ -29,10 +31,13 @@ def data_root() -> Path:
 class ImageArchiveConfig(FrozenModel):
     """Archive of 2-D images in place of volumes (`training.image_archive`)."""
 
-    kind: Literal["mednist", "lgg"] = Field(description="File format of the archive.")
+    kind: Literal["mednist", "lgg", "ct_ich"] = Field(description="File format of the archive.")
     pixel_mm: float = Field(description="Assumed pixel size, because the images have none.")
     window_low_grey: float = Field(default=0.0, description="Grey value at the lower end of a CT window.")
     window_high_grey: float = Field(default=255.0, description="Grey value at the upper end of a CT window.")
+    air_below_grey: int = Field(default=0, description="Smaller grey values are air, in a CT window. 0: none are.")
+    bone_above_grey: int = Field(default=255, description="Larger grey values are bone, in a CT window. 255: none are.")
+    ordered: bool = Field(default=False, description="Consecutive images of a subject are neighbours in the head.")
     exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")
 
 
@@ -56,6 +61,9 @@ class DataConfig(FrozenModel):
         default=None, description="Standard deviation of the tilt about the left-right axis, if it differs."
     )
     scale_sd: float = Field(description="Standard deviation of the logarithm of the scale.")
+    max_slice_mm: float = Field(
+        default=0.0, description="Half of the tilted copies get thicker slices, up to this thickness. 0 for none."
+    )
     additional: tuple[AdditionalDataConfig, ...] = Field(default=(), description="Data sets of other scanners.")
     image_archive: ImageArchiveConfig | None = Field(default=None, description="Set if the slices are 2-D images.")
 
@@ -140,11 +148,18 @@ class VqvaeConfig(FrozenModel):
         return self
 
 
+class PixelLatentsConfig(FrozenModel):
+    """Pixels in place of a VQ-VAE: each block of fold x fold pixels is one latent. Nothing is trained or lost."""
+
+    fold: int = Field(ge=1, description="Rows and columns of pixels in one latent.")
+
+
 class DenoiserConfig(FrozenModel):
     """Architecture and training of the denoising network."""
 
     warm_start: str = Field(
-        description="Version of this bundle whose denoiser the training starts from. Empty: random weights."
+        description="Version of this bundle whose denoiser the training starts from, or NAME-VERSION of another "
+        "bundle, whose first and last layer are not used. Empty: random weights."
     )
     channels: tuple[int, ...] = Field(description="Channels of each level of the U-Net.")
     residual_blocks: int = Field(description="Residual blocks of each level.")
@@ -226,6 +241,9 @@ class EvaluationConfig(FrozenModel):
     """Parts of the evaluation on test subjects (`training.evaluate`)."""
 
     parts: tuple[EvaluationPart, ...] = Field(description="Parts to run. `healthy` and `lesions` are required.")
+    scope: str = Field(
+        default="", description="Scanners of the test scans, and what was known about these scans before. For the page."
+    )
 
 
 class BundleConfig(FrozenModel):
@@ -233,6 +251,7 @@ class BundleConfig(FrozenModel):
 
     title: str = Field(description="Name of the model for users.")
     intended_use: str = Field(description="Intended use, in one or two sentences.")
+    named_only: bool = Field(default=False, description="Early version: used only if the caller names it.")
     modality: Literal["MR", "CT"] = Field(description="DICOM modality of the scans. The selection of a model uses it.")
     sequence: str = Field(
         description="MR sequence, or body part for CT: T1, FLAIR, head. The selection of a model uses it."
@@ -255,12 +274,19 @@ class Config(FrozenModel):
     schedule: NoiseSchedule = Field(description="Noise schedule. The manifest gets it.")
     augmentation: AugmentationConfig = Field(description="Augmentation of the slices for both networks.")
     coarse_noise: CoarseNoiseConfig = Field(description="Patches in the input of the denoiser.")
-    vqvae: VqvaeConfig = Field(description="Encoder and decoder.")
+    vqvae: VqvaeConfig | None = Field(default=None, description="Encoder and decoder of the latents.")
+    pixel_latents: PixelLatentsConfig | None = Field(default=None, description="Latents without a VQ-VAE.")
     denoiser: DenoiserConfig = Field(description="Denoising network.")
     export: ExportConfig = Field(description="Exported graphs.")
     detection: DetectionConfig = Field(description="Detection method and its calibration.")
     evaluation: EvaluationConfig = Field(description="Evaluation on test subjects.")
     bundle: BundleConfig = Field(description="Texts of the manifest and the model card.")
+
+    @model_validator(mode="after")
+    def _check_latents(self) -> Self:
+        if (self.vqvae is None) == (self.pixel_latents is None):
+            raise ValueError("give one of [vqvae] and [pixel_latents]")
+        return self
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -278,13 +304,26 @@ class Config(FrozenModel):
     @property
     def downsampling(self) -> int:
         """Slice pixels along one side of a latent."""
-        return int(2 ** len(self.vqvae.channels))
+        if self.pixel_latents is not None:
+            return self.pixel_latents.fold
+        return int(2 ** len(self.vqvae_settings.channels))
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of a latent."""
+        return self.vqvae_settings.embedding_dim if self.pixel_latents is None else self.pixel_latents.fold**2
+
+    @property
+    def vqvae_settings(self) -> VqvaeConfig:
+        """The VQ-VAE section of a configuration that has one."""
+        assert self.vqvae is not None, "this configuration has pixels as latents"
+        return self.vqvae
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of the latents of one slice."""
         rows, columns = self.preprocessing.shape
-        return self.vqvae.embedding_dim, rows // self.downsampling, columns // self.downsampling
+        return self.latent_channels, rows // self.downsampling, columns // self.downsampling
 
     @property
     def sha256(self) -> str:

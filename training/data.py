@@ -154,6 +154,41 @@ def tilt(volume: Volume, config: Config, rng: np.random.Generator) -> Volume:
     return Volume(volume.array, transform @ volume.affine)
 
 
+def copy_scan(volume: Volume, config: Config, rng: np.random.Generator) -> Volume:
+    """Return a copy of a training scan with a random tilt and scale, and perhaps thicker slices."""
+    tilted = tilt(volume, config, rng)
+    return thicken_slices(tilted, config, rng) if config.data.max_slice_mm else tilted
+
+
+def thicken_slices(volume: Volume, config: Config, rng: np.random.Generator) -> Volume:
+    """Return half of the volumes with thicker slices along a random axis, as a scan with thick slices shows them.
+
+    Parameters
+    ----------
+    volume : Volume
+        Skull-stripped brain. The background is 0.
+    config : Config
+    rng : Generator
+
+    Returns
+    -------
+    Volume
+        Each new slice is the mean over the brain in two or more old slices, and 0 where most of them are background.
+    """
+    axis, is_thick = rng.integers(3), rng.random() < 0.5
+    largest = int(config.data.max_slice_mm / volume.spacing[axis])
+    if not is_thick or largest < 2:
+        return volume
+    count = rng.integers(2, largest, endpoint=True)
+    array = np.moveaxis(volume.array, axis, 0)
+    blocks = array[: len(array) // count * count].reshape(-1, count, *array.shape[1:])
+    inside = (blocks > 0).sum(axis=1)
+    mean = blocks.sum(axis=1) / np.maximum(inside, 1) * (2 * inside >= count)
+    step = np.eye(4)
+    step[axis, axis], step[axis, 3] = count, (count - 1) / 2
+    return Volume(np.moveaxis(mean, 0, axis).astype(np.float32), volume.affine @ step)
+
+
 def cached_slices(config: Config, part: str) -> UInt16Array:
     """Return the usable slices of one part of the split, made once and then read from the run folder.
 
@@ -178,7 +213,7 @@ def cached_slices(config: Config, part: str) -> UInt16Array:
         for i, subject in enumerate(tqdm(subjects, desc=f"preprocess {part}", unit="scan")):
             scan = load_scan(config, subject)
             rng = np.random.default_rng([config.seed, i])
-            for volume in [scan.volume, *(tilt(scan.volume, config, rng) for _ in range(copies))]:
+            for volume in [scan.volume, *(copy_scan(scan.volume, config, rng) for _ in range(copies))]:
                 slices = to_slices(volume, config.training_preprocessing)
                 usable = scan.usable_slices(slices, config.training_preprocessing)
                 parts.append(np.round(slices.x[usable, 0] * UINT16_MAX).astype(np.uint16))

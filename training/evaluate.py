@@ -6,7 +6,6 @@ configuration are measured.
 
 import argparse
 import json
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,58 +17,31 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline.brain_extraction import BrainExtraction, extract_brain
-from app.pipeline.detect import Detection, ScanResult, dice, network_evaluations, to_scan_result
-from app.pipeline.methods import METHODS
+from app.pipeline.detect import network_evaluations
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
+from training.bundle_runs import Row, analyse, ood_scores, run_detection, score_truth
 from training.config import ROOT, Config, EvaluationPart
 from training.data import HealthyScan, Split, load_scan, load_split
+from training.evaluate_haemorrhage import evaluate_haemorrhage
 from training.evaluate_tumours import evaluate_tumours
+from training.evaluate_unseen import evaluate_heads, evaluate_pathology, evaluate_unseen_lesions
 from training.evaluation_page import evaluation_page
-from training.external_scans import foreign_scans, other_scanner_heads
+from training.external_scans import foreign_scans
 from training.lesion_insertion import LesionedScan, insert_ellipses, insert_lesion, load_lesion_shape
 
+EVALUATION = ROOT / "docs" / "evaluation"
 CONTRASTS = (0.35, -0.35)
 SEEDS = range(5)
 # Radii of the ellipses in stacks of images. The smallest is near the limit of what the model card gives as visible.
 ELLIPSES_MM = (8.0, 12.0, 16.0)
 # With fewer healthy slices, a stack may get no ellipse at all.
 MIN_HEALTHY_SLICES = 6
-BATCH = 16
-
-Row = dict[str, Any]
-
-
-def best_dice(anomaly: npt.NDArray[np.float32], truth: npt.NDArray[np.bool_]) -> float:
-    """Return the Dice at the threshold that is best for this scan: an upper bound for every fixed threshold."""
-    values = np.nan_to_num(anomaly)
-    order = np.argsort(-values, axis=None, kind="stable")[: 20 * max(int(truth.sum()), 1)]
-    hits = np.cumsum(truth.ravel()[order])
-    sizes = np.arange(1, len(order) + 1)
-    return float((2 * hits / (sizes + truth.sum())).max())
-
-
-def run_detection(volume: Volume, bundle: Bundle) -> tuple[Detection, ScanResult, float]:
-    """Return detection, result and seconds of one scan."""
-    start = time.perf_counter()
-    models = bundle.networks.in_batches(BATCH, lambda _: None)
-    detection = METHODS[bundle.manifest.method](volume, models, bundle.manifest)
-    return detection, to_scan_result(volume, detection, bundle.manifest), time.perf_counter() - start
 
 
 def healthy_slices(scan: HealthyScan) -> npt.NDArray[np.int64]:
     """Return the indices of the healthy slices: all slices of a volume."""
     return np.flatnonzero(np.ones(scan.volume.shape[2]) if scan.healthy is None else scan.healthy)
-
-
-def _scores(detection: Detection) -> Row:
-    scores = detection.scores
-    return {
-        "median_kl_range": scores.median_kl_range,
-        "reconstruction": scores.reconstruction,
-        "outlier_fraction": scores.outlier_fraction,
-    }
 
 
 def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
@@ -96,7 +68,7 @@ def evaluate_healthy(config: Config, bundle: Bundle, split: Split) -> list[Row]:
                 "healthy_slices": len(healthy),
                 "findings": len(result.lesions),
                 "score": detection.scores.scan,
-                **_scores(detection),
+                **ood_scores(detection),
                 "seconds": seconds,
                 "slices": slices,
                 "slices_reversed": detection.reversed_slices[0],
@@ -129,64 +101,18 @@ def evaluate_lesions(config: Config, bundle: Bundle, split: Split) -> list[Row]:
         scan = load_scan(config, subject)
         lesioned = inserters[shape](scan.volume, contrast=contrast, seed=seed)
         healthy = healthy_slices(scan)
-        truth = lesioned.truth[:, :, healthy]
         row: Row = {"shape": shape, "contrast": contrast, "seed": seed, "subject": subject}
-        row["truth_ml"] = float(truth.sum()) * lesioned.volume.voxel_ml
-        try:
-            _, result, _ = run_detection(lesioned.volume, bundle)
-            row |= {
-                "outcome": "analysed",
-                "dice": dice(result.mask[:, :, healthy] > 0, truth),
-                "best_dice": best_dice(result.anomaly[:, :, healthy], truth),
-            }
-        except CounterpartError as error:
-            row |= {"outcome": error.code, "dice": 0.0, "best_dice": 0.0}
+        analysis = analyse(lesioned.volume, bundle, extract=False)
+        row |= score_truth(analysis, lesioned.truth, lesioned.volume.voxel_ml, healthy)
         rows.append(row)
     return rows
-
-
-def extract_brain_if_needed(volume: Volume, bundle: Bundle) -> Volume:
-    """Return the volume that the service analyses. It is the extracted brain if the bundle needs one."""
-    if bundle.extractor is None:
-        return volume
-    brain = extract_brain(volume, bundle.extractor.networks)
-    return brain.volume if isinstance(brain, BrainExtraction) else volume
-
-
-def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
-    """Measure the findings in T1 heads with skull of other scanners, or the reason of the refusal."""
-    rows = []
-    for head in tqdm(other_scanner_heads(), desc="heads", unit="scan"):
-        row: Row = {"kind": head.kind, "name": head.name}
-        try:
-            volume = extract_brain_if_needed(head.volume, bundle)
-            detection, result, _ = run_detection(volume, bundle)
-            row |= {
-                "outcome": "analysed",
-                "found_ml": float(result.mask.sum()) * volume.voxel_ml,
-                "findings": len(result.lesions),
-                **_scores(detection),
-            }
-        except CounterpartError as error:
-            row |= {"outcome": error.code, "found": error.found}
-        rows.append(row)
-    return rows
-
-
-def outcome(volume: Volume, bundle: Bundle) -> str:
-    """Return "analysed", or the error code of the refusal."""
-    try:
-        run_detection(extract_brain_if_needed(volume, bundle), bundle)
-    except CounterpartError as error:
-        return error.code
-    return "analysed"
 
 
 def evaluate_foreign(config: Config, bundle: Bundle, _split: Split) -> list[Row]:
     """Count the outcomes of scans outside the training distribution."""
     outcomes: dict[str, Counter[str]] = defaultdict(Counter)
     for scan in tqdm(foreign_scans(config), desc="foreign", unit="scan"):
-        outcomes[scan.kind][outcome(scan.volume, bundle)] += 1
+        outcomes[scan.kind][analyse(scan.volume, bundle).outcome] += 1
     return [{"kind": kind, "outcomes": dict(count)} for kind, count in outcomes.items()]
 
 
@@ -196,7 +122,8 @@ def evaluate_single(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     for subject in tqdm(split.test, desc="single", unit="scan"):
         scan = load_scan(config, subject)
         for z in healthy_slices(scan):
-            outcomes[outcome(Volume(scan.volume.array[:, :, z : z + 1], scan.volume.affine), bundle)] += 1
+            image = Volume(scan.volume.array[:, :, z : z + 1], scan.volume.affine)
+            outcomes[analyse(image, bundle).outcome] += 1
     return [{"kind": "healthy test images, each as a single slice", "outcomes": dict(outcomes)}]
 
 
@@ -204,30 +131,51 @@ PARTS: dict[EvaluationPart, Callable[[Config, Bundle, Split], list[Row]]] = {
     "healthy": evaluate_healthy,
     "lesions": evaluate_lesions,
     "heads": evaluate_heads,
+    "unseen_lesions": evaluate_unseen_lesions,
+    "pathology": evaluate_pathology,
     "foreign": evaluate_foreign,
     "single": evaluate_single,
     "tumours": evaluate_tumours,
+    "haemorrhage": evaluate_haemorrhage,
 }
 
 
-def evaluate(config: Config, parts: Sequence[EvaluationPart] = ()) -> None:
-    """Measure some parts again, or all parts of the configuration, and write the page of the bundle."""
-    bundle = load_bundle(config.bundle_folder)
+def evaluate(
+    config: Config, parts: Sequence[EvaluationPart] = (), folder: Path = EVALUATION, bundle_folder: Path | None = None
+) -> None:
+    """Measure some parts again, or all parts of the configuration, and write the page of the bundle.
+
+    Parameters
+    ----------
+    config : Config
+    parts : sequence of str
+    folder : Path
+        Folder of the result and its page.
+    bundle_folder : Path, optional
+        Another bundle, which is measured on the data of the configuration.
+    """
+    bundle = load_bundle(bundle_folder or config.bundle_folder)
     split = load_split(config.data.splits)
-    path = ROOT / "docs" / "evaluation" / f"{config.name}.json"
+    path = folder / f"{config.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for part in parts or config.evaluation.parts:
         document[part] = {"bundle_sha256": bundle.sha256, "rows": PARTS[part](config, bundle, split)}
         path.write_text(json.dumps(document, indent=1) + "\n")
-    path.with_suffix(".md").write_text(evaluation_page(document, bundle.manifest, bundle.sha256))
+    path.with_suffix(".md").write_text(
+        evaluation_page(document, bundle.manifest, bundle.sha256, config.evaluation.scope)
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path, help="configuration, e.g. training/configs/t1.toml")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"one of {', '.join(get_args(EvaluationPart))}")
+    parser.add_argument("--output", type=Path, default=EVALUATION, metavar="FOLDER", help="default: docs/evaluation")
+    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="another bundle, with --output")
     options = parser.parse_args()
+    if options.bundle and options.output == EVALUATION:
+        parser.error("--bundle needs --output, because docs/evaluation has the bundle of each configuration")
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"unknown part: {', '.join(sorted(unknown))}")
-    evaluate(Config.load(options.config), options.parts)
+    evaluate(Config.load(options.config), options.parts, options.output, options.bundle)

@@ -1,23 +1,16 @@
 """Markdown page of an evaluation: one table per part, from the measured rows."""
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from app.manifest import Manifest
+from training.cluster_bootstrap import cluster_weights, crossed_weights, interval, mean, quantile
+from training.haemorrhage_page import haemorrhage_table
+from training.unseen_page import format_interval, heads_table, pathology_table, unseen_lesion_table
 
 EARLIER = "Measured with an earlier version of this bundle."
-BOOTSTRAP = 2000
-
-
-def interval(values: Sequence[float], statistic: Callable[[Any], Any] = np.median) -> str:
-    """Format a statistic over subjects or cases with its bootstrap 95 % interval."""
-    rng = np.random.default_rng(0)
-    data = np.asarray(values)
-    low, high = np.percentile([statistic(rng.choice(data, len(data))) for _ in range(BOOTSTRAP)], (2.5, 97.5))
-    return f"{statistic(data):.2f} ({low:.2f} to {high:.2f})"
 
 
 def healthy_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -35,8 +28,10 @@ def healthy_table(rows: list[dict[str, Any]]) -> list[str]:
         else:
             lines.append(f"| {r['subject']} | {r['outcome']} | | | | | |")
     done = [r for r in rows if r["outcome"] == "analysed"]
+    weights = cluster_weights([r["subject"] for r in done], seed=0)
+    found = format_interval(interval(quantile([r["false_positive_ml"] for r in done]), weights))
     lines.append(
-        f"| **median** | {len(done)} of {len(rows)} analysed | **{interval([r['false_positive_ml'] for r in done])}** "
+        f"| **median** | {len(done)} of {len(rows)} analysed | **{found}** "
         f"| {np.median([r['slices'] for r in done]):.0f} | {np.median([r['slices_reversed'] for r in done]):.0f} "
         f"| {np.median([r['network_evaluations'] for r in done]):.0f} | {np.median([r['seconds'] for r in done]):.1f} |"
     )
@@ -55,27 +50,27 @@ def lesion_table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [f"{np.median([r['dice'] for r in of_shape if r['contrast'] == c]):.2f}" for c in contrasts]
         lines.append(f"| {shape} | {np.median([r['truth_ml'] for r in of_shape]):.1f} | " + " | ".join(cells) + " |")
     for label, key in (("all, shipped threshold", "dice"), ("all, best threshold for each scan", "best_dice")):
-        cells = [interval([r[key] for r in rows if r["contrast"] == c]) for c in contrasts]
+        cells = [_median([r for r in rows if r["contrast"] == c], key) for c in contrasts]
         lines.append(f"| **{label}** | | " + " | ".join(cells) + " |")
-    strongest = [r["dice"] for r in rows if abs(r["contrast"]) == max(map(abs, contrasts))]
-    lines += ["", f"Median Dice over both signs of c = 0.35 at the shipped threshold: **{interval(strongest)}**."]
-    return lines
-
-
-def heads_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the number of analysed heads of other scanners, and the volume of findings in them."""
-    lines = [
-        "| T1 with skull | analysed | found, ml: median (least to greatest) | others |",
-        "| --- | --- | --- | --- |",
+    strongest = [r for r in rows if abs(r["contrast"]) == max(map(abs, contrasts))]
+    lines += [
+        "",
+        f"Median Dice over both signs of c = 0.35 at the shipped threshold: **{_median(strongest, 'dice')}**.",
     ]
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        of_kind = [row for row in rows if row["kind"] == kind]
-        found = [row["found_ml"] for row in of_kind if row["outcome"] == "analysed"]
-        volumes = f"{np.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" if found else ""
-        refusals = Counter(row["outcome"] for row in of_kind if row["outcome"] != "analysed")
-        codes = ", ".join(f"{code} {count}" for code, count in sorted(refusals.items()))
-        lines.append(f"| {kind} | {len(found)} of {len(of_kind)} | {volumes} | {codes} |")
+    lines.append(
+        "Intervals resample the subjects and the shapes (pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122)."
+    )
+    if found := [(float(hit), r) for r in rows for _, hit in r.get("lesions", ())]:
+        weights = crossed_weights([r["subject"] for _, r in found], [r["shape"] for _, r in found])
+        share = format_interval(interval(mean([hit for hit, _ in found]), weights))
+        lines.append(f"Share of the {len(found)} connected lesions with at least one marked voxel: **{share}**.")
     return lines
+
+
+def _median(rows: list[dict[str, Any]], key: str) -> str:
+    """Format the median of a score with its interval over subjects and shapes."""
+    weights = crossed_weights([r["subject"] for r in rows], [r["shape"] for r in rows])
+    return format_interval(interval(quantile([r[key] for r in rows]), weights))
 
 
 def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -117,25 +112,32 @@ def tumour_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-PARTS = (
-    ("healthy", "Healthy test subjects", healthy_table),
+Table = Callable[..., list[str]]
+# Part, title, table of its rows, and other parts whose rows the table takes if one bundle has measured both.
+PARTS: tuple[tuple[str, str, Table, tuple[str, ...]], ...] = (
+    ("healthy", "Healthy test subjects", healthy_table, ()),
     (
         "lesions",
         "Lesion shapes in healthy test subjects: median Dice over five seeds at the shipped threshold",
         lesion_table,
+        (),
     ),
-    ("heads", "Heads of other scanners after brain extraction", heads_table),
-    ("foreign", "Scans outside the training distribution", foreign_table),
-    ("single", "Single images of healthy test subjects", foreign_table),
+    ("heads", "Healthy heads of other scanners", heads_table, ()),
+    ("unseen_lesions", "Lesions on scanners that are not in training", unseen_lesion_table, ("lesions",)),
+    ("pathology", "Real lesions, and large lesions in healthy test subjects", pathology_table, ()),
+    ("foreign", "Scans outside the training distribution", foreign_table, ()),
+    ("single", "Single images of healthy test subjects", foreign_table, ()),
     (
         "tumours",
         "Outlined tumours of test patients in all slices (a tumour that is not analysed counts as missed)",
         tumour_table,
+        (),
     ),
+    ("haemorrhage", "Real haemorrhage: test patients of ct-ich", haemorrhage_table, ()),
 )
 
 
-def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str) -> str:
+def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str, scope: str = "") -> str:
     """Return the page of an evaluation.
 
     Parameters
@@ -145,6 +147,8 @@ def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str) -
     manifest : Manifest
     sha256 : str
         Hash of the present bundle. Parts with another hash are marked.
+    scope : str
+        Scanners of the test scans, and what was known about the scans before.
     """
     lines = [
         f"# Evaluation of {manifest.id}",
@@ -152,9 +156,14 @@ def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str) -
         "Written by `python -m training.evaluate CONFIG`. Brackets are bootstrap 95 % intervals.",
         "",
     ]
-    for key, title, table in PARTS:
+    lines += [scope.strip(), ""] if scope else []
+    for key, title, table, others in PARTS:
         if key in document:
             lines += [f"### {title}", ""]
             lines += [] if document[key]["bundle_sha256"] == sha256 else [EARLIER, ""]
-            lines += [*table(document[key]["rows"]), ""]
+            own = document[key]["bundle_sha256"]
+            same = [
+                document[o]["rows"] if o in document and document[o]["bundle_sha256"] == own else [] for o in others
+            ]
+            lines += [*table(document[key]["rows"], *same), ""]
     return "\n".join(lines)

@@ -19,9 +19,9 @@ from app.volume import FloatArray
 from training.config import Config, parse_config
 from training.data import UINT16_MAX, cached_slices
 from training.loop import load_modules
-from training.networks import Decoder, Encoder, build_denoiser
-from training.quantise import FLOAT32_LAYERS, calibration_data, noise_error, quantise, share_weights
-from training.train_vqvae import load_vqvae
+from training.networks import build_denoiser
+from training.quantise import FLOAT32_LAYERS, calibration_data, noise_error, noise_levels, quantise, share_weights
+from training.train_vqvae import load_coders
 
 OPSET = 18
 PARITY_SLICES = 16
@@ -55,17 +55,17 @@ class Parity:
 
 def trained_networks(config: Config) -> tuple[dict[str, nn.Module], Provenance]:
     """Load the three networks on the CPU, with the averaged denoiser, and the provenance of both stages."""
-    vqvae, latent, vqvae_provenance = load_vqvae(config)
+    encoder, decoder, coder_provenance = load_coders(config)
     averaged = torch.optim.swa_utils.AveragedModel(build_denoiser(config))
     denoiser_provenance = load_modules(config, "denoiser", {"averaged": averaged})
     networks: dict[str, nn.Module] = {
-        "encoder": Encoder(vqvae, latent),
+        "encoder": encoder,
         "denoiser": averaged.module,
-        "decoder": Decoder(vqvae, latent),
+        "decoder": decoder,
     }
     for network in networks.values():
         network.cpu().eval().requires_grad_(False)
-    return networks, {"vqvae": vqvae_provenance, "denoiser": denoiser_provenance}
+    return networks, {"vqvae": coder_provenance, "denoiser": denoiser_provenance}
 
 
 def graphs_folder(config: Config) -> Path:
@@ -121,14 +121,15 @@ def run_torch(
 
 
 def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.generic]]:
-    """Return synthetic slices (no patient data) and the outputs of the torch networks."""
+    """Return synthetic slices (no patient data), one for each served time step, and the outputs of the networks."""
+    levels = np.array(noise_levels(config), dtype=np.int64)
     rng = np.random.default_rng(config.seed)
     height, width = config.preprocessing.shape
     rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     head = (rows**2 / 0.8 + columns**2 / 0.7) < 1
-    texture = ndimage.gaussian_filter(rng.standard_normal((2, height, width)), (0, 2, 2))
+    texture = ndimage.gaussian_filter(rng.standard_normal((len(levels), height, width)), (0, 2, 2))
     x = (np.clip(0.5 + 0.8 * texture, 0, 1) * head)[:, None].astype(np.float32)
-    return run_torch(config, networks, x, np.array([500, 200], dtype=np.int64), rng)
+    return run_torch(config, networks, x, levels, rng)
 
 
 def write_int8(config: Config) -> None:

@@ -1,16 +1,13 @@
-"""Scans from outside the training data: heads of other scanners, and scans that a bundle must refuse."""
+"""Scans of other kinds than the training data, which a bundle must refuse."""
 
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 
-from app.ingest.reader import read_scan
 from app.volume import FloatArray, Volume
 from training.config import Config, data_root
-from training.data import load_volume, unpack_archive
+from training.data import load_volume
 from training.image_archive import SUBJECT_FILES, UInt8Array, read_jpegs, stack_affine, to_model_units
 
 # Field of view of images without a pixel size: that of a head, because a wrong size by itself must not cause a refusal.
@@ -68,18 +65,6 @@ def lgg_slices() -> Iterator[ExternalScan]:
         images = data["images"]
         for i in np.linspace(0, len(images) - 1, LGG_SLICES).astype(int):
             yield ExternalScan("TCGA-LGG FLAIR with skull, slice", str(i), single_slice(images[i].astype(np.float32)))
-
-
-def other_scanner_heads() -> Iterator[ExternalScan]:
-    """Yield T1 heads with skull of other scanners: healthy volunteers of IXI, a template, and two DICOM series."""
-    root = data_root()
-    for path in sorted((root / "ixi_2mm").glob("t1/*.nii.gz")):
-        yield ExternalScan("IXI", path.name[:6], load_volume(path))
-    yield ExternalScan("template", "MNI152", load_volume(root / "nifti_misc" / "MNI152_T1_2mm.nii.gz"))
-    for kind, name in (("UIH", "uih_umr770_t1_sag_32of160"), ("studyforrest", "studyforrest_t1_defaced_96of384")):
-        with TemporaryDirectory() as folder:
-            unpack_archive(root / "dicom" / f"{name}.tar.xz", Path(folder))
-            yield ExternalScan(kind, name, read_scan(Path(folder), scratch=Path(folder)).volume)
 
 
 def other_volumes() -> Iterator[ExternalScan]:

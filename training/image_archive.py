@@ -1,4 +1,4 @@
-"""Archives of 2-D images (MedNIST head CT, TCGA-LGG FLAIR), read as stacks of slices.
+"""Archives of 2-D images (MedNIST head CT, TCGA-LGG FLAIR, head CT of ct-ich), read as stacks of slices.
 
 The images have no pixel size. The head box of the preprocessing makes an assumed size harmless within the plane
 (decision 15). Images that are not healthy are listed in a CSV file in the folder of the split.
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from scipy import ndimage
 
 from app.volume import Affine, BoolArray, FloatArray, Volume
 from training.config import SPLITS_FOLDER, Config, ImageArchiveConfig, data_root
@@ -26,6 +27,12 @@ UInt8Array = npt.NDArray[np.uint8]
 SUBJECT_FILES = 40
 # An image with a smaller share of pixels above the middle of the window counts as empty.
 EMPTY_SHARE = 0.02
+# Hounsfield units of air, and of compact bone.
+AIR_HU, BONE_HU = -1000.0, 1000.0
+# Every so many pixels of an image are enough to compare it with its neighbour.
+COARSE = 4
+# In ct-ich, slices closer than this to a slice with haemorrhage may show a part of it.
+HAEMORRHAGE_DISTANCE = 2
 # In TCGA-LGG, slices closer than this to a slice with a tumour may show its edge or tumour that was not outlined.
 TUMOUR_DISTANCE = 2
 
@@ -99,7 +106,7 @@ def open_archive(config: Config) -> ImageArchive:
 @cache
 def _read_archive(path: Path, settings: ImageArchiveConfig) -> ImageArchive:
     excluded = read_exclusions(settings.exclusions) if settings.exclusions else frozenset()
-    return read_mednist(path, excluded) if settings.kind == "mednist" else read_lgg(path, excluded)
+    return {"mednist": read_mednist, "lgg": read_lgg, "ct_ich": read_ct_ich}[settings.kind](path, excluded)
 
 
 def read_exclusions(name: str) -> frozenset[str]:
@@ -128,6 +135,12 @@ def load_stack(config: Config, subject: str) -> ImageStack:
     return ImageStack(Volume(values.transpose(2, 1, 0), stack_affine(config)), archive.healthy[indices])
 
 
+def stack_names(config: Config, subject: str) -> list[str]:
+    """Return the names of all images of a subject, in the order of `load_stack` for archives with anatomical order."""
+    archive = open_archive(config)
+    return [name for name, s in zip(archive.names, archive.subjects, strict=True) if s == subject]
+
+
 def to_model_units(grey: UInt8Array, config: Config) -> FloatArray:
     """Convert grey values to Hounsfield units if the model has a CT window, else to float32."""
     settings, window = archive_settings(config), config.preprocessing.window
@@ -135,7 +148,10 @@ def to_model_units(grey: UInt8Array, config: Config) -> FloatArray:
         return grey.astype(np.float32)
     low, high = settings.window_low_grey, settings.window_high_grey
     share = (grey.astype(np.float32) - low) / (high - low)
-    return np.asarray(window[0] + share * (window[1] - window[0]), dtype=np.float32)
+    units = np.asarray(window[0] + share * (window[1] - window[0]), dtype=np.float32)
+    units[grey < settings.air_below_grey] = AIR_HU
+    units[grey > settings.bone_above_grey] = BONE_HU
+    return units
 
 
 def stack_affine(config: Config) -> Affine:
@@ -150,7 +166,11 @@ def archive_hash(config: Config, subjects: tuple[str, ...]) -> str:
     chosen = [
         (n, bool(h)) for n, s, h in zip(archive.names, archive.subjects, archive.healthy, strict=True) if s in subjects
     ]
-    digest = hashlib.sha256(archive_path(config).read_bytes())
+    path = archive_path(config)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
     digest.update(json.dumps([subjects, chosen]).encode())
     return digest.hexdigest()
 
@@ -193,6 +213,46 @@ def read_lgg(path: Path, excluded: frozenset[str]) -> ImageArchive:
         near = (patients == patient) & (np.abs(numbers.astype(int) - int(number)) < TUMOUR_DISTANCE)
         healthy[i] &= not tumour[near].any()
     return ImageArchive(names, tuple(str(p) for p in patients), grey, healthy)
+
+
+def read_ct_ich(path: Path, excluded: frozenset[str]) -> ImageArchive:
+    """Read the slices of ct-ich (Hssayeni 2020), a folder of JPEG files beside `slices.tsv`.
+
+    A slice is healthy if it is more than one slice away from every slice with haemorrhage and shows no fracture.
+    """
+    with path.with_name("slices.tsv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    by_patient: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_patient.setdefault(f"{int(row['patient']):03d}", []).append(row)
+    names: list[str] = []
+    grey: list[UInt8Array] = []
+    healthy: list[bool] = []
+    for of_patient in by_patient.values():
+        ordered = sorted(of_patient, key=lambda row: int(row["slice"]))
+        images = np.stack([np.asarray(Image.open(path / row["file"]).convert("L")) for row in ordered])
+        first = first_of_stack(images)
+        order = [*range(first, len(ordered)), *range(first)]
+        bleeds = np.array([ordered[i]["no_hemorrhage"] == "0" for i in order])
+        near = ndimage.maximum_filter1d(bleeds.astype(np.uint8), 2 * HAEMORRHAGE_DISTANCE - 1, mode="constant") > 0
+        for i, is_near in zip(order, near, strict=True):
+            names.append(ordered[i]["file"])
+            grey.append(images[i])
+            fractured = ordered[i]["fracture_yes_no"] == "1"
+            healthy.append(not is_near and not fractured and ordered[i]["file"] not in excluded)
+    subjects = tuple(name.split("_")[0] for name in names)
+    return ImageArchive(tuple(names), subjects, np.stack(grey), np.array(healthy))
+
+
+def first_of_stack(images: UInt8Array) -> int:
+    """Return the index of the lowest image of a stack (N, H, W) whose numbering may start in the middle.
+
+    Some stacks of ct-ich begin in the brain, and their jaw follows the vertex. If the images form a ring, only one pair
+    are not neighbours in the head: the vertex and the jaw. They differ most.
+    """
+    small = images[:, ::COARSE, ::COARSE].astype(np.float32)
+    differences = np.abs(small - np.roll(small, 1, axis=0)).mean(axis=(1, 2))
+    return int(differences.argmax())
 
 
 def load_tumour_scan(config: Config, subject: str) -> TumourScan:

@@ -1,4 +1,4 @@
-"""Synthetic lesions in healthy scans: shapes of real lesions in volumes, ellipses in stacks of images."""
+"""Synthetic lesions in healthy scans: shapes of real lesions or foreign patches in volumes, ellipses in stacks."""
 
 from dataclasses import dataclass
 
@@ -31,6 +31,13 @@ ELLIPSE_EVERY = 3
 SCALP_MM = 20.0
 # Range of the half axes of an ellipse, relative to its radius.
 ELLIPSE_AXES = (0.7, 1.4)
+# Distance of the place that a foreign patch is copied from, and the number of places that are tried.
+PATCH_DISTANCE_MM = (25.0, 60.0)
+PATCH_TRIALS = 100
+# Smallest share of the patch that must come from the brain, and smallest mean absolute difference to the tissue that it
+# replaces, relative to the robust range of the brain. White matter in place of white matter is not a lesion.
+PATCH_INSIDE = 0.95
+PATCH_DIFFERENCE = 0.15
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,33 @@ def insert_lesion(volume: Volume, shape: Volume, contrast: float, seed: int) -> 
     placed = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
     changed, truth = synthetic_lesion.insert_lesion(volume.array, brain, placed, volume.spacing, contrast)
     return LesionedScan(Volume(changed, volume.affine), truth)
+
+
+def insert_foreign_patch(volume: Volume, shape: Volume, seed: int) -> LesionedScan:
+    """Replace the tissue under a shape by tissue of another place of the same brain.
+
+    No intensity is shifted, so that this family differs from the patches of the training and from `insert_lesion`: the
+    structure is wrong for its place. It follows foreign patch interpolation (J. Tan et al. 2020, arXiv 2011.04197) and
+    CutPaste (C.-L. Li et al. 2021, arXiv 2104.04015), with an edge like that of `insert_lesion`.
+
+    Parameters
+    ----------
+    volume : Volume
+        Healthy, skull-stripped scan.
+    shape : Volume
+        Binary mask in MNI space.
+    seed : int
+        Seed of the displacement of the shape, and of the place that the tissue is copied from.
+    """
+    rng = np.random.default_rng([seed, 13])
+    brain = foreground_mask_of(volume)
+    placed = _shape_on_scan(volume, brain, shape, rng.uniform(-JITTER_MM, JITTER_MM, 3))
+    weight = ndimage.gaussian_filter(placed, synthetic_lesion.EDGE_MM / 2 / volume.spacing) * brain
+    offset = _foreign_offset(volume, brain, np.argwhere(weight > 0.5), rng)
+    foreign = ndimage.shift(volume.array, -offset, order=0)
+    weight = weight * ndimage.shift(brain.astype(np.uint8), -offset, order=0)
+    changed = (volume.array + weight * (foreign - volume.array)).astype(np.float32)
+    return LesionedScan(Volume(changed, volume.affine), weight > 0.5)
 
 
 def insert_ellipses(
@@ -144,6 +178,33 @@ def segment_inner_head(volume: Volume) -> npt.NDArray[np.bool_]:
     deep = [ndimage.distance_transform_edt(image, volume.spacing[:2]) > SCALP_MM for image in filled]
     min_pixels = MIN_BRAIN_CM2 * 100 / volume.spacing[:2].prod()
     return np.stack([image & (image.sum() >= min_pixels) for image in deep], axis=2)
+
+
+def _foreign_offset(
+    volume: Volume, brain: npt.NDArray[np.bool_], voxels: npt.NDArray[np.int64], rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Return the offset in voxels, (3,), of a place whose tissue differs from that of some voxels (M, 3).
+
+    The first of some random places that is inside the brain and differs enough is taken. If there is none, the one that
+    differs most over the part inside the brain is taken.
+    """
+    low, high = np.percentile(volume.array[brain], synthetic_lesion.ROBUST_PERCENTILES)
+    to_voxels = np.linalg.inv(volume.affine[:3, :3])
+    best, best_difference = np.zeros(3, np.int64), -1.0
+    for _ in range(PATCH_TRIALS):
+        direction = rng.normal(size=3)
+        offset_mm = direction / np.linalg.norm(direction) * rng.uniform(*PATCH_DISTANCE_MM)
+        offset = np.rint(to_voxels @ offset_mm).astype(np.int64)
+        there = voxels + offset
+        inside = np.asarray(((there >= 0) & (there < volume.shape)).all(axis=1))
+        inside[inside] = brain[tuple(there[inside].T)]
+        change = np.abs(volume.array[tuple(there[inside].T)] - volume.array[tuple(voxels[inside].T)])
+        difference = float(change.sum()) / len(voxels) / float(high - low)
+        if inside.mean() >= PATCH_INSIDE and difference >= PATCH_DIFFERENCE:
+            return offset
+        if difference > best_difference:
+            best, best_difference = offset, difference
+    return best
 
 
 def _shape_on_scan(

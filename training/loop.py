@@ -19,7 +19,7 @@ from tqdm import tqdm
 from training.augment import augment
 from training.config import NON_PIXEL_FIELDS, AugmentationConfig, Config
 from training.data import UINT16_MAX, UInt16Array
-from training.networks import stage_weights
+from training.networks import matching_denoiser_weights, stage_weights
 
 CHECKPOINT_EVERY_SECONDS = 60
 # Decay of the exponential mean of the losses in the progress bar.
@@ -31,9 +31,10 @@ SHOW_EVERY = 20
 SLICES = {"seed", "data", "preprocessing", "augmentation"}
 SECTIONS = {
     "vqvae": SLICES | {"vqvae"},
-    "denoiser": SLICES | {"vqvae", "coarse_noise", "schedule", "denoiser"},
+    "denoiser": SLICES | {"vqvae", "pixel_latents", "coarse_noise", "schedule", "denoiser"},
     # The baseline of training/experiments that is trained on the codes of the VQ-VAE. All others use only slices.
     "baseline-transformer": SLICES | {"vqvae"},
+    "denoising-autoencoder": SLICES | {"coarse_noise"},
 }
 
 
@@ -276,7 +277,7 @@ class Run:
 
 
 def load_start_weights(config: Config, version: str, name: str, module: nn.Module, *, steps: int) -> None:
-    """Load the last weights of a stage from an earlier version of the bundle, if a version is given.
+    """Load the last weights of a stage from an earlier version of the bundle or from another bundle, if one is given.
 
     They are read from the run of that version, else from its bundle, which has the averaged weights of the denoiser. A
     stage without steps also finds them in its own bundle.
@@ -287,6 +288,10 @@ def load_start_weights(config: Config, version: str, name: str, module: nn.Modul
         There is no run and no bundle of that version.
     """
     if not version:
+        return
+    other = config.bundle_folder.with_name(version)
+    if name == "denoiser" and other.is_dir():
+        module.load_state_dict(matching_denoiser_weights(other, module))
         return
     earlier = config.model_copy(update={"version": version})
     path = earlier.run_folder / f"{name}.pt"

@@ -11,6 +11,7 @@ from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from monai.networks.nets.vqvae import VQVAE
 from onnx import numpy_helper
 from torch import nn
+from torch.nn import functional as F
 
 from app.pipeline.diffusion import Networks
 from app.runtime.bundle import GOLDEN_FLIPPED, GOLDEN_TOLERANCE
@@ -18,6 +19,8 @@ from app.volume import FloatArray, IntArray
 from training.config import Config
 
 Weights = dict[str, torch.Tensor]
+# Smallest share of the parameters that another bundle must provide as start weights.
+MIN_SAME_SHARE = 0.9
 # MONAI's normalisation layer in front of each kind of layer, by the end of the layer's name.
 NORM_BEFORE = {
     "conv1.conv": "norm1",
@@ -31,7 +34,7 @@ NORM_BEFORE = {
 
 def build_vqvae(config: Config) -> VQVAE:
     """Build the VQ-VAE; each entry of `channels` halves rows and columns."""
-    c = config.vqvae
+    c = config.vqvae_settings
     levels = len(c.channels)
     return VQVAE(
         spatial_dims=2,
@@ -55,8 +58,8 @@ def build_denoiser(config: Config) -> DiffusionModelUNet:
     c = config.denoiser
     return DiffusionModelUNet(
         spatial_dims=2,
-        in_channels=config.vqvae.embedding_dim,
-        out_channels=config.vqvae.embedding_dim,
+        in_channels=config.latent_channels,
+        out_channels=config.latent_channels,
         num_res_blocks=c.residual_blocks,
         channels=c.channels,
         attention_levels=c.attention_levels,
@@ -70,9 +73,9 @@ class Encoder(nn.Module):
     shift: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, vqvae: VQVAE, latent: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, encoder: nn.Module, latent: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.encoder = vqvae.encoder
+        self.encoder = encoder
         self.register_buffer("shift", latent["shift"])
         self.register_buffer("scale", latent["scale"])
 
@@ -112,13 +115,35 @@ class Decoder(nn.Module):
         return self.decode_codes(self.nearest(z0))
 
 
+class PixelDecoder(nn.Module):
+    """Decoder z0 (N, C, h, w) -> x (N, 1, H, W) in [0, 1] of latents that are blocks of pixels."""
+
+    shift: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, fold: int, latent: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.fold = fold
+        self.register_buffer("shift", latent["shift"])
+        self.register_buffer("scale", latent["scale"])
+
+    def forward(self, z0: torch.Tensor) -> torch.Tensor:
+        return F.pixel_shuffle(z0 * self.scale + self.shift, self.fold).clamp(0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class TorchNetworks:
     """Encoder, denoiser and decoder on the CPU, without gradients."""
 
     encoder: Encoder
     denoiser: nn.Module
-    decoder: Decoder
+    decoder: Decoder | PixelDecoder
+
+    @property
+    def code_decoder(self) -> Decoder:
+        """The decoder of a bundle with a VQ-VAE, which decodes codes."""
+        assert isinstance(self.decoder, Decoder), "this bundle has pixels as latents"
+        return self.decoder
 
     def models(self) -> Networks:
         """Wrap the networks for the pipeline, which calls them with numpy arrays."""
@@ -141,11 +166,32 @@ def load_networks(folder: Path, config: Config) -> TorchNetworks:
     SystemExit
         The graphs do not have the parameters of this configuration, or the networks do not reproduce the golden pair.
     """
-    vqvae, denoiser = build_vqvae(config), build_denoiser(config)
+    denoiser = build_denoiser(config)
+    _load_strictly(denoiser, _denoiser_weights(onnx.load(folder / "denoiser.onnx").graph, denoiser), folder)
+    load_coders = _load_vqvae_coders if config.pixel_latents is None else _load_pixel_coders
+    encoder, decoder = load_coders(folder, config)
+    networks = TorchNetworks(encoder, denoiser, decoder)
+    for network in (networks.encoder, networks.denoiser, networks.decoder):
+        network.eval().requires_grad_(requires_grad=False)
+    _check_golden_pair(networks, folder)
+    return networks
+
+
+def _load_pixel_coders(folder: Path, config: Config) -> tuple[Encoder, PixelDecoder]:
+    """Return the encoder and the decoder of pixel latents with the shift and scale of a bundle."""
+    assert config.pixel_latents is not None, "chosen by the caller"
+    fold, weights = config.pixel_latents.fold, _initializers(onnx.load(folder / "encoder.onnx").graph)
+    latent = {name: weights[name] for name in ("shift", "scale")}
+    return Encoder(nn.PixelUnshuffle(fold), latent), PixelDecoder(fold, latent)
+
+
+def _load_vqvae_coders(folder: Path, config: Config) -> tuple[Encoder, Decoder]:
+    """Return the encoder and the decoder of a VQ-VAE with the weights of a bundle."""
+    vqvae = build_vqvae(config)
     encoder, decoder = (_initializers(onnx.load(folder / f"{name}.onnx").graph) for name in ("encoder", "decoder"))
     codebook = {name: w for name, w in vqvae.state_dict().items() if name.startswith("quantizer.")}
     # The exporter stores the codebook transposed under a generic name. Only its shape is unique.
-    shape = (config.vqvae.embedding_dim, config.vqvae.codes)
+    shape = (config.vqvae_settings.embedding_dim, config.vqvae_settings.codes)
     codes = [w for w in decoder.values() if tuple(w.shape) == shape]
     if len(codes) != 1:
         raise SystemExit(
@@ -153,13 +199,8 @@ def load_networks(folder: Path, config: Config) -> TorchNetworks:
         )
     codebook["quantizer.quantizer.embedding.weight"] = codes[0].T.clone()
     _load_strictly(vqvae, {**encoder, **decoder, **codebook}, folder)
-    _load_strictly(denoiser, _denoiser_weights(onnx.load(folder / "denoiser.onnx").graph, denoiser), folder)
     latent = {name: encoder[name] for name in ("shift", "scale")}
-    networks = TorchNetworks(Encoder(vqvae, latent), denoiser, Decoder(vqvae, latent))
-    for network in (networks.encoder, networks.denoiser, networks.decoder):
-        network.eval().requires_grad_(requires_grad=False)
-    _check_golden_pair(networks, folder)
-    return networks
+    return Encoder(vqvae.encoder, latent), Decoder(vqvae, latent)
 
 
 def stage_weights(folder: Path, config: Config, stage: str) -> Weights:
@@ -183,14 +224,34 @@ def stage_weights(folder: Path, config: Config, stage: str) -> Weights:
         return weights
     vqvae = build_vqvae(config)
     vqvae.encoder.load_state_dict(networks.encoder.encoder.state_dict())
-    vqvae.decoder.load_state_dict(networks.decoder.decoder.state_dict())
+    vqvae.decoder.load_state_dict(networks.code_decoder.decoder.state_dict())
     codebook = vqvae.quantizer.quantizer
     # A bundle has no moving averages of the codebook: start as if each code had been used once.
-    codebook.embedding.weight.data = networks.decoder.codes.clone()
-    codebook.ema_w.copy_(networks.decoder.codes)
+    codebook.embedding.weight.data = networks.code_decoder.codes.clone()
+    codebook.ema_w.copy_(networks.code_decoder.codes)
     codebook.ema_cluster_size.fill_(1.0)
     restored: Weights = vqvae.state_dict()
     return restored
+
+
+def matching_denoiser_weights(folder: Path, denoiser: nn.Module) -> Weights:
+    """Return the weights of another bundle's denoiser that have the shape of this one, and this one's own weights else.
+
+    The first and the last layer differ, because latents of another kind have other channels.
+
+    Raises
+    ------
+    SystemExit
+        Less than nine tenths of the parameters have the same shape.
+    """
+    found, own = _denoiser_weights(onnx.load(folder / "denoiser.onnx").graph, denoiser), denoiser.state_dict()
+    same = {name: found[name] for name, w in own.items() if name in found and found[name].shape == w.shape}
+    if sum(w.numel() for w in same.values()) < MIN_SAME_SHARE * sum(w.numel() for w in own.values()):
+        raise SystemExit(
+            f"The denoiser of {folder.name} has another shape. Expected the channels of the section [denoiser]. "
+            "Change that section, or choose another bundle in warm_start."
+        )
+    return own | same
 
 
 def _initializers(graph: onnx.GraphProto) -> Weights:

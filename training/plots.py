@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,18 +36,12 @@ def read_curve(path: Path) -> dict[str, list[float]]:
 
 
 def draw_curves(config: Config, path: Path) -> None:
-    """Plot the training and validation losses of both stages."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
-    vqvae = read_curve(config.run_folder / "vqvae.csv")
-    for key, label in (
-        ("l1", "training L1"),
-        ("val_l1", "validation L1"),
-        ("val_l1_foreground", "validation L1, foreground"),
-    ):
-        left.plot(vqvae["step"], vqvae[key], label=label)
-    used = int(vqvae["val_codes_used"][-1])
-    left.set(title=f"VQ-VAE: {used} of {config.vqvae.codes} codes used", xlabel="step", yscale="log")
-    left.legend()
+    """Plot the training and validation losses of the trained stages."""
+    if config.pixel_latents is None:
+        figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+        _draw_vqvae_curve(config, left)
+    else:
+        figure, right = plt.subplots(figsize=(8, 4), layout="constrained")
     denoiser = read_curve(config.run_folder / "denoiser.csv")
     labels = {
         "val_mse_coarse_t": "validation, coarse noise, t = ",
@@ -63,6 +58,20 @@ def draw_curves(config: Config, path: Path) -> None:
     right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _draw_vqvae_curve(config: Config, left: Axes) -> None:
+    """Plot the losses of the VQ-VAE."""
+    vqvae = read_curve(config.run_folder / "vqvae.csv")
+    for key, label in (
+        ("l1", "training L1"),
+        ("val_l1", "validation L1"),
+        ("val_l1_foreground", "validation L1, foreground"),
+    ):
+        left.plot(vqvae["step"], vqvae[key], label=label)
+    used = int(vqvae["val_codes_used"][-1])
+    left.set(title=f"VQ-VAE: {used} of {config.vqvae_settings.codes} codes used", xlabel="step", yscale="log")
+    left.legend()
 
 
 def draw_validation(config: Config, bundle: Bundle, path: Path) -> None:

@@ -9,8 +9,9 @@ from training.config import Config, parse_config
 
 
 def run(config: Config) -> None:
-    """Train both networks, export and calibrate them, and write the bundle."""
-    train_vqvae.train(config)
+    """Train the networks, export and calibrate them, and write the bundle."""
+    if config.vqvae is not None:
+        train_vqvae.train(config)
     train_denoiser.train(config)
     export.export(config)
     calibrate.calibrate(config)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from monai.networks.nets.vqvae import VQVAE
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -14,8 +13,8 @@ from training.augment import add_coarse_noise
 from training.config import Config, parse_config
 from training.data import UINT16_MAX, HealthySlices
 from training.loop import Batches, Run, TrainingOptions, device, load_start_weights, make_generator
-from training.networks import build_denoiser
-from training.train_vqvae import load_vqvae
+from training.networks import Encoder, build_denoiser
+from training.train_vqvae import load_coders
 
 VALIDATION_SLICES = 192
 VALIDATE_EVERY = 500
@@ -61,11 +60,11 @@ def alpha_bars(config: Config) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_pair(
-    vqvae: VQVAE, latent: dict[str, torch.Tensor], x: torch.Tensor, config: Config, rng: torch.Generator
+    encoder: Encoder, x: torch.Tensor, config: Config, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode healthy slices (B, 1, H, W), and the same slices with coarse noise, both (B, C, h, w)."""
     both = torch.cat([x, add_coarse_noise(x, config.coarse_noise, rng)]).to(memory_format=torch.channels_last)
-    z0: torch.Tensor = (vqvae.encoder(both) - latent["shift"]) / latent["scale"]
+    z0: torch.Tensor = encoder(both)
     return z0[: len(x)], z0[len(x) :]
 
 
@@ -115,7 +114,7 @@ def train(config: Config, healthy: HealthySlices | None = None, options: Trainin
     """Train the denoiser of a configuration, or resume its training, and return the number of completed steps."""
     torch.manual_seed(config.seed)
     healthy = healthy or HealthySlices.of(config)
-    vqvae, latent, _ = load_vqvae(config, healthy.train)
+    encoder, _, _ = load_coders(config, healthy.train)
     # Another seed than that of the VQ-VAE's batches, so that the augmentations differ.
     batches = Batches(healthy.train, config.denoiser.batch, config.seed + 1, config.augmentation)
     levels = alpha_bars(config)
@@ -141,7 +140,7 @@ def train(config: Config, healthy: HealthySlices | None = None, options: Trainin
 
     def step_fn(step: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         rng = make_generator(config.seed, 3, step)
-        clean, coarse = encode_pair(vqvae, latent, x, config, rng)
+        clean, coarse = encode_pair(encoder, x, config, rng)
         t = draw_times(config, len(clean), rng)
         alpha_bar = levels[t]
         z_t, epsilon = diffuse_pair(clean, coarse, alpha_bar, rng)
@@ -160,7 +159,7 @@ def train(config: Config, healthy: HealthySlices | None = None, options: Trainin
         averaged.eval()
         chosen = np.linspace(0, len(healthy.validation) - 1, VALIDATION_SLICES).astype(int)
         x = torch.from_numpy(healthy.validation[chosen].astype(np.float32) / UINT16_MAX)[:, None].to(device())
-        clean, coarse = encode_pair(vqvae, latent, x, config, make_generator(config.seed, 5))
+        clean, coarse = encode_pair(encoder, x, config, make_generator(config.seed, 5))
         losses = {}
         for level, kind, z0 in [(t, "", clean) for t in LEVELS] + [(t, "_coarse", coarse) for t in COARSE_LEVELS]:
             t = torch.full((len(chosen),), level, device=device())

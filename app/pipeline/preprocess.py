@@ -15,10 +15,17 @@ from scipy import ndimage
 from app.errors import ConstantVoxels, WrongFieldOfView
 from app.manifest import HeadBox, Preprocessing
 from app.pipeline.grid import SliceGrid, resample_to
+from app.pipeline.intracranial import intracranial_mask
 from app.volume import Affine, BoolArray, FloatArray, IntArray, Volume
 
 # Scanners mark voxels outside the field of view of a CT by values below air.
 AIR_HU = -1000.0
+# Dense bone and metal above this value would blur over the thickness of a slice.
+MAX_HU = 1000.0
+# A larger field contains the trunk. The skull would be searched for in hundreds of megabytes.
+MAX_FIELD_MM = (800.0, 800.0, 500.0)
+# Pixel size at which the skull is outlined.
+SKULL_PIXEL_MM = 1.0
 # The foreground starts at this fraction of the 99th percentile. It is far above the interpolation noise of a masked
 # background, and below cerebrospinal fluid on T1 (about 0.15).
 FOREGROUND_LEVEL = 0.05
@@ -74,6 +81,8 @@ def to_slices(volume: Volume, settings: Preprocessing) -> Slices:
     """
     if settings.head_box is not None:
         return _to_slices_of_one_size(volume, settings, settings.head_box)
+    if settings.intracranial:
+        return _to_intracranial_slices(volume, settings)
     array = volume.array if settings.window is None else np.maximum(volume.array, np.float32(AIR_HU))
     background = background_level(array)
     signal = array - np.float32(background)
@@ -126,6 +135,45 @@ def _to_slices_of_one_size(volume: Volume, settings: Preprocessing, box: HeadBox
     x = np.where(inside, np.clip(values / np.float32(scale), 0, 1), np.float32(0))
     grid = SliceGrid(affine, shape, volume.affine, volume.shape, background, scale)
     return Slices(x[:, None], inside, grid)
+
+
+def _to_intracranial_slices(volume: Volume, settings: Preprocessing) -> Slices:
+    """Resample a head CT to slices that show only the space inside the skull."""
+    assert settings.window is not None, "the manifest has been validated"
+    dz, dy, dx = settings.spacing_mm
+    hu = np.clip(volume.array, np.float32(AIR_HU), np.float32(MAX_HU))
+    # Only along the thickness of the slices: the skull is outlined at a finer resolution than the slices have.
+    smooth = _smooth_to((dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), hu, volume)
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in hu.shape])).reshape(3, -1).T
+    corners = affines.apply_affine(volume.affine, corners)
+    low, high = corners.min(axis=0), corners.max(axis=0)
+    _check_field(high - low, settings)
+    rows, columns = (int(n) for n in np.ceil((high - low)[1::-1] / SKULL_PIXEL_MM) + 1)
+    affine, shape = _slice_grid((low + high) / 2, high - low, (dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), (rows, columns))
+    head = resample_to(smooth - np.float32(AIR_HU), volume.affine, affine, shape) + np.float32(AIR_HU)
+    inside = intracranial_mask(head, SKULL_PIXEL_MM)
+    if not inside.any():
+        raise WrongFieldOfView(
+            "No bone encloses a space in any axial slice.",
+            expected=f"{settings.subject}.",
+            advice=settings.advice,
+        )
+    centre, extent = _bounds_mm(inside, affine)
+    _check_extent(extent, settings)
+    low_hu, width = settings.window[0], settings.window[1] - settings.window[0]
+    target, target_shape = _slice_grid(centre, extent, settings.spacing_mm, settings.shape)
+    sigma = (0, *np.sqrt(np.maximum(np.array([dy, dx]) ** 2 - SKULL_PIXEL_MM**2, 0)) / FWHM_PER_SIGMA / SKULL_PIXEL_MM)
+
+    def place(values: FloatArray) -> FloatArray:
+        return resample_to(ndimage.gaussian_filter(values, sigma, output=np.float32), affine, target, target_shape)
+
+    # Normalised by the mask, so that neither bone nor air outside changes the values at the edge.
+    weight = place(inside.astype(np.float32))
+    values = place(np.where(inside, (np.clip(head, *settings.window) - low_hu) / width, np.float32(0)))
+    foreground = weight > 0.5 + TIE
+    x = np.where(foreground, values / np.maximum(weight, np.float32(TIE)), np.float32(0))
+    grid = SliceGrid(target, target_shape, volume.affine, volume.shape, low_hu, width)
+    return Slices(np.clip(x, 0, 1)[:, None].astype(np.float32), foreground, grid)
 
 
 def foreground_cm2(slices: Slices, settings: Preprocessing) -> npt.NDArray[np.float64]:
@@ -207,6 +255,16 @@ def _apply_window(array: FloatArray, window: tuple[float, float]) -> tuple[float
     signal = np.clip(array, np.float32(low), np.float32(high))
     signal -= np.float32(low)
     return low, high - low, signal
+
+
+def _smooth_to(spacing_mm: tuple[float, float, float], hu: FloatArray, volume: Volume) -> FloatArray:
+    """Smooth each axis of a scan to the slice, row or column spacing that it is closest to."""
+    # (3 RAS+ axes, 3 voxel axes): share of each voxel axis along each axis of the body.
+    share = (volume.affine[:3, :3] / volume.spacing) ** 2
+    target = np.array(spacing_mm[::-1]) @ share
+    sigma = np.sqrt(np.maximum(target**2 - volume.spacing**2, 0)) / FWHM_PER_SIGMA / volume.spacing
+    result: FloatArray = ndimage.gaussian_filter(hu, sigma, output=np.float32)
+    return result
 
 
 def _anti_alias(signal: FloatArray, spacing: npt.NDArray[np.float64], settings: Preprocessing) -> FloatArray:
@@ -294,6 +352,19 @@ def _bounds_mm(foreground: BoolArray, affine: Affine) -> tuple[npt.NDArray[np.fl
     points = affines.apply_affine(affine, np.argwhere(shell) + [side.start for side in box])
     low, high = points.min(axis=0), points.max(axis=0)
     return (low + high) / 2, high - low
+
+
+def _check_field(field_mm: npt.NDArray[np.float64], settings: Preprocessing) -> None:
+    """Raise `WrongFieldOfView` if a scan covers more than a head, along the RAS+ axes (3,)."""
+    if (field_mm <= MAX_FIELD_MM).all():
+        return
+    size = " x ".join(f"{side:.0f}" for side in field_mm)
+    limit = " x ".join(f"{side:.0f}" for side in MAX_FIELD_MM)
+    raise WrongFieldOfView(
+        f"The scan covers {size} mm (right-left, anterior-posterior, inferior-superior).",
+        expected=f"{settings.subject} in a field of at most {limit} mm.",
+        advice=settings.advice,
+    )
 
 
 def _check_extent(extent: npt.NDArray[np.float64], settings: Preprocessing) -> None:

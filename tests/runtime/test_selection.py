@@ -134,6 +134,17 @@ def test_sequences_are_those_of_models_that_can_be_selected() -> None:
     assert trained_sequences(models, "ct") == set()
 
 
+def test_early_version_is_selected_only_by_name() -> None:
+    usual = named("ct", "9.0.0", "CT", "head")
+    early = named("newct", "0.1.0", "CT", "head").model_copy(update={"named_only": True})
+    assert select_model([usual, early], CT, None).manifest is usual
+    assert select_model([usual, early], CT, "newct").manifest is early
+    with pytest.raises(UnknownModel, match=r"newct-0.1.0 \(CT, head; only if named\)"):
+        select_model([early], CT, None)
+    with pytest.raises(UnknownModel, match="Several models"):
+        select_model([usual, early.model_copy(update={"named_only": False})], CT, None)
+
+
 def test_unknown_model_is_refused() -> None:
     with pytest.raises(UnknownModel, match="'flair'") as caught:
         select_model(HEAD, T1_SCAN, "flair")

@@ -81,7 +81,7 @@ def test_random_numbers_depend_on_the_key() -> None:
 
 
 def test_baselines_on_slices_do_not_depend_on_the_vqvae() -> None:
-    changed = CONFIG.model_copy(update={"vqvae": CONFIG.vqvae.model_copy(update={"steps": 1})})
+    changed = CONFIG.model_copy(update={"vqvae": CONFIG.vqvae_settings.model_copy(update={"steps": 1})})
     same = {
         stage: fingerprint(CONFIG, stage, "data") == fingerprint(changed, stage, "data")
         for stage in ("vqvae", "denoiser", "baseline-transformer", "baseline-vae")

@@ -76,10 +76,10 @@ def test_vqvae_starts_from_the_codes_of_a_bundle_and_keeps_unused_ones() -> None
     x = torch.rand(2, 1, 96, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         z0 = shipped.encoder(x)
-        z = Encoder(vqvae, {"shift": shipped.encoder.shift, "scale": shipped.encoder.scale})(x)
+        z = Encoder(vqvae.encoder, {"shift": shipped.encoder.shift, "scale": shipped.encoder.scale})(x)
         assert float((z - z0).abs().max()) < 1e-5
         before = vqvae.quantizer.quantizer.embedding.weight.clone()
-        assert torch.equal(before, shipped.decoder.codes)
+        assert torch.equal(before, shipped.code_decoder.codes)
         vqvae.train()(x)  # one update of the moving averages
         moved = (vqvae.quantizer.quantizer.embedding.weight - before).norm(dim=1)
     # With moving averages that start at 0, unused codes would move to the origin.

@@ -15,7 +15,7 @@ from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from tests.support.phantom import brain
-from training.evaluate import run_detection
+from training.bundle_runs import run_detection
 from training.experiments.cases import make_case
 from training.experiments.segmentation import counterpart_map
 

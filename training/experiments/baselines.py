@@ -49,7 +49,7 @@ def build(name: str, config: Config) -> nn.Module:
         return spatial
     if name == TRANSFORMER:
         rows, columns = (side // config.downsampling for side in config.preprocessing.shape)
-        transformer: nn.Module = build_transformer(config.vqvae.codes, rows * columns)
+        transformer: nn.Module = build_transformer(config.vqvae_settings.codes, rows * columns)
         return transformer
     shape = (1, *config.preprocessing.shape)
     dense: nn.Module = VarAutoEncoder(2, shape, 1, DENSE, CHANNELS, (2,) * len(CHANNELS), norm="BATCH")
@@ -93,7 +93,7 @@ def slice_codes(config: Config) -> Codes:
 
     @torch.no_grad()
     def codes(x: torch.Tensor) -> torch.Tensor:
-        nearest: torch.Tensor = networks.decoder.nearest(networks.encoder(x)).flatten(1)
+        nearest: torch.Tensor = networks.code_decoder.nearest(networks.encoder(x)).flatten(1)
         return nearest
 
     return codes

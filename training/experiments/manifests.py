@@ -60,6 +60,7 @@ SLICES: Mapping[str, Any] = {
     "intensity_level": None,
     "window": None,
     "min_foreground_cm2": None,
+    "intracranial": False,
 }
 HEAD_BOX: Mapping[str, Any] = {"rows": None, "columns": None, "foreground_level": None, "reach_mm": None}
 LATENT: Mapping[str, Any] = {"channels": None, "downsampling": None}

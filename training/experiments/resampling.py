@@ -61,7 +61,7 @@ class CodeResampler:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Return the codes of slices (N, 1, H, W), (N, h, w)."""
-        return self.vqvae.decoder.nearest(self.vqvae.encoder(x))
+        return self.vqvae.code_decoder.nearest(self.vqvae.encoder(x))
 
     @torch.inference_mode()
     def log_likelihood(self, codes: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class CodeResampler:
         draws = transformer.uniform_draws(flat, self._seed + draw)
         chunks = [part.split(CHUNK) for part in (flat, chosen.flatten(1), draws)]
         resampled = torch.cat(list(self._map(partial(_resample_chunk, self.network), *chunks))).view_as(codes)
-        return torch.cat([self.vqvae.decoder.decode_codes(part) for part in resampled.split(BATCH)])
+        return torch.cat([self.vqvae.code_decoder.decode_codes(part) for part in resampled.split(BATCH)])
 
     def residuals(self, case: Case, draws: int, *, mirrored: bool) -> dict[str, FloatArray]:
         """Return the difference from the resampled slices, mean over draws and directions, (M, H, W), by variant.

@@ -108,7 +108,7 @@ def test_masked_map_is_the_difference_at_resampled_codes(network: DecoderOnlyTra
         nearest=lambda z: (z[:, 0, ::side, ::side] * CODES).long().clamp(max=CODES - 1),
         decode_codes=lambda k: bins[k][:, None].repeat_interleave(side, 2).repeat_interleave(side, 3),
     )
-    vqvae = cast("TorchNetworks", SimpleNamespace(encoder=lambda x: x, decoder=decoder))
+    vqvae = cast("TorchNetworks", SimpleNamespace(encoder=lambda x: x, code_decoder=decoder))
     x = np.random.default_rng(3).random((2, 1, rows * side, columns * side), dtype=np.float32)
     case = cast("Case", SimpleNamespace(x=x))
     resampler = CodeResampler(vqvae, network, seed=1)
@@ -136,7 +136,7 @@ def test_masked_map_is_the_difference_at_resampled_codes(network: DecoderOnlyTra
 
 def test_processes_draw_the_same(network: DecoderOnlyTransformer, codes: Tensor) -> None:
     decoder = SimpleNamespace(decode_codes=lambda k: k[:, None])
-    vqvae = cast("TorchNetworks", SimpleNamespace(encoder=lambda x: x, decoder=decoder))
+    vqvae = cast("TorchNetworks", SimpleNamespace(encoder=lambda x: x, code_decoder=decoder))
     many = codes.repeat(2, 1).view(6, 5, 8)
     chosen = torch.rand(many.shape, generator=torch.Generator().manual_seed(4)) < 0.3
     alone = CodeResampler(vqvae, network, seed=5).resample(many, chosen, 1)
