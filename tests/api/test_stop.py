@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -68,18 +69,25 @@ def upload(service: RunningService, pause: float) -> tuple[int, str, dict[str, o
         connection.sendall(head.encode() + BLOCK)
         answered = threading.Event()
         threading.Thread(target=send_blocks, args=(connection, pause, answered), daemon=True).start()
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        answer = read_to_end(connection)
         answered.set()
     headers, _, body = answer.decode().partition("\r\n\r\n")
     return int(headers.split()[1]), headers.lower(), json.loads(body)
 
 
+def read_to_end(connection: socket.socket) -> bytes:
+    """Read an answer. Blocks that arrive after the service has closed the connection cause a reset behind the answer."""
+    parts = []
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
+
+
 def send_blocks(connection: socket.socket, pause: float, answered: threading.Event) -> None:
-    try:
+    with suppress(OSError):  # the service has answered and closed the connection
         while not answered.wait(pause):
             connection.sendall(BLOCK)
-    except OSError:
-        pass  # the service has answered and closed the connection
 
 
 def wait_until_all_are_served(service: RunningService, jobs: int) -> None:
