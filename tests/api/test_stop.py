@@ -76,7 +76,7 @@ def upload(service: RunningService, pause: float) -> tuple[int, str, dict[str, o
 
 
 def read_to_end(connection: socket.socket) -> bytes:
-    """Read an answer. Blocks that arrive after the service has closed the connection cause a reset behind the answer."""
+    """Read an answer. Blocks that arrive after the service has closed the connection cause a reset behind it."""
     parts = []
     with suppress(ConnectionResetError):
         while part := connection.recv(65536):
