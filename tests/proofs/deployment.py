@@ -180,17 +180,22 @@ def outcome(job: Mapping[str, Any]) -> str:
     return str((job["problem"] or {"code": job["state"]})["code"])
 
 
-def results_digest(client: httpx2.Client, job: str, names: Iterable[str] = RESULTS) -> str:
-    """Return the hash of the published results of a job, without the timings."""
-    digest = hashlib.sha256()
+def results_digest(client: httpx2.Client, job: str, names: Iterable[str] = RESULTS) -> dict[str, str]:
+    """Return the hashes of the published results of a job, and of each part of its report without the timings."""
+    digest = {}
     for name in names:
         answer = client.get(f"{URL}/{job}/{name}")
         answer.raise_for_status()
-        digest.update(answer.content)
+        digest[name] = hashlib.sha256(answer.content).hexdigest()
     report = client.get(f"{URL}/{job}/report.json").json()
     del report["work"]["seconds"]
-    digest.update(json.dumps(report, sort_keys=True).encode())
-    return digest.hexdigest()
+    parts = {f"report.json, {key}": json.dumps(value, sort_keys=True) for key, value in report.items()}
+    return digest | {key: hashlib.sha256(text.encode()).hexdigest() for key, text in parts.items()}
+
+
+def differing_parts(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """Return the names of the results, and the parts of the report, that differ."""
+    return sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
 
 
 def list_job_ids(client: httpx2.Client) -> list[str]:
@@ -203,7 +208,7 @@ def list_job_ids(client: httpx2.Client) -> list[str]:
     return ids
 
 
-def reference_digests(folder: Path, scans: list[bytes]) -> list[str]:
+def reference_digests(folder: Path, scans: list[bytes]) -> list[dict[str, str]]:
     """Return the digest of each scan's results from an undisturbed run."""
     with deploy(folder) as deployment:
         service = deployment.start("serve")

@@ -23,6 +23,7 @@ from tests.proofs.deployment import (
     URL,
     ServiceProcess,
     deploy,
+    differing_parts,
     list_job_ids,
     make_scans,
     outcome,
@@ -106,11 +107,12 @@ def prove(
             with httpx2.Client(base_url=service.url, timeout=60) as client:
                 jobs = {job: wait_until_ended(client, job, deadline) for job in sender.accepted}
                 known = set(list_job_ids(client))
-                identical = sum(
-                    results_digest(client, job) == expected[scan]
+                differences = {
+                    job: differing_parts(results_digest(client, job), expected[scan])
                     for job, scan in sender.accepted.items()
                     if jobs[job]["state"] == "succeeded"
-                )
+                }
+                identical = sum(not parts for parts in differences.values())
             paths = list((folder / "killed" / "store" / "jobs").glob("*/*"))
     results = Counter(path.parts[-2] for path in paths if path.name == "results")
     left_over = [path for path in paths if path.name.startswith(("work-", INTERMEDIATE_PREFIX))]
@@ -122,6 +124,9 @@ def prove(
     print_row("scans accepted", accepted)
     print_row("outcomes", dict(Counter(map(outcome, jobs.values()))))
     print_row("identical", f"{identical} of {accepted} to the undisturbed run")
+    for job, parts in differences.items():
+        if parts:
+            print_row("differs", f"{job}: {', '.join(parts)}")
     print_row("with one result", f"{with_one_result} of {accepted}; {len(left_over)} left-over files of attempts")
     print_row("missing", f"{len(missing)}; {len(known - set(sender.accepted))} jobs beyond those accepted")
     return identical == with_one_result == accepted > 0 and not missing and not left_over

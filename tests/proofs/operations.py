@@ -97,7 +97,9 @@ def submit_all(service: ServiceProcess, scans: list[bytes], name: str) -> list[s
         return [submit(client, scan, f"{name}-{i}", deadline) for i, scan in enumerate(scans)]
 
 
-def digests_when_succeeded(service: ServiceProcess, jobs: list[str], names: tuple[str, ...] = OLD_RESULTS) -> list[str]:
+def digests_when_succeeded(
+    service: ServiceProcess, jobs: list[str], names: tuple[str, ...] = OLD_RESULTS
+) -> list[dict[str, str]]:
     """Return the digests of the jobs' results when all jobs have succeeded."""
     with httpx2.Client(base_url=service.url, timeout=60) as client:
         for job in jobs:
