@@ -1,6 +1,6 @@
 """Manifest of a bundle: the contract between training, which writes it, and serving, which reads it."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -327,13 +327,15 @@ class Manifest(FrozenModel):
 
     def to_json(self) -> str:
         """Return the text of manifest.json. Default values that earlier bundles lack are not written."""
-        is_default = {
-            "method": self.method == DEFAULT_METHOD,
-            "named_only": not self.named_only,
-            "preprocessing": {"intracranial": True} if not self.preprocessing.intracranial else False,
-        }
-        exclude = {name: excluded for name, excluded in is_default.items() if excluded}
+        exclude: dict[str, Any] = {"preprocessing": {} if self.preprocessing.intracranial else {"intracranial"}}
+        exclude |= {"method": True} if self.method == DEFAULT_METHOD else {}
+        exclude |= {} if self.named_only else {"named_only": True}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
+
+    @property
+    def is_only_named(self) -> bool:
+        """Whether the service uses the bundle only if the caller names it."""
+        return self.named_only or self.licence.non_commercial
 
     @property
     def id(self) -> str:

@@ -19,7 +19,6 @@ from app.export.report import Report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.manifest import Manifest, Range, Residual
 from app.pipeline.detect import dice, label_findings
-from app.pipeline.preprocess import foreground_mask_of
 from app.pipeline.synthetic_lesion import insert_lesion
 from app.runtime.bundle import Bundle
 from app.site_profile import MIN_SCANS, LesionSensitivity, SiteProfile, Volumes
@@ -341,11 +340,15 @@ def _measure_lesion(
 
 
 def analysed_brain(scan: Scan, inference: InferenceResult) -> tuple[Volume, BoolArray]:
-    """Return the volume that the networks saw, with everything outside the brain set to 0, and the brain."""
+    """Return the volume that the pipeline took and its foreground. Outside an extracted brain, the volume is 0.
+
+    For a model of the space inside the skull, the foreground is that space.
+    """
     if isinstance(inference.brain, ExtractedBrain):
         mask = inference.brain.mask
         return Volume(np.where(mask, scan.volume.array, np.float32(0)), scan.volume.affine), mask
-    return scan.volume, foreground_mask_of(scan.volume)
+    slices = inference.detection.slices
+    return scan.volume, slices.grid.to_volume(slices.foreground.astype(np.float32)) > 0.5
 
 
 def _ball(volume: Volume, brain: BoolArray, size_ml: float, rng: np.random.Generator) -> FloatArray | None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from app import __version__
-from app.manifest import File, Files, Latent, Licence, Manifest, Provenance
+from app.manifest import File, Files, Latent, Licence, Manifest, Provenance, View
 from app.pipeline.scores import SAMPLED_SLICES
 from app.runtime.bundle import CARD, MANIFEST, load_bundle
 from training import export
@@ -132,6 +132,7 @@ def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
         kl_steps=", ".join(map(str, manifest.kl.timesteps)),
         reverse_steps=", ".join(map(str, manifest.reverse.timesteps)),
         views=len(manifest.views),
+        view_names=", ".join(map(_view_name, manifest.views)),
         kl_mean=f", {manifest.kl.mean} mean" if len(manifest.kl.timesteps) > 1 else "",
         alpha_bar=" down to ".join(map(str, dict.fromkeys(manifest.kl.alpha_bar))),
         weighting=_weighting(manifest),
@@ -177,11 +178,12 @@ def _ood(config: Config, manifest: Manifest) -> str:
 def _training(config: Config, manifest: Manifest) -> str:
     """Return the card's text on the training steps of this version and its start weights."""
     p, decision = manifest.provenance, "docs/decisions/0005-noise-levels-in-training.md"
-    is_other = (ROOT / "models" / p.warm_start).is_dir() and bool(p.warm_start)
-    earlier = f"{p.warm_start}, without its first and last layer," if is_other else f"{manifest.name}-{p.warm_start}"
+    is_other = bool(p.warm_start) and (ROOT / "models" / p.warm_start).is_dir()
+    earlier = p.warm_start if is_other else f"{manifest.name}-{p.warm_start}"
+    layers = "inner layers" if is_other else "weights"
     if not p.vqvae_steps and not p.denoiser_steps:
         return f"none in this version: the networks are those of {earlier} ({decision})"
-    start = f", from the weights of {earlier} ({decision})" if p.warm_start else ""
+    start = f", from the {layers} of {earlier} ({decision})" if p.warm_start else ""
     vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae_settings.batch}, " if p.vqvae_steps else ""
     return f"{vqvae}denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{start}, seed {p.seed}"
 
@@ -194,6 +196,12 @@ def _int8(parity: Parity) -> str:
         "\n| on a CPU | the convolutions of the denoiser compute in int8, which adds "
         f"{parity.int8:.1%} to the squared error of the predicted noise |"
     )
+
+
+def _view_name(view: View) -> str:
+    """Return the card's name of a view."""
+    parts = ["mirrored"] * view.mirrored + ["shifted by one pixel"] * any(view.shift)
+    return " and ".join(parts) or "identity"
 
 
 def _weighting(manifest: Manifest) -> str:

@@ -4,25 +4,23 @@ Test patients with haemorrhage chose nothing, and no patient with haemorrhage wa
 apart, because the model was trained on adults.
 """
 
-import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
 from app.pipeline.detect import dice
 from app.runtime.bundle import Bundle
-from app.volume import BoolArray, FloatArray
+from app.volume import BoolArray
 from training.bundle_runs import analyse
 from training.cluster_bootstrap import cluster_weights
 from training.config import Config
 from training.data import Split
 from training.experiments.metrics import auroc, exact_counts
-from training.image_archive import archive_path, load_stack, stack_names
+from training.image_archive import archive_path, load_stack, read_table, stack_names
 
 ADULT_YEARS = 16.0
 # Percentile of the anomaly map in a slice: a bleed of about a square centimetre reaches it.
@@ -30,12 +28,6 @@ SLICE_PERCENTILE = 99.0
 KINDS = ("intraventricular", "intraparenchymal", "subarachnoid", "epidural", "subdural")
 
 Row = dict[str, Any]
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Read a tab-separated table."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def area_under_curve(scores: Sequence[float], positive: Sequence[bool]) -> float:
@@ -109,7 +101,6 @@ def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str
         row |= {
             "outlined_ml": float(outlines.sum()) * volume.voxel_ml,
             "dice": dice(result.mask[:, :, outlined] > 0, outlines[:, :, outlined]),
-            "outlines_found": _outlines_found(outlines, result.anomaly, result.mask > 0),
         }
     return row
 
@@ -123,13 +114,6 @@ def read_outlines(folder: Path, files: Sequence[str]) -> BoolArray:
     shape = next((image.shape for image in images if image is not None), (0, 0))
     stack = np.stack([np.zeros(shape, dtype=np.bool_) if image is None else image for image in images])
     return np.ascontiguousarray(stack.transpose(2, 1, 0))
-
-
-def _outlines_found(outlines: BoolArray, anomaly: FloatArray, found: npt.NDArray[np.bool_]) -> list[int]:
-    """Return how many outlined slices have a marked voxel inside the outline, and their number."""
-    analysed = np.isfinite(anomaly)
-    hits = [(found & outlines & analysed)[:, :, z].any() for z in np.flatnonzero(outlines.any(axis=(0, 1)))]
-    return [int(sum(hits)), len(hits)]
 
 
 def summarise(rows: Sequence[Row]) -> Row:

@@ -18,10 +18,10 @@ from app.runtime.session import as_callable, open_session
 from app.volume import FloatArray
 from training.config import Config, parse_config
 from training.data import UINT16_MAX, cached_slices
+from training.latents import load_coders
 from training.loop import load_modules
 from training.networks import build_denoiser
 from training.quantise import FLOAT32_LAYERS, calibration_data, noise_error, noise_levels, quantise, share_weights
-from training.train_vqvae import load_coders
 
 OPSET = 18
 PARITY_SLICES = 16

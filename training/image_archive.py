@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 
+from app.pipeline.preprocess import AIR_HU
 from app.volume import Affine, BoolArray, FloatArray, Volume
 from training.config import SPLITS_FOLDER, Config, ImageArchiveConfig, data_root
 
@@ -27,8 +28,8 @@ UInt8Array = npt.NDArray[np.uint8]
 SUBJECT_FILES = 40
 # An image with a smaller share of pixels above the middle of the window counts as empty.
 EMPTY_SHARE = 0.02
-# Hounsfield units of air, and of compact bone.
-AIR_HU, BONE_HU = -1000.0, 1000.0
+# Hounsfield units of compact bone.
+BONE_HU = 1000.0
 # Every so many pixels of an image are enough to compare it with its neighbour.
 COARSE = 4
 # In ct-ich, slices closer than this to a slice with haemorrhage may show a part of it.
@@ -215,15 +216,19 @@ def read_lgg(path: Path, excluded: frozenset[str]) -> ImageArchive:
     return ImageArchive(names, tuple(str(p) for p in patients), grey, healthy)
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read a tab-separated table."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 def read_ct_ich(path: Path, excluded: frozenset[str]) -> ImageArchive:
     """Read the slices of ct-ich (Hssayeni 2020), a folder of JPEG files beside `slices.tsv`.
 
     A slice is healthy if it is more than one slice away from every slice with haemorrhage and shows no fracture.
     """
-    with path.with_name("slices.tsv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
     by_patient: dict[str, list[dict[str, str]]] = {}
-    for row in rows:
+    for row in read_table(path.with_name("slices.tsv")):
         by_patient.setdefault(f"{int(row['patient']):03d}", []).append(row)
     names: list[str] = []
     grey: list[UInt8Array] = []

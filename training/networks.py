@@ -168,8 +168,8 @@ def load_networks(folder: Path, config: Config) -> TorchNetworks:
     """
     denoiser = build_denoiser(config)
     _load_strictly(denoiser, _denoiser_weights(onnx.load(folder / "denoiser.onnx").graph, denoiser), folder)
-    load_coders = _load_vqvae_coders if config.pixel_latents is None else _load_pixel_coders
-    encoder, decoder = load_coders(folder, config)
+    read_coders = _read_vqvae_coders if config.pixel_latents is None else _read_pixel_coders
+    encoder, decoder = read_coders(folder, config)
     networks = TorchNetworks(encoder, denoiser, decoder)
     for network in (networks.encoder, networks.denoiser, networks.decoder):
         network.eval().requires_grad_(requires_grad=False)
@@ -177,7 +177,7 @@ def load_networks(folder: Path, config: Config) -> TorchNetworks:
     return networks
 
 
-def _load_pixel_coders(folder: Path, config: Config) -> tuple[Encoder, PixelDecoder]:
+def _read_pixel_coders(folder: Path, config: Config) -> tuple[Encoder, PixelDecoder]:
     """Return the encoder and the decoder of pixel latents with the shift and scale of a bundle."""
     assert config.pixel_latents is not None, "chosen by the caller"
     fold, weights = config.pixel_latents.fold, _initializers(onnx.load(folder / "encoder.onnx").graph)
@@ -185,7 +185,7 @@ def _load_pixel_coders(folder: Path, config: Config) -> tuple[Encoder, PixelDeco
     return Encoder(nn.PixelUnshuffle(fold), latent), PixelDecoder(fold, latent)
 
 
-def _load_vqvae_coders(folder: Path, config: Config) -> tuple[Encoder, Decoder]:
+def _read_vqvae_coders(folder: Path, config: Config) -> tuple[Encoder, Decoder]:
     """Return the encoder and the decoder of a VQ-VAE with the weights of a bundle."""
     vqvae = build_vqvae(config)
     encoder, decoder = (_initializers(onnx.load(folder / f"{name}.onnx").graph) for name in ("encoder", "decoder"))

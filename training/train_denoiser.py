@@ -12,9 +12,9 @@ from app.pipeline.diffusion import Schedule
 from training.augment import add_coarse_noise
 from training.config import Config, parse_config
 from training.data import UINT16_MAX, HealthySlices
+from training.latents import load_coders
 from training.loop import Batches, Run, TrainingOptions, device, load_start_weights, make_generator
 from training.networks import Encoder, build_denoiser
-from training.train_vqvae import load_coders
 
 VALIDATION_SLICES = 192
 VALIDATE_EVERY = 500

@@ -5,20 +5,15 @@ import math
 import numpy as np
 import torch
 from monai.networks.nets.vqvae import VQVAE
-from torch import nn
 from torch.nn import functional as F
 
 from training.config import Config, parse_config
-from training.data import UINT16_MAX, HealthySlices, UInt16Array, cached_slices
-from training.loop import Batches, Run, TrainingOptions, device, load_modules, load_start_weights
-from training.networks import Decoder, Encoder, PixelDecoder, build_vqvae
+from training.data import UINT16_MAX, HealthySlices, UInt16Array
+from training.loop import Batches, Run, TrainingOptions, device, load_start_weights
+from training.networks import build_vqvae
 
 VALIDATION_SLICES = 256
 VALIDATE_EVERY = 250
-# A latent whose cell has a mean intensity above this shows tissue. Only these determine the scale of the latents.
-TISSUE_LEVEL = 0.1
-STATISTICS_SLICES = 1024
-STATISTICS_BATCH = 64
 
 
 def encode_flat(vqvae: VQVAE, x: torch.Tensor) -> torch.Tensor:
@@ -73,13 +68,14 @@ def validate(vqvae: VQVAE, stack: UInt16Array) -> dict[str, float]:
 
 def train(config: Config, healthy: HealthySlices | None = None, options: TrainingOptions = TrainingOptions()) -> int:  # noqa: B008 - frozen
     """Train the VQ-VAE of a configuration, or resume its training, and return the number of completed steps."""
+    c = config.vqvae_settings
     torch.manual_seed(config.seed)
     healthy = healthy or HealthySlices.of(config)
-    batches = Batches(healthy.train, config.vqvae_settings.batch, config.seed, config.augmentation)
+    batches = Batches(healthy.train, c.batch, config.seed, config.augmentation)
     vqvae = build_vqvae(config).to(device(), memory_format=torch.channels_last)
-    load_start_weights(config, config.vqvae_settings.warm_start, "vqvae", vqvae, steps=config.vqvae_settings.steps)
-    optimiser = torch.optim.AdamW(vqvae.parameters(), lr=config.vqvae_settings.learning_rate, weight_decay=1e-4)
-    progress = options.progress(config.vqvae_settings.steps)
+    load_start_weights(config, c.warm_start, "vqvae", vqvae, steps=c.steps)
+    optimiser = torch.optim.AdamW(vqvae.parameters(), lr=c.learning_rate, weight_decay=1e-4)
+    progress = options.progress(c.steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * progress(step))) + 1e-3
     )
@@ -88,8 +84,8 @@ def train(config: Config, healthy: HealthySlices | None = None, options: Trainin
     def step_fn(step: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         x = x.to(memory_format=torch.channels_last)
         rng = np.random.default_rng([config.seed, 2, step])
-        if step == 0 and not config.vqvae_settings.warm_start:
-            codes = torch.arange(config.vqvae_settings.codes)
+        if step == 0 and not c.warm_start:
+            codes = torch.arange(c.codes)
             vectors = encode_flat(vqvae, x)
             set_codes(vqvae, codes, vectors[torch.from_numpy(rng.choice(len(vectors), len(codes)))])
         reconstruction, quantisation = vqvae(x)
@@ -99,59 +95,13 @@ def train(config: Config, healthy: HealthySlices | None = None, options: Trainin
         optimiser.step()
         schedule.step()
         # No restarts in the last tenth of the run, so that the codebook converges.
-        if step % config.vqvae_settings.dead_code_interval == 0 and progress(step) < 0.9:
-            restart_dead_codes(vqvae, x, config.vqvae_settings.dead_code_fraction, rng)
+        if step % c.dead_code_interval == 0 and progress(step) < 0.9:
+            restart_dead_codes(vqvae, x, c.dead_code_fraction, rng)
         return {"l1": l1.detach(), "commitment": quantisation.detach()}
 
     return run.train(
         batches, progress, step_fn, lambda: validate(vqvae, healthy.validation), VALIDATE_EVERY, options.workers
     )
-
-
-def load_coders(
-    config: Config, stack: UInt16Array | None = None
-) -> tuple[Encoder, Decoder | PixelDecoder, dict[str, str]]:
-    """Load the encoder and the decoder of the latents: of the trained VQ-VAE, or of pixels.
-
-    Parameters
-    ----------
-    config : Config
-    stack : (N, H, W) ndarray of uint16, optional
-        Training slices. The cached ones by default.
-
-    Returns
-    -------
-    encoder : Encoder
-    decoder : Decoder or PixelDecoder
-    provenance : dict of str to str
-        See `training.loop.load_modules`. Pixels are not trained: their step is 0.
-    """
-    stack = cached_slices(config, "train") if stack is None else stack
-    if config.pixel_latents is not None:
-        unfold = nn.PixelUnshuffle(config.pixel_latents.fold)
-        latent = latent_statistics(config, unfold, stack)
-        pixels = PixelDecoder(config.pixel_latents.fold, latent)
-        return Encoder(unfold, latent), pixels, {"step": "0"}
-    vqvae = build_vqvae(config).to(device())
-    provenance = load_modules(config, "vqvae", {"vqvae": vqvae})
-    vqvae.requires_grad_(False)
-    latent = latent_statistics(config, vqvae.encoder, stack)
-    return Encoder(vqvae.encoder, latent), Decoder(vqvae, latent), provenance
-
-
-@torch.no_grad()
-def latent_statistics(config: Config, encoder: nn.Module, stack: UInt16Array) -> dict[str, torch.Tensor]:
-    """Return mean (`shift`) and standard deviation (`scale`) of each channel over tissue latents of training slices."""
-    chosen = np.linspace(0, len(stack) - 1, STATISTICS_SLICES).astype(int)
-    batches = Batches(stack[chosen], STATISTICS_BATCH, config.seed, None)
-    tissue = []
-    for step in range(len(chosen) // STATISTICS_BATCH):
-        x = batches[step].to(device())
-        z = encoder(x)  # (B, C, h, w)
-        inside = F.adaptive_avg_pool2d(x, z.shape[2:])[:, 0] > TISSUE_LEVEL
-        tissue.append(z.permute(0, 2, 3, 1)[inside])
-    vectors = torch.cat(tissue)
-    return {"shift": vectors.mean(0)[None, :, None, None], "scale": vectors.std(0)[None, :, None, None]}
 
 
 if __name__ == "__main__":

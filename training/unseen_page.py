@@ -21,6 +21,7 @@ from training.cluster_bootstrap import (
     ratio,
 )
 from training.evaluate_unseen import FOREIGN_PATCH, HOME, INTENSITY, UNSEEN
+from training.experiments.markdown import table
 from training.lesion_scores import SIZE_CLASSES_ML, size_class, size_class_name
 
 Rows = list[dict[str, Any]]
@@ -39,11 +40,6 @@ lesion is found if at least one of its voxels is marked, and a finding is false 
 2017, doi 10.1016/j.neuroimage.2016.12.064). Lesions below 0.05 ml are not counted. Intervals resample the subjects and
 the shapes (pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122). Five shapes are few, so that the true uncertainty
 may be larger."""
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def format_interval(found: Interval) -> str:
@@ -69,9 +65,9 @@ def heads_table(rows: Rows) -> list[str]:
             left_out = "" if any(row["counted"] for row in of_kind) else " (not in the first row)"
             summary.append(_heads_row(kind + note + left_out, of_kind))
     header = ["healthy T1", "analysed", "false findings, ml: median", "90th percentile", "findings in a scan", "others"]
-    lines += [*table(header, summary), "", "Each scan of a scanner that is not in training:", ""]
+    lines += [*table(header, summary).splitlines(), "", "Each scan of a scanner that is not in training:", ""]
     header = ["scan", "scanner", "voxel, mm", "known before from", "outcome", "found, ml", "largest, ml", "findings"]
-    return lines + table(header, [_scan_row(row) for row in unseen])
+    return [*lines, *table(header, [_scan_row(row) for row in unseen]).splitlines()]
 
 
 def _heads_row(title: str, rows: Rows) -> list[str]:
@@ -165,20 +161,21 @@ def unseen_lesion_table(rows: Rows, home: Rows) -> list[str]:
     families = _families(every)
     lines = [*LESIONS_NOTE.splitlines(), ""]
     first = ["median Dice at the shipped threshold", "scanners not in training", "home", "ratio"]
-    lines += table(first, [[title, *Cases.of(chosen, "dice").compare(quantile)] for title, chosen in families])
+    dice = [[title, *Cases.of(chosen, "dice").compare(quantile)] for title, chosen in families]
+    lines += table(first, dice).splitlines()
     share = [[f"{title}, all sizes", *Cases.of_lesions(chosen).compare(mean)] for title, chosen in families]
     for title, chosen in (families[-2], families[-1]):
         for index in range(len(SIZE_CLASSES_ML)):
             cases = Cases.of_lesions(chosen, partial(_has_size, index=index))
             if cases.values:
                 share.append([f"{title}, {size_class_name(index)}", *cases.compare(mean)])
-    lines += ["", *table(["share of the connected lesions that is found", *first[1:]], share), ""]
+    lines += ["", *table(["share of the connected lesions that is found", *first[1:]], share).splitlines(), ""]
     false = [
         [f"{name}, {title}", *Cases.of(chosen, key).compare(mean)]
         for title, chosen in families
         for name, key in (("false findings in a scan", "false_findings"), ("their volume, ml", "false_ml"))
     ]
-    return lines + table(["mean in scans with a lesion", *first[1:]], false)
+    return [*lines, *table(["mean in scans with a lesion", *first[1:]], false).splitlines()]
 
 
 def _families(rows: Rows) -> list[tuple[str, Rows]]:
@@ -206,4 +203,4 @@ def pathology_table(rows: Rows) -> list[str]:
         )
     scans = {(row["kind"], row["name"]): row["outcome"] for row in rows}
     analysed = sum(code == "analysed" for code in scans.values())
-    return [*table(header, lines), "", f"{analysed} of {len(scans)} scans were analysed."]
+    return [*table(header, lines).splitlines(), "", f"{analysed} of {len(scans)} scans were analysed."]

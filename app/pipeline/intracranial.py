@@ -14,7 +14,6 @@ from app.volume import BoolArray, FloatArray
 BONE_HU = 90.0
 # Fat is near -100 and water is 0. Noise of a thin slice may reach -50 in fluid.
 SOFT_TISSUE_HU = (-50.0, BONE_HU)
-# Air inside the skull after an injury or an operation belongs to the space, air of the sinuses does not touch it.
 # Gaps in bone up to twice this width are closed.
 CLOSING_MM = 6.0
 # Passages narrower than twice this width do not connect two spaces: nerves, vessels and the spinal canal.
@@ -23,6 +22,8 @@ OPENING_MM = 5.0
 MARGIN_MM = 1.5
 # The space can grow by this much from one slice to the next where bone does not enclose it.
 GROWTH_MM = 4.0
+# Neighbours within a slice.
+IN_PLANE = ndimage.generate_binary_structure(2, 1)[None]
 # If a slice has a smaller share of the area of its neighbour nearer to the middle, its bone has an opening.
 MIN_SHARE = 0.6
 
@@ -51,58 +52,47 @@ def intracranial_mask(hu: FloatArray, pixel_mm: float) -> BoolArray:
     core = _enclosed_core(bone, soft, pixel_mm)
     if not core.any():
         return np.zeros(hu.shape, dtype=np.bool_)
-    space = _by_slice(core, OPENING_MM + MARGIN_MM, pixel_mm) & ~bone
+    space = _dilate(core, OPENING_MM + MARGIN_MM, pixel_mm) & ~bone
     largest = int(space.sum(axis=(1, 2)).argmax())
     for step, end in ((-1, -1), (1, len(space))):
         for i in range(largest + step, end, step):
-            _continue_space(space, i, i - step, soft[i], pixel_mm)
+            if space[i].sum() < MIN_SHARE * space[i - step].sum():
+                space[i] |= _continue_space(space[i - step], soft[i], pixel_mm)
     # Calcified plexus and falx, and the densest clots, are islands above the limit of bone.
-    filled = np.array([ndimage.binary_fill_holes(image) for image in space])
+    filled = ndimage.binary_fill_holes(space, IN_PLANE)
     return np.ascontiguousarray(filled[:, margin:-margin, margin:-margin])
 
 
 def _enclosed_core(bone: BoolArray, soft: BoolArray, pixel_mm: float) -> BoolArray:
     """Return the eroded soft tissue that bone encloses within each slice: the largest connected component."""
-    closed = ~_by_slice(~_by_slice(bone, CLOSING_MM, pixel_mm), CLOSING_MM, pixel_mm)
-    enclosed = np.array([ndimage.binary_fill_holes(image) for image in closed])
-    labels, count = ndimage.label(_erode(enclosed & soft, OPENING_MM, pixel_mm))
-    if not count:
-        return np.zeros(bone.shape, dtype=np.bool_)
+    closed = _erode(_dilate(bone, CLOSING_MM, pixel_mm), CLOSING_MM, pixel_mm)
+    enclosed = ndimage.binary_fill_holes(closed, IN_PLANE)
+    return _largest_component(_erode(enclosed & soft, OPENING_MM, pixel_mm))
+
+
+def _continue_space(before: BoolArray, soft: BoolArray, pixel_mm: float) -> BoolArray:
+    """Return the space of a slice (H, W) from that of its neighbour, where bone does not enclose it."""
+    reach = _dilate(before[None], GROWTH_MM, pixel_mm)[0] & soft
+    core = _largest_component(_erode(reach[None], OPENING_MM, pixel_mm))
+    grown: BoolArray = _dilate(core, OPENING_MM + MARGIN_MM, pixel_mm)[0] & reach
+    return grown
+
+
+def _largest_component(mask: BoolArray) -> BoolArray:
+    """Return the largest connected component of a mask. It is empty if the mask is empty."""
+    labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    core: BoolArray = labels == sizes.argmax()
-    return core
+    component: BoolArray = mask & (labels == sizes.argmax())
+    return component
 
 
-def _continue_space(space: BoolArray, i: int, neighbour: int, soft: BoolArray, pixel_mm: float) -> None:
-    """Extend the space in place from a slice to the next one, where bone does not enclose it."""
-    before = space[neighbour]
-    if not before.any() or space[i].sum() >= MIN_SHARE * before.sum():
-        return
-    reach = _dilate(before, GROWTH_MM, pixel_mm)
-    core = _erode((soft & reach)[None], OPENING_MM, pixel_mm)[0]
-    labels, count = ndimage.label(core)
-    if not count:
-        return
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    grown = _dilate(labels == sizes.argmax(), OPENING_MM + MARGIN_MM, pixel_mm)
-    space[i] |= grown & soft & reach
-
-
-def _dilate(image: BoolArray, mm: float, pixel_mm: float) -> BoolArray:
-    """Dilate one slice (H, W) by a disc."""
-    if not image.any():
-        return image
-    near: BoolArray = ndimage.distance_transform_edt(~image, pixel_mm) <= mm
-    return near
-
-
-def _by_slice(stack: BoolArray, mm: float, pixel_mm: float) -> BoolArray:
+def _dilate(stack: BoolArray, mm: float, pixel_mm: float) -> BoolArray:
     """Dilate each slice of (N, H, W) by a disc."""
-    return np.array([_dilate(image, mm, pixel_mm) for image in stack])
+    near = [ndimage.distance_transform_edt(~image, pixel_mm) <= mm if image.any() else image for image in stack]
+    return np.array(near)
 
 
 def _erode(stack: BoolArray, mm: float, pixel_mm: float) -> BoolArray:
     """Erode each slice of (N, H, W) by a disc."""
-    return ~_by_slice(~stack, mm, pixel_mm)
+    return ~_dilate(~stack, mm, pixel_mm)

@@ -95,7 +95,7 @@ def to_slices(volume: Volume, settings: Preprocessing) -> Slices:
         scale = _percentile_scale(signal[foreground], settings)
     else:
         background, scale, signal = _apply_window(array, settings.window)
-    smooth = _anti_alias(signal, volume.spacing, settings)
+    smooth = _anti_alias(signal, volume.spacing, float(np.mean(settings.spacing_mm)))
     x = resample_to(smooth, volume.affine, affine, shape) / np.float32(scale)
     inside = resample_to(foreground.astype(np.float32), volume.affine, affine, shape) > 0.5 + TIE
     x = np.where(inside, np.clip(x, 0, 1), np.float32(0))
@@ -111,7 +111,7 @@ def _to_slices_of_one_size(volume: Volume, settings: Preprocessing, box: HeadBox
     else:
         background, scale, signal = _apply_window(volume.array, settings.window)
     # The foreground is found at the resolution of the training images, which do not resolve the skin.
-    smooth = _anti_alias(signal, volume.spacing, settings)
+    smooth = _anti_alias(signal, volume.spacing, float(np.mean(settings.spacing_mm)))
     del signal  # 210 MB for a series of 200 slices
     foreground = foreground_mask(smooth, box.foreground_level)
     centre, extent = _bounds_mm(foreground, volume.affine)
@@ -140,16 +140,20 @@ def _to_slices_of_one_size(volume: Volume, settings: Preprocessing, box: HeadBox
 def _to_intracranial_slices(volume: Volume, settings: Preprocessing) -> Slices:
     """Resample a head CT to slices that show only the space inside the skull."""
     assert settings.window is not None, "the manifest has been validated"
-    dz, dy, dx = settings.spacing_mm
-    hu = np.clip(volume.array, np.float32(AIR_HU), np.float32(MAX_HU))
-    # Only along the thickness of the slices: the skull is outlined at a finer resolution than the slices have.
-    smooth = _smooth_to((dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), hu, volume)
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in hu.shape])).reshape(3, -1).T
+    dz = settings.spacing_mm[0]
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in volume.shape])).reshape(3, -1).T
     corners = affines.apply_affine(volume.affine, corners)
     low, high = corners.min(axis=0), corners.max(axis=0)
     _check_field(high - low, settings)
+
+    # The skull is outlined at a finer resolution than the slices have, so the scan is smoothed only along their
+    # thickness: each voxel axis to the spacing along its direction.
+    fine_mm = (dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM)
+    direction = (volume.affine[:3, :3] / volume.spacing) ** 2  # (3 RAS+ axes, 3 voxel axes), columns sum to 1
+    hu = np.clip(volume.array, np.float32(AIR_HU), np.float32(MAX_HU))
+    smooth = _anti_alias(hu, volume.spacing, np.array(fine_mm[::-1]) @ direction)
     rows, columns = (int(n) for n in np.ceil((high - low)[1::-1] / SKULL_PIXEL_MM) + 1)
-    affine, shape = _slice_grid((low + high) / 2, high - low, (dz, SKULL_PIXEL_MM, SKULL_PIXEL_MM), (rows, columns))
+    affine, shape = _slice_grid((low + high) / 2, high - low, fine_mm, (rows, columns))
     head = resample_to(smooth - np.float32(AIR_HU), volume.affine, affine, shape) + np.float32(AIR_HU)
     inside = intracranial_mask(head, SKULL_PIXEL_MM)
     if not inside.any():
@@ -162,10 +166,10 @@ def _to_intracranial_slices(volume: Volume, settings: Preprocessing) -> Slices:
     _check_extent(extent, settings)
     low_hu, width = settings.window[0], settings.window[1] - settings.window[0]
     target, target_shape = _slice_grid(centre, extent, settings.spacing_mm, settings.shape)
-    sigma = (0, *np.sqrt(np.maximum(np.array([dy, dx]) ** 2 - SKULL_PIXEL_MM**2, 0)) / FWHM_PER_SIGMA / SKULL_PIXEL_MM)
 
     def place(values: FloatArray) -> FloatArray:
-        return resample_to(ndimage.gaussian_filter(values, sigma, output=np.float32), affine, target, target_shape)
+        smoothed = _anti_alias(values, np.array(fine_mm), np.array(settings.spacing_mm))
+        return resample_to(smoothed, affine, target, target_shape)
 
     # Normalised by the mask, so that neither bone nor air outside changes the values at the edge.
     weight = place(inside.astype(np.float32))
@@ -257,22 +261,13 @@ def _apply_window(array: FloatArray, window: tuple[float, float]) -> tuple[float
     return low, high - low, signal
 
 
-def _smooth_to(spacing_mm: tuple[float, float, float], hu: FloatArray, volume: Volume) -> FloatArray:
-    """Smooth each axis of a scan to the slice, row or column spacing that it is closest to."""
-    # (3 RAS+ axes, 3 voxel axes): share of each voxel axis along each axis of the body.
-    share = (volume.affine[:3, :3] / volume.spacing) ** 2
-    target = np.array(spacing_mm[::-1]) @ share
-    sigma = np.sqrt(np.maximum(target**2 - volume.spacing**2, 0)) / FWHM_PER_SIGMA / volume.spacing
-    result: FloatArray = ndimage.gaussian_filter(hu, sigma, output=np.float32)
-    return result
-
-
-def _anti_alias(signal: FloatArray, spacing: npt.NDArray[np.float64], settings: Preprocessing) -> FloatArray:
-    """Smooth to the resolution of the slices before sampling, to prevent aliasing."""
-    target = float(np.mean(settings.spacing_mm))
+def _anti_alias(
+    values: FloatArray, spacing: npt.NDArray[np.float64], target: float | npt.NDArray[np.float64]
+) -> FloatArray:
+    """Smooth an array (3 axes) of one spacing to the resolution of another one before sampling, to prevent aliasing."""
     fwhm_mm = np.sqrt(np.maximum(target**2 - spacing**2, 0))
     sigma = fwhm_mm / FWHM_PER_SIGMA / spacing
-    result: FloatArray = ndimage.gaussian_filter(signal, sigma, output=np.float32)
+    result: FloatArray = ndimage.gaussian_filter(values, sigma, output=np.float32)
     return result
 
 

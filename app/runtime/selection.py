@@ -63,7 +63,7 @@ def select_model(manifests: Sequence[Manifest], source: Source, model: str | Non
             expected=f"a scan that one of these models accepts: {list_models(installed)}.",
             advice="Send another series, or install a model for this modality.",
         )
-    fitting = [m for m in fitting if not (m.licence.non_commercial or m.named_only)]
+    fitting = [m for m in fitting if not m.is_only_named]
     if fitting and source.sequences:
         fitting = _with_sequence(fitting, source)
     names = {m.name for m in fitting}
@@ -83,7 +83,7 @@ def trained_sequences(manifests: Sequence[Manifest], model: str | None) -> froze
     available = [m for m in manifests if m.modality == "MR"]
     if model:
         return frozenset(m.sequence for m in available if model in (m.name, m.id))
-    return frozenset(m.sequence for m in available if not (m.licence.non_commercial or m.named_only))
+    return frozenset(m.sequence for m in available if not m.is_only_named)
 
 
 def explain_selection(
@@ -203,7 +203,7 @@ def list_models(manifests: Sequence[Manifest]) -> str:
         return "no model: none is installed"
 
     def describe(manifest: Manifest) -> str:
-        restriction = "; only if named" if manifest.licence.non_commercial or manifest.named_only else ""
+        restriction = "; only if named" if manifest.is_only_named else ""
         return f"{manifest.id} ({manifest.modality}, {manifest.sequence}{restriction})"
 
     return ", ".join(map(describe, manifests))

@@ -34,8 +34,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(configuration, "ROOT", tmp_path)
     stack = (np.random.default_rng(0).integers(0, 256, SHAPE) * 257).astype(np.uint16)
     monkeypatch.setattr(HealthySlices, "of", classmethod(lambda cls, _: cls(stack, stack[:4], "data")))
-    monkeypatch.setattr("training.train_vqvae.STATISTICS_SLICES", 8)
-    monkeypatch.setattr("training.train_vqvae.STATISTICS_BATCH", 4)
+    monkeypatch.setattr("training.latents.STATISTICS_SLICES", 8)
+    monkeypatch.setattr("training.latents.STATISTICS_BATCH", 4)
     monkeypatch.setattr("training.train_vqvae.VALIDATION_SLICES", 4)
     monkeypatch.setattr("training.train_denoiser.VALIDATION_SLICES", 4)
     return tmp_path

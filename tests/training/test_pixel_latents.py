@@ -10,10 +10,10 @@ from training import config as configuration
 from training import export, train_denoiser
 from training.config import ROOT, Config, PixelLatentsConfig
 from training.data import HealthySlices
+from training.latents import load_coders
 from training.loop import load_start_weights
 from training.networks import build_denoiser, load_networks, matching_denoiser_weights
 from training.quantise import noise_levels
-from training.train_vqvae import load_coders
 
 pytestmark = pytest.mark.training
 
@@ -56,7 +56,7 @@ def test_nothing_is_lost(config: Config) -> None:
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter
 def test_trained_and_exported_networks_agree(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.export.cached_slices", lambda *_: STACK)
-    monkeypatch.setattr("training.train_vqvae.cached_slices", lambda *_: STACK)
+    monkeypatch.setattr("training.latents.cached_slices", lambda *_: STACK)
     plain = config.model_copy(update={"export": config.export.model_copy(update={"int8": False})})
     assert train_denoiser.train(plain, HealthySlices(STACK, STACK, "data")) == 2
     parity = export.export(plain)

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.networks.nets.diffusion_model_unet import DiffusionModelUNet
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -32,19 +31,20 @@ from app.runtime.bundle import Bundle, load_bundle
 from app.volume import FloatArray
 from training.augment import add_coarse_noise
 from training.calibrate import residual_settings
-from training.cluster_bootstrap import cluster_weights, interval, mean, quantile
-from training.config import ROOT, Config
+from training.cluster_bootstrap import Interval, cluster_weights, interval, mean, quantile
+from training.config import ROOT, Config, PixelLatentsConfig
 from training.data import UINT16_MAX, HealthySlices, load_scan, load_split
 from training.experiments.cases import Case, make_case, synthetic
+from training.experiments.markdown import format_interval, table
 from training.experiments.metrics import average_precision, best_dice
 from training.experiments.segmentation import count_scores, counterpart_map, mask_map
 from training.loop import Batches, Run, TrainingOptions, device, load_modules, make_generator
-from training.networks import matching_denoiser_weights
+from training.networks import build_denoiser, matching_denoiser_weights
 
 NAME = "denoising-autoencoder"
 STEPS, BATCH, LEARNING_RATE = 2400, 16, 6e-4
 VALIDATE_EVERY, VALIDATION_SLICES = 240, 256
-# Pixels are folded into channels, so that the U-Net works on as many positions as the denoiser does on latents.
+# Pixels are folded into channels, as in pixel latents.
 FOLD = 2
 # Random streams of the coarse noise in training and in validation, in addition to the seed of the configuration.
 NOISE_STREAM, VALIDATION_STREAM = 7, 8
@@ -62,16 +62,8 @@ class DenoisingAutoencoder(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        c = config.denoiser
-        self.unet = DiffusionModelUNet(
-            spatial_dims=2,
-            in_channels=FOLD**2,
-            out_channels=FOLD**2,
-            num_res_blocks=c.residual_blocks,
-            channels=c.channels,
-            attention_levels=c.attention_levels,
-            num_head_channels=c.head_channels,
-        )
+        folded = {"vqvae": None, "pixel_latents": PixelLatentsConfig(fold=FOLD)}
+        self.unet = build_denoiser(config.model_copy(update=folded))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the healthy version (N, 1, H, W) of slices (N, 1, H, W) in [0, 1]."""
@@ -222,27 +214,19 @@ def page(document: Row) -> str:
         f"Training of the autoencoder: {document['steps']} steps of {BATCH} slices, from the inner layers of the "
         f"denoiser of {document['start']}. Its last and first layer have seen only these slices. {document['note']}"
     )
-    columns = "".join(f"| AUPRC, {g} | best Dice, {g} | Dice, {g} " for g in GRADES)
-    lines = [
-        f"# {document['bundle']} and a denoising autoencoder in pixel space",
-        "",
-        protocol,
-        "",
-        training,
-        "",
-        f"| method | ms per slice | false findings, ml {columns}|",
-        "| --- | --- | --- " + "| --- " * (3 * len(GRADES)) + "|",
+    columns = [f"{score}, {grade}" for grade in GRADES for score in ("AUPRC", "best Dice", "Dice")]
+    rows = [
+        [
+            row["method"],
+            f"{row['ms_per_slice']:.1f}",
+            format_interval(Interval(*row["false_ml"])),
+            *(format_interval(Interval(*row[g][key])) for g in GRADES for key in ("auprc", "best_dice", "dice")),
+        ]
+        for row in document["rows"]
     ]
-    for row in document["rows"]:
-        cells = [_cell(row[grade][key]) for grade in GRADES for key in ("auprc", "best_dice", "dice")]
-        lines.append(
-            f"| {row['method']} | {row['ms_per_slice']:.1f} | {_cell(row['false_ml'])} | {' | '.join(cells)} |"
-        )
-    return "\n".join([*lines, ""])
-
-
-def _cell(values: Sequence[float]) -> str:
-    return "{:.2f} ({:.2f} to {:.2f})".format(*values)
+    title = f"# {document['bundle']} and a denoising autoencoder in pixel space"
+    scores = table(["method", "ms per slice", "false findings, ml", *columns], rows)
+    return f"{title}\n\n{protocol}\n\n{training}\n\n{scores}\n"
 
 
 def compare(config: Config, bundle: Bundle, note: str) -> None:

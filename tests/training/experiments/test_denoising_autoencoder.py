@@ -90,7 +90,7 @@ def test_page_has_one_row_for_each_method() -> None:
         "rows": [row],
     }
     text = page(document)
-    assert "| some method | 12.3 | 1.00 (0.50 to 2.00) | 0.50 (0.40 to 0.60) |" in text
+    assert "| some method | 12.3 | 1.00 [0.50, 2.00] | 0.50 [0.40, 0.60] |" in text
     assert "A note." in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
