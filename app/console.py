@@ -17,7 +17,7 @@ from app.errors import NotAVolume, UnknownModel
 from app.export.outputs import DICOM_NAMES
 from app.export.report import Report, by_certainty
 from app.manifest import Manifest
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence
 from app.settings import Settings

@@ -14,7 +14,7 @@ from app.errors import BrainNotExtracted, Cancelled, NotAnImageFormat, UnknownMo
 from app.export.outputs import BRAIN_NAME, DICOM_NAMES, REQUIRED_NAMES
 from app.export.report import Report
 from app.pipeline.brain_extraction import ExtractionNetworks
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Volume
 from tests.support.dicom import RAS_TO_LPS, SECRET, Plane, Series, write_series, zip_files

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from app import __version__
 from app.cli import app
 from app.export.outputs import DICOM_NAMES, REQUIRED_NAMES, write_nifti
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from tests.support.dicom import SECRET, Series, write_series
 from tests.support.phantom import ball, brain, grid, with_lesion
 

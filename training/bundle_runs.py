@@ -8,7 +8,8 @@ import numpy.typing as npt
 
 from app.errors import CounterpartError
 from app.pipeline.brain_extraction import BrainExtraction, extract_brain
-from app.pipeline.detect import Detection, ScanResult, dice, to_scan_result
+from app.pipeline.detect import Detection, ScanResult, to_scan_result
+from app.pipeline.findings import dice
 from app.pipeline.methods import METHODS
 from app.runtime.bundle import Bundle
 from app.volume import BoolArray, FloatArray, Volume

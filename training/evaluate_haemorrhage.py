@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.runtime.bundle import Bundle
 from app.volume import BoolArray
 from training.bundle_runs import analyse

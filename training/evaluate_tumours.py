@@ -9,7 +9,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline.detect import dice, to_scan_result
+from app.pipeline.detect import to_scan_result
+from app.pipeline.findings import dice
 from app.pipeline.methods import METHODS
 from app.pipeline.preprocess import analysed_slices, to_slices
 from app.pipeline.scores import erode_foreground

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from app.errors import BrainNotExtracted, NoBrainMask
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.volume import BoolArray, FloatArray, Volume
 
 # (1, 1, I, J, K) intensities -> (1, 1, I, J, K) log odds of brain.

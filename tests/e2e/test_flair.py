@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from app.export.outputs import write_nifti
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from tests.api.service_process import run_service
 from tests.api.support import URL, wait_for_state

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.runtime.bundle import find_bundles, shipped_models
 from app.volume import Volume
 from tests.api.service_process import run_service

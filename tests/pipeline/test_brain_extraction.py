@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from app.errors import BrainNotExtracted, NoBrainMask
 from app.pipeline.brain_extraction import BrainExtraction, ExtractionNetworks, extract_brain
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.volume import Affine, FloatArray, Volume
 from tests.support.grids import GRIDS, centroid_mm, tilted
 from tests.support.heads import ORACLE, nothing, outline

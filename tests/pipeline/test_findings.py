@@ -9,8 +9,9 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from app.manifest import Manifest
-from app.pipeline.detect import Detection, detect, dice, label_findings, to_scan_result
+from app.pipeline.detect import Detection, detect, to_scan_result
 from app.pipeline.diffusion import Networks
+from app.pipeline.findings import dice, label_findings
 from app.pipeline.preprocess import to_slices
 from app.pipeline.scores import ScanScores
 from app.volume import Volume

@@ -7,7 +7,7 @@ from nibabel import affines
 
 from app.errors import WrongFieldOfView
 from app.manifest import Preprocessing
-from app.pipeline.detect import dice
+from app.pipeline.findings import dice
 from app.pipeline.intracranial import intracranial_mask
 from app.pipeline.preprocess import Slices, analysed_slices, to_slices
 from app.volume import Affine, BoolArray, Volume

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from app.manifest import Manifest, View
-from app.pipeline.detect import dice, label_findings
+from app.pipeline.findings import dice, label_findings
 from app.pipeline.scores import augment, average_views, erode_foreground, postprocess_residual
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import FloatArray

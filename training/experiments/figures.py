@@ -12,8 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from app.manifest import Manifest
-from app.pipeline.detect import label_findings
 from app.pipeline.diffusion import Networks
+from app.pipeline.findings import label_findings
 from app.pipeline.methods import METHODS
 from app.volume import BoolArray, FloatArray
 from training.config import ROOT, Config

@@ -1,7 +1,7 @@
 """Average precision, AUROC, FPR at a sensitivity, best-achievable Dice, and bootstrap intervals over subjects.
 
 Scores are counted in bins for each subject, so a bootstrap draw adds counts instead of sorting pixels again.
-Dice of a mask is `app.pipeline.detect.dice`.
+Dice of a mask is `app.pipeline.findings.dice`.
 """
 
 from collections.abc import Callable, Sequence

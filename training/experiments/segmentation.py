@@ -10,8 +10,8 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from app.manifest import Manifest
-from app.pipeline.detect import dice, label_findings
 from app.pipeline.diffusion import Networks
+from app.pipeline.findings import dice, label_findings
 from app.pipeline.methods import METHODS
 from app.pipeline.scores import median_filter
 from app.volume import FloatArray
