@@ -21,6 +21,8 @@ from training.config import AugmentationConfig, CoarseNoiseConfig, ScannerConfig
 UNSHARP_SD_PIXELS = 0.8
 # Smallest distance between two tissue levels after their shift.
 MIN_LEVEL_STEP = 0.02
+# Depth in pixels to which the rim of the brain is removed.
+FLUID_RIM_PIXELS = 4
 # Bounds of the modulation of the coarse noise, as shares of its amplitude.
 MODULATION_BOUNDS = (0.2, 1.8)
 
@@ -55,6 +57,7 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
     gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_log_gamma)).float()
     contrast = shift_tissues(moved.clamp(0, 1), config, rng) * _bias_field(n, (height, width), config, rng)
     augmented = ((contrast / config.anchor).clamp(min=0) ** gamma * config.anchor * gain).clamp(0, 1).numpy()
+    _remove_fluid_rim(augmented, config, rng)
     _erode_some(augmented, config.erosion_probability, rng)
     for i in np.flatnonzero(rng.random(n) < config.scanner.probability):
         augmented[i] = simulate_scanner(augmented[i], config.scanner, rng)
@@ -103,6 +106,19 @@ def _bias_field(
     coefficients = rng.normal(0, config.bias_field_sd, (count, len(terms)))
     field = np.exp(np.einsum("nk,khw->nhw", coefficients, terms))
     return torch.from_numpy(field.astype(np.float32))[:, None]
+
+
+def _remove_fluid_rim(x: FloatArray, config: AugmentationConfig, rng: np.random.Generator) -> None:
+    """Remove the dark rim of some slices in place, (B, 1, H, W), because some brain masks exclude the fluid.
+
+    Removed are pixels below a random level that are connected to the background by such pixels.
+    """
+    if not config.fluid_rim_probability:
+        return
+    levels = rng.uniform(*config.fluid_rim_levels, len(x))
+    for i in np.flatnonzero(rng.random(len(x)) < config.fluid_rim_probability):
+        background, is_dark = x[i, 0] == 0, x[i, 0] < levels[i]
+        x[i, 0, ndimage.binary_dilation(background, iterations=FLUID_RIM_PIXELS, mask=is_dark)] = 0
 
 
 def _erode_some(x: FloatArray, probability: float, rng: np.random.Generator) -> None:

@@ -103,6 +103,13 @@ class AugmentationConfig(FrozenModel):
         default=0.0,
         description="Share of slices whose brain mask is eroded by one pixel, or by two in a third of them.",
     )
+    fluid_rim_probability: float = Field(
+        default=0.0,
+        description="Share of slices that lose the dark rim of the brain, as brain masks without fluid do.",
+    )
+    fluid_rim_levels: tuple[float, float] = Field(
+        default=(0.2, 0.45), description="Range of the level below which the rim is removed, in slice values."
+    )
     scanner: ScannerConfig = Field(description="Simulated scanners.")
 
 
@@ -224,6 +231,9 @@ class DetectionConfig(FrozenModel):
     ood_refused_share: float = Field(description="Share of healthy scans that all scores together may refuse.")
     ood_max_outlier_fraction: float = Field(
         description="Share of foreground latents that may be outside the healthy range."
+    )
+    ood_checks_solidity: bool = Field(
+        default=False, description="Refuse a foreground with deep gaps in its outline, such as the fingers of a hand."
     )
     ood_max_outlier_slice_fraction: float | None = Field(
         default=None, description="Share of slices whose score may be out of range. Null disables this check."

@@ -149,6 +149,24 @@ def test_tissue_shift_is_monotonic_and_keeps_anchor_and_background() -> None:
     assert shifted[..., 38].std() == pytest.approx(0.05, abs=0.03)
 
 
+def test_dark_rim_is_removed_and_dark_tissue_inside_stays() -> None:
+    """A bright disc with a dark rim and a dark centre."""
+    x = discs(60) * 0.9
+    depth = ndimage.distance_transform_edt(x[0, 0] > 0)
+    assert depth.max() > 10
+    x[:, 0, (depth > 0) & (depth <= 2)] = 0.15
+    x[:, 0, depth > 8] = 0.15
+    rimless = OTHER_SCANNERS.model_copy(
+        update={"erosion_probability": 0.0, "fluid_rim_probability": 0.5, "fluid_rim_levels": (0.2, 0.4)}
+    )
+    plain = {"bias_field_sd": 0.0, "tissue_shift_sd": 0.0, "max_log_gamma": 0.0}
+    changed = augment(torch.from_numpy(x), rimless.model_copy(update=plain), np.random.default_rng(2)).numpy()[:, 0]
+    lost = (x[0, 0] > 0).sum() - (changed > 0.05).sum(axis=(1, 2))  # a mirror moves traces beyond the edge
+    assert set(np.unique(lost)) == {0, int(((depth > 0) & (depth <= 2)).sum())}
+    assert np.mean(lost > 0) == pytest.approx(0.5, abs=0.2)
+    assert (changed[:, depth > 2] > 0).all()
+
+
 def test_other_scanners_keep_the_background_and_erode_some_masks() -> None:
     x = discs(100)
     changed = augment(torch.from_numpy(x.copy()), OTHER_SCANNERS, np.random.default_rng(1)).numpy()
