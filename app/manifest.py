@@ -187,6 +187,15 @@ class Residual(FrozenModel):
         return self
 
 
+class ScanThreshold(FrozenModel):
+    """Rule by which a scan raises the thresholds of its findings (`app.pipeline.scan_threshold`)."""
+
+    percentile: float = Field(
+        gt=0, le=100, description="The threshold is at least this percentile of the scan's anomaly map."
+    )
+    lesion_ml: float = Field(gt=0, description="Findings of at least this volume are left out of the percentile.")
+
+
 class OodCheck(FrozenModel):
     """Settings of the out-of-distribution check (`app.pipeline.scores`)."""
 
@@ -204,6 +213,13 @@ class OodCheck(FrozenModel):
         le=1,
         description="Largest fraction of slices whose score is outside `calibration.slice_score`. null: not checked. "
         "If it is set, it replaces the check of the median KL for a scan of few slices.",
+    )
+    min_solidity: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Smallest median over slices of the area of the foreground divided by that of its convex hull. "
+        "null: not checked.",
     )
 
 
@@ -330,6 +346,7 @@ class Manifest(FrozenModel):
         exclude: dict[str, Any] = {"preprocessing": {} if self.preprocessing.intracranial else {"intracranial"}}
         exclude |= {"method": True} if self.method == DEFAULT_METHOD else {}
         exclude |= {} if self.named_only else {"named_only": True}
+        exclude |= {"ood": {"min_solidity"}} if self.ood.min_solidity is None else {}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

@@ -11,7 +11,7 @@ from app.manifest import File, Files, Latent, Licence, Manifest, Provenance, Vie
 from app.pipeline.scores import SAMPLED_SLICES
 from app.runtime.bundle import CARD, MANIFEST, load_bundle
 from training import export
-from training.calibrate import calibration_path
+from training.calibrate import SOLIDITY_PERCENTILE, calibration_path
 from training.config import ROOT, Config, parse_config
 from training.data import load_split
 from training.export import INT8, Parity, check_parity, graphs_folder, trained_networks
@@ -171,6 +171,11 @@ def _ood(config: Config, manifest: Manifest) -> str:
         lines.append(
             f"{start} outlier slice fraction | at most {share:.0%} of the slices | mean KL outside {healthy.low} to "
             f"{healthy.high} nats; replaces the median KL for a scan of fewer than {minimum} slices |"
+        )
+    if manifest.ood.min_solidity is not None:
+        lines.append(
+            f"{start} solidity of the outline | median over slices at least {manifest.ood.min_solidity} "
+            f"| percentile {SOLIDITY_PERCENTILE:g} of healthy slices |"
         )
     return "\n".join(lines)
 

@@ -9,9 +9,9 @@ from scipy import stats
 from tqdm import tqdm
 
 from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
-from app.pipeline.detect import label_findings
 from app.pipeline.diffusion import Networks, Schedule, encode_view
-from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error
+from app.pipeline.findings import label_findings
+from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error, solidities
 from app.volume import BoolArray, FloatArray
 from training.augment import simulate_scanner
 from training.config import Config, parse_config
@@ -32,6 +32,9 @@ LATENT_PERCENTILES = (0.1, 99.9)
 # Percentiles of the mean KL of healthy slices. The report shows them, and the out-of-distribution check can use them
 # (`max_outlier_slice_fraction`).
 SLICE_PERCENTILES = (0.5, 99.5)
+# Percentile of the solidity of healthy slices below which a scan is refused. A scan is judged by its median slice, so
+# that only single slices of the lowest part of a brain come near it.
+SOLIDITY_PERCENTILE = 2.0
 # Random stream of the simulated scanners, in addition to the seed of the configuration.
 SCANNER_STREAM = 6
 # Range of the reconstruction error if latents are pixels: rounding only.
@@ -126,7 +129,14 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
         latent_kl_range=make_range(low, high),
         max_outlier_fraction=detection.ood_max_outlier_fraction,
         max_outlier_slice_fraction=detection.ood_max_outlier_slice_fraction,
+        min_solidity=smallest_solidity(scans) if detection.ood_checks_solidity else None,
     )
+
+
+def smallest_solidity(scans: list[ScanFeatures]) -> float:
+    """Return the solidity that a share of the healthy slices does not reach. A whole scan has a far higher median."""
+    found = np.concatenate([solidities(scan.foreground) for scan in scans])
+    return round_significant(float(np.percentile(found, SOLIDITY_PERCENTILE)))
 
 
 def _scanner_scores(

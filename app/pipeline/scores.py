@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 from app.errors import OutOfDistribution
 from app.manifest import Manifest, OodCheck, Range, View
@@ -146,6 +147,26 @@ def compute_scan_scores(kl: FloatArray, view: EncodedView, networks: Networks, s
     )
 
 
+def median_solidity(foreground: BoolArray) -> float:
+    """Return the median over slices (M, H, W) of the area of the filled foreground, divided by that of its convex hull.
+
+    It is 1 for a convex outline. The fingers of a hand leave deep gaps, the outline of a brain does not.
+    """
+    return float(np.median(solidities(foreground)))
+
+
+def solidities(foreground: BoolArray) -> FloatArray:
+    """Return the area of the filled foreground of each slice, divided by that of its convex hull, (M,)."""
+    return np.array([_solidity(mask) for mask in foreground], np.float32)
+
+
+def _solidity(mask: BoolArray) -> float:
+    filled = ndimage.binary_fill_holes(mask)
+    corners = ndimage.binary_dilation(np.pad(filled, (0, 1)), structure=np.ones((2, 2)), origin=-1)
+    # In two dimensions, `volume` is the area.
+    return float(filled.sum() / ConvexHull(np.argwhere(corners)).volume)
+
+
 def sample_slices(count: int) -> IntArray:
     """Return the positions of `SAMPLED_SLICES` slices, spread over `count` slices."""
     return np.unique(np.linspace(0, count - 1, SAMPLED_SLICES).round().astype(np.int64))
@@ -228,6 +249,26 @@ def check_in_distribution(scores: ScanScores, manifest: Manifest) -> None:
             expected="the sequence, body part and preparation that the model card names.",
             advice=("Send the whole series: a few slices are not enough for this check. " if few else "")
             + "Check that the right series was sent and prepared as the model card describes, or choose another model.",
+        )
+
+
+def check_outline(foreground: BoolArray, settings: OodCheck) -> None:
+    """Raise an error if the outline of the foreground (M, H, W) has deeper gaps than that of a brain.
+
+    Raises
+    ------
+    OutOfDistribution
+        The median solidity is below the smallest accepted one.
+    """
+    if settings.min_solidity is None:
+        return
+    solidity = median_solidity(foreground)
+    if solidity < settings.min_solidity:
+        raise OutOfDistribution(
+            f"The outline has deep gaps. The foreground fills {solidity:.0%} of its convex hull, "
+            f"at least {settings.min_solidity:.0%} are accepted.",
+            expected="the body part that the model card names.",
+            advice="Send the whole series of the body part that the model card names.",
         )
 
 

@@ -24,6 +24,7 @@ from app.pipeline.scores import (
     median_kl_ranges,
     outlier_slice_fraction,
     smooth_kl,
+    solidities,
     upsample,
     weight_residual,
 )
@@ -78,6 +79,31 @@ def test_large_fraction_of_outlier_slices_is_refused(healthy: Volume, networks: 
     detect(healthy, networks, with_part(odd, "ood", max_outlier_slice_fraction=0.7))
     with pytest.raises(OutOfDistribution, match="of its slices have a mean KL"):
         detect(healthy, networks, with_part(odd, "ood", max_outlier_slice_fraction=0.5))
+
+
+def test_outline_with_deep_gaps_is_refused(networks: Networks, manifest: Manifest) -> None:
+    """A disc is convex. The bars of a grid with gaps, as of fingers, fill a part of their hull."""
+    rows, columns = np.mgrid[-60:60, -60:60]
+    disc = (rows**2 + columns**2 < 55**2).astype(np.float32)
+    gaps = disc * ((columns % 20 < 8) | (rows < -20))
+    affine = np.diag([1.5, 1.5, 2.0, 1.0])
+    strict = with_part(manifest, "ood", min_solidity=0.8)
+
+    def scan(image: FloatArray) -> Volume:
+        return Volume(np.repeat(image[:, :, None], 20, axis=2), affine)
+
+    detect(scan(disc), networks, strict)
+    with pytest.raises(OutOfDistribution, match=r"fills \d\d% of its convex hull, at least 80% are accepted"):
+        detect(scan(gaps), networks, strict)
+
+
+def test_solidity_is_that_of_plane_geometry() -> None:
+    masks = np.zeros((3, 20, 20), np.bool_)
+    masks[0, 5:10, 5:15] = True
+    masks[1] = masks[0]
+    masks[1, 7:9, 7:9] = False  # a ventricle is no gap of the outline
+    masks[2, 2:18, 2:5] = masks[2, 2:5, 2:18] = True  # 87 pixels in a hull of 256 - 13 * 13 / 2
+    np.testing.assert_allclose(solidities(masks), [1, 1, 87 / 171.5], rtol=1e-6)
 
 
 def test_slice_without_a_score_is_an_outlier() -> None:

@@ -33,6 +33,7 @@ def without_ood_check(manifest: Manifest) -> Manifest:
         reconstruction_range=EVERYTHING,
         max_outlier_fraction=1.0,
         max_outlier_slice_fraction=None,
+        min_solidity=None,
     )
     return changed(manifest, ood=accepting)
 
