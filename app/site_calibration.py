@@ -18,7 +18,7 @@ from app.errors import CannotAnalyse, TooFewScans, UnreadableScan, UploadError
 from app.export.report import Report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.manifest import Manifest, Range, Residual
-from app.pipeline.detect import dice, label_findings
+from app.pipeline.findings import dice, label_findings
 from app.pipeline.synthetic_lesion import insert_lesion
 from app.runtime.bundle import Bundle
 from app.site_profile import MIN_SCANS, LesionSensitivity, SiteProfile, Volumes
@@ -167,16 +167,12 @@ def measure_scan(
     bundle = bundles(inference.manifest)
     residual = bundle.manifest.residual
     anomaly = inference.detection.slices.grid.to_volume(inference.detection.anomaly)
-    volumes = [
-        float((label_findings(anomaly, settings, scan.volume.voxel_ml)[0] > 0).sum()) * scan.volume.voxel_ml
-        for settings in _candidates(residual)
-    ]
     return HealthyScan(
         model=bundle.manifest.id,
         model_sha256=bundle.sha256,
         scanner=scan.source.scanner,
         score=inference.detection.scores.scan,
-        volumes_ml=np.array(volumes),
+        volumes_ml=found_volumes(anomaly, residual, scan.volume.voxel_ml),
         lesion=_measure_lesion(scan, inference, bundle, index, request.seed),
         residual=residual,
     )
@@ -314,6 +310,12 @@ def _candidates(residual: Residual) -> list[Residual]:
         )
         for f in FACTORS
     ]
+
+
+def found_volumes(anomaly: FloatArray, residual: Residual, voxel_ml: float) -> npt.NDArray[np.float64]:
+    """Return the volume of the findings in ml at each of `FACTORS`, (41,)."""
+    counts = [(label_findings(anomaly, settings, voxel_ml)[0] > 0).sum() for settings in _candidates(residual)]
+    return np.array(counts) * voxel_ml
 
 
 def _measure_lesion(

@@ -8,6 +8,7 @@ import numpy as np
 from app.manifest import Manifest
 from training.cluster_bootstrap import cluster_weights, crossed_weights, interval, mean, quantile
 from training.haemorrhage_page import haemorrhage_table
+from training.site_profile_page import site_profile_table
 from training.unseen_page import format_interval, heads_table, pathology_table, unseen_lesion_table
 
 EARLIER = "Measured with an earlier version of this bundle."
@@ -123,6 +124,7 @@ PARTS: tuple[tuple[str, str, Table, tuple[str, ...]], ...] = (
         (),
     ),
     ("heads", "Healthy heads of other scanners", heads_table, ()),
+    ("heads", "Healthy heads of other scanners, with a site profile", site_profile_table, ()),
     ("unseen_lesions", "Lesions on scanners that are not in training", unseen_lesion_table, ("lesions",)),
     ("pathology", "Real lesions, and large lesions in healthy test subjects", pathology_table, ()),
     ("foreign", "Scans outside the training distribution", foreign_table, ()),
@@ -159,11 +161,10 @@ def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str, s
     lines += [scope.strip(), ""] if scope else []
     for key, title, table, others in PARTS:
         if key in document:
-            lines += [f"### {title}", ""]
-            lines += [] if document[key]["bundle_sha256"] == sha256 else [EARLIER, ""]
             own = document[key]["bundle_sha256"]
             same = [
                 document[o]["rows"] if o in document and document[o]["bundle_sha256"] == own else [] for o in others
             ]
-            lines += [*table(document[key]["rows"], *same), ""]
+            if content := table(document[key]["rows"], *same):
+                lines += [f"### {title}", "", *([] if own == sha256 else [EARLIER, ""]), *content, ""]
     return "\n".join(lines)

@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 from app.errors import BrainNotExtracted
 from app.pipeline.preprocess import foreground_mask_of
 from app.runtime.bundle import Bundle, load_bundle
+from app.site_calibration import FACTORS
 from app.volume import Volume
 from tests.support.phantom import brain, grid, head
 from training import evaluate_unseen
@@ -86,6 +87,7 @@ def test_healthy_heads_have_their_findings_or_the_reason_of_a_refusal(
     healthy, refused = evaluate_heads(CONFIG, bundle, SPLIT)
     assert healthy["outcome"] == "analysed"
     assert healthy["found_ml"] == healthy["findings"] == 0
+    assert healthy["volumes_ml"] == [0.0] * len(FACTORS)
     assert (healthy["voxel_mm"], healthy["known_from"], healthy["skull_stripped"]) == ([3.0] * 3, "decision 1", True)
     assert refused["outcome"] == "wrong_field_of_view"
     assert "found_ml" not in refused

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from app.site_calibration import FACTORS
 from tests.support.bundle import tiny_manifest
 from training.evaluation_page import EARLIER, evaluation_page
+from training.site_profile_page import site_profile_table
 from training.unseen_page import heads_table, pathology_table, unseen_lesion_table
 
 # Scores of a refused scan.
@@ -43,6 +45,22 @@ def test_first_row_counts_people_and_leaves_out_second_files() -> None:
     assert "| 1.0 | S | 1.4 x 1.4 x 1.2 |  | analysed | 1.00 | 0.50 | 2 |" in lines
     assert "| refused | S | 1.4 x 1.4 x 1.2 |  | out_of_distribution |  |  |  |" in lines
     assert not [line for line in lines if line.startswith("| ixi |")]
+
+
+def test_site_profile_is_measured_on_heads_that_it_was_not_made_from() -> None:
+    """With equal volumes, the threshold of the others suits each head. One large head never chooses its own."""
+    at = 4.0 / FACTORS
+    rows = [head(str(i), 4.0, kind="IXI", volumes_ml=at.tolist()) for i in range(12)]
+    rows += [head("few", 1.0, volumes_ml=at.tolist())]
+    unchanged, first, second = (line.split(" | ") for line in site_profile_table(rows) if line.startswith("| IXI"))
+    assert (unchanged[2], unchanged[3]) == ("none", "4.00 (4.00 to 4.00)")
+    # Ten losses L and a bound of 5 T: (10 L + 5 T) / 11 <= T, so L is at most 0.6 T.
+    for row, target in ((first, 1.0), (second, 0.5)):
+        assert 0.6 * target / 1.1 - 0.005 < float(row[3].split()[0]) <= 0.6 * target
+    assert not any(line.startswith("| S |") for line in site_profile_table(rows))
+    larger = [row | {"volumes_ml": (at * (50 if row["name"] == "0" else 1)).tolist()} for row in rows[:12]]
+    line = next(line for line in site_profile_table(larger) if "| none |" in line)
+    assert line.split(" | ")[5].startswith("20.33")
 
 
 def test_lesions_are_compared_with_home() -> None:
@@ -100,5 +118,6 @@ def test_parts_of_an_earlier_bundle_are_marked() -> None:
         "### Scans outside the training distribution"
     )
     assert EARLIER in heads
+    assert "with a site profile" not in heads  # one head is too few
     assert EARLIER not in foreign
     assert "| T2 | 2 of 2 | out_of_distribution 2 |" in foreign
