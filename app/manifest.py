@@ -160,6 +160,15 @@ class Reverse(FrozenModel):
     timesteps: tuple[int, ...] = Field(description="Descending t of the DDIM sub-sequence. The last step goes to z0.")
 
 
+class ScanThreshold(FrozenModel):
+    """Rule by which a scan raises its thresholds (`app.pipeline.scan_threshold`)."""
+
+    percentile: float = Field(
+        gt=0, le=100, description="The threshold is at least this percentile of the scan's own anomaly map."
+    )
+    finding_ml: float = Field(gt=0, description="Findings of at least this volume are left out of the percentile.")
+
+
 class Residual(FrozenModel):
     """Settings from the residual to the anomaly map and the mask."""
 
@@ -179,21 +188,15 @@ class Residual(FrozenModel):
     extent_threshold: float = Field(description="A finding extends as far as the anomaly map exceeds this value.")
     healthy_false_positive_ml: float = Field(description="Median volume of findings in healthy validation scans.")
     min_lesion_ml: float = Field(description="Smallest finding.")
+    scan_threshold: ScanThreshold | None = Field(
+        default=None, description="Rule by which a scan raises both thresholds. null: they are the same for all scans."
+    )
 
     @model_validator(mode="after")
     def _check_median(self) -> "Residual":
         if self.median_pixels % 2 == 0:
             raise ValueError("the side of the median filter must be odd")
         return self
-
-
-class ScanThreshold(FrozenModel):
-    """Rule by which a scan raises the thresholds of its findings (`app.pipeline.scan_threshold`)."""
-
-    percentile: float = Field(
-        gt=0, le=100, description="The threshold is at least this percentile of the scan's anomaly map."
-    )
-    lesion_ml: float = Field(gt=0, description="Findings of at least this volume are left out of the percentile.")
 
 
 class OodCheck(FrozenModel):
@@ -347,6 +350,7 @@ class Manifest(FrozenModel):
         exclude |= {"method": True} if self.method == DEFAULT_METHOD else {}
         exclude |= {} if self.named_only else {"named_only": True}
         exclude |= {"ood": {"min_solidity"}} if self.ood.min_solidity is None else {}
+        exclude |= {"residual": {"scan_threshold"}} if self.residual.scan_threshold is None else {}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

@@ -18,14 +18,13 @@ from app.errors import CannotAnalyse, TooFewScans, UnreadableScan, UploadError
 from app.export.report import Report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.manifest import Manifest, Range, Residual
-from app.pipeline.findings import dice, label_findings
+from app.pipeline.findings import dice
+from app.pipeline.risk_control import FACTORS, conformal_threshold, label_at_factors
 from app.pipeline.synthetic_lesion import insert_lesion
 from app.runtime.bundle import Bundle
 from app.site_profile import MIN_SCANS, LesionSensitivity, SiteProfile, Volumes
 from app.volume import BoolArray, FloatArray, Scan, Scanner, Volume
 
-# Candidates for the threshold, as multiples of the model's threshold, in steps of 9 %. 1 is one of them.
-FACTORS = 2.0 ** np.linspace(-1, 4, 41)
 # Volumes and contrasts of the inserted lesions, in ml and as a fraction of the brain's intensity range. The scans take
 # them in turn.
 LESIONS_ML = (2.0, 10.0, 40.0)
@@ -36,9 +35,6 @@ OUTLIER_SD = 5.0
 MAD_TO_SD = 1.4826
 # Smallest spread of the log score: scores that agree by chance must not make outliers of the others.
 MIN_LOG_SD = 0.1
-# Losses above this multiple of the target count as this multiple. A larger limit protects better against rare large
-# volumes, and leaves less for all others: with ten scans, 5 leaves a mean of 0.6 times the target.
-LOSS_LIMIT = 5.0
 # Scores have drifted if the test is significant and the medians differ by more than this ratio, or if a larger share of
 # scans is outside the range of the profile.
 DRIFT_P_VALUE = 0.01
@@ -166,13 +162,13 @@ def measure_scan(
         scan, inference = infer(path, Path(scratch), bundles, manifests, request, _no_progress)
     bundle = bundles(inference.manifest)
     residual = bundle.manifest.residual
-    anomaly = inference.detection.slices.grid.to_volume(inference.detection.anomaly)
+    found = label_at_factors(inference.detection, bundle.manifest, scan.volume.voxel_ml)
     return HealthyScan(
         model=bundle.manifest.id,
         model_sha256=bundle.sha256,
         scanner=scan.source.scanner,
         score=inference.detection.scores.scan,
-        volumes_ml=found_volumes(anomaly, residual, scan.volume.voxel_ml),
+        volumes_ml=np.array([(labels > 0).sum() * scan.volume.voxel_ml for labels in found]),
         lesion=_measure_lesion(scan, inference, bundle, index, request.seed),
         residual=residual,
     )
@@ -303,21 +299,6 @@ def _no_progress(_stage: str, _fraction: float) -> None:
     """Ignore the progress of one scan."""
 
 
-def _candidates(residual: Residual) -> list[Residual]:
-    return [
-        residual.model_copy(
-            update={"threshold": residual.threshold * f, "extent_threshold": residual.extent_threshold * f}
-        )
-        for f in FACTORS
-    ]
-
-
-def found_volumes(anomaly: FloatArray, residual: Residual, voxel_ml: float) -> npt.NDArray[np.float64]:
-    """Return the volume of the findings in ml at each of `FACTORS`, (41,)."""
-    counts = [(label_findings(anomaly, settings, voxel_ml)[0] > 0).sum() for settings in _candidates(residual)]
-    return np.array(counts) * voxel_ml
-
-
 def _measure_lesion(
     scan: Scan, inference: InferenceResult, bundle: Bundle, index: int, seed: int | None
 ) -> LesionCurve | None:
@@ -330,10 +311,7 @@ def _measure_lesion(
         return None
     changed, truth = insert_lesion(volume.array, brain, ball, volume.spacing, contrast)
     detection = detect_volume(Volume(changed, volume.affine), bundle, seed, _no_progress)
-    anomaly = detection.slices.grid.to_volume(detection.anomaly)
-    found = [
-        label_findings(anomaly, settings, volume.voxel_ml)[0] for settings in _candidates(bundle.manifest.residual)
-    ]
+    found = label_at_factors(detection, bundle.manifest, volume.voxel_ml)
     return LesionCurve(
         size,
         np.array([dice(labels > 0, truth) for labels in found]),
@@ -367,31 +345,6 @@ def _ball(volume: Volume, brain: BoolArray, size_ml: float, rng: np.random.Gener
     axes = np.ogrid[tuple(slice(n) for n in volume.shape)]
     squared = sum(((a - c) * d) ** 2 for a, c, d in zip(axes, centre, volume.spacing, strict=True))
     return np.asarray(squared <= radius**2, dtype=np.float32)
-
-
-def conformal_threshold(volumes: npt.NDArray[np.float64], target_ml: float) -> int | None:
-    """Return the index of the lowest threshold whose expected false-positive volume is at most a target.
-
-    Conformal risk control (Angelopoulos et al. 2022, arXiv 2208.02814, equation 4): with n exchangeable scans and a
-    loss that is bounded by B and does not increase with the threshold, the lowest threshold with
-    (sum of losses + B) / (n + 1) <= target keeps the expected loss of a new scan at or below the target. The loss is
-    the volume, limited to `LOSS_LIMIT` times the target.
-
-    Parameters
-    ----------
-    volumes : (n, K) ndarray
-        False-positive volume in ml of each scan at each of K ascending thresholds.
-    target_ml : float
-
-    Returns
-    -------
-    int or None
-        None if no threshold is high enough.
-    """
-    limit = LOSS_LIMIT * target_ml
-    risk = (np.minimum(volumes, limit).sum(axis=0) + limit) / (len(volumes) + 1)
-    reached = np.flatnonzero(risk <= target_ml)
-    return int(reached[0]) if len(reached) else None
 
 
 def _chosen(volumes: npt.NDArray[np.float64], target_ml: float) -> int:

@@ -130,7 +130,7 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> dict[str, Any]:
     """Compare a result with the reference. It agrees if the difference can come from rounding."""
     import numpy as np
 
-    from app.pipeline.detect import dice
+    from app.pipeline.findings import dice
 
     masks = [result["mask"] > 0 for result in (found, expected)]
     maps = [np.nan_to_num(result["anomaly"]) for result in (found, expected)]

@@ -12,17 +12,9 @@ from app.analysis import AnalysisRequest
 from app.cli import app
 from app.errors import TooFewScans
 from app.export.report import Report
+from app.pipeline.risk_control import FACTORS, LOSS_LIMIT, conformal_threshold
 from app.runtime.bundle import Bundle, load_bundle
-from app.site_calibration import (
-    FACTORS,
-    LOSS_LIMIT,
-    calibrate,
-    conformal_threshold,
-    list_scans,
-    measure_drift,
-    read_reports,
-    score_range,
-)
+from app.site_calibration import calibrate, list_scans, measure_drift, read_reports, score_range
 from app.site_profile import SiteProfile, SiteProfiles, write_profile
 from tests.support.dicom import Series, make_datasets, save
 from tests.support.phantom import brain, grid

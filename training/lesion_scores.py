@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from app.pipeline.detect import LabelArray
+from app.pipeline.findings import LabelArray
 from app.volume import BoolArray
 
 # The service reports no smaller finding, so a smaller true lesion is not counted.

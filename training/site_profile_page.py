@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from app.site_calibration import FACTORS, conformal_threshold
+from app.pipeline.risk_control import FACTORS, conformal_threshold
 from app.site_profile import MIN_SCANS
 from training.cluster_bootstrap import cluster_weights, interval, quantile
 from training.experiments.markdown import table

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from app.export.report import Report, by_certainty
-from app.pipeline.detect import LabelArray, ScanResult, plane_height, plane_numbers
+from app.pipeline.detect import ScanResult, plane_height, plane_numbers
+from app.pipeline.findings import LabelArray
 from app.volume import Affine, FloatArray
 
 RgbImage = npt.NDArray[np.uint8]  # (H, W, 3)

@@ -11,8 +11,8 @@ pytest.importorskip("torch")
 
 from app.errors import BrainNotExtracted
 from app.pipeline.preprocess import foreground_mask_of
+from app.pipeline.risk_control import FACTORS
 from app.runtime.bundle import Bundle, load_bundle
-from app.site_calibration import FACTORS
 from app.volume import Volume
 from tests.support.phantom import brain, grid, head
 from training import evaluate_unseen

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.site_calibration import FACTORS
+from app.pipeline.risk_control import FACTORS
 from tests.support.bundle import tiny_manifest
 from training.evaluation_page import EARLIER, evaluation_page
 from training.site_profile_page import site_profile_table

@@ -15,7 +15,7 @@ from app.export.dicom.segmentation import build_segmentation
 from app.export.dicom.source import SourceSeries, read_source
 from app.export.dicom.structured_report import build_structured_report
 from app.export.report import Report
-from app.pipeline.detect import LabelArray
+from app.pipeline.findings import LabelArray
 from app.volume import FloatArray, Scan, SegmentationType
 
 SegmentationAndReport: TypeAlias = tuple[Dataset | NoLesion | UnsuitableSource, Dataset | UnsuitableSource]

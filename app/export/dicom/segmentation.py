@@ -15,7 +15,7 @@ from app.export.dicom.identity import (
 )
 from app.export.dicom.source import SourceSeries
 from app.export.report import RESEARCH_USE_ONLY, Report
-from app.pipeline.detect import LabelArray
+from app.pipeline.findings import LabelArray
 from app.volume import SegmentationType
 
 SERIES_NUMBER = 9001

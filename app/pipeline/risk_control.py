@@ -1,0 +1,50 @@
+"""Threshold for a target of false findings: findings at candidate thresholds, and conformal risk control."""
+
+import numpy as np
+import numpy.typing as npt
+
+from app.manifest import Manifest
+from app.pipeline.detect import Detection
+from app.pipeline.findings import LabelArray, label_findings
+from app.pipeline.scan_threshold import raise_thresholds, scale_thresholds
+
+# Candidates for the threshold, as multiples of the model's threshold, in steps of 9 %. 1 is one of them.
+FACTORS = 2.0 ** np.linspace(-1, 4, 41)
+# Losses above this multiple of the target count as this multiple. A larger limit protects better against rare large
+# volumes, and leaves less for all others: with ten scans, 5 leaves a mean of 0.6 times the target.
+LOSS_LIMIT = 5.0
+
+
+def label_at_factors(detection: Detection, manifest: Manifest, voxel_ml: float) -> list[LabelArray]:
+    """Return the label map (X, Y, Z) of the findings at each of `FACTORS`, as the service makes it."""
+    anomaly = detection.slices.grid.to_volume(detection.anomaly)
+    slice_ml = manifest.preprocessing.voxel_ml
+    return [
+        label_findings(anomaly, raise_thresholds(detection.anomaly, candidate, slice_ml), voxel_ml)[0]
+        for candidate in (scale_thresholds(manifest.residual, factor) for factor in FACTORS)
+    ]
+
+
+def conformal_threshold(volumes: npt.NDArray[np.float64], target_ml: float) -> int | None:
+    """Return the index of the lowest threshold whose expected false-positive volume is at most a target.
+
+    Conformal risk control (Angelopoulos et al. 2022, arXiv 2208.02814, equation 4): with n exchangeable scans and a
+    loss that is bounded by B and does not increase with the threshold, the lowest threshold with
+    (sum of losses + B) / (n + 1) <= target keeps the expected loss of a new scan at or below the target. The loss is
+    the volume, limited to `LOSS_LIMIT` times the target.
+
+    Parameters
+    ----------
+    volumes : (n, K) ndarray
+        False-positive volume in ml of each scan at each of K ascending thresholds.
+    target_ml : float
+
+    Returns
+    -------
+    int or None
+        None if no threshold is high enough.
+    """
+    limit = LOSS_LIMIT * target_ml
+    risk = (np.minimum(volumes, limit).sum(axis=0) + limit) / (len(volumes) + 1)
+    reached = np.flatnonzero(risk <= target_ml)
+    return int(reached[0]) if len(reached) else None

@@ -1,0 +1,154 @@
+"""Thresholds that a scan raises by its own anomaly map: false findings and Dice on validation subjects.
+
+`python -m training.experiments.scan_threshold CONFIG BUNDLE` measures several rules on validation scans of the
+configuration: healthy, with a lesion shape of multiple sclerosis, and with a large stroke. With a bundle that was
+trained on one of the scanners only, the other scanner is one that the bundle does not know. The command writes
+docs/evaluation/BUNDLE-scan-threshold.json and .md. No test subject is used.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from app.manifest import Manifest, ScanThreshold
+from app.pipeline.findings import dice, label_findings
+from app.pipeline.scan_threshold import raise_thresholds
+from app.runtime.bundle import load_bundle
+from app.volume import Volume
+from training.config import ROOT, Config, data_root
+from training.data import load_scan, load_split
+from training.experiments.cases import make_case
+from training.experiments.markdown import table
+from training.experiments.segmentation import BATCH, counterpart_map, mask_map
+from training.lesion_insertion import insert_lesion, load_lesion_shape
+from training.unseen_scans import load_stroke_shape, load_unseen_list
+
+NO_RULE = "thresholds of the bundle"
+PERCENTILES = (99.5, 99.9, 99.95, 99.98)
+# Infinity: no finding is left out.
+FINDING_ML = (0.5, 1.0, 2.0, float("inf"))
+CONTRASTS = (0.35, -0.35)
+HEALTHY, SMALL, LARGE = "healthy", "multiple sclerosis", "stroke, dark"
+# One validation subject in this many is measured, and one of these in two gets a stroke.
+SUBJECT_EVERY = 2
+STROKE_EVERY = 2
+
+Row = dict[str, Any]
+
+
+class MadeScan(NamedTuple):
+    """Validation scan, healthy or with a lesion."""
+
+    subject: str
+    kind: str
+    volume: Volume
+    truth: Any
+
+
+def rules() -> dict[str, ScanThreshold | None]:
+    """Return the rules by name."""
+    found: dict[str, ScanThreshold | None] = {NO_RULE: None}
+    for percentile, finding_ml in itertools.product(PERCENTILES, FINDING_ML):
+        left_out = f"findings of {finding_ml:g} ml left out" if np.isfinite(finding_ml) else "nothing left out"
+        found[f"percentile {percentile:g}, {left_out}"] = ScanThreshold(percentile=percentile, finding_ml=finding_ml)
+    return found
+
+
+def stroke_shapes() -> list[str]:
+    """Return the stroke shapes that no test uses, largest first."""
+    unseen = load_unseen_list()
+    used = {*unseen.patch_shapes, *unseen.stroke_shapes}
+    names = [p.name.removesuffix(".nii.gz") for p in sorted((data_root() / "stroke_shapes").glob("*.nii.gz"))]
+    sizes = {name: float(load_stroke_shape(name).array.sum()) for name in names if name not in used}
+    return sorted(sizes, key=lambda name: -sizes[name])
+
+
+def made_scans(config: Config) -> Iterator[MadeScan]:
+    """Yield some validation scans as they are, with a small lesion, and every second one with a large stroke."""
+    split = load_split(config.data.splits)
+    strokes = stroke_shapes()
+    for i, subject in enumerate(split.validation[::SUBJECT_EVERY]):
+        volume = load_scan(config, subject).volume
+        yield MadeScan(subject, HEALTHY, volume, np.zeros(volume.shape, np.bool_))
+        shape = split.shapes_validation[i % len(split.shapes_validation)]
+        small = insert_lesion(volume, load_lesion_shape(shape), CONTRASTS[i % 2], i)
+        yield MadeScan(subject, SMALL, small.volume, small.truth)
+        if i % STROKE_EVERY == 0:
+            large = insert_lesion(volume, load_stroke_shape(strokes[i % len(strokes)]), min(CONTRASTS), i)
+            yield MadeScan(subject, LARGE, large.volume, large.truth)
+
+
+def measure(config: Config, manifest: Manifest, compute: Any) -> list[Row]:
+    """Return volume and Dice of the findings of each scan by each rule, on the slices of the model."""
+    voxel_ml = manifest.preprocessing.voxel_ml
+    rows = []
+    for made in tqdm(list(made_scans(config)), desc="scans", unit="scan"):
+        case = make_case(made.subject, made.kind, made.volume, made.truth, manifest)
+        anomaly = mask_map(compute(case), case)
+        for name, rule in rules().items():
+            settings = manifest.residual.model_copy(update={"scan_threshold": rule})
+            settings = raise_thresholds(anomaly, settings, voxel_ml)
+            found = label_findings(anomaly, settings, voxel_ml)[0] > 0
+            rows.append(
+                {
+                    "subject": made.subject,
+                    "scanner": made.subject.split("-")[0][:3],
+                    "kind": made.kind,
+                    "rule": name,
+                    "factor": settings.threshold / manifest.residual.threshold,
+                    "truth_ml": float(case.truth.sum()) * voxel_ml,
+                    "found_ml": float(found.sum()) * voxel_ml,
+                    "dice": dice(found, case.truth),
+                }
+            )
+    return rows
+
+
+def page(document: Row) -> str:
+    """Return the page of a measurement."""
+    rows = document["rows"]
+    lines = []
+    for scanner, name in itertools.product(dict.fromkeys(r["scanner"] for r in rows), rules()):
+        of_rule = [r for r in rows if r["scanner"] == scanner and r["rule"] == name]
+        kinds = {kind: [r for r in of_rule if r["kind"] == kind] for kind in (HEALTHY, SMALL, LARGE)}
+        false_ml = [r["found_ml"] for r in kinds[HEALTHY]]
+        lines.append(
+            [
+                scanner,
+                name,
+                f"{np.median(false_ml):.2f}",
+                f"{np.percentile(false_ml, 90):.2f}",
+                *(f"{np.mean([r['dice'] for r in kinds[kind]]):.3f}" for kind in (SMALL, LARGE)),
+            ]
+        )
+    header = ["scanner", "rule", "false, ml: median", "90th percentile", f"Dice, {SMALL}", f"Dice, {LARGE}"]
+    return (
+        f"# Thresholds that a scan raises: {document['bundle']}\n\n"
+        "Written by `python -m training.experiments.scan_threshold CONFIG BUNDLE`. Validation subjects only. Dice is a "
+        f"mean over scans.\n\n{table(header, lines)}\n"
+    )
+
+
+def main() -> None:
+    """Measure the rules and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("bundle", type=Path)
+    options = parser.parse_args()
+    bundle = load_bundle(options.bundle)
+    compute = counterpart_map(bundle.networks.in_batches(BATCH, lambda _: None), bundle.manifest)
+    rows = measure(Config.load(options.config), bundle.manifest, compute)
+    document = {"bundle": bundle.manifest.id, "bundle_sha256": bundle.sha256, "rows": rows}
+    path = ROOT / "docs" / "evaluation" / f"{bundle.manifest.id}-scan-threshold.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page(document))
+
+
+if __name__ == "__main__":
+    main()
