@@ -113,7 +113,7 @@ def test_record_of_headct_on_patients_of_ct_belongs_to_headct(tmp_path: Path) ->
 
 
 def test_home_has_the_test_scans_and_the_heads_of_a_scanner_of_the_training() -> None:
-    healthy = [
+    healthy: list[dict[str, Any]] = [
         {"subject": "a", "outcome": "analysed", "false_positive_ml": 0.5},
         {"subject": "b", "outcome": "wrong_field_of_view"},
         {"subject": "c", "outcome": "no_healthy_slice"},

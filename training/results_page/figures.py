@@ -27,7 +27,7 @@ from training.results_page.groups import HIGH, Haemorrhage, Healthy, Outlined, P
 BLUE, ORANGE, GREEN, PINK, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C8C8C", "#000000"
 STYLES = {"t1": (BLUE, "o"), "flair": (GREEN, "s"), "headct": (PINK, "^"), "ct": (ORANGE, "D")}
 LINES = {"ct": "-", "headct": "--"}
-RC = {
+RC: dict[Any, Any] = {
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -142,7 +142,7 @@ def _bar(axis: Axes, y: float, found: Interval, marker: str, colour: str, *, fil
 
 
 def _legend_dot(label: str, colour: str = GREY, marker: str = "o", **style: Any) -> Line2D:
-    options = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5.5} | style
+    options: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5.5} | style
     return Line2D([], [], label=label, **options)
 
 
@@ -151,11 +151,8 @@ def _legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     figure.legend(handles=list(handles), loc="outside lower center", ncols=columns, handletextpad=0.5, borderpad=1.0)
 
 
-MEDIAN = {"linestyle": "none", "marker": "|", "markersize": 11, "markeredgewidth": 2.0}
-
-
 def _median_handle() -> Line2D:
-    return Line2D([], [], label="median", color=BLACK, **MEDIAN)  # type: ignore[arg-type]
+    return _legend_dot("median", BLACK, "|", markersize=11, markeredgewidth=2.0)
 
 
 def _mark_refused(axis: Axes, counts: Sequence[int]) -> None:
