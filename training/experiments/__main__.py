@@ -1,7 +1,7 @@
-"""Command that runs experiments and writes docs/RESULTS.md: `python -m training.experiments all`, parts, or `report`.
+"""Command that runs experiments and writes docs/results/comparison.md: `python -m training.experiments PART`.
 
-`report` writes the page and redraws the two diagrams from stored results, without measuring anything. A part measures
-only what has no valid result below docs/results.
+A part can also be `all` or `report`. `report` writes the page and redraws the two diagrams from stored results, without
+measuring anything. A part measures only what has no valid result below docs/results.
 """
 
 import argparse

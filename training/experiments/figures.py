@@ -1,4 +1,4 @@
-"""The three figures of docs/RESULTS.md. Data in them may be shown publicly."""
+"""The three figures of docs/results/comparison.md. Data in them may be shown publicly."""
 
 from dataclasses import dataclass
 from pathlib import Path

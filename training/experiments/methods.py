@@ -30,7 +30,7 @@ METHOD_INFO = {
     COUNTERPART: MethodInfo(
         "Counterpart",
         "the shipped bundle. A latent diffusion model trained with coarse noise patches "
-        "([decision 8](decisions/0008-coarse-noise.md)), a KL map at one low noise level, one reverse step and four "
+        "([decision 8](../decisions/0008-coarse-noise.md)), a KL map at one low noise level, one reverse step and four "
         "views of a slice. It is a variant of Pinaya et al. 2022 "
         "([arXiv 2206.03461](https://arxiv.org/abs/2206.03461)).",
         "detection",

@@ -1,4 +1,4 @@
-"""Writer of docs/RESULTS.md: the text of page.md with tables from docs/results and docs/evaluation."""
+"""Writer of docs/results/comparison.md: the text of page.md with tables from docs/results and docs/evaluation."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ from training.experiments.results import (
 from training.experiments.targets import FAR, Measured, compare_targets
 
 TEMPLATE = Path(__file__).with_name("page.md")
-PAGE = ROOT / "docs" / "RESULTS.md"
+PAGE = results_cache.RESULTS / "comparison.md"
 EVALUATION = ROOT / "docs" / "evaluation"
 BUNDLES = ("t1", "headct", "flair")
 PARTS = {
@@ -188,7 +188,7 @@ def make_number_guide(stored: Stored) -> str:
     experiment = {part: f"`python -m training.experiments {part}`, this page" for part in PARTS}
 
     def evaluation(name: str, part: str) -> str:
-        return f"`python -m training.evaluate training/configs/{name}.toml {part}`, [{name}](evaluation/{name}.md)"
+        return f"`python -m training.evaluate training/configs/{name}.toml {part}`, [{name}](../evaluation/{name}.md)"
 
     rows = []
     for name, document in stored.evaluation.items():

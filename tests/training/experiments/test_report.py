@@ -30,12 +30,12 @@ def test_knee_is_the_fewest_evaluations_that_are_as_good() -> None:
 
 
 def test_committed_page_is_the_page_of_the_stored_results(tmp_path: Path) -> None:
-    report.write(tmp_path / "RESULTS.md")
-    assert (tmp_path / "RESULTS.md").read_text() == report.PAGE.read_text()
+    report.write(tmp_path / "comparison.md")
+    assert (tmp_path / "comparison.md").read_text() == report.PAGE.read_text()
 
 
 def test_page_is_written_without_any_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results_cache, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "EVALUATION", tmp_path)
-    report.write(tmp_path / "RESULTS.md")
-    assert report.NOT_MEASURED in (tmp_path / "RESULTS.md").read_text()
+    report.write(tmp_path / "comparison.md")
+    assert report.NOT_MEASURED in (tmp_path / "comparison.md").read_text()

@@ -1,0 +1,1 @@
+"""Writer of docs/RESULTS.md, the results on one page."""
