@@ -18,6 +18,8 @@ from app.volume import Format, Scan, Scanner, Source
 FAR_OUTSIDE = 2.0
 # Thresholds that a scan raised by at least this factor are a warning: faint lesions may be missed.
 NOTABLE_FACTOR = 1.3
+# Smaller differences between factors are rounding.
+ROUNDING = 1e-3
 RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis."
 
 Point = tuple[float, float, float]
@@ -319,7 +321,7 @@ def _warnings(
             f"{manifest.id} have {healthy.low:.2g} to {healthy.high:.2g}. Expect more false findings "
             f"than the {manifest.residual.healthy_false_positive_ml:.2g} ml of a calibrated scanner."
         )
-    if (factor := threshold_factor(result, manifest)) >= NOTABLE_FACTOR:
+    if (factor := threshold_factor(result, manifest)) > NOTABLE_FACTOR - ROUNDING:
         warnings.append(
             "Small differences are spread over the whole scan. The thresholds of the findings are therefore "
             f"{factor:.1f} times those of a calibrated scan. Faint lesions may be missed."

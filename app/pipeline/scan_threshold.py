@@ -31,7 +31,8 @@ def raise_thresholds(anomaly: FloatArray, settings: Residual, voxel_ml: float) -
         Volume of a pixel of a slice.
     """
     rule = settings.scan_threshold
-    if rule is None:
+    # A calibration also tries a threshold of 0, which has no factor.
+    if rule is None or settings.threshold == 0:
         return settings
     labels, _ = label_findings(anomaly, settings, voxel_ml)
     is_large = np.bincount(labels.ravel()) * voxel_ml >= rule.finding_ml

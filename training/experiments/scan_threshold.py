@@ -1,8 +1,7 @@
 """Thresholds that a scan raises by its own anomaly map: false findings and Dice on validation subjects.
 
 `python -m training.experiments.scan_threshold CONFIG BUNDLE` measures several rules on validation scans of the
-configuration: healthy, with a lesion shape of multiple sclerosis, and with a large stroke. With a bundle that was
-trained on one of the scanners only, the other scanner is one that the bundle does not know. The command writes
+configuration: healthy, with a lesion shape of multiple sclerosis, and with a large stroke. It writes
 docs/evaluation/BUNDLE-scan-threshold.json and .md. No test subject is used.
 """
 
@@ -20,19 +19,20 @@ from app.manifest import Manifest, ScanThreshold
 from app.pipeline.findings import dice, label_findings
 from app.pipeline.scan_threshold import raise_thresholds
 from app.runtime.bundle import load_bundle
-from app.volume import Volume
+from app.volume import BoolArray, Volume
 from training.config import ROOT, Config, data_root
 from training.data import load_scan, load_split
 from training.experiments.cases import make_case
 from training.experiments.markdown import table
-from training.experiments.segmentation import BATCH, counterpart_map, mask_map
+from training.experiments.segmentation import BATCH, AnomalyMap, counterpart_map, mask_map
 from training.lesion_insertion import insert_lesion, load_lesion_shape
 from training.unseen_scans import load_stroke_shape, load_unseen_list
 
 NO_RULE = "thresholds of the bundle"
-PERCENTILES = (99.5, 99.9, 99.95, 99.98)
-# Infinity: no finding is left out.
-FINDING_ML = (0.5, 1.0, 2.0, float("inf"))
+# No finding has this volume, so that none is left out.
+LARGER_THAN_A_HEAD = 1e4
+PERCENTILES = (99.8, 99.9, 99.95, 99.98)
+FINDING_ML = (0.3, 0.5, 1.0, LARGER_THAN_A_HEAD)
 CONTRASTS = (0.35, -0.35)
 HEALTHY, SMALL, LARGE = "healthy", "multiple sclerosis", "stroke, dark"
 # One validation subject in this many is measured, and one of these in two gets a stroke.
@@ -48,14 +48,14 @@ class MadeScan(NamedTuple):
     subject: str
     kind: str
     volume: Volume
-    truth: Any
+    truth: BoolArray
 
 
 def rules() -> dict[str, ScanThreshold | None]:
     """Return the rules by name."""
     found: dict[str, ScanThreshold | None] = {NO_RULE: None}
     for percentile, finding_ml in itertools.product(PERCENTILES, FINDING_ML):
-        left_out = f"findings of {finding_ml:g} ml left out" if np.isfinite(finding_ml) else "nothing left out"
+        left_out = f"findings of {finding_ml:g} ml left out" if finding_ml < LARGER_THAN_A_HEAD else "nothing left out"
         found[f"percentile {percentile:g}, {left_out}"] = ScanThreshold(percentile=percentile, finding_ml=finding_ml)
     return found
 
@@ -84,7 +84,7 @@ def made_scans(config: Config) -> Iterator[MadeScan]:
             yield MadeScan(subject, LARGE, large.volume, large.truth)
 
 
-def measure(config: Config, manifest: Manifest, compute: Any) -> list[Row]:
+def measure(config: Config, manifest: Manifest, compute: AnomalyMap) -> list[Row]:
     """Return volume and Dice of the findings of each scan by each rule, on the slices of the model."""
     voxel_ml = manifest.preprocessing.voxel_ml
     rows = []
@@ -98,13 +98,13 @@ def measure(config: Config, manifest: Manifest, compute: Any) -> list[Row]:
             rows.append(
                 {
                     "subject": made.subject,
-                    "scanner": made.subject.split("-")[0][:3],
+                    "scanner": "IXI" if made.subject.startswith("IXI") else config.data.folder,
                     "kind": made.kind,
                     "rule": name,
-                    "factor": settings.threshold / manifest.residual.threshold,
-                    "truth_ml": float(case.truth.sum()) * voxel_ml,
-                    "found_ml": float(found.sum()) * voxel_ml,
-                    "dice": dice(found, case.truth),
+                    "factor": round(settings.threshold / manifest.residual.threshold, 2),
+                    "truth_ml": round(float(case.truth.sum()) * voxel_ml, 3),
+                    "found_ml": round(float(found.sum()) * voxel_ml, 3),
+                    "dice": round(dice(found, case.truth), 4),
                 }
             )
     return rows
