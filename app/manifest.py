@@ -160,15 +160,6 @@ class Reverse(FrozenModel):
     timesteps: tuple[int, ...] = Field(description="Descending t of the DDIM sub-sequence. The last step goes to z0.")
 
 
-class ScanThreshold(FrozenModel):
-    """Rule by which a scan raises its thresholds (`app.pipeline.scan_threshold`)."""
-
-    percentile: float = Field(
-        gt=0, le=100, description="The threshold is at least this percentile of the scan's own anomaly map."
-    )
-    finding_ml: float = Field(gt=0, description="Findings of at least this volume are left out of the percentile.")
-
-
 class Residual(FrozenModel):
     """Settings from the residual to the anomaly map and the mask."""
 
@@ -188,9 +179,6 @@ class Residual(FrozenModel):
     extent_threshold: float = Field(description="A finding extends as far as the anomaly map exceeds this value.")
     healthy_false_positive_ml: float = Field(description="Median volume of findings in healthy validation scans.")
     min_lesion_ml: float = Field(description="Smallest finding.")
-    scan_threshold: ScanThreshold | None = Field(
-        default=None, description="Rule by which a scan raises both thresholds. null: they are the same for all scans."
-    )
 
     @model_validator(mode="after")
     def _check_median(self) -> "Residual":
@@ -350,7 +338,6 @@ class Manifest(FrozenModel):
         exclude |= {"method": True} if self.method == DEFAULT_METHOD else {}
         exclude |= {} if self.named_only else {"named_only": True}
         exclude |= {"ood": {"min_solidity"}} if self.ood.min_solidity is None else {}
-        exclude |= {"residual": {"scan_threshold"}} if self.residual.scan_threshold is None else {}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

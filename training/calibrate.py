@@ -11,7 +11,6 @@ from tqdm import tqdm
 from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
 from app.pipeline.diffusion import Networks, Schedule, encode_view
 from app.pipeline.findings import label_findings
-from app.pipeline.scan_threshold import raise_thresholds
 from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error, solidities
 from app.volume import BoolArray, FloatArray
 from training.augment import simulate_scanner
@@ -171,8 +170,7 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
 
     def median_ml(threshold: float) -> float:
         trial = settings.model_copy(update={"threshold": threshold, "extent_threshold": extent_share * threshold})
-        labels = [label_findings(m, raise_thresholds(m, trial, voxel_ml), voxel_ml)[0] for m in maps]
-        return float(np.median([(each > 0).sum() * voxel_ml for each in labels]))
+        return float(np.median([(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
 
     low, high = 0.0, float(np.nanmax(np.concatenate([m.ravel() for m in maps])))
     for _ in range(BISECTIONS):
@@ -233,7 +231,6 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
         extent_threshold=d.extent_share,
         healthy_false_positive_ml=d.false_positive_ml,
         min_lesion_ml=d.min_lesion_ml,
-        scan_threshold=d.scan_threshold,
     )
     found = residual_threshold(maps, settings, d.false_positive_ml, config.preprocessing.voxel_ml)
     # Healthy scans without any residual do not determine a threshold.

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from app.manifest import DEFAULT_METHOD, FrozenModel, NoiseSchedule, Preprocessing, ScanThreshold, View
+from app.manifest import DEFAULT_METHOD, FrozenModel, NoiseSchedule, Preprocessing, View
 from app.pipeline.methods import METHODS
 
 DATA_VARIABLE = "COUNTERPART_DATA"
@@ -224,9 +224,6 @@ class DetectionConfig(FrozenModel):
     extent_share: float = Field(description="A finding extends to voxels above this share of the threshold.")
     min_threshold: float = Field(description="Smallest allowed threshold of the anomaly map.")
     min_lesion_ml: float = Field(description="Volume of the smallest finding.")
-    scan_threshold: ScanThreshold | None = Field(
-        default=None, description="Rule by which a scan raises its thresholds. The manifest gets it."
-    )
     ood_timesteps: tuple[int, ...] = Field(
         description="Noise levels t at which the out-of-distribution check takes the median KL."
     )

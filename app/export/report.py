@@ -16,10 +16,6 @@ from app.volume import Format, Scan, Scanner, Source
 
 # A scan whose score is above the healthy range by this factor is far outside of it. Large lesions raise the score less.
 FAR_OUTSIDE = 2.0
-# Thresholds that a scan raised by at least this factor are a warning: faint lesions may be missed.
-NOTABLE_FACTOR = 1.3
-# Smaller differences between factors are rounding.
-ROUNDING = 1e-3
 RESEARCH_USE_ONLY = "Research use only. Not a medical device. Not for diagnosis."
 
 Point = tuple[float, float, float]
@@ -164,11 +160,6 @@ class Report(FrozenModel):
     scores: ScoreReport
     threshold: float = Field(description="The peak of each finding in the anomaly map is above this threshold.")
     extent_threshold: float = Field(description="Every voxel of a finding is above this threshold.")
-    threshold_factor: float = Field(
-        default=1.0,
-        description="Both thresholds are those of the model or of the site profile, times this factor. It is above 1 "
-        "if small differences are spread over the whole scan.",
-    )
     lesion_volume_ml: float
     findings: tuple[Finding, ...]
     absent: dict[str, dict[str, str]] = Field(
@@ -241,7 +232,7 @@ def build_report(
     analysed = np.flatnonzero(detection.analysed)
     heights = detection.slices.grid.affine[2, 0] * analysed + detection.slices.grid.affine[2, 3]
     return Report(
-        warnings=_warnings(result, manifest, model, brain, scan.source),
+        warnings=_warnings(detection, manifest, model, brain, scan.source),
         code_version=__version__,
         model=model,
         input=Input(
@@ -259,9 +250,8 @@ def build_report(
             z_mm=(round(float(heights[0]), 1), round(float(heights[-1]), 1)),
         ),
         scores=_scores(detection, manifest),
-        threshold=result.residual.threshold,
-        extent_threshold=result.residual.extent_threshold,
-        threshold_factor=round(threshold_factor(result, manifest), 2),
+        threshold=manifest.residual.threshold,
+        extent_threshold=manifest.residual.extent_threshold,
         lesion_volume_ml=round(float(result.mask.sum()) * scan.volume.voxel_ml, 3),
         findings=build_findings(result),
         work=Cost(
@@ -294,17 +284,12 @@ def by_certainty(findings: Sequence[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (-finding.peak_score, finding.label))
 
 
-def threshold_factor(result: ScanResult, manifest: Manifest) -> float:
-    """Return the factor by which the scan raised its thresholds."""
-    return result.residual.threshold / manifest.residual.threshold
-
-
 def _warnings(
-    result: ScanResult, manifest: Manifest, model: ModelUsed, brain: BrainReport | None, source: Source
+    detection: Detection, manifest: Manifest, model: ModelUsed, brain: BrainReport | None, source: Source
 ) -> tuple[str, ...]:
     """Return why the result may be wrong as a whole."""
     warnings = []
-    score, healthy, profile = result.detection.scores.scan, manifest.calibration.scan_score, model.site_profile
+    score, healthy, profile = detection.scores.scan, manifest.calibration.scan_score, model.site_profile
     if profile and profile.other_scanner:
         warnings.append(
             "The site profile was made for another scanner than that of the scan: its target for false findings does "
@@ -320,11 +305,6 @@ def _warnings(
             f"Not calibrated for this scanner: the score of the whole scan is {score:.2g}, and the healthy scans of "
             f"{manifest.id} have {healthy.low:.2g} to {healthy.high:.2g}. Expect more false findings "
             f"than the {manifest.residual.healthy_false_positive_ml:.2g} ml of a calibrated scanner."
-        )
-    if (factor := threshold_factor(result, manifest)) > NOTABLE_FACTOR - ROUNDING:
-        warnings.append(
-            "Small differences are spread over the whole scan. The thresholds of the findings are therefore "
-            f"{factor:.1f} times those of a calibrated scan. Faint lesions may be missed."
         )
     if model.selection and model.selection.warning:
         warnings.append(f"The model may not fit the scan: {model.selection.warning}")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from nibabel import affines
 from scipy import ndimage
 
-from app.manifest import Manifest, Residual
+from app.manifest import Manifest
 from app.pipeline.diffusion import (
     Diffusion,
     EncodedView,
@@ -26,7 +26,6 @@ from app.pipeline.diffusion import (
 )
 from app.pipeline.findings import LabelArray, label_findings
 from app.pipeline.preprocess import Slices, analysed_slices, to_slices
-from app.pipeline.scan_threshold import raise_thresholds
 from app.pipeline.scores import (
     ScanScores,
     augment,
@@ -283,8 +282,6 @@ class ScanResult:
         Scan.
     detection : Detection
         Result on the slices of the model.
-    residual : Residual
-        Settings of the findings, with the thresholds of this scan (`app.pipeline.scan_threshold`).
     """
 
     labels: LabelArray
@@ -293,7 +290,6 @@ class ScanResult:
     lesions: tuple[Lesion, ...]
     volume: Volume
     detection: Detection
-    residual: Residual
 
     @cached_property
     def mask(self) -> MaskArray:
@@ -312,11 +308,10 @@ class ScanResult:
 def to_scan_result(volume: Volume, detection: Detection, manifest: Manifest) -> ScanResult:
     """Resample a detection to the grid of its scan and describe the lesions."""
     anomaly = detection.slices.grid.to_volume(detection.anomaly)
-    settings = raise_thresholds(detection.anomaly, manifest.residual, manifest.preprocessing.voxel_ml)
-    labels, count = label_findings(anomaly, settings, volume.voxel_ml)
+    labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
     lesions = tuple(_describe_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
-    return ScanResult(labels, anomaly, volume.affine, lesions, volume, detection, settings)
+    return ScanResult(labels, anomaly, volume.affine, lesions, volume, detection)
 
 
 def _counterpart(volume: Volume, anomaly: FloatArray, detection: Detection) -> FloatArray:

@@ -3,10 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
-from app.manifest import Manifest
+from app.manifest import Manifest, Residual
 from app.pipeline.detect import Detection
 from app.pipeline.findings import LabelArray, label_findings
-from app.pipeline.scan_threshold import raise_thresholds, scale_thresholds
 
 # Candidates for the threshold, as multiples of the model's threshold, in steps of 9 %. 1 is one of them.
 FACTORS = 2.0 ** np.linspace(-1, 4, 41)
@@ -18,11 +17,13 @@ LOSS_LIMIT = 5.0
 def label_at_factors(detection: Detection, manifest: Manifest, voxel_ml: float) -> list[LabelArray]:
     """Return the label map (X, Y, Z) of the findings at each of `FACTORS`, as the service makes it."""
     anomaly = detection.slices.grid.to_volume(detection.anomaly)
-    slice_ml = manifest.preprocessing.voxel_ml
-    return [
-        label_findings(anomaly, raise_thresholds(detection.anomaly, candidate, slice_ml), voxel_ml)[0]
-        for candidate in (scale_thresholds(manifest.residual, factor) for factor in FACTORS)
-    ]
+    return [label_findings(anomaly, scale_thresholds(manifest.residual, f), voxel_ml)[0] for f in FACTORS]
+
+
+def scale_thresholds(settings: Residual, factor: float) -> Residual:
+    """Return the settings with both thresholds multiplied by a factor."""
+    scaled = {"threshold": settings.threshold * factor, "extent_threshold": settings.extent_threshold * factor}
+    return settings.model_copy(update=scaled)
 
 
 def conformal_threshold(volumes: npt.NDArray[np.float64], target_ml: float) -> int | None:

@@ -22,7 +22,6 @@ from app.export.preview import (
 from app.export.report import ModelSelectionReport, Report, build_report, by_certainty
 from app.pipeline.detect import ScanResult, to_scan_result
 from app.pipeline.methods import METHODS
-from app.pipeline.scan_threshold import scale_thresholds
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import Affine, Scan, Source, Volume
 from tests.support.grids import tilted
@@ -160,19 +159,6 @@ def test_a_scan_far_outside_the_calibration_is_warned_of_first(
         assert len(warnings) == expected
         assert warnings[0].startswith("Not calibrated for this scanner") == (expected == 2)
     assert report.warnings == ()
-
-
-def test_raised_thresholds_are_stated_and_warned_of(analysed: tuple[ScanResult, Report], bundle: Bundle) -> None:
-    result, report = analysed
-    assert (report.threshold, report.threshold_factor) == (bundle.manifest.residual.threshold, 1.0)
-    scan = Scan(result.volume, Source("nifti"))
-    for factor in (1.29, 1.3):
-        raised = replace(result, residual=scale_thresholds(bundle.manifest.residual, factor))
-        found = build_report(scan, raised, MODEL, bundle.manifest, None, {})
-        assert found.threshold == pytest.approx(factor * report.threshold)
-        assert found.extent_threshold == pytest.approx(factor * report.extent_threshold)
-        assert found.threshold_factor == factor
-        assert any("1.3 times those of a calibrated scan" in text for text in found.warnings) == (factor == 1.3)
 
 
 def test_surest_findings_come_first(analysed: tuple[ScanResult, Report]) -> None:

@@ -20,7 +20,6 @@ from app.pipeline.detect import Detection, Lesion, ScanResult
 from app.runtime.bundle import Bundle
 from app.runtime.extractor import Extractor
 from app.volume import Affine, Scan, Volume
-from tests.support.bundle import tiny_manifest
 from tests.support.heads import ORACLE
 from tests.support.phantom import positions
 
@@ -92,7 +91,7 @@ def make_result(scan: Scan, balls: Sequence[Ball]) -> tuple[ScanResult, Report]:
         )
     assert ndimage.label(labels, np.ones((3, 3, 3)))[1] == len(balls), "balls that touch are one lesion"
     no_detection = cast("Detection", None)  # only needed for the counterpart
-    result = ScanResult(labels, anomaly, volume.affine, tuple(lesions), volume, no_detection, tiny_manifest().residual)
+    result = ScanResult(labels, anomaly, volume.affine, tuple(lesions), volume, no_detection)
     return result, _make_report(scan, result)
 
 

@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from app.manifest import Manifest, View
 from app.pipeline.findings import dice, label_findings
-from app.pipeline.scan_threshold import raise_thresholds
 from app.pipeline.scores import augment, average_views, erode_foreground, postprocess_residual
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import FloatArray
@@ -177,8 +176,7 @@ def measure(config: Config, bundle: Bundle) -> list[Row]:
         settings = residual_settings([mask_map(compute(case), case) for case in calibration], config)
 
         def found(values: FloatArray, case: Case, settings: Any = settings) -> Any:
-            anomaly, voxel_ml = mask_map(values, case), manifest.preprocessing.voxel_ml
-            return label_findings(anomaly, raise_thresholds(anomaly, settings, voxel_ml), voxel_ml)[0] > 0
+            return label_findings(mask_map(values, case), settings, manifest.preprocessing.voxel_ml)[0] > 0
 
         false_ml = [
             float(found(compute(case), case).sum()) * manifest.preprocessing.voxel_ml

@@ -1,4 +1,4 @@
-"""The three figures of docs/results/comparison.md. Data in them may be shown publicly."""
+"""The three figures of docs/RESULTS.md. Data in them may be shown publicly."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,6 @@ from app.manifest import Manifest
 from app.pipeline.diffusion import Networks
 from app.pipeline.findings import label_findings
 from app.pipeline.methods import METHODS
-from app.pipeline.scan_threshold import raise_thresholds
 from app.volume import BoolArray, FloatArray
 from training.config import ROOT, Config
 from training.experiments.cases import Case, synthetic
@@ -56,8 +55,7 @@ def make_examples(config: Config, models: Networks, manifest: Manifest) -> list[
 def _make_example(case: Case, models: Networks, manifest: Manifest) -> Example:
     found = METHODS[manifest.method](case.volume, models, without_ood_check(manifest))
     index = int(case.truth.sum(axis=(1, 2)).argmax())
-    settings = raise_thresholds(found.anomaly, manifest.residual, manifest.preprocessing.voxel_ml)
-    labels, _ = label_findings(found.anomaly[case.slice_indices], settings, manifest.preprocessing.voxel_ml)
+    labels, _ = label_findings(found.anomaly[case.slice_indices], manifest.residual, manifest.preprocessing.voxel_ml)
     at = case.slice_indices[index]
     return Example(
         f"{manifest.id}\n{case.subject}\n{case.kind}",

@@ -86,7 +86,6 @@ RESIDUAL: Mapping[str, Any] = {
     "threshold": None,
     "extent_threshold": None,
     "min_lesion_ml": None,
-    "scan_threshold": None,
 }
 NETWORKS = ("encoder", "denoiser", "denoiser_int8", "decoder")
 

@@ -1,4 +1,7 @@
-"""Thresholds that a scan raises by its own anomaly map: false findings and Dice on validation subjects.
+"""Thresholds that a scan raises by its own anomaly map: false findings and Dice on validation subjects (decision 27).
+
+On a scanner that the model does not know, small differences are spread over the whole brain. The highest values of the
+scan outside its large findings show where these differences end. No shipped bundle uses such a rule.
 
 `python -m training.experiments.scan_threshold CONFIG BUNDLE` measures several rules on validation scans of the
 configuration: healthy, with a lesion shape of multiple sclerosis, and with a large stroke. It writes
@@ -13,13 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import ndimage
 from tqdm import tqdm
 
-from app.manifest import Manifest, ScanThreshold
+from app.manifest import Manifest, Residual
 from app.pipeline.findings import dice, label_findings
-from app.pipeline.scan_threshold import raise_thresholds
+from app.pipeline.risk_control import scale_thresholds
 from app.runtime.bundle import load_bundle
-from app.volume import BoolArray, Volume
+from app.volume import BoolArray, FloatArray, Volume
 from training.config import ROOT, Config, data_root
 from training.data import load_scan, load_split
 from training.experiments.cases import make_case
@@ -38,8 +42,27 @@ HEALTHY, SMALL, LARGE = "healthy", "multiple sclerosis", "stroke, dark"
 # One validation subject in this many is measured, and one of these in two gets a stroke.
 SUBJECT_EVERY = 2
 STROKE_EVERY = 2
+# Dilations of a large finding before it is left out: its rim is below the extent threshold, but part of the lesion.
+RIM_PIXELS = 2
+# The factor is rounded up to hundredths.
+FACTOR_STEPS = 100
 
 Row = dict[str, Any]
+
+
+class Rule(NamedTuple):
+    """Rule by which a scan raises its thresholds.
+
+    Attributes
+    ----------
+    percentile : float
+        The threshold is at least this percentile of the scan's own anomaly map.
+    finding_ml : float
+        Findings of at least this volume are left out of the percentile, because a lesion must not raise the thresholds.
+    """
+
+    percentile: float
+    finding_ml: float
 
 
 class MadeScan(NamedTuple):
@@ -51,12 +74,38 @@ class MadeScan(NamedTuple):
     truth: BoolArray
 
 
-def rules() -> dict[str, ScanThreshold | None]:
+def raise_thresholds(anomaly: FloatArray, settings: Residual, rule: Rule | None, voxel_ml: float) -> Residual:
+    """Return the settings with both thresholds raised by one factor, if the anomaly map of the scan requires it.
+
+    Parameters
+    ----------
+    anomaly : (N, H, W) ndarray
+        Anomaly map on the slices of the model. NaN in pixels that were not analysed.
+    settings : Residual
+    rule : Rule, optional
+        None changes nothing.
+    voxel_ml : float
+        Volume of a pixel of a slice.
+    """
+    if rule is None:
+        return settings
+    labels, _ = label_findings(anomaly, settings, voxel_ml)
+    is_large = np.bincount(labels.ravel()) * voxel_ml >= rule.finding_ml
+    is_large[0] = False
+    rest = np.isfinite(anomaly) & ~ndimage.binary_dilation(is_large[labels], iterations=RIM_PIXELS)
+    if not rest.any():
+        return settings
+    own = float(np.percentile(anomaly[rest], rule.percentile))
+    factor = float(np.ceil(own / settings.threshold * FACTOR_STEPS)) / FACTOR_STEPS
+    return scale_thresholds(settings, max(1.0, factor))
+
+
+def rules() -> dict[str, Rule | None]:
     """Return the rules by name."""
-    found: dict[str, ScanThreshold | None] = {NO_RULE: None}
+    found: dict[str, Rule | None] = {NO_RULE: None}
     for percentile, finding_ml in itertools.product(PERCENTILES, FINDING_ML):
         left_out = f"findings of {finding_ml:g} ml left out" if finding_ml < LARGER_THAN_A_HEAD else "nothing left out"
-        found[f"percentile {percentile:g}, {left_out}"] = ScanThreshold(percentile=percentile, finding_ml=finding_ml)
+        found[f"percentile {percentile:g}, {left_out}"] = Rule(percentile, finding_ml)
     return found
 
 
@@ -92,8 +141,7 @@ def measure(config: Config, manifest: Manifest, compute: AnomalyMap) -> list[Row
         case = make_case(made.subject, made.kind, made.volume, made.truth, manifest)
         anomaly = mask_map(compute(case), case)
         for name, rule in rules().items():
-            settings = manifest.residual.model_copy(update={"scan_threshold": rule})
-            settings = raise_thresholds(anomaly, settings, voxel_ml)
+            settings = raise_thresholds(anomaly, manifest.residual, rule, voxel_ml)
             found = label_findings(anomaly, settings, voxel_ml)[0] > 0
             rows.append(
                 {

@@ -13,7 +13,6 @@ from app.manifest import Manifest
 from app.pipeline.diffusion import Networks
 from app.pipeline.findings import dice, label_findings
 from app.pipeline.methods import METHODS
-from app.pipeline.scan_threshold import raise_thresholds
 from app.pipeline.scores import median_filter
 from app.volume import FloatArray
 from training.experiments.cases import Case
@@ -132,6 +131,5 @@ def score_method(
 
 def shipped_dice(values: FloatArray, case: Case, manifest: Manifest) -> float:
     """Return Dice of the mask that a map (M, H, W) becomes at the bundle's thresholds."""
-    anomaly, voxel_ml = mask_map(values, case), manifest.preprocessing.voxel_ml
-    labels, _ = label_findings(anomaly, raise_thresholds(anomaly, manifest.residual, voxel_ml), voxel_ml)
+    labels, _ = label_findings(mask_map(values, case), manifest.residual, manifest.preprocessing.voxel_ml)
     return dice(labels > 0, case.truth)

@@ -28,12 +28,6 @@ export function scoreOf({ scores, model }) {
     : { score: scores.scan, range: scores.healthy_scan, whose: "healthy scans have" };
 }
 
-/** Return the factor by which the scan raised its thresholds, in words; nothing if it did not. */
-export function raisedInWords(report) {
-  const factor = report.threshold_factor ?? 1;
-  return factor > 1 ? ` (${factor} times the calibrated thresholds, because small differences are spread over the scan)` : "";
-}
-
 /** Return how the scan as a whole compares with the healthy scans that the model or the site profile knows. */
 export function scanInWords(report) {
   const { score, range, whose } = scoreOf(report);

@@ -1,6 +1,5 @@
 // Controls of mask, map and window. Each acts at once on all scenes.
 
-import { raisedInWords } from "./certainty.js";
 import { byId, el } from "./dom.js";
 import { robustWindow } from "./volume.js";
 
@@ -27,7 +26,7 @@ export class Layers {
     this._report = report;
     this.setMapScale("anomaly");
     byId("thresholds").textContent =
-      `A finding has a peak above ${report.threshold} and extends to ${report.extent_threshold}${raisedInWords(report)}. The sliders change the display, never the result.`;
+      `A finding has a peak above ${report.threshold} and extends to ${report.extent_threshold}. The sliders change the display, never the result.`;
   }
 
   /** Set the colour scale and the threshold of a map. That of the anomaly map follows from the thresholds. */

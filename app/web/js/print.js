@@ -1,7 +1,7 @@
 // The printable report of one scan.
 
 import { getBytes, getJson } from "./api.js";
-import { certaintyOf, collectWarnings, isDoubtful, profileInWords, raisedInWords, scanInWords } from "./certainty.js";
+import { certaintyOf, collectWarnings, isDoubtful, profileInWords, scanInWords } from "./certainty.js";
 import { byId, el, formatPosition, formatTime, formatVolume, plural, problemCard } from "./dom.js";
 import { drawFigure } from "./figure.js";
 import { SCALE_FACTOR } from "./layers.js";
@@ -70,7 +70,7 @@ function showNumbers(job, report) {
   const stages = Object.entries(work.seconds).map(([stage, seconds]) => `${stage} ${seconds.toFixed(1)}`).join(", ");
   list("result", [
     ["Scan as a whole", scanInWords(report)],
-    ["Thresholds", `finding ${report.threshold}, extent ${report.extent_threshold}${raisedInWords(report)}`],
+    ["Thresholds", `finding ${report.threshold}, extent ${report.extent_threshold}`],
     ["Site profile", profileInWords(report)],
     ["Analysed", `${analysed.volume_ml} ml, z = ${analysed.z_mm.join(" to ")} mm`],
     ["Input", `${input.format}, ${input.modality ?? "modality not stated"}, ${input.shape.join(" × ")}, ${input.spacing_mm.map((mm) => mm.toFixed(2)).join(" × ")} mm`],
