@@ -16,8 +16,8 @@ SUPPLY := .venv-supply
 PIP := install --quiet --disable-pip-version-check --constraint constraints.txt
 SHIPPED := $(shell find app models -type f -not -name '*.pyc')
 # The files of the tests are shared among processes, one more than cores, because many tests wait. `make unit PARALLEL=`
-# runs them one after the other, for example for a debugger. Files start in the order of `testpaths` in pyproject.toml.
-PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile --no-loadscope-reorder
+# runs them one after the other, for example for a debugger.
+PARALLEL ?= -n $(shell expr $$(nproc) + 1) --maxprocesses 5 --dist loadfile
 URL := http://127.0.0.1:$(PORT)
 TOKEN_HEADER := $(if $(COUNTERPART_TOKEN),-H "Authorization: Bearer $$COUNTERPART_TOKEN" )
 
