@@ -20,6 +20,7 @@ import pytest
 
 from tests.api.service_process import run_service
 from tests.support.dicom import write_series, zip_files
+from tests.support.external_tools import run_or_skip
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 from tests.support.results import save_nifti
 
@@ -167,10 +168,7 @@ def test_orthanc(url: str, scans: dict[str, Path], tmp_path: Path) -> None:
     options = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
     command = ["unshare", *options, "--net", sys.executable, "-m", __name__, store]
     env = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    if "unshare failed" in done.stderr:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_or_skip(command, cwd=tmp_path, env=env)
     assert json.loads(done.stdout)["series"] == [["SEG", 1]]
     assert json.loads((tmp_path / "stored.json").read_text())["Status"] == "Success"
     source = pydicom.dcmread(next((scans["dicom"].parent / "series").iterdir()))

@@ -1,14 +1,12 @@
 """Orthanc, a PACS, stores the source and the DICOM results and returns them unchanged."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.export.conftest import DicomResults, write_results
+from tests.support.external_tools import run_or_skip
 
 SCRIPT = Path(__file__).parents[1] / "proofs" / "orthanc_round_trip.py"
 
@@ -37,9 +35,5 @@ def test_orthanc_returns_a_label_map_unchanged(results: DicomResults, tmp_path: 
 
 def round_trip(*arguments: str | Path) -> dict[str, Any]:
     """Run the script, or skip the test if a program is not installed."""
-    done = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode == 3 or "unshare failed" in done.stderr:
-        pytest.skip((done.stdout + done.stderr).strip())
-    assert done.returncode == 0, done.stdout + done.stderr
-    outcome: dict[str, Any] = json.loads(done.stdout)
+    outcome: dict[str, Any] = json.loads(run_or_skip([sys.executable, SCRIPT, *arguments]).stdout)
     return outcome

@@ -23,7 +23,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a file system cannot be mounted here")
+        pytest.skip("no file system of 16 MiB can be mounted: run the test as root, outside a container")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # noqa: S607
 

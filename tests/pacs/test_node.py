@@ -1,7 +1,6 @@
 """The node as a process: a scan of a scanner comes back in a PACS, whatever is killed; refusals at the start."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from app.settings import Settings
 from tests.api.support import FakeEngine
 from tests.pacs.support import hand_over_case, make_slices, read_request
 from tests.proofs.deployment import deploy
-from tests.support.external_tools import require_tool
-from tests.support.pacs import NOT_INSTALLED
+from tests.support.external_tools import require_tool, run_or_skip
 from tests.support.servers import free_port
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -34,11 +32,7 @@ def test_every_dicom_result_reaches_a_pacs() -> None:
 
 
 def prove(*arguments: str) -> None:
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False, timeout=900)
-    if done.returncode == NOT_INSTALLED or "unshare failed" in done.stderr:
-        pytest.skip((done.stdout + done.stderr).strip())
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_or_skip([sys.executable, "-m", *arguments], cwd=CHECKOUT, timeout=900)
     assert "PASSED" in done.stdout
 
 

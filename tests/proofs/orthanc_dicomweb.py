@@ -24,6 +24,7 @@ import pydicom
 from tests.api.service_process import RunningService, run_service
 from tests.proofs.orthanc_round_trip import (
     NAMESPACE_VARIABLE,
+    NOT_INSTALLED,
     PLUGIN,
     enter_namespace,
     indexed,
@@ -46,7 +47,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not PLUGIN.is_file():
         print(f"not installed: {PLUGIN} (Debian: orthanc, orthanc-dicomweb)")
-        return 3
+        return NOT_INSTALLED
     if not os.environ.get(NAMESPACE_VARIABLE):
         enter_namespace()
     raise_loopback()

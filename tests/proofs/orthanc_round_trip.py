@@ -48,6 +48,8 @@ START_SECONDS = 60
 # getscu 3.6.7 does not propose parametric maps. Orthanc refuses a C-GET that would need another class.
 UNKNOWN_TO_GETSCU = ("1.2.840.10008.5.1.4.1.1.30",)
 BOUNDARY = "counterpart-round-trip"
+# Exit status for `tests.support.external_tools.run_or_skip`. This script runs without the package `tests`.
+NOT_INSTALLED = 3
 
 Instances = dict[str, FileDataset]
 
@@ -61,7 +63,7 @@ def main() -> int:
     missing = [name for name in REQUIRED_PROGRAMS if not shutil.which(name, path=_path())]
     if missing or not PLUGIN.is_file():
         print(f"not installed: {', '.join(missing) or PLUGIN} (Debian: orthanc, orthanc-dicomweb, dcmtk)")
-        return 3
+        return NOT_INSTALLED
     if not os.environ.get(NAMESPACE_VARIABLE):
         enter_namespace()
     raise_loopback()

@@ -10,7 +10,7 @@ import pytest
 
 from app.sample import make_sample
 from tests.proofs import cluster, contract, hostile, identity, image, kill, operations, soak, streams
-from tests.support.pacs import NOT_INSTALLED
+from tests.support.external_tools import run_or_skip
 from tests.support.servers import find_postgres
 
 pytestmark = pytest.mark.proof
@@ -61,11 +61,7 @@ def test_event_streams_do_not_slow_status_calls_down(tmp_path: Path) -> None:
 
 
 def test_no_series_and_no_object_is_lost_between_scanner_and_pacs() -> None:
-    command = [sys.executable, "-m", "tests.proofs.node", "--kills", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == NOT_INSTALLED or "unshare failed" in done.stderr:
-        pytest.skip((done.stdout + done.stderr).strip())
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_or_skip([sys.executable, "-m", "tests.proofs.node", "--kills", "10"])
 
 
 @pytest.mark.parametrize("shared", [False, pytest.param(True, marks=needs_postgres)])

@@ -20,13 +20,13 @@ from typing import Any
 
 import httpx2
 
+from tests.support.external_tools import NOT_INSTALLED
 from tests.support.servers import free_port
 
 # `app.settings` accepts this variable.
 NAMESPACE_VARIABLE = "COUNTERPART_ORTHANC_NAMESPACE"
 PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 PROGRAMS = ("Orthanc", "storescu", "storescp", "echoscu", "findscu", "unshare")
-NOT_INSTALLED = 3
 SIOCSIFFLAGS, IFF_UP = 0x8914, 0x1
 START_SECONDS = 60
 TITLE = "ORTHANC"
