@@ -342,7 +342,7 @@ class Manifest(FrozenModel):
 
     @property
     def is_only_named(self) -> bool:
-        """Whether the service uses the bundle only if the caller names it."""
+        """True if the service uses the bundle only if the caller names it."""
         return self.named_only or self.licence.non_commercial
 
     @property

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 DRAWS = 2000
+# With fewer clusters, resampling them gives no useful interval.
+MIN_CLUSTERS = 5
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 # Counts of n measurements in each draw, (draws, n) -> value of each draw, (draws,).

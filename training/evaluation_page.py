@@ -7,9 +7,10 @@ import numpy as np
 
 from app.manifest import Manifest
 from training.cluster_bootstrap import cluster_weights, crossed_weights, interval, mean, quantile
+from training.formats import show_interval
 from training.haemorrhage_page import haemorrhage_table
 from training.site_profile_page import site_profile_table
-from training.unseen_page import format_interval, heads_table, pathology_table, unseen_lesion_table
+from training.unseen_page import heads_table, pathology_table, unseen_lesion_table
 
 EARLIER = "Measured with an earlier version of this bundle."
 
@@ -30,7 +31,7 @@ def healthy_table(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(f"| {r['subject']} | {r['outcome']} | | | | | |")
     done = [r for r in rows if r["outcome"] == "analysed"]
     weights = cluster_weights([r["subject"] for r in done], seed=0)
-    found = format_interval(interval(quantile([r["false_positive_ml"] for r in done]), weights))
+    found = show_interval(interval(quantile([r["false_positive_ml"] for r in done]), weights))
     lines.append(
         f"| **median** | {len(done)} of {len(rows)} analysed | **{found}** "
         f"| {np.median([r['slices'] for r in done]):.0f} | {np.median([r['slices_reversed'] for r in done]):.0f} "
@@ -63,7 +64,7 @@ def lesion_table(rows: list[dict[str, Any]]) -> list[str]:
     )
     if found := [(float(hit), r) for r in rows for _, hit in r.get("lesions", ())]:
         weights = crossed_weights([r["subject"] for _, r in found], [r["shape"] for _, r in found])
-        share = format_interval(interval(mean([hit for hit, _ in found]), weights))
+        share = show_interval(interval(mean([hit for hit, _ in found]), weights))
         lines.append(f"Share of the {len(found)} connected lesions with at least one marked voxel: **{share}**.")
     return lines
 
@@ -71,7 +72,7 @@ def lesion_table(rows: list[dict[str, Any]]) -> list[str]:
 def _median(rows: list[dict[str, Any]], key: str) -> str:
     """Format the median of a score with its interval over subjects and shapes."""
     weights = crossed_weights([r["subject"] for r in rows], [r["shape"] for r in rows])
-    return format_interval(interval(quantile([r[key] for r in rows]), weights))
+    return show_interval(interval(quantile([r[key] for r in rows]), weights))
 
 
 def foreign_table(rows: list[dict[str, Any]]) -> list[str]:
@@ -145,7 +146,8 @@ def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str, s
     Parameters
     ----------
     document : dict
-        Measured parts by name, each with its rows and the hash of the bundle it was measured with.
+        Measured parts by name, each with its rows and the hash of the bundle it was measured with. A `note` of a part
+        states how that bundle differs from the present one.
     manifest : Manifest
     sha256 : str
         Hash of the present bundle. Parts with another hash are marked.
@@ -166,5 +168,11 @@ def evaluation_page(document: dict[str, Any], manifest: Manifest, sha256: str, s
                 document[o]["rows"] if o in document and document[o]["bundle_sha256"] == own else [] for o in others
             ]
             if content := table(document[key]["rows"], *same):
-                lines += [f"### {title}", "", *([] if own == sha256 else [EARLIER, ""]), *content, ""]
+                lines += [
+                    f"### {title}",
+                    "",
+                    *([] if own == sha256 else [document[key].get("note", EARLIER), ""]),
+                    *content,
+                    "",
+                ]
     return "\n".join(lines)

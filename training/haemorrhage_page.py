@@ -4,7 +4,7 @@ from typing import Any
 
 from training.cluster_bootstrap import Interval
 from training.experiments.markdown import table
-from training.unseen_page import format_interval
+from training.formats import show_interval
 
 NAMES = {
     "patient_auroc_volume": "AUROC by patient, volume of the findings",
@@ -18,7 +18,7 @@ def haemorrhage_table(rows: list[dict[str, Any]]) -> list[str]:
     """Return the statistics of the adults, the found slices by kind of haemorrhage, and one row for each patient."""
     summary = next(row["summary"] for row in rows if "summary" in row)
     scope = f"{summary['patients']} adults, {summary['with_haemorrhage']} of them with haemorrhage."
-    statistics = [[name, format_interval(Interval(*summary[key]))] for key, name in NAMES.items()]
+    statistics = [[name, show_interval(Interval(*summary[key]))] for key, name in NAMES.items()]
     false_ml = ", ".join(f"{v:.2f}" for v in summary["false_positive_ml"])
     statistics.append(["found in adults without haemorrhage, ml: median, 90th percentile", false_ml])
     kinds = [[kind, f"{hit} of {count}"] for kind, (hit, count) in summary["slices_found_by_kind"].items()]

@@ -6,9 +6,9 @@ import numpy as np
 
 from app.pipeline.risk_control import FACTORS, conformal_threshold
 from app.site_profile import MIN_SCANS
-from training.cluster_bootstrap import cluster_weights, interval, quantile
+from training.cluster_bootstrap import FloatArray, cluster_weights, interval, quantile
 from training.experiments.markdown import table
-from training.unseen_page import format_interval
+from training.formats import show_interval
 
 Rows = list[dict[str, Any]]
 TARGETS_ML = (1.0, 0.5)
@@ -44,13 +44,13 @@ def site_profile_table(rows: Rows) -> list[str]:
     return [*NOTE.splitlines(), "", *table(header, lines).splitlines()]
 
 
-def _cells(volumes: Any) -> list[str]:
+def _cells(volumes: FloatArray) -> list[str]:
     weights = cluster_weights([str(i) for i in range(len(volumes))], seed=0)
-    found = [format_interval(interval(quantile(volumes.tolist(), percent), weights)) for percent in (50, 90)]
+    found = [show_interval(interval(quantile(volumes.tolist(), percent), weights)) for percent in (50, 90)]
     return [*found, f"{volumes.mean():.2f}"]
 
 
-def _held_out(volumes: Any, target_ml: float) -> list[str]:
+def _held_out(volumes: FloatArray, target_ml: float) -> list[str]:
     """Return the cells of the volumes (n, K), each row at the threshold from other rows."""
     found, factors = [], []
     for i in range(len(volumes)):

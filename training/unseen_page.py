@@ -1,32 +1,18 @@
 """Tables of an evaluation on scanners that no training saw, and on real and large lesions."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from training.cluster_bootstrap import (
-    Interval,
-    Statistic,
-    cluster_weights,
-    crossed_weights,
-    interval,
-    mean,
-    quantile,
-    ratio,
-)
-from training.evaluate_unseen import FOREIGN_PATCH, HOME, INTENSITY, UNSEEN
+from training.cluster_bootstrap import MIN_CLUSTERS, cluster_weights, interval, mean, quantile
 from training.experiments.markdown import table
+from training.formats import show_interval, show_share
+from training.lesion_comparison import Cases, Compared, both_groups, families
 from training.lesion_scores import SIZE_CLASSES_ML, size_class, size_class_name
 
 Rows = list[dict[str, Any]]
-# With fewer people, resampling them gives no useful interval.
-MIN_PEOPLE = 5
 NOT_MEASURED = "not measured with this bundle"
 HEADS_NOTE = """\
 The first row counts each person once. It leaves out second files of a person, and a mean of many people. Volumes are
@@ -40,13 +26,6 @@ lesion is found if at least one of its voxels is marked, and a finding is false 
 2017, doi 10.1016/j.neuroimage.2016.12.064). Lesions below 0.05 ml are not counted. Intervals resample the subjects and
 the shapes (pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122). Five shapes are few, so that the true uncertainty
 may be larger."""
-
-
-def format_interval(found: Interval) -> str:
-    """Format a value with its 95 % interval; nothing if there is no value."""
-    if not np.isfinite(found).all():
-        return ""
-    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 # ---- healthy heads -----------------------------------------------------------------------------
@@ -74,17 +53,14 @@ def _heads_row(title: str, rows: Rows) -> list[str]:
     done = [row for row in rows if row["outcome"] == "analysed"]
     refusals = Counter(row["outcome"] for row in rows if row["outcome"] != "analysed")
     codes = ", ".join(f"{code} {count}" for code, count in sorted(refusals.items()))
-    share = f"{len(done)} of {len(rows)}"
-    if len(rows) >= MIN_PEOPLE:
-        exact = stats.binomtest(len(done), len(rows)).proportion_ci(method="exact")
-        share += f" ({exact.low:.0%} to {exact.high:.0%})"
+    share = show_share(len(done), len(rows))
     if not done:
         return [title, share, "", "", "", codes]
     ml = [row["found_ml"] for row in done]
     cells = [f"{np.median(ml):.2f}", ""]
-    if len(done) >= MIN_PEOPLE:
+    if len(done) >= MIN_CLUSTERS:
         weights = cluster_weights([row["person"] for row in done], seed=0)
-        cells = [format_interval(interval(quantile(ml, percent), weights)) for percent in (50, 90)]
+        cells = [show_interval(interval(quantile(ml, percent), weights)) for percent in (50, 90)]
     return [title, share, *cells, f"{np.mean([row['findings'] for row in done]):.1f}", codes]
 
 
@@ -98,46 +74,11 @@ def _scan_row(row: dict[str, Any]) -> list[str]:
 # ---- lesions in these heads --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Cases:
-    """Measurements of one kind with their clusters, from both groups."""
-
-    values: list[float]
-    subjects: list[str]
-    shapes: list[str]
-    groups: list[str]
-
-    @classmethod
-    def of(cls, rows: Rows, key: str) -> "Cases":
-        """Return one measurement of each row that has it."""
-        rows = [row for row in rows if key in row]
-        columns = ([row[name] for row in rows] for name in (key, "subject", "shape", "group"))
-        return cls(*columns)
-
-    @classmethod
-    def of_lesions(cls, rows: Rows, chosen: Callable[[float], bool] = lambda _: True) -> "Cases":
-        """Return whether each connected lesion of some volume is found, as 0 or 1."""
-        found = [(float(hit), row) for row in rows for ml, hit in row.get("lesions", ()) if chosen(ml)]
-        return cls(
-            [hit for hit, _ in found], *([row[name] for _, row in found] for name in ("subject", "shape", "group"))
-        )
-
-    def compare(self, statistic: Callable[[Sequence[float]], Statistic]) -> list[str]:
-        """Return a statistic of both groups with the number of measurements, and its ratio."""
-        weights = crossed_weights(self.subjects, self.shapes, self.groups)
-        unseen = np.array([group == UNSEEN for group in self.groups])
-        values = np.array(self.values)
-        cells = []
-        for chosen in (unseen, ~unseen):
-            if not chosen.any():
-                cells.append(NOT_MEASURED)
-                continue
-            found = interval(statistic(values[chosen].tolist()), weights[:, chosen])
-            cells.append(f"{format_interval(found)}, n = {chosen.sum()}")
-        if unseen.all() or not unseen.any():
-            return [*cells, ""]
-        parts = statistic(values[unseen].tolist()), statistic(values[~unseen].tolist())
-        return [*cells, format_interval(interval(ratio(*parts, unseen.tolist()), weights))]
+def _cells(found: Compared) -> list[str]:
+    """Return a statistic of both groups with the number of measurements, and its ratio."""
+    both = ((found.unseen, found.unseen_count), (found.home, found.home_count))
+    cells = [f"{show_interval(value)}, n = {count}" if value else NOT_MEASURED for value, count in both]
+    return [*cells, show_interval(found.ratio)]
 
 
 def _has_size(ml: float, *, index: int) -> bool:
@@ -155,36 +96,24 @@ def unseen_lesion_table(rows: Rows, home: Rows) -> list[str]:
     home : list of dict
         Rows of the part `lesions`, measured with the same bundle. Empty if there are none.
     """
-    contrasts = {row["contrast"] for row in rows}
-    both = [{**row, "group": HOME, "family": INTENSITY} for row in home if row["contrast"] in contrasts]
-    every = [row for row in rows if row["family"] in (INTENSITY, FOREIGN_PATCH)] + both
-    families = _families(every)
+    every = families(both_groups(rows, home))
     lines = [*LESIONS_NOTE.splitlines(), ""]
     first = ["median Dice at the shipped threshold", "scanners not in training", "home", "ratio"]
-    dice = [[title, *Cases.of(chosen, "dice").compare(quantile)] for title, chosen in families]
+    dice = [[title, *_cells(Cases.of(chosen, "dice").compare(quantile))] for title, chosen in every]
     lines += table(first, dice).splitlines()
-    share = [[f"{title}, all sizes", *Cases.of_lesions(chosen).compare(mean)] for title, chosen in families]
-    for title, chosen in (families[-2], families[-1]):
+    share = [[f"{title}, all sizes", *_cells(Cases.of_lesions(chosen).compare(mean))] for title, chosen in every]
+    for title, chosen in every[-2:]:
         for index in range(len(SIZE_CLASSES_ML)):
             cases = Cases.of_lesions(chosen, partial(_has_size, index=index))
             if cases.values:
-                share.append([f"{title}, {size_class_name(index)}", *cases.compare(mean)])
+                share.append([f"{title}, {size_class_name(index)}", *_cells(cases.compare(mean))])
     lines += ["", *table(["share of the connected lesions that is found", *first[1:]], share).splitlines(), ""]
     false = [
-        [f"{name}, {title}", *Cases.of(chosen, key).compare(mean)]
-        for title, chosen in families
+        [f"{name}, {title}", *_cells(Cases.of(chosen, key).compare(mean))]
+        for title, chosen in every
         for name, key in (("false findings in a scan", "false_findings"), ("their volume, ml", "false_ml"))
     ]
     return [*lines, *table(["mean in scans with a lesion", *first[1:]], false).splitlines()]
-
-
-def _families(rows: Rows) -> list[tuple[str, Rows]]:
-    """Return the rows of each contrast, of both contrasts, and of foreign patches, with their titles."""
-    contrasts = sorted({row["contrast"] for row in rows if row["family"] == INTENSITY}, reverse=True)
-    found = [(f"c = {c:+.2f}", [row for row in rows if row["contrast"] == c]) for c in contrasts]
-    found.append(("both signs", list(chain.from_iterable(chosen for _, chosen in found))))
-    patches = [row for row in rows if row["family"] == FOREIGN_PATCH]
-    return [*found, ("foreign patches", patches)] if patches else found
 
 
 # ---- real and large lesions --------------------------------------------------------------------

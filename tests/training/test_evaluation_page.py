@@ -1,11 +1,19 @@
 """Tests of the page of an evaluation."""
 
+import json
+from hashlib import sha256
 from typing import Any
 
 import pytest
 
+pytest.importorskip("torch")
+
+from app.manifest import Manifest
 from app.pipeline.risk_control import FACTORS
+from app.runtime.bundle import MANIFEST
 from tests.support.bundle import tiny_manifest
+from training.config import ROOT, Config
+from training.evaluate import EVALUATION
 from training.evaluation_page import EARLIER, evaluation_page
 from training.site_profile_page import site_profile_table
 from training.unseen_page import heads_table, pathology_table, unseen_lesion_table
@@ -38,7 +46,7 @@ def test_first_row_counts_people_and_leaves_out_second_files() -> None:
     rows += [head("0.0", 100.0, kind="S, DICOM", counted=False), head("ixi", 50.0, kind="IXI", in_training=True)]
     lines = heads_table(rows)
     together = next(line for line in lines if "6 people" in line)
-    assert "| 5 of 6 (36% to 100%) | 2.00 (0.00 to 4.00) | 3.60 (" in together
+    assert "| 5 of 6 (36 to 100 %) | 2.00 (0.00 to 4.00) | 3.60 (" in together
     assert together.endswith("| 2.0 | out_of_distribution 1 |")
     assert "| S, DICOM (not in the first row) | 1 of 1 | 100.00 |  | 2.0 |  |" in lines
     assert "| IXI (scanner in training, people not) | 1 of 1 | 50.00 |  | 2.0 |  |" in lines
@@ -121,3 +129,16 @@ def test_parts_of_an_earlier_bundle_are_marked() -> None:
     assert "with a site profile" not in heads  # one head is too few
     assert EARLIER not in foreign
     assert "| T2 | 2 of 2 | out_of_distribution 2 |" in foreign
+    noted = evaluation_page({"heads": measured | {"note": "Only keys were renamed."}}, tiny_manifest(), "a")
+    assert "Only keys were renamed." in noted
+    assert EARLIER not in noted
+
+
+@pytest.mark.parametrize("name", ["t1", "flair", "headct", "ct"])
+def test_committed_page_is_that_of_the_record(name: str) -> None:
+    config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
+    path = config.bundle_folder / MANIFEST
+    manifest, digest = Manifest.model_validate_json(path.read_text()), sha256(path.read_bytes()).hexdigest()
+    record = EVALUATION / f"{name}.json"
+    page = evaluation_page(json.loads(record.read_text()), manifest, digest, config.evaluation.scope)
+    assert record.with_suffix(".md").read_text() == page

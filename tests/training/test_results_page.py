@@ -10,7 +10,7 @@ import pytest
 from training.results_page import figures
 from training.results_page.__main__ import FIGURES, PAGE, write
 from training.results_page.aims import Aim, Limit
-from training.results_page.formats import NO_VALUE, share
+from training.results_page.formats import NO_VALUE
 from training.results_page.groups import (
     Haemorrhage,
     compared_lesions,
@@ -149,7 +149,11 @@ def test_lesions_are_compared_with_home_only_if_one_bundle_measured_both() -> No
     away = [lesion(s, 0.3, group="not in training", family="intensity") for s in "pq"]
     home = [lesion(s, 0.6) for s in "xy"]
     found = records(unseen_lesions=away, lesions=home)
-    dice, detected = compared_lesions(found)
+    (_, dice), (_, detected) = compared_lesions(found)
+    assert dice.unseen is not None
+    assert dice.home is not None
+    assert dice.ratio is not None
+    assert detected.ratio is not None
     assert (dice.unseen.value, dice.home.value, dice.ratio.value) == pytest.approx((0.3, 0.6, 0.5))
     assert (detected.unseen_count, detected.ratio.value) == (2, 1.0)
     other = Part("t1", "t1-2.0.0", "old", home)
@@ -227,8 +231,3 @@ def test_aim_is_compared_without_rounding(value: float, verdict: str) -> None:
 
 def test_aim_without_measurement_has_no_verdict() -> None:
     assert Aim("a", Limit("<", 15, "s")).cells() == ["a", "", NO_VALUE, "", "< 15 s", ""]
-
-
-def test_share_of_few_scans_has_no_interval() -> None:
-    assert share(1, 2) == "1 of 2"
-    assert share(15, 15) == "15 of 15 (78 to 100 %)"

@@ -7,7 +7,8 @@ import numpy as np
 
 from training.cluster_bootstrap import Interval
 from training.experiments.markdown import table
-from training.results_page.formats import NO_VALUE, number_of, share, show
+from training.formats import show_interval, show_share
+from training.results_page.formats import NO_VALUE, number_of
 from training.results_page.groups import (
     ANALYSED,
     HIGH,
@@ -80,7 +81,7 @@ def make_aims(records: Records) -> str:
 
 def _volume(text: str, group: Healthy, percent: float, limit: float) -> Aim:
     found = group.percentile(percent)
-    return Aim(text, Limit("≤", limit, "ml"), group.label, found.value, f"{show(found)} ml", number_of(group))
+    return Aim(text, Limit("≤", limit, "ml"), group.label, found.value, f"{show_interval(found)} ml", number_of(group))
 
 
 def _home(records: Records) -> list[Aim]:
@@ -94,7 +95,7 @@ def _home(records: Records) -> list[Aim]:
             continue
         found = inserted_dice(part.rows, bright=bright)
         people = len({row["subject"] for row in part.rows})
-        aims.append(Aim(text, limit, part.label, found.value, show(found), f"{people}"))
+        aims.append(Aim(text, limit, part.label, found.value, show_interval(found), f"{people}"))
     return aims
 
 
@@ -104,26 +105,27 @@ def _unseen(records: Records) -> list[Aim]:
     whole, count = together(groups), len(together(groups).ml)
     analysed = Aim(
         "other scanners: healthy scans that are analysed", Limit("≥", UNSEEN_ANALYSED, "%"),
-        whole.label, count / whole.scans, share(count, whole.scans), number_of(whole),
+        whole.label, count / whole.scans, show_share(count, whole.scans), number_of(whole),
     )  # fmt: skip
     volumes = [
         _volume("other scanners: false findings, median", whole, 50, UNSEEN_ML),
         _volume(f"other scanners: false findings, {HIGH:.0f}th percentile", whole, HIGH, UNSEEN_HIGH_ML),
     ]
     limit = Limit("≥", UNSEEN_RATIO)
-    compared = [
+    ratios = [
         Aim(
-            f"other scanners: {each.title}, divided by home",
+            f"other scanners: {title}, divided by home",
             limit,
             whole.label,
-            each.ratio.value,
-            show(each.ratio),
+            compared.ratio.value,
+            show_interval(compared.ratio),
             number_of(whole),
         )
-        for each in compared_lesions(records)
+        for title, compared in compared_lesions(records)
+        if compared.ratio
     ]
     missing = Aim("other scanners: Dice of inserted lesions, divided by home", limit)
-    return [analysed, *volumes, *(compared or [missing])]
+    return [analysed, *volumes, *(ratios or [missing])]
 
 
 def _real_lesions(records: Records) -> Aim:
@@ -132,7 +134,7 @@ def _real_lesions(records: Records) -> Aim:
     if not outcomes:
         return Aim(text, limit)
     label, count = records.evaluation["t1", "pathology"].label, outcomes.count(ANALYSED)
-    return Aim(text, limit, label, count / len(outcomes), share(count, len(outcomes)), str(len(outcomes)))
+    return Aim(text, limit, label, count / len(outcomes), show_share(count, len(outcomes)), str(len(outcomes)))
 
 
 def _haemorrhage(records: Records) -> list[Aim]:
@@ -145,7 +147,14 @@ def _of_ct(group: Haemorrhage) -> list[Aim]:
     for name, least in (("slice", SLICE_AUROC), ("patient", PATIENT_AUROC)):
         found = Interval(*group.summary[f"{name}_auroc_volume"])
         aims.append(
-            Aim(f"haemorrhage: AUROC by {name}", Limit("≥", least), group.label, found.value, show(found), people)
+            Aim(
+                f"haemorrhage: AUROC by {name}",
+                Limit("≥", least),
+                group.label,
+                found.value,
+                show_interval(found),
+                people,
+            )
         )
     overlap = float(np.mean(group.outlined_dice or [np.nan]))
     text, count = "haemorrhage: Dice in outlined slices, mean of patients", str(len(group.outlined_dice))

@@ -1,6 +1,6 @@
 """Measurements in groups: each group is a row of a table and of a figure."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from training.cluster_bootstrap import (
+    MIN_CLUSTERS,
     Interval,
     Statistic,
     cluster_weights,
@@ -15,9 +16,8 @@ from training.cluster_bootstrap import (
     interval,
     mean,
     quantile,
-    ratio,
 )
-from training.evaluate_unseen import FOREIGN_PATCH, HOME, INTENSITY, UNSEEN
+from training.lesion_comparison import Cases, Compared, both_groups, families
 from training.results_page.records import Part, Records, Rows
 
 # Sources of the healthy test scans. Each is also a source of the training scans.
@@ -40,8 +40,6 @@ LESIONS = {
 GLIOMAS = "glioma, FLAIR (TCGA-LGG)"
 NO_HEALTHY_SLICE = "no_healthy_slice"
 ANALYSED = "analysed"
-# With fewer people, resampling them gives no useful interval.
-MIN_PEOPLE = 5
 # Percentile that describes the scans with many false findings.
 HIGH = 90.0
 
@@ -80,7 +78,7 @@ class Healthy:
 
 def resampled(statistic: Statistic, people: Sequence[str], strata: Sequence[str] | None = None) -> Interval:
     """Return a statistic with its interval over people, which is NaN if there are few people."""
-    if len(set(people)) < MIN_PEOPLE:
+    if len(set(people)) < MIN_CLUSTERS:
         return Interval(float(statistic(np.ones((1, len(people)), np.int64))[0]), np.nan, np.nan)
     return interval(statistic, cluster_weights(people, strata, seed=0))
 
@@ -139,60 +137,22 @@ def _median_dice(rows: Rows) -> Interval:
     return interval(quantile([row["dice"] for row in rows]), weights)
 
 
-@dataclass(frozen=True)
-class Compared:
-    """Measurement in lesions on scanners that no training saw, the same at home, and the ratio."""
-
-    title: str
-    unseen: Interval
-    unseen_count: int
-    home: Interval
-    home_count: int
-    ratio: Interval
-
-
-def compared_lesions(records: Records) -> list[Compared]:
-    """Compare the inserted lesions of `t1` on scanners that no training saw with those at home.
+def compared_lesions(records: Records) -> list[tuple[str, Compared]]:
+    """Compare the inserted lesions of `t1` on scanners that no training saw with those at home, by title.
 
     The list is empty if one bundle did not measure both.
     """
     unseen, home = (records.evaluation.get(("t1", name)) for name in ("unseen_lesions", "lesions"))
     if unseen is None or home is None or unseen.digest != home.digest:
         return []
-    at_home = [{**row, "group": HOME, "family": INTENSITY} for row in home.rows]
-    rows = [row for row in [*unseen.rows, *at_home] if row["group"] in (UNSEEN, HOME)]
-    lesions = [row for row in rows if row["family"] == INTENSITY]
-    patches = [row for row in rows if row["family"] == FOREIGN_PATCH]
-    parts = [(float(hit), row) for row in lesions for _, hit in row.get("lesions", ())]
-    return [
-        found
-        for found in (
-            _compare("Dice, bright and dark lesions", [(row["dice"], row) for row in lesions], quantile),
-            _compare("Dice, tissue from another place", [(row["dice"], row) for row in patches], quantile),
-            _compare("share of the lesions that is found", parts, mean),
-        )
-        if found
+    rows = dict(families(both_groups(unseen.rows, home.rows)))
+    lesions, patches = rows["both signs"], rows.get("foreign patches", [])
+    found = [
+        ("Dice, bright and dark lesions", Cases.of(lesions, "dice").compare(quantile)),
+        ("Dice, tissue from another place", Cases.of(patches, "dice").compare(quantile)),
+        ("share of the lesions that is found", Cases.of_lesions(lesions).compare(mean)),
     ]
-
-
-def _compare(
-    title: str, cases: Sequence[tuple[float, dict[str, Any]]], statistic: Callable[[Sequence[float]], Statistic]
-) -> Compared | None:
-    unseen = np.array([row["group"] == UNSEEN for _, row in cases], np.bool_)
-    if unseen.all() or not unseen.any():
-        return None
-    columns = ([row[key] for _, row in cases] for key in ("subject", "shape", "group"))
-    weights = crossed_weights(*columns)
-    values = np.array([value for value, _ in cases])
-    first, second = (statistic(values[chosen].tolist()) for chosen in (unseen, ~unseen))
-    return Compared(
-        title,
-        interval(first, weights[:, unseen]),
-        int(unseen.sum()),
-        interval(second, weights[:, ~unseen]),
-        int((~unseen).sum()),
-        interval(ratio(first, second, unseen.tolist()), weights),
-    )
+    return [(title, compared) for title, compared in found if compared.ratio]
 
 
 # ---- real lesions ------------------------------------------------------------------------------

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from training.cluster_bootstrap import Interval, quantile
+from training.cluster_bootstrap import MIN_CLUSTERS, Interval, quantile
 from training.experiments.markdown import table
+from training.formats import show_interval, show_share
 from training.results_page import figures
 from training.results_page.aims import HOME_ML, UNAFFECTED_ML, UNSEEN_HIGH_ML, UNSEEN_ML, UPLOADS
-from training.results_page.formats import NO_VALUE, number_of, share, show
+from training.results_page.formats import NO_VALUE, number_of
 from training.results_page.groups import (
     HIGH,
     HOME_SOURCES,
-    MIN_PEOPLE,
     Haemorrhage,
     Healthy,
     Outlined,
@@ -57,7 +57,7 @@ def make_home(records: Records, folder: Path) -> str:
     rows = []
     for group in groups:
         part = lesions.get(group.source)
-        cells = [show(found) for found in dice[group.source]] if part else ["", ""]
+        cells = [show_interval(found) for found in dice[group.source]] if part else ["", ""]
         note = f"; Dice: {part.label}" if part and part.label != group.label else ""
         rows.append([group.label + note, f"{MODALITIES[group.model]}, {group.source}", *_healthy_cells(group), *cells])
     header = ["model", "healthy scans", *HEALTHY_HEADER, "Dice of inserted bright lesions, median", "of dark ones"]
@@ -77,8 +77,8 @@ HEALTHY_HEADER = ("n", "analysed", "false findings, ml: median", "90th percentil
 
 
 def _healthy_cells(group: Healthy) -> list[str]:
-    high = show(group.percentile(HIGH)) if len(group.ml) >= MIN_PEOPLE else ""
-    return [number_of(group), share(len(group.ml), group.scans), show(group.percentile(50)), high]
+    high = show_interval(group.percentile(HIGH)) if len(group.ml) >= MIN_CLUSTERS else ""
+    return [number_of(group), show_share(len(group.ml), group.scans), show_interval(group.percentile(50)), high]
 
 
 def make_unseen(records: Records, folder: Path) -> str:
@@ -100,12 +100,12 @@ def make_unseen(records: Records, folder: Path) -> str:
     if compared := compared_lesions(records):
         lines = [
             [
-                each.title,
-                f"{show(each.unseen)}, {each.unseen_count} lesions",
-                f"{show(each.home)}, {each.home_count} lesions",
-                show(each.ratio),
+                title,
+                f"{show_interval(each.unseen)}, {each.unseen_count} lesions",
+                f"{show_interval(each.home)}, {each.home_count} lesions",
+                show_interval(each.ratio),
             ]
-            for each in compared
+            for title, each in compared
         ]
         texts += [
             INSERTED_NOTE,
@@ -134,7 +134,7 @@ def make_real(records: Records, folder: Path) -> str:
     pooled = [row for part in records.find("tumours") for row in part.rows if row.get("method") == "counterpart"]
     if pooled:
         dice = Interval(*pooled[0]["shipped_pooled"])
-        texts.append(f"Dice of the gliomas over all voxels of all patients together: {show(dice)}.")
+        texts.append(f"Dice of the gliomas over all voxels of all patients together: {show_interval(dice)}.")
     return "\n\n".join(texts)
 
 
@@ -145,7 +145,7 @@ def _outlined_cells(group: Outlined) -> list[str]:
         return [analysed, "", "", found]
     people = [str(i) for i in range(len(group.dice))]
     ends = f"{min(group.dice):.2f} to {max(group.dice):.2f}" if len(group.dice) > 1 else ""
-    return [analysed, show(resampled(quantile(group.dice), people)), ends, found]
+    return [analysed, show_interval(resampled(quantile(group.dice), people)), ends, found]
 
 
 def make_haemorrhage(records: Records, folder: Path) -> str:
@@ -178,8 +178,8 @@ def _haemorrhage_cells(group: Haemorrhage) -> dict[str, str]:
     return {
         "analysed with haemorrhage": f"{len(group.affected)} of {with_all}",
         "analysed without haemorrhage": f"{len(group.unaffected)} of {without_all}",
-        "AUROC by patient, marked volume": show(Interval(*group.summary["patient_auroc_volume"])),
-        "AUROC by slice, marked volume": show(Interval(*group.summary["slice_auroc_volume"])),
+        "AUROC by patient, marked volume": show_interval(Interval(*group.summary["patient_auroc_volume"])),
+        "AUROC by slice, marked volume": show_interval(Interval(*group.summary["slice_auroc_volume"])),
         "slices with haemorrhage and a mark": f"{sum(marked)} of {len(marked)}",
         **{f"{kind} haemorrhage: slices with a mark": f"{hit} of {count}" for kind, (hit, count) in kinds.items()},
         "Dice in outlined slices, each patient": ", ".join(f"{dice:.2f}" for dice in group.outlined_dice),
