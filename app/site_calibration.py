@@ -19,7 +19,7 @@ from app.export.report import Report
 from app.inference_result import ExtractedBrain, InferenceResult
 from app.manifest import Manifest, Range, Residual
 from app.pipeline.findings import dice
-from app.pipeline.risk_control import FACTORS, conformal_threshold, label_at_factors
+from app.pipeline.risk_control import FACTORS, conformal_threshold, found_volumes, label_at_factors
 from app.pipeline.synthetic_lesion import insert_lesion
 from app.runtime.bundle import Bundle
 from app.site_profile import MIN_SCANS, LesionSensitivity, SiteProfile, Volumes
@@ -162,13 +162,12 @@ def measure_scan(
         scan, inference = infer(path, Path(scratch), bundles, manifests, request, _no_progress)
     bundle = bundles(inference.manifest)
     residual = bundle.manifest.residual
-    found = label_at_factors(inference.detection, bundle.manifest, scan.volume.voxel_ml)
     return HealthyScan(
         model=bundle.manifest.id,
         model_sha256=bundle.sha256,
         scanner=scan.source.scanner,
         score=inference.detection.scores.scan,
-        volumes_ml=np.array([(labels > 0).sum() * scan.volume.voxel_ml for labels in found]),
+        volumes_ml=found_volumes(inference.detection, bundle.manifest, scan.volume.voxel_ml),
         lesion=_measure_lesion(scan, inference, bundle, index, request.seed),
         residual=residual,
     )
@@ -311,12 +310,12 @@ def _measure_lesion(
         return None
     changed, truth = insert_lesion(volume.array, brain, ball, volume.spacing, contrast)
     detection = detect_volume(Volume(changed, volume.affine), bundle, seed, _no_progress)
-    found = label_at_factors(detection, bundle.manifest, volume.voxel_ml)
-    return LesionCurve(
-        size,
-        np.array([dice(labels > 0, truth) for labels in found]),
-        np.array([bool((labels[truth] > 0).any()) for labels in found]),
-    )
+    scores = [
+        (dice(labels > 0, truth), bool(labels[truth].any()))
+        for labels in label_at_factors(detection, bundle.manifest, volume.voxel_ml)
+    ]
+    overlaps, hits = zip(*scores, strict=True)
+    return LesionCurve(size, np.array(overlaps), np.array(hits))
 
 
 def analysed_brain(scan: Scan, inference: InferenceResult) -> tuple[Volume, BoolArray]:

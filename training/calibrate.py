@@ -136,7 +136,7 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
 def smallest_solidity(scans: list[ScanFeatures]) -> float:
     """Return the solidity that a share of the healthy slices does not reach. A whole scan has a far higher median."""
     found = np.concatenate([solidities(scan.foreground) for scan in scans])
-    return round_significant(float(np.percentile(found, SOLIDITY_PERCENTILE)))
+    return round_significant(float(np.nanpercentile(found, SOLIDITY_PERCENTILE)))
 
 
 def _scanner_scores(

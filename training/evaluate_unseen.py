@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from app.errors import CounterpartError
-from app.pipeline.risk_control import label_at_factors
+from app.pipeline.risk_control import found_volumes
 from app.runtime.bundle import Bundle
 from app.volume import BoolArray, Volume
 from training.bundle_runs import (
@@ -85,7 +85,7 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
         try:
             volume = extract_brain_if_needed(head.volume, bundle)
             detection, result, seconds = run_detection(volume, bundle)
-            found = label_at_factors(detection, bundle.manifest, volume.voxel_ml)
+            volumes = found_volumes(detection, bundle.manifest, volume.voxel_ml)
             row |= {
                 "outcome": "analysed",
                 "skull_stripped": volume is head.volume,
@@ -93,7 +93,7 @@ def evaluate_heads(_config: Config, bundle: Bundle, _split: Split) -> list[Row]:
                 "findings": len(result.lesions),
                 "largest_ml": result.lesions[0].volume_ml if result.lesions else 0.0,
                 "seconds": round(seconds, 1),
-                "volumes_ml": [round(float((labels > 0).sum()) * volume.voxel_ml, 3) for labels in found],
+                "volumes_ml": volumes.round(3).tolist(),
                 **ood_scores(detection),
             }
         except CounterpartError as error:

@@ -1,5 +1,7 @@
 """Threshold for a target of false findings: findings at candidate thresholds, and conformal risk control."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -14,10 +16,19 @@ FACTORS = 2.0 ** np.linspace(-1, 4, 41)
 LOSS_LIMIT = 5.0
 
 
-def label_at_factors(detection: Detection, manifest: Manifest, voxel_ml: float) -> list[LabelArray]:
-    """Return the label map (X, Y, Z) of the findings at each of `FACTORS`, as the service makes it."""
+def label_at_factors(detection: Detection, manifest: Manifest, voxel_ml: float) -> Iterator[LabelArray]:
+    """Yield the label map (X, Y, Z) of the findings at each of `FACTORS`, as the service makes it.
+
+    Each map is as large as the scan, so use one before the next.
+    """
     anomaly = detection.slices.grid.to_volume(detection.anomaly)
-    return [label_findings(anomaly, scale_thresholds(manifest.residual, f), voxel_ml)[0] for f in FACTORS]
+    for factor in FACTORS:
+        yield label_findings(anomaly, scale_thresholds(manifest.residual, factor), voxel_ml)[0]
+
+
+def found_volumes(detection: Detection, manifest: Manifest, voxel_ml: float) -> npt.NDArray[np.float64]:
+    """Return the volume of the findings in ml at each of `FACTORS`, (41,)."""
+    return voxel_ml * np.array([np.count_nonzero(labels) for labels in label_at_factors(detection, manifest, voxel_ml)])
 
 
 def scale_thresholds(settings: Residual, factor: float) -> Residual:

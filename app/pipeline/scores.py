@@ -152,12 +152,15 @@ def median_solidity(foreground: BoolArray) -> float:
 
     It is 1 for a convex outline. The fingers of a hand leave deep gaps, the outline of a brain does not.
     """
-    return float(np.median(solidities(foreground)))
+    return float(np.nanmedian(solidities(foreground)))
 
 
 def solidities(foreground: BoolArray) -> FloatArray:
-    """Return the area of the filled foreground of each slice, divided by that of its convex hull, (M,)."""
-    return np.array([_solidity(mask) for mask in foreground], np.float32)
+    """Return the area of the filled foreground of each slice, divided by that of its convex hull, (M,).
+
+    It is NaN in a slice without foreground, for example a missing one in the middle of a brain.
+    """
+    return np.array([_solidity(mask) if mask.any() else np.nan for mask in foreground], np.float32)
 
 
 def _solidity(mask: BoolArray) -> float:

@@ -93,17 +93,20 @@ def test_outline_with_deep_gaps_is_refused(networks: Networks, manifest: Manifes
         return Volume(np.repeat(image[:, :, None], 20, axis=2), affine)
 
     detect(scan(disc), networks, strict)
+    missing = scan(disc)
+    missing.array[:, :, 8:12] = 0  # no foreground in the middle slices
+    detect(missing, networks, strict)
     with pytest.raises(OutOfDistribution, match=r"fills \d\d% of its convex hull, at least 80% are accepted"):
         detect(scan(gaps), networks, strict)
 
 
 def test_solidity_is_that_of_plane_geometry() -> None:
-    masks = np.zeros((3, 20, 20), np.bool_)
+    masks = np.zeros((4, 20, 20), np.bool_)
     masks[0, 5:10, 5:15] = True
     masks[1] = masks[0]
     masks[1, 7:9, 7:9] = False  # a ventricle is no gap of the outline
     masks[2, 2:18, 2:5] = masks[2, 2:5, 2:18] = True  # 87 pixels in a hull of 256 - 13 * 13 / 2
-    np.testing.assert_allclose(solidities(masks), [1, 1, 87 / 171.5], rtol=1e-6)
+    np.testing.assert_allclose(solidities(masks), [1, 1, 87 / 171.5, np.nan], rtol=1e-6)
 
 
 def test_slice_without_a_score_is_an_outlier() -> None:
