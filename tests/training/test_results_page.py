@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.pipeline.risk_control import FACTORS
 from training.results_page import figures
 from training.results_page.__main__ import FIGURES, PAGE, write
-from training.results_page.aims import Aim, Limit
+from training.results_page.aims import Aim, Limit, make_aims
 from training.results_page.formats import NO_VALUE
 from training.results_page.groups import (
     Haemorrhage,
@@ -227,6 +228,20 @@ def test_close_dots_do_not_cover_each_other() -> None:
 def test_aim_is_compared_without_rounding(value: float, verdict: str) -> None:
     cells = Aim("a", Limit("≥", 0.98, "%"), "t1", value, "98 %", "50").cells()
     assert cells == ["a", "t1", "98 %", "50", "≥ 98 %", verdict]
+
+
+def test_aims_with_a_site_profile_are_those_of_held_out_heads() -> None:
+    volumes = (4.0 / FACTORS).tolist()
+    heads = [head(str(i), 4.0, "IXI", in_training=True, volumes_ml=volumes) for i in range(12)]
+    lines = [
+        line.split(" | ") for line in make_aims(records(heads=heads)).splitlines() if "with a site profile" in line
+    ]
+    assert [line[0] for line in lines] == [
+        "| with a site profile, IXI: false findings, median",
+        "| with a site profile, IXI: false findings, 90th percentile",
+    ]
+    # Ten equal losses L and a bound of 5 T with T = 0.5 ml: L is at most 0.3 ml.
+    assert all(0.25 < float(line[2].split()[0]) <= 0.3 and line[5] == "yes |" for line in lines)
 
 
 def test_aim_without_measurement_has_no_verdict() -> None:

@@ -5,12 +5,12 @@ scan outside its large findings show where these differences end. No shipped bun
 
 `python -m training.experiments.scan_threshold CONFIG BUNDLE` measures several rules on validation scans of the
 configuration: healthy, with a lesion shape of multiple sclerosis, and with a large stroke. It writes
-docs/evaluation/BUNDLE-scan-threshold.json and .md. No test subject is used.
+docs/evaluation/BUNDLE-scan-threshold.csv and .md. No test subject is used.
 """
 
 import argparse
+import csv
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,8 +39,7 @@ PERCENTILES = (99.8, 99.9, 99.95, 99.98)
 FINDING_ML = (0.3, 0.5, 1.0, LARGER_THAN_A_HEAD)
 CONTRASTS = (0.35, -0.35)
 HEALTHY, SMALL, LARGE = "healthy", "multiple sclerosis", "stroke, dark"
-# One validation subject in this many is measured, and one of these in two gets a stroke.
-SUBJECT_EVERY = 2
+# Every second subject gets a stroke.
 STROKE_EVERY = 2
 # Dilations of a large finding before it is left out: its rim is below the extent threshold, but part of the lesion.
 RIM_PIXELS = 2
@@ -119,10 +118,10 @@ def stroke_shapes() -> list[str]:
 
 
 def made_scans(config: Config) -> Iterator[MadeScan]:
-    """Yield some validation scans as they are, with a small lesion, and every second one with a large stroke."""
+    """Yield each validation scan as it is, with a small lesion, and every second one with a large stroke."""
     split = load_split(config.data.splits)
     strokes = stroke_shapes()
-    for i, subject in enumerate(split.validation[::SUBJECT_EVERY]):
+    for i, subject in enumerate(split.validation):
         volume = load_scan(config, subject).volume
         yield MadeScan(subject, HEALTHY, volume, np.zeros(volume.shape, np.bool_))
         shape = split.shapes_validation[i % len(split.shapes_validation)]
@@ -137,7 +136,7 @@ def measure(config: Config, manifest: Manifest, compute: AnomalyMap) -> list[Row
     """Return volume and Dice of the findings of each scan by each rule, on the slices of the model."""
     voxel_ml = manifest.preprocessing.voxel_ml
     rows = []
-    for made in tqdm(list(made_scans(config)), desc="scans", unit="scan"):
+    for made in tqdm(made_scans(config), desc="scans", unit="scan"):
         case = make_case(made.subject, made.kind, made.volume, made.truth, manifest)
         anomaly = mask_map(compute(case), case)
         for name, rule in rules().items():
@@ -158,9 +157,8 @@ def measure(config: Config, manifest: Manifest, compute: AnomalyMap) -> list[Row
     return rows
 
 
-def page(document: Row) -> str:
+def page(bundle: str, rows: list[Row]) -> str:
     """Return the page of a measurement."""
-    rows = document["rows"]
     lines = []
     for scanner, name in itertools.product(dict.fromkeys(r["scanner"] for r in rows), rules()):
         of_rule = [r for r in rows if r["scanner"] == scanner and r["rule"] == name]
@@ -177,9 +175,10 @@ def page(document: Row) -> str:
         )
     header = ["scanner", "rule", "false, ml: median", "90th percentile", f"Dice, {SMALL}", f"Dice, {LARGE}"]
     return (
-        f"# Thresholds that a scan raises: {document['bundle']}\n\n"
+        f"# Thresholds that a scan raises: {bundle}\n\n"
         "Written by `python -m training.experiments.scan_threshold CONFIG BUNDLE`. Validation subjects only. Dice is a "
-        f"mean over scans.\n\n{table(header, lines)}\n"
+        f"mean over scans. [{bundle}-scan-threshold.csv]({bundle}-scan-threshold.csv) has each scan.\n\n"
+        f"{table(header, lines)}\n"
     )
 
 
@@ -192,10 +191,12 @@ def main() -> None:
     bundle = load_bundle(options.bundle)
     compute = counterpart_map(bundle.networks.in_batches(BATCH, lambda _: None), bundle.manifest)
     rows = measure(Config.load(options.config), bundle.manifest, compute)
-    document = {"bundle": bundle.manifest.id, "bundle_sha256": bundle.sha256, "rows": rows}
-    path = ROOT / "docs" / "evaluation" / f"{bundle.manifest.id}-scan-threshold.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page(document))
+    path = ROOT / "docs" / "evaluation" / f"{bundle.manifest.id}-scan-threshold.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    path.with_suffix(".md").write_text(page(bundle.manifest.id, rows))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,13 @@ from training.results_page.groups import (
     warm_seconds,
 )
 from training.results_page.records import Records
+from training.site_profile_page import held_out_heads
 
 HOME_ML = 0.7
 BRIGHT_DICE, DARK_DICE = 0.56, 0.55
 UNSEEN_ML, UNSEEN_HIGH_ML, UNSEEN_ANALYSED, UNSEEN_RATIO = 1.0, 3.0, 0.98, 0.9
+# Target of the site profile, and limits of the false findings in heads that the profile was not made from.
+PROFILE_TARGET_ML, PROFILE_ML, PROFILE_HIGH_ML = 0.5, 0.5, 1.0
 SLICE_AUROC, PATIENT_AUROC, HAEMORRHAGE_DICE = 0.90, 0.95, 0.40
 # Median volume in adults without haemorrhage.
 UNAFFECTED_ML = 2.0
@@ -74,7 +77,14 @@ class Aim:
 
 def make_aims(records: Records) -> str:
     """Make the table of the aims."""
-    aims = [*_home(records), *_unseen(records), _real_lesions(records), *_haemorrhage(records), *_time(records)]
+    aims = [
+        *_home(records),
+        *_unseen(records),
+        *_profiles(records),
+        _real_lesions(records),
+        *_haemorrhage(records),
+        *_time(records),
+    ]
     header = ["aim", "model", "measured", "n", "limit", "reached"]
     return table(header, [aim.cells() for aim in aims])
 
@@ -126,6 +136,26 @@ def _unseen(records: Records) -> list[Aim]:
     ]
     missing = Aim("other scanners: Dice of inserted lesions, divided by home", limit)
     return [analysed, *volumes, *(ratios or [missing])]
+
+
+def _profiles(records: Records) -> list[Aim]:
+    """Return the aims for a scanner with a site profile."""
+    if (part := records.evaluation.get(("t1", "heads"))) is None:
+        return []
+    reached = [h for h in held_out_heads(part.rows) if h.target_ml == PROFILE_TARGET_ML and len(h.volumes_ml)]
+    limits = (("median", 50.0, PROFILE_ML), (f"{HIGH:.0f}th percentile", HIGH, PROFILE_HIGH_ML))
+    return [
+        Aim(
+            f"with a site profile, {heads.kind}: false findings, {name}",
+            Limit("≤", most, "ml"),
+            part.label,
+            (found := heads.percentile(percent)).value,
+            f"{show_interval(found)} ml",
+            str(len(heads.volumes_ml)),
+        )
+        for heads in reached
+        for name, percent, most in limits
+    ]
 
 
 def _real_lesions(records: Records) -> Aim:
