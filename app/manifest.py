@@ -178,6 +178,11 @@ class Residual(FrozenModel):
     threshold: float = Field(description="A finding exceeds this value somewhere.")
     extent_threshold: float = Field(description="A finding extends as far as the anomaly map exceeds this value.")
     healthy_false_positive_ml: float = Field(description="Median volume of findings in healthy validation scans.")
+    simulated_false_positive_ml: float | None = Field(
+        default=None,
+        description="Largest volume of findings in nine of ten healthy validation scans on simulated scanners. "
+        "Null: no scanner was simulated.",
+    )
     min_lesion_ml: float = Field(description="Smallest finding.")
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ enough to train a denoising network that removes lesions (Kascenas et al. 2022).
 random shape.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -93,6 +94,35 @@ def shift_tissues(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Ge
         scale = config.anchor / np.interp(config.anchor, knots, row)
         image[:] = np.where(image > 0, np.interp(image, knots, row * scale), 0)
     return torch.from_numpy(mapped)
+
+
+def simulate_contrast(x: FloatArray, config: AugmentationConfig, rng: np.random.Generator) -> FloatArray:
+    """Return the slices of one head with the contrast of another scanner: tissue levels, bias field and gamma.
+
+    The ranges are those of `augment`, but one draw holds for the whole head.
+
+    Parameters
+    ----------
+    x : (N, H, W) ndarray in [0, 1]
+        The background is 0 and stays 0.
+    config : AugmentationConfig
+    rng : Generator
+
+    Returns
+    -------
+    (N, H, W) ndarray, 0 or more
+        Values above 1 are possible. The caller scales them as the preprocessing does.
+    """
+    # One row of pixels, so that a single curve maps all slices.
+    row = torch.from_numpy(np.ascontiguousarray(x).reshape(1, 1, 1, -1))
+    shifted = shift_tissues(row, config, rng).numpy().reshape(x.shape)
+    axes = [np.linspace(-1, 1, n).reshape([-1 if i == k else 1 for i in range(3)]) for k, n in enumerate(x.shape)]
+    products = [a * b for a, b in itertools.combinations(axes, 2)]
+    terms = [*axes, *products, *(a**2 - 1 / 3 for a in axes)]
+    logarithm = sum(rng.normal(0, config.bias_field_sd) * term for term in terms)
+    gamma = np.exp(rng.uniform(-1, 1) * config.max_log_gamma)
+    changed = (shifted * np.exp(logarithm) / config.anchor) ** gamma * config.anchor
+    return np.where(x > 0, changed, 0).astype(np.float32)
 
 
 def _bias_field(

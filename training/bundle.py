@@ -136,6 +136,7 @@ def model_card(config: Config, manifest: Manifest, parity: Parity) -> str:
         kl_mean=f", {manifest.kl.mean} mean" if len(manifest.kl.timesteps) > 1 else "",
         alpha_bar=" down to ".join(map(str, dict.fromkeys(manifest.kl.alpha_bar))),
         weighting=_weighting(manifest),
+        simulated=_simulated(manifest),
         ood=_ood(config, manifest),
         low=manifest.preprocessing.extent_mm[0],
         high=manifest.preprocessing.extent_mm[1],
@@ -218,6 +219,12 @@ def _weighting(manifest: Manifest) -> str:
         f", median of {r.median_pixels} x {r.median_pixels} pixels": r.median_pixels > 1,
     }
     return "".join(text for text, used in parts.items() if used)
+
+
+def _simulated(manifest: Manifest) -> str:
+    """Return the card's text on the volume of findings that the threshold allows on simulated scanners."""
+    limit = manifest.residual.simulated_false_positive_ml
+    return "" if limit is None else f", and nine of ten on simulated scanners at most {limit:g} ml"
 
 
 def _head_box(manifest: Manifest) -> str:

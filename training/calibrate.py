@@ -1,6 +1,9 @@
 """Stage 4: calibrate every threshold and range of the manifest on the healthy validation subjects."""
 
+import itertools
 import json
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from app.pipeline.diffusion import Networks, Schedule, encode_view
 from app.pipeline.findings import label_findings
 from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error, solidities
 from app.volume import BoolArray, FloatArray
-from training.augment import simulate_scanner
+from training.augment import simulate_contrast, simulate_scanner
 from training.config import Config, parse_config
 from training.data import load_scan, load_split
 from training.features import (
@@ -35,8 +38,13 @@ SLICE_PERCENTILES = (0.5, 99.5)
 # Percentile of the solidity of healthy slices below which a scan is refused. A scan is judged by its median slice, so
 # that only single slices of the lowest part of a brain come near it.
 SOLIDITY_PERCENTILE = 2.0
-# Random stream of the simulated scanners, in addition to the seed of the configuration.
+# Random streams of the simulated scanners, in addition to the seed of the configuration: those of the
+# out-of-distribution check, which keep the contrast, and those of the threshold of the anomaly map.
 SCANNER_STREAM = 6
+CONTRAST_STREAM = 9
+# Percentiles of the volume of findings in healthy scans that the threshold is calibrated for.
+MEDIAN = 50.0
+SIMULATED_PERCENTILE = 90.0
 # Range of the reconstruction error if latents are pixels: rounding only.
 NO_LOSS = Range(low=0.0, high=1e-3)
 # Halvings of a threshold's range: finer than the digits that are stored.
@@ -154,8 +162,19 @@ def _scanner_scores(
     ]
 
 
-def residual_threshold(maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float) -> float:
-    """Return the lowest threshold at which the median healthy scan has no more than the allowed volume of findings.
+def simulate_other_scanner(x: FloatArray, config: Config, rng: np.random.Generator) -> FloatArray:
+    """Return the slices of one head (M, H, W) as another scanner might image them, scaled as by the preprocessing."""
+    changed = simulate_contrast(x, config.augmentation, rng)
+    p = config.preprocessing
+    if p.intensity_percentile is not None and p.intensity_level is not None:
+        changed *= p.intensity_level / np.percentile(changed[x > 0], p.intensity_percentile)
+    return simulate_scanner(np.clip(changed, 0, 1), config.augmentation.scanner, rng)
+
+
+def residual_threshold(
+    maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float, percentile: float = MEDIAN
+) -> float:
+    """Return the lowest threshold at which healthy scans have no more than the allowed volume of findings.
 
     Parameters
     ----------
@@ -164,18 +183,21 @@ def residual_threshold(maps: list[FloatArray], settings: Residual, false_positiv
     settings : Residual
         Smallest finding, and the ratio of the extent threshold to the threshold.
     false_positive_ml : float
+        Limit of a percentile of the volumes, one volume for each scan.
     voxel_ml : float
+    percentile : float
     """
     extent_share = settings.extent_threshold / settings.threshold
 
-    def median_ml(threshold: float) -> float:
+    def found_ml(threshold: float) -> float:
         trial = settings.model_copy(update={"threshold": threshold, "extent_threshold": extent_share * threshold})
-        return float(np.median([(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
+        volumes = [(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]
+        return float(np.percentile(volumes, percentile))
 
     low, high = 0.0, float(np.nanmax(np.concatenate([m.ravel() for m in maps])))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if median_ml(middle) > false_positive_ml else (low, middle)
+        low, high = (middle, high) if found_ml(middle) > false_positive_ml else (low, middle)
     return high
 
 
@@ -194,17 +216,29 @@ def calibrate_residual(
     min_component : int
     """
     d = config.detection
-    maps = []
-    for scan in tqdm(scans, desc="residuals", unit="scan"):
+
+    def map_of(scan: ScanFeatures) -> FloatArray:
         views = [scan.views[view] for view in d.views]
         masks = [mask_latents(view, threshold, min_component, d.grow) for view in views]
         counterparts = [
             decode_view(view, mask, networks, d.reverse_timesteps) for view, mask in zip(views, masks, strict=True)
         ]
-        maps.append(anomaly_map(scan, masks, counterparts, config))
-    if config.data.image_archive is not None and not config.data.image_archive.ordered:
-        maps = [separate_slices(each) for each in maps]
-    return residual_settings(maps, config)
+        anomaly = anomaly_map(scan, masks, counterparts, config)
+        ordered = config.data.image_archive is None or config.data.image_archive.ordered
+        return anomaly if ordered else separate_slices(anomaly)
+
+    maps = [map_of(scan) for scan in tqdm(scans, desc="residuals", unit="scan")]
+    return residual_settings(maps, config, [map_of(scan) for scan in simulated_scans(networks, config)])
+
+
+def simulated_scans(networks: Networks, config: Config) -> Iterator[ScanFeatures]:
+    """Yield the healthy validation scans as other scanners might image them."""
+    subjects = load_split(config.data.splits).validation
+    draws = list(itertools.product(enumerate(subjects), range(config.detection.simulated_scanners)))
+    for (i, subject), k in tqdm(draws, desc="simulated scanners", unit="scan"):
+        rng = np.random.default_rng([config.seed, CONTRAST_STREAM, i, k])
+        change = partial(simulate_other_scanner, config=config, rng=rng)
+        yield extract_features(load_scan(config, subject), networks, config, change)
 
 
 def separate_slices(stack: FloatArray) -> FloatArray:
@@ -218,8 +252,17 @@ def separate_slices(stack: FloatArray) -> FloatArray:
     return separated
 
 
-def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
-    """Return the residual settings of the manifest, with thresholds from the anomaly maps of healthy scans."""
+def residual_settings(maps: list[FloatArray], config: Config, simulated: Sequence[FloatArray] = ()) -> Residual:
+    """Return the residual settings of the manifest, with thresholds from the anomaly maps of healthy scans.
+
+    Parameters
+    ----------
+    maps : list of (M, H, W) ndarray
+        Anomaly maps of the scans as they are.
+    config : Config
+    simulated : sequence of (M, H, W) ndarray
+        Anomaly maps of the scans on simulated scanners. If there are none, only `maps` determine the thresholds.
+    """
     d = config.detection
     settings = Residual(
         contrast_floor=d.contrast_floor,
@@ -232,7 +275,12 @@ def residual_settings(maps: list[FloatArray], config: Config) -> Residual:
         healthy_false_positive_ml=d.false_positive_ml,
         min_lesion_ml=d.min_lesion_ml,
     )
-    found = residual_threshold(maps, settings, d.false_positive_ml, config.preprocessing.voxel_ml)
+    voxel_ml = config.preprocessing.voxel_ml
+    found = residual_threshold(maps, settings, d.false_positive_ml, voxel_ml)
+    if simulated:
+        limit = d.simulated_false_positive_ml
+        found = max(found, residual_threshold(list(simulated), settings, limit, voxel_ml, SIMULATED_PERCENTILE))
+        settings = settings.model_copy(update={"simulated_false_positive_ml": limit})
     # Healthy scans without any residual do not determine a threshold.
     threshold = max(round_significant(found), d.min_threshold)
     thresholds = {"threshold": threshold, "extent_threshold": round_significant(d.extent_share * threshold)}

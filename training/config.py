@@ -221,6 +221,12 @@ class DetectionConfig(FrozenModel):
     median_pixels: int = Field(default=1, description="Side of the median filter over the anomaly map. 1 for none.")
     smoothing_mm: float = Field(description="Standard deviation of the Gaussian over the anomaly map. 0 for none.")
     false_positive_ml: float = Field(description="Median volume of findings allowed in healthy scans.")
+    simulated_scanners: int = Field(
+        default=0, description="Simulated scanners per healthy scan that the threshold of the anomaly map must suit."
+    )
+    simulated_false_positive_ml: float = Field(
+        default=0.0, description="Volume of findings allowed in nine of ten healthy scans on simulated scanners."
+    )
     extent_share: float = Field(description="A finding extends to voxels above this share of the threshold.")
     min_threshold: float = Field(description="Smallest allowed threshold of the anomaly map.")
     min_lesion_ml: float = Field(description="Volume of the smallest finding.")
@@ -238,6 +244,12 @@ class DetectionConfig(FrozenModel):
     ood_max_outlier_slice_fraction: float | None = Field(
         default=None, description="Share of slices whose score may be out of range. Null disables this check."
     )
+
+    @model_validator(mode="after")
+    def _check_simulated_scanners(self) -> Self:
+        if bool(self.simulated_scanners) != bool(self.simulated_false_positive_ml):
+            raise ValueError("set both simulated_scanners and simulated_false_positive_ml, or none of them")
+        return self
 
     @field_validator("method")
     @classmethod

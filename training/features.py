@@ -1,5 +1,6 @@
 """Latents, KL maps and anomaly maps of healthy scans, computed once for calibration and experiments."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,11 +87,24 @@ def load_exported_networks(config: Config) -> Networks:
     return Networks(encode, denoise, decode).in_batches(BATCH, lambda _: None)
 
 
-def extract_features(scan: HealthyScan, networks: Networks, config: Config) -> ScanFeatures:
-    """Preprocess and encode the usable slices of a scan and compute their KL map in every view, as `detect` does."""
+def extract_features(
+    scan: HealthyScan, networks: Networks, config: Config, change: Callable[[FloatArray], FloatArray] | None = None
+) -> ScanFeatures:
+    """Preprocess and encode the usable slices of a scan and compute their KL map in every view, as `detect` does.
+
+    Parameters
+    ----------
+    scan : HealthyScan
+    networks : Networks
+    config : Config
+    change : callable, optional
+        Changes the slices (M, H, W) after the preprocessing, for example to those of a simulated scanner.
+    """
     slices = to_slices(scan.volume, config.training_preprocessing)
     usable = scan.usable_slices(slices, config.training_preprocessing)
     x, foreground = slices.x[usable], slices.foreground[usable]
+    if change is not None:
+        x = change(x[:, 0])[:, None]
     d = config.detection
     sigma = latent_sigma(d.kl_smoothing_mm, config.preprocessing, config.downsampling)
     views = {}

@@ -7,7 +7,7 @@ from scipy import ndimage
 torch = pytest.importorskip("torch")
 
 from app.volume import FloatArray  # noqa: E402
-from training.augment import add_coarse_noise, augment, shift_tissues, simulate_scanner  # noqa: E402
+from training.augment import add_coarse_noise, augment, shift_tissues, simulate_contrast, simulate_scanner  # noqa: E402
 from training.config import ROOT, AugmentationConfig, CoarseNoiseConfig, Config, ScannerConfig  # noqa: E402
 
 pytestmark = pytest.mark.training
@@ -176,3 +176,38 @@ def test_other_scanners_keep_the_background_and_erode_some_masks() -> None:
     area = (changed > 0.05).sum(axis=(1, 2, 3)) / (x > 0).sum(axis=(1, 2, 3))
     assert np.mean(area < 1) == pytest.approx(0.5, abs=0.15)
     assert area.min() > 0.85
+
+
+def tissues() -> FloatArray:
+    """Return a stack (12, 96, 80) of discs with four tissue levels in quadrants."""
+    rows, columns = np.mgrid[-1:1:96j, -1:1:80j]
+    levels = np.where(rows < 0, np.where(columns < 0, 0.2, 0.4), np.where(columns < 0, 0.6, 0.75))
+    return np.repeat(np.where(discs(1)[0] > 0, levels, 0), 12, axis=0).astype(np.float32)
+
+
+def test_simulated_contrast_is_one_curve_for_the_whole_head() -> None:
+    config = Config.load(ROOT / "training" / "configs" / "t1.toml").augmentation
+    config = config.model_copy(update={"bias_field_sd": 0.0})
+    x = tissues()
+    heads = [simulate_contrast(x, config, np.random.default_rng(i)) for i in range(20)]
+    for y in heads:
+        assert y.dtype == np.float32
+        assert not y[x == 0].any(), "the background is unchanged"
+        levels = [np.unique(y[x == np.float32(value)]) for value in (0.2, 0.4, 0.6, 0.75)]
+        assert [len(level) for level in levels] == [1] * 4, "a tissue has one value in all slices"
+        assert all(np.diff(np.concatenate(levels)) > 0), "the order of the tissues is unchanged"
+        assert levels[-1][0] == pytest.approx(config.anchor, abs=1e-5)
+    ratios = [y[x == np.float32(0.4)][0] / y[x == np.float32(0.75)][0] for y in heads]
+    assert np.std(ratios) > 0.03, "heads differ in contrast"
+
+
+def test_simulated_bias_field_is_smooth_over_the_whole_head() -> None:
+    config = Config.load(ROOT / "training" / "configs" / "t1.toml").augmentation
+    config = config.model_copy(update={"max_log_gamma": 0.0, "tissue_shift_sd": 0.0, "bias_field_sd": 0.1})
+    x = np.full((12, 96, 80), 0.5, np.float32)
+    for seed in range(5):
+        field = np.log(simulate_contrast(x, config, np.random.default_rng(seed)) / x)
+        for axis in range(3):
+            third = np.diff(field, n=3, axis=axis)
+            assert np.abs(third).max() < 1e-4, "a polynomial of second order has no third difference"
+            assert np.abs(np.diff(field, axis=axis)).max() > 1e-3, "the field changes along each axis"

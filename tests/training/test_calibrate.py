@@ -28,6 +28,13 @@ def test_median_healthy_scan_has_no_more_than_the_allowed_volume() -> None:
     assert residual_threshold(maps, SETTINGS, 0.0, VOXEL_ML) == pytest.approx(0.6, abs=1e-4)
 
 
+def test_nine_of_ten_scans_have_no_more_than_the_allowed_volume() -> None:
+    # Eleven scans with one plateau each: the 90th percentile is the second highest one.
+    maps = [scan(0.1 * (i + 1)) for i in range(11)]
+    at = residual_threshold(maps, SETTINGS, 0.0, VOXEL_ML, percentile=90)
+    assert at == pytest.approx(1.0, abs=1e-4)
+
+
 def test_extent_threshold_keeps_its_ratio_to_the_threshold() -> None:
     ramp = np.array([[[0.1, 0.3, 0.6, 0.9]]], dtype=np.float32)
     # At 0.9 nothing is left. Just below it, the finding extends down to 0.45: two voxels.

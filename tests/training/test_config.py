@@ -185,7 +185,7 @@ def test_manifest_follows_from_the_configuration(config: Config, manifest: Manif
     assert (manifest.ood.min_solidity is not None) == d.ood_checks_solidity
     own = manifest.residual
     empty = [torch.zeros(3, *config.preprocessing.shape).numpy()]
-    settings = residual_settings(empty, config)
+    settings = residual_settings(empty, config, empty if d.simulated_scanners else ())
     assert settings.threshold == d.min_threshold
     assert settings.model_copy(update={"threshold": own.threshold, "extent_threshold": own.extent_threshold}) == own
 
