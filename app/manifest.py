@@ -192,6 +192,10 @@ class Residual(FrozenModel):
         return self
 
 
+# Checks that earlier manifests do not name.
+OPTIONAL_CHECKS = ("min_solidity", "min_white_matter_contrast")
+
+
 class OodCheck(FrozenModel):
     """Settings of the out-of-distribution check (`app.pipeline.scores`)."""
 
@@ -216,6 +220,12 @@ class OodCheck(FrozenModel):
         le=1,
         description="Smallest median over slices of the area of the foreground divided by that of its convex hull. "
         "null: not checked.",
+    )
+    min_white_matter_contrast: float | None = Field(
+        default=None,
+        ge=0,
+        description="Smallest intensity of white matter, divided by that of all tissue: above 1 only in T1. null: not "
+        "checked.",
     )
 
 
@@ -342,7 +352,8 @@ class Manifest(FrozenModel):
         exclude: dict[str, Any] = {"preprocessing": {} if self.preprocessing.intracranial else {"intracranial"}}
         exclude |= {"method": True} if self.method == DEFAULT_METHOD else {}
         exclude |= {} if self.named_only else {"named_only": True}
-        exclude |= {"ood": {"min_solidity"}} if self.ood.min_solidity is None else {}
+        unused = {name for name in OPTIONAL_CHECKS if getattr(self.ood, name) is None}
+        exclude |= {"ood": unused} if unused else {}
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

@@ -178,6 +178,11 @@ def _ood(config: Config, manifest: Manifest) -> str:
             f"{start} solidity of the outline | median over slices at least {manifest.ood.min_solidity} "
             f"| percentile {SOLIDITY_PERCENTILE:g} of healthy slices |"
         )
+    if manifest.ood.min_white_matter_contrast is not None:
+        lines.append(
+            f"{start} white matter, divided by all tissue | at least {manifest.ood.min_white_matter_contrast} "
+            "| halfway between 1 and the lower end of the prediction interval of healthy scans |"
+        )
     return "\n".join(lines)
 
 

@@ -14,7 +14,13 @@ from tqdm import tqdm
 from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
 from app.pipeline.diffusion import Networks, Schedule, encode_view
 from app.pipeline.findings import label_findings
-from app.pipeline.scores import latent_mask, median_kl_ranges, reconstruction_error, solidities
+from app.pipeline.scores import (
+    latent_mask,
+    median_kl_ranges,
+    reconstruction_error,
+    solidities,
+    white_matter_contrast,
+)
 from app.volume import BoolArray, FloatArray
 from training.augment import simulate_contrast, simulate_scanner
 from training.config import Config, parse_config
@@ -138,6 +144,7 @@ def calibrate_ood(scans: list[ScanFeatures], networks: Networks, config: Config)
         max_outlier_fraction=detection.ood_max_outlier_fraction,
         max_outlier_slice_fraction=detection.ood_max_outlier_slice_fraction,
         min_solidity=smallest_solidity(scans) if detection.ood_checks_solidity else None,
+        min_white_matter_contrast=smallest_contrast(scans, config) if detection.ood_checks_white_matter else None,
     )
 
 
@@ -147,15 +154,36 @@ def smallest_solidity(scans: list[ScanFeatures]) -> float:
     return round_significant(float(np.nanpercentile(found, SOLIDITY_PERCENTILE)))
 
 
+def smallest_contrast(scans: list[ScanFeatures], config: Config) -> float:
+    """Return the smallest accepted contrast of white matter: halfway between none (1) and the range of healthy scans.
+
+    The range is that of new healthy scans on new scanners, like those of the other scores. Half of the difference is
+    allowed, because T1 of some scanners has less contrast than any simulated scanner.
+    """
+    spacing, outside = config.preprocessing.spacing_mm, config.detection.ood_refused_share
+    found = [
+        [white_matter_contrast(x[:, 0], scan.foreground, spacing) for x in _on_simulated_scanners(scan, i, config)]
+        for i, scan in enumerate(scans)
+    ]
+    return round_significant((1 + prediction_interval(np.array(found), outside).low) / 2)
+
+
+def _on_simulated_scanners(scan: ScanFeatures, subject: int, config: Config) -> list[FloatArray]:
+    """Return the slices (M, 1, H, W) of one healthy scan, unchanged and on each simulated scanner."""
+    x, rng = scan.identity.encoded.x, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
+    count = config.detection.ood_simulated_scanners
+    return [x, *(simulate_scanner(x[:, 0], config.augmentation.scanner, rng)[:, None] for _ in range(count))]
+
+
 def _scanner_scores(
     scan: ScanFeatures, subject: int, networks: Networks, config: Config
 ) -> list[list[tuple[float, float]]]:
     """Return the scores of one healthy scan, unchanged and on each simulated scanner."""
-    original, rng = scan.identity.encoded, np.random.default_rng([config.seed, SCANNER_STREAM, subject])
-    encoded = [original]
-    for _ in range(config.detection.ood_simulated_scanners):
-        x = simulate_scanner(original.x[:, 0], config.augmentation.scanner, rng)[:, None]
-        encoded.append(encode_view(x, original.foreground, original.slice_indices, networks, original.diffusion))
+    original = scan.identity.encoded
+    encoded = [
+        encode_view(x, original.foreground, original.slice_indices, networks, original.diffusion)
+        for x in _on_simulated_scanners(scan, subject, config)
+    ]
     errors = [reconstruction_error(e, networks) for e in encoded]
     return [
         [*median_kl_ranges(e, config.detection.ood_timesteps), (r, r)] for e, r in zip(encoded, errors, strict=True)

@@ -241,6 +241,9 @@ class DetectionConfig(FrozenModel):
     ood_checks_solidity: bool = Field(
         default=False, description="Refuse a foreground with deep gaps in its outline, such as the fingers of a hand."
     )
+    ood_checks_white_matter: bool = Field(
+        default=False, description="Refuse a scan whose white matter is not brighter than other tissue, as it is in T1."
+    )
     ood_max_outlier_slice_fraction: float | None = Field(
         default=None, description="Share of slices whose score may be out of range. Null disables this check."
     )

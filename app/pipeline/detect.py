@@ -32,6 +32,7 @@ from app.pipeline.scores import (
     average_views,
     check_in_distribution,
     check_outline,
+    check_white_matter,
     compute_scan_scores,
     erode_foreground,
     latent_mask,
@@ -136,6 +137,7 @@ def detect(volume: Volume, networks: Networks, manifest: Manifest, seed: int | N
     x, foreground = slices.x[indices], slices.foreground[indices]
 
     check_outline(foreground, manifest.ood)
+    check_white_matter(x[:, 0], foreground, manifest.ood, manifest.preprocessing.spacing_mm)
 
     # 2. Encode the slices. The first view is the identity view ("Notation").
     identity = encode_view(x, foreground, indices, networks, diffusion)

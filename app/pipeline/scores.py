@@ -16,6 +16,7 @@ from scipy.spatial import ConvexHull
 from app.errors import OutOfDistribution
 from app.manifest import Manifest, OodCheck, Range, View
 from app.pipeline.diffusion import EncodedView, Networks, kl_map
+from app.pipeline.preprocess import fill_holes_by_slice
 from app.volume import BoolArray, FloatArray, IntArray
 
 T = TypeVar("T", bound=np.generic)
@@ -29,6 +30,13 @@ IN_PLANE[1] = True
 MIN_WEIGHT = 1e-6
 # Number of slices, spread over the scan, that are decoded and whose KL is computed at every noise level of the check.
 SAMPLED_SLICES = 8
+# Tissue of the white matter contrast: voxels at this depth in the foreground, brighter than this share of their median,
+# so that fluid does not count. The smoothest share of them is white matter, the largest region without edges.
+TISSUE_DEPTH_MM = 4.0
+FLUID_SHARE = 0.5
+SMOOTHEST_PERCENTILE = 5.0
+# Standard deviation of the Gaussian before the gradient, in pixels and slices.
+GRADIENT_SD = 0.7
 # Side of the window of the local contrast, in pixels: an edge and both of its sides.
 CONTRAST_WINDOW = 5
 
@@ -170,6 +178,34 @@ def _solidity(mask: BoolArray) -> float:
     return float(filled.sum() / ConvexHull(np.argwhere(corners)).volume)
 
 
+def white_matter_contrast(x: FloatArray, foreground: BoolArray, spacing_mm: tuple[float, float, float]) -> float:
+    """Return the median of the smoothest tissue, divided by the median of all tissue.
+
+    The smoothest tissue of a brain is white matter. In T1 it is brighter than the rest, in FLAIR and CT it is not, and
+    in T2 it is darker. The ratio stays above 1 at every contrast of T1.
+
+    Parameters
+    ----------
+    x : (M, H, W) ndarray in [0, 1]
+    foreground : (M, H, W) ndarray of bool
+    spacing_mm : tuple of float
+        Slice, row and column spacing.
+
+    Returns
+    -------
+    float
+        NaN if no tissue is deep enough.
+    """
+    deep = ndimage.distance_transform_edt(fill_holes_by_slice(foreground), spacing_mm) > TISSUE_DEPTH_MM
+    inside = deep & foreground
+    if not inside.any():
+        return float("nan")
+    tissue = inside & (x > FLUID_SHARE * np.median(x[inside]))
+    gradient = ndimage.gaussian_gradient_magnitude(x, GRADIENT_SD)
+    smooth = tissue & (gradient <= np.percentile(gradient[tissue], SMOOTHEST_PERCENTILE))
+    return float(np.median(x[smooth]) / np.median(x[tissue]))
+
+
 def sample_slices(count: int) -> IntArray:
     """Return the positions of `SAMPLED_SLICES` slices, spread over `count` slices."""
     return np.unique(np.linspace(0, count - 1, SAMPLED_SLICES).round().astype(np.int64))
@@ -272,6 +308,30 @@ def check_outline(foreground: BoolArray, settings: OodCheck) -> None:
             f"at least {settings.min_solidity:.0%} are accepted.",
             expected="the body part that the model card names.",
             advice="Send the whole series of the body part that the model card names.",
+        )
+
+
+def check_white_matter(
+    x: FloatArray, foreground: BoolArray, settings: OodCheck, spacing_mm: tuple[float, float, float]
+) -> None:
+    """Raise an error if white matter is not brighter than the other tissue, as it is in T1.
+
+    A scan without tissue that is deep enough is not checked. See `white_matter_contrast` for the parameters.
+
+    Raises
+    ------
+    OutOfDistribution
+        The contrast is below the smallest accepted one.
+    """
+    if settings.min_white_matter_contrast is None:
+        return
+    contrast = white_matter_contrast(x, foreground, spacing_mm)
+    if contrast < settings.min_white_matter_contrast:
+        raise OutOfDistribution(
+            f"The contrast of the tissues is not that of a T1-weighted scan. White matter has {contrast:.2f} times the "
+            f"intensity of all tissue, at least {settings.min_white_matter_contrast:.2f} times are accepted.",
+            expected="a T1-weighted scan: white matter is brighter than grey matter.",
+            advice="Send the T1-weighted series, or choose a model for the sequence of this scan.",
         )
 
 

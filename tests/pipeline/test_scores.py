@@ -15,6 +15,7 @@ from app.pipeline.scores import (
     SAMPLED_SLICES,
     augment,
     average_views,
+    check_white_matter,
     erode_foreground,
     invert_augmentation,
     latent_mask,
@@ -27,8 +28,9 @@ from app.pipeline.scores import (
     solidities,
     upsample,
     weight_residual,
+    white_matter_contrast,
 )
-from app.volume import FloatArray, Volume
+from app.volume import BoolArray, FloatArray, Volume
 from tests.support.bundle import with_part
 from tests.support.oracle import GaussianDenoiser
 from tests.support.phantom import with_lesion
@@ -98,6 +100,54 @@ def test_outline_with_deep_gaps_is_refused(networks: Networks, manifest: Manifes
     detect(missing, networks, strict)
     with pytest.raises(OutOfDistribution, match=r"fills \d\d% of its convex hull, at least 80% are accepted"):
         detect(scan(gaps), networks, strict)
+
+
+def brain_phantom(white: float, grey: float, fluid: float) -> tuple[FloatArray, BoolArray]:
+    """Return slices (20, 96, 80) of 2 mm: a ventricle, a core of white matter, and folds of grey matter around it."""
+    z, rows, columns = np.mgrid[-20:20:2, -96:96:2, -80:80:2]
+    radius = np.sqrt((rows / 1.2) ** 2 + columns**2 + z**2)
+    rng = np.random.default_rng(0)
+    folds = np.where(rng.random(radius.shape) < 0.8, grey, white)
+    x = np.where(radius < 36, white, folds) + rng.normal(0, 0.005, radius.shape)
+    x = np.where(radius < 15, fluid, x)
+    foreground = radius < 70
+    return np.where(foreground, x, 0).astype(np.float32), foreground
+
+
+def test_white_matter_contrast_is_above_one_only_in_t1() -> None:
+    spacing = (2.0, 2.0, 2.0)
+    t1 = white_matter_contrast(*brain_phantom(white=0.7, grey=0.5, fluid=0.15), spacing)
+    weak = white_matter_contrast(*brain_phantom(white=0.7, grey=0.62, fluid=0.3), spacing)
+    flair = white_matter_contrast(*brain_phantom(white=0.55, grey=0.62, fluid=0.1), spacing)
+    t2 = white_matter_contrast(*brain_phantom(white=0.4, grey=0.55, fluid=0.75), spacing)
+    assert t1 > weak > 1.04
+    assert flair < 1
+    assert t2 < 1
+
+
+def test_cavity_does_not_change_the_white_matter_contrast() -> None:
+    """A resection is filled with fluid: it is smooth, but it is not white matter."""
+    x, foreground = brain_phantom(white=0.7, grey=0.5, fluid=0.15)
+    whole = white_matter_contrast(x, foreground, (2.0, 2.0, 2.0))
+    x[4:16, 20:40, 30:60] = 0.15
+    assert white_matter_contrast(x, foreground, (2.0, 2.0, 2.0)) == pytest.approx(whole, abs=0.05)
+
+
+def test_thin_foreground_has_no_white_matter_contrast() -> None:
+    x = np.zeros((3, 20, 20), np.float32)
+    x[:, 9:11] = 0.5
+    assert np.isnan(white_matter_contrast(x, x > 0, (2.0, 2.0, 2.0)))
+
+
+def test_scan_without_bright_white_matter_is_refused(manifest: Manifest) -> None:
+    strict = with_part(manifest, "ood", min_white_matter_contrast=1.04).ood
+    spacing = (2.0, 2.0, 2.0)
+    check_white_matter(*brain_phantom(white=0.7, grey=0.5, fluid=0.15), strict, spacing)
+    flair = brain_phantom(white=0.55, grey=0.62, fluid=0.1)
+    with pytest.raises(OutOfDistribution, match=r"White matter has 0\.\d\d times") as caught:
+        check_white_matter(*flair, strict, spacing)
+    assert "T1-weighted series" in caught.value.advice
+    check_white_matter(*flair, manifest.ood, spacing)  # not set: not checked
 
 
 def test_solidity_is_that_of_plane_geometry() -> None:

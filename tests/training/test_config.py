@@ -183,6 +183,7 @@ def test_manifest_follows_from_the_configuration(config: Config, manifest: Manif
     assert manifest.ood.max_outlier_fraction == d.ood_max_outlier_fraction
     assert manifest.ood.max_outlier_slice_fraction == d.ood_max_outlier_slice_fraction
     assert (manifest.ood.min_solidity is not None) == d.ood_checks_solidity
+    assert (manifest.ood.min_white_matter_contrast is not None) == d.ood_checks_white_matter
     own = manifest.residual
     empty = [torch.zeros(3, *config.preprocessing.shape).numpy()]
     settings = residual_settings(empty, config, empty if d.simulated_scanners else ())

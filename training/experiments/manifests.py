@@ -34,6 +34,7 @@ def without_ood_check(manifest: Manifest) -> Manifest:
         max_outlier_fraction=1.0,
         max_outlier_slice_fraction=None,
         min_solidity=None,
+        min_white_matter_contrast=None,
     )
     return changed(manifest, ood=accepting)
 
