@@ -180,8 +180,8 @@ class Residual(FrozenModel):
     healthy_false_positive_ml: float = Field(description="Median volume of findings in healthy validation scans.")
     simulated_false_positive_ml: float | None = Field(
         default=None,
-        description="Largest volume of findings in nine of ten healthy validation scans on simulated scanners. "
-        "Null: no scanner was simulated.",
+        description="Median volume of findings in healthy validation scans on simulated scanners. Null: none was "
+        "simulated.",
     )
     min_lesion_ml: float = Field(description="Smallest finding.")
 

@@ -229,7 +229,7 @@ def _weighting(manifest: Manifest) -> str:
 def _simulated(manifest: Manifest) -> str:
     """Return the card's text on the volume of findings that the threshold allows on simulated scanners."""
     limit = manifest.residual.simulated_false_positive_ml
-    return "" if limit is None else f", and nine of ten on simulated scanners at most {limit:g} ml"
+    return "" if limit is None else f", and on simulated scanners at most {limit:g} ml"
 
 
 def _head_box(manifest: Manifest) -> str:

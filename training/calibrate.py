@@ -48,9 +48,6 @@ SOLIDITY_PERCENTILE = 2.0
 # out-of-distribution check, which keep the contrast, and those of the threshold of the anomaly map.
 SCANNER_STREAM = 6
 CONTRAST_STREAM = 9
-# Percentiles of the volume of findings in healthy scans that the threshold is calibrated for.
-MEDIAN = 50.0
-SIMULATED_PERCENTILE = 90.0
 # Range of the reconstruction error if latents are pixels: rounding only.
 NO_LOSS = Range(low=0.0, high=1e-3)
 # Halvings of a threshold's range: finer than the digits that are stored.
@@ -200,32 +197,29 @@ def simulate_other_scanner(x: FloatArray, config: Config, rng: np.random.Generat
 
 
 def residual_threshold(
-    maps: list[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float, percentile: float = MEDIAN
+    maps: Sequence[FloatArray], settings: Residual, false_positive_ml: float, voxel_ml: float
 ) -> float:
-    """Return the lowest threshold at which healthy scans have no more than the allowed volume of findings.
+    """Return the lowest threshold at which the median healthy scan has no more than the allowed volume of findings.
 
     Parameters
     ----------
-    maps : list of (M, H, W) ndarray
+    maps : sequence of (M, H, W) ndarray
         Anomaly maps of healthy scans. NaN outside the valid mask.
     settings : Residual
         Smallest finding, and the ratio of the extent threshold to the threshold.
     false_positive_ml : float
-        Limit of a percentile of the volumes, one volume for each scan.
     voxel_ml : float
-    percentile : float
     """
     extent_share = settings.extent_threshold / settings.threshold
 
-    def found_ml(threshold: float) -> float:
+    def median_ml(threshold: float) -> float:
         trial = settings.model_copy(update={"threshold": threshold, "extent_threshold": extent_share * threshold})
-        volumes = [(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]
-        return float(np.percentile(volumes, percentile))
+        return float(np.median([(label_findings(m, trial, voxel_ml)[0] > 0).sum() * voxel_ml for m in maps]))
 
     low, high = 0.0, float(np.nanmax(np.concatenate([m.ravel() for m in maps])))
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if found_ml(middle) > false_positive_ml else (low, middle)
+        low, high = (middle, high) if median_ml(middle) > false_positive_ml else (low, middle)
     return high
 
 
@@ -307,7 +301,7 @@ def residual_settings(maps: list[FloatArray], config: Config, simulated: Sequenc
     found = residual_threshold(maps, settings, d.false_positive_ml, voxel_ml)
     if simulated:
         limit = d.simulated_false_positive_ml
-        found = max(found, residual_threshold(list(simulated), settings, limit, voxel_ml, SIMULATED_PERCENTILE))
+        found = max(found, residual_threshold(simulated, settings, limit, voxel_ml))
         settings = settings.model_copy(update={"simulated_false_positive_ml": limit})
     # Healthy scans without any residual do not determine a threshold.
     threshold = max(round_significant(found), d.min_threshold)

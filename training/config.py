@@ -225,7 +225,7 @@ class DetectionConfig(FrozenModel):
         default=0, description="Simulated scanners per healthy scan that the threshold of the anomaly map must suit."
     )
     simulated_false_positive_ml: float = Field(
-        default=0.0, description="Volume of findings allowed in nine of ten healthy scans on simulated scanners."
+        default=0.0, description="Median volume of findings allowed in healthy scans on simulated scanners."
     )
     extent_share: float = Field(description="A finding extends to voxels above this share of the threshold.")
     min_threshold: float = Field(description="Smallest allowed threshold of the anomaly map.")

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from tests.support.bundle import tiny_manifest
-from training.calibrate import prediction_interval, residual_threshold, separate_slices
+from training.calibrate import prediction_interval, residual_settings, residual_threshold, separate_slices
+from training.config import ROOT, Config
 
 VOXEL_ML = 0.1
 SETTINGS = tiny_manifest().residual.model_copy(update={"threshold": 1.0, "extent_threshold": 0.5, "min_lesion_ml": 0.2})
@@ -26,13 +27,6 @@ def test_median_healthy_scan_has_no_more_than_the_allowed_volume() -> None:
     at = residual_threshold(maps, SETTINGS, 0.4, VOXEL_ML)
     assert at == pytest.approx(0.5, abs=1e-4)
     assert residual_threshold(maps, SETTINGS, 0.0, VOXEL_ML) == pytest.approx(0.6, abs=1e-4)
-
-
-def test_nine_of_ten_scans_have_no_more_than_the_allowed_volume() -> None:
-    # Eleven scans with one plateau each: the 90th percentile is the second highest one.
-    maps = [scan(0.1 * (i + 1)) for i in range(11)]
-    at = residual_threshold(maps, SETTINGS, 0.0, VOXEL_ML, percentile=90)
-    assert at == pytest.approx(1.0, abs=1e-4)
 
 
 def test_extent_threshold_keeps_its_ratio_to_the_threshold() -> None:
@@ -67,3 +61,18 @@ def test_separated_slices_have_nan_between_them() -> None:
     assert separated.shape == (5, 2, 2)
     np.testing.assert_array_equal(separated[::2], stack)
     assert np.isnan(separated[1::2]).all()
+
+
+def test_simulated_scanners_raise_the_threshold() -> None:
+    config = Config.load(ROOT / "training" / "configs" / "t1.toml")
+    quiet, noisy = np.zeros((1, 9, 9), np.float32), np.zeros((1, 9, 9), np.float32)
+    noisy[0, 2:7, 2:7] = 0.3
+    limits = {"simulated_false_positive_ml": 0.1, "min_threshold": 0.1}
+    config = config.model_copy(update={"detection": config.detection.model_copy(update=limits)})
+    alone = residual_settings([quiet], config)
+    assert (alone.threshold, alone.simulated_false_positive_ml) == (0.1, None)
+    raised = residual_settings([quiet], config, [quiet, noisy, noisy])
+    assert raised.threshold == pytest.approx(0.3, abs=1e-4)
+    assert raised.extent_threshold == pytest.approx(config.detection.extent_share * raised.threshold, rel=1e-4)
+    assert raised.simulated_false_positive_ml == 0.1
+    assert residual_settings([quiet], config, [quiet, quiet, noisy]).threshold == 0.1, "the median scan decides"

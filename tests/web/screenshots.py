@@ -43,7 +43,7 @@ def main() -> None:
             page.set_viewport_size({"width": 860, "height": 1200})
             _save(page, "print")
             page.set_viewport_size({"width": SIZE[0], "height": SIZE[1]})
-            page.goto(f"{url}/models#t1-1.8.0")
+            page.goto(f"{url}/models#t1-1.9.0")
             page.locator("#card h2").wait_for()
             _save(page, "models")
 
@@ -59,8 +59,8 @@ def _take_worklist(page: Page, url: str) -> str:
     scan = page.request.get(f"{url}/v1/scans/{job}/image.nii.gz").body()
     for name, model in (
         ("head.nii.gz", "headct-1.3.1"),
-        ("follow-up.nii.gz", "t1-1.8.0"),
-        ("second.nii.gz", "t1-1.8.0"),
+        ("follow-up.nii.gz", "t1-1.9.0"),
+        ("second.nii.gz", "t1-1.9.0"),
     ):
         page.locator("#send-model").select_option(model)
         page.set_input_files("#files", {"name": name, "mimeType": "application/gzip", "buffer": scan})
