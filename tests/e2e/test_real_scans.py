@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import nibabel as nib
@@ -42,14 +43,14 @@ def _scan_path(real_scans: Path, subject: str) -> Path:
     return real_scans / "t1_ds002748" / f"{subject}_T1w.nii.gz"
 
 
-def _detect(scan: Path, out: Path) -> dict[str, object]:
+def _detect(scan: Path, out: Path) -> dict[str, Any]:
     done = subprocess.run(
         [*COUNTERPART, "detect", str(scan), "-o", str(out), "--json"],
         check=True,
         capture_output=True,
         text=True,
     )
-    report: dict[str, object] = json.loads(done.stdout)
+    report: dict[str, Any] = json.loads(done.stdout)
     return report
 
 
@@ -68,7 +69,7 @@ def test_command_line_and_http_give_the_same_mask(
     job = wait_for_state(service, service.post(URL, content=scan.read_bytes()).json()["id"], "succeeded")
     mask = service.get(f"{URL}/{job['id']}/mask.nii.gz").content
     assert mask == (tmp_path / "mask.nii.gz").read_bytes()
-    assert [f["centroid_mm"] for f in job["findings"]] == [f["centroid_mm"] for f in report["findings"]]  # type: ignore[attr-defined]
+    assert [f["centroid_mm"] for f in job["findings"]] == [f["centroid_mm"] for f in report["findings"]]
 
     mask_image, scan_image = _load(tmp_path / "mask.nii.gz"), _load(scan)
     assert mask_image.shape == scan_image.shape
@@ -90,7 +91,7 @@ def test_nifti_and_dicom_give_the_same_finding(real_scans: Path, tmp_path: Path)
     archive = zip_files(tmp_path / "series.zip", files)
     for scan, name in ((tmp_path / "scan.nii", "nifti"), (archive, "dicom")):
         report = _detect(scan, tmp_path / name)
-        threshold, peaks = report["threshold"], [f["peak_score"] for f in report["findings"]]  # type: ignore[attr-defined]
+        threshold, peaks = report["threshold"], [f["peak_score"] for f in report["findings"]]
         assert all(peak < CLOSE * threshold for peak in peaks[1:])
     from_nifti, from_dicom = (_load(tmp_path / name / "labels.nii.gz") for name in ("nifti", "dicom"))
 
