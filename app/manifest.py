@@ -354,6 +354,9 @@ class Manifest(FrozenModel):
         exclude |= {} if self.named_only else {"named_only": True}
         unused = {name for name in OPTIONAL_CHECKS if getattr(self.ood, name) is None}
         exclude |= {"ood": unused} if unused else {}
+        exclude |= (
+            {"residual": {"simulated_false_positive_ml"}} if self.residual.simulated_false_positive_ml is None else {}
+        )
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property
