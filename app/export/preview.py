@@ -28,7 +28,7 @@ ROWS = 5
 PANEL_WIDTH = 330
 MARGIN, GAP, LINE = 30, 8, 19
 LIST_WIDTH = 178
-BAR_WIDTH, BAR_SPACE = 14, 74
+BAR_WIDTH, BAR_SPACE = 14, 98
 COLUMNS = ("scan", "healthy counterpart", "anomaly map", "findings")
 # Around the analysed region.
 BORDER_MM = 12.0
@@ -287,7 +287,7 @@ def _draw_colour_bar(canvas: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[i
         y = top + round((1 - value / largest) * (height - 1))
         draw.line([(left + BAR_WIDTH, y), (left + BAR_WIDTH + 3, y)], GREY)
         edge = "t" if y == top else "b" if value == 0 else "m"
-        _write(draw, (left + BAR_WIDTH + 5, y), f"{value:.2g} {name}"[:11], GREY, 11, f"l{edge}")
+        _write(draw, (left + BAR_WIDTH + 5, y), f"{value:.2g} {name}"[:12], GREY, 11, f"l{edge}")
 
 
 def _write(
