@@ -197,7 +197,7 @@ OPTIONAL_CHECKS = ("min_solidity", "min_white_matter_contrast")
 
 
 class OodCheck(FrozenModel):
-    """Settings of the out-of-distribution check (`app.pipeline.scores`)."""
+    """Settings of the out-of-distribution check (`app.pipeline.out_of_distribution`)."""
 
     timesteps: tuple[int, ...] = Field(description="Noise levels at which the median KL of slices is checked.")
     median_kl_range: tuple[Range, ...] = Field(

@@ -56,7 +56,8 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
     moved = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
     gain = torch.from_numpy(1 + rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_gain).float()
     gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_log_gamma)).float()
-    contrast = shift_tissues(moved.clamp(0, 1), config, rng) * _bias_field(n, (height, width), config, rng)
+    shifted = shift_tissues(moved.clamp(0, 1), config, rng)
+    contrast = shifted * torch.from_numpy(_bias_field(n, (height, width), config, rng))[:, None]
     augmented = ((contrast / config.anchor).clamp(min=0) ** gamma * config.anchor * gain).clamp(0, 1).numpy()
     _remove_fluid_rim(augmented, config, rng)
     _erode_some(augmented, config.erosion_probability, rng)
@@ -116,26 +117,21 @@ def simulate_contrast(x: FloatArray, config: AugmentationConfig, rng: np.random.
     # One row of pixels, so that a single curve maps all slices.
     row = torch.from_numpy(np.ascontiguousarray(x).reshape(1, 1, 1, -1))
     shifted = shift_tissues(row, config, rng).numpy().reshape(x.shape)
-    axes = [np.linspace(-1, 1, n).reshape([-1 if i == k else 1 for i in range(3)]) for k, n in enumerate(x.shape)]
-    products = [a * b for a, b in itertools.combinations(axes, 2)]
-    terms = [*axes, *products, *(a**2 - 1 / 3 for a in axes)]
-    logarithm = sum(rng.normal(0, config.bias_field_sd) * term for term in terms)
+    (field,) = _bias_field(1, x.shape, config, rng)
     gamma = np.exp(rng.uniform(-1, 1) * config.max_log_gamma)
-    changed = (shifted * np.exp(logarithm) / config.anchor) ** gamma * config.anchor
+    changed = (shifted * field / config.anchor) ** gamma * config.anchor
     return np.where(x > 0, changed, 0).astype(np.float32)
 
 
-def _bias_field(
-    count: int, shape: tuple[int, int], config: AugmentationConfig, rng: np.random.Generator
-) -> torch.Tensor:
-    """Draw a smooth multiplicative field of second order for each slice, (B, 1, H, W)."""
+def _bias_field(count: int, shape: tuple[int, ...], config: AugmentationConfig, rng: np.random.Generator) -> FloatArray:
+    """Draw smooth multiplicative fields of second order, (count, *shape), for slices or for whole heads."""
     if not config.bias_field_sd:
-        return torch.ones(1)
-    rows, columns = np.linspace(-1, 1, shape[0])[:, None], np.linspace(-1, 1, shape[1])[None]
-    terms = np.stack(np.broadcast_arrays(rows, columns, rows * columns, rows**2 - 1 / 3, columns**2 - 1 / 3))
+        return np.ones((count, *(1 for _ in shape)), np.float32)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij", sparse=True)
+    products = [a * b for a, b in itertools.combinations(axes, 2)]
+    terms = np.stack(np.broadcast_arrays(*axes, *products, *(a**2 - 1 / 3 for a in axes)))
     coefficients = rng.normal(0, config.bias_field_sd, (count, len(terms)))
-    field = np.exp(np.einsum("nk,khw->nhw", coefficients, terms))
-    return torch.from_numpy(field.astype(np.float32))[:, None]
+    return np.exp(np.tensordot(coefficients, terms, 1)).astype(np.float32)
 
 
 def _remove_fluid_rim(x: FloatArray, config: AugmentationConfig, rng: np.random.Generator) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app import __version__
 from app.manifest import File, Files, Latent, Licence, Manifest, Provenance, View
-from app.pipeline.scores import SAMPLED_SLICES
+from app.pipeline.out_of_distribution import SAMPLED_SLICES
 from app.runtime.bundle import CARD, MANIFEST, load_bundle
 from training import export
 from training.calibrate import SOLIDITY_PERCENTILE, calibration_path

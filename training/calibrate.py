@@ -14,13 +14,8 @@ from tqdm import tqdm
 from app.manifest import Calibration, KlMap, OodCheck, Range, Residual, Reverse
 from app.pipeline.diffusion import Networks, Schedule, encode_view
 from app.pipeline.findings import label_findings
-from app.pipeline.scores import (
-    latent_mask,
-    median_kl_ranges,
-    reconstruction_error,
-    solidities,
-    white_matter_contrast,
-)
+from app.pipeline.out_of_distribution import median_kl_ranges, reconstruction_error, solidities, white_matter_contrast
+from app.pipeline.scores import latent_mask
 from app.volume import BoolArray, FloatArray
 from training.augment import simulate_contrast, simulate_scanner
 from training.config import Config, parse_config

@@ -21,8 +21,8 @@ from app.inference_result import ExtractedBrain, InferenceResult
 from app.manifest import FrozenModel, Manifest
 from app.pipeline.detect import Detection
 from app.pipeline.grid import SliceGrid
+from app.pipeline.out_of_distribution import ScanScores
 from app.pipeline.preprocess import Slices
-from app.pipeline.scores import ScanScores
 from app.runtime.bundle import CARD, GPU_BATCH, Bundle, find_bundles, load_bundle, read_manifest, shipped_models
 from app.runtime.selection import check_licence
 from app.runtime.session import Provider, check_provider

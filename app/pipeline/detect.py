@@ -25,20 +25,22 @@ from app.pipeline.diffusion import (
     encode_view,
 )
 from app.pipeline.findings import LabelArray, label_findings
-from app.pipeline.preprocess import Slices, analysed_slices, to_slices
-from app.pipeline.scores import (
+from app.pipeline.out_of_distribution import (
     ScanScores,
-    augment,
-    average_views,
     check_in_distribution,
     check_outline,
     check_white_matter,
     compute_scan_scores,
+    sample_slices,
+)
+from app.pipeline.preprocess import Slices, analysed_slices, to_slices
+from app.pipeline.scores import (
+    augment,
+    average_views,
     erode_foreground,
     latent_mask,
     masked_residual,
     postprocess_residual,
-    sample_slices,
     smoothed_kl_map,
     upsample,
     weight_residual,

@@ -11,7 +11,8 @@ from app.errors import Cancelled, WrongFieldOfView
 from app.manifest import Manifest, Range, View
 from app.pipeline.detect import Detection, detect, network_evaluations
 from app.pipeline.diffusion import Diffusion, KeyedNoise, Networks, Schedule, inpaint, kl_map
-from app.pipeline.scores import SAMPLED_SLICES, masked_residual
+from app.pipeline.out_of_distribution import SAMPLED_SLICES
+from app.pipeline.scores import masked_residual
 from app.volume import Volume
 from tests.support.bundle import with_part
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, grid, with_lesion

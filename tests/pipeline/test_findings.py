@@ -12,8 +12,8 @@ from app.manifest import Manifest
 from app.pipeline.detect import Detection, detect, to_scan_result
 from app.pipeline.diffusion import Networks
 from app.pipeline.findings import dice, label_findings
+from app.pipeline.out_of_distribution import ScanScores
 from app.pipeline.preprocess import to_slices
-from app.pipeline.scores import ScanScores
 from app.volume import Volume
 from tests.support.bundle import tiny_manifest, with_part
 from tests.support.phantom import LESION_MM, ball, brain, grid, with_lesion

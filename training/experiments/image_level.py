@@ -15,16 +15,9 @@ from app.manifest import Manifest
 from app.pipeline import diffusion
 from app.pipeline.detect import compare_view
 from app.pipeline.diffusion import KeyedNoise, Networks, Schedule, encode_view
+from app.pipeline.out_of_distribution import slice_scores
 from app.pipeline.preprocess import analysed_slices, to_slices
-from app.pipeline.scores import (
-    augment,
-    average_views,
-    erode_foreground,
-    median_filter,
-    slice_scores,
-    smooth_kl,
-    upsample,
-)
+from app.pipeline.scores import augment, average_views, erode_foreground, median_filter, smooth_kl, upsample
 from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import load_scan, load_split
