@@ -192,10 +192,6 @@ class Residual(FrozenModel):
         return self
 
 
-# Checks that earlier manifests do not name.
-OPTIONAL_CHECKS = ("min_solidity", "min_white_matter_contrast")
-
-
 class OodCheck(FrozenModel):
     """Settings of the out-of-distribution check (`app.pipeline.out_of_distribution`)."""
 
@@ -304,6 +300,18 @@ class ExtractorManifest(FrozenModel):
     files: ExtractorFiles
 
 
+# Fields that were added after the first bundles, with the part that contains them. Their default value is not written,
+# so that earlier bundles keep their bytes.
+LATER_FIELDS = (
+    ("", "method"),
+    ("", "named_only"),
+    ("preprocessing", "intracranial"),
+    ("residual", "simulated_false_positive_ml"),
+    ("ood", "min_solidity"),
+    ("ood", "min_white_matter_contrast"),
+)
+
+
 class Manifest(FrozenModel):
     """Manifest of a bundle.
 
@@ -349,14 +357,11 @@ class Manifest(FrozenModel):
 
     def to_json(self) -> str:
         """Return the text of manifest.json. Default values that earlier bundles lack are not written."""
-        exclude: dict[str, Any] = {"preprocessing": {} if self.preprocessing.intracranial else {"intracranial"}}
-        exclude |= {"method": True} if self.method == DEFAULT_METHOD else {}
-        exclude |= {} if self.named_only else {"named_only": True}
-        unused = {name for name in OPTIONAL_CHECKS if getattr(self.ood, name) is None}
-        exclude |= {"ood": unused} if unused else {}
-        exclude |= (
-            {"residual": {"simulated_false_positive_ml"}} if self.residual.simulated_false_positive_ml is None else {}
-        )
+        exclude: dict[str, Any] = {}
+        for part_name, name in LATER_FIELDS:
+            part = getattr(self, part_name) if part_name else self
+            if getattr(part, name) == type(part).model_fields[name].default:
+                (exclude.setdefault(part_name, {}) if part_name else exclude)[name] = True
         return self.model_dump_json(indent=1, exclude=exclude) + "\n"
 
     @property

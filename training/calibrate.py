@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from training.features import (
     anomaly_map,
     decode_view,
     extract_features,
+    features_of_slices,
     load_exported_networks,
 )
 
@@ -245,17 +245,16 @@ def calibrate_residual(
         return anomaly if ordered else separate_slices(anomaly)
 
     maps = [map_of(scan) for scan in tqdm(scans, desc="residuals", unit="scan")]
-    return residual_settings(maps, config, [map_of(scan) for scan in simulated_scans(networks, config)])
+    return residual_settings(maps, config, [map_of(scan) for scan in simulated_scans(scans, networks, config)])
 
 
-def simulated_scans(networks: Networks, config: Config) -> Iterator[ScanFeatures]:
-    """Yield the healthy validation scans as other scanners might image them."""
-    subjects = load_split(config.data.splits).validation
-    draws = list(itertools.product(enumerate(subjects), range(config.detection.simulated_scanners)))
-    for (i, subject), k in tqdm(draws, desc="simulated scanners", unit="scan"):
-        rng = np.random.default_rng([config.seed, CONTRAST_STREAM, i, k])
-        change = partial(simulate_other_scanner, config=config, rng=rng)
-        yield extract_features(load_scan(config, subject), networks, config, change)
+def simulated_scans(scans: list[ScanFeatures], networks: Networks, config: Config) -> Iterator[ScanFeatures]:
+    """Yield the healthy scans as other scanners might image them."""
+    draws = list(itertools.product(enumerate(scans), range(config.detection.simulated_scanners)))
+    for (i, scan), k in tqdm(draws, desc="simulated scanners", unit="scan"):
+        original, rng = scan.identity.encoded, np.random.default_rng([config.seed, CONTRAST_STREAM, i, k])
+        x = simulate_other_scanner(original.x[:, 0], config, rng)[:, None]
+        yield features_of_slices(x, original.foreground, original.slice_indices, networks, config)
 
 
 def separate_slices(stack: FloatArray) -> FloatArray:

@@ -1,6 +1,5 @@
 """Latents, KL maps and anomaly maps of healthy scans, computed once for calibration and experiments."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +26,7 @@ from app.pipeline.scores import (
     weight_residual,
 )
 from app.runtime.session import as_callable, open_session
-from app.volume import BoolArray, FloatArray
+from app.volume import BoolArray, FloatArray, IntArray
 from training.config import Config
 from training.data import HealthyScan
 from training.export import denoiser_graph, graphs_folder
@@ -87,32 +86,35 @@ def load_exported_networks(config: Config) -> Networks:
     return Networks(encode, denoise, decode).in_batches(BATCH, lambda _: None)
 
 
-def extract_features(
-    scan: HealthyScan, networks: Networks, config: Config, change: Callable[[FloatArray], FloatArray] | None = None
+def extract_features(scan: HealthyScan, networks: Networks, config: Config) -> ScanFeatures:
+    """Preprocess and encode the usable slices of a scan and compute their KL map in every view, as `detect` does."""
+    slices = to_slices(scan.volume, config.training_preprocessing)
+    usable = scan.usable_slices(slices, config.training_preprocessing)
+    return features_of_slices(slices.x[usable], slices.foreground[usable], usable, networks, config)
+
+
+def features_of_slices(
+    x: FloatArray, foreground: BoolArray, slice_indices: IntArray, networks: Networks, config: Config
 ) -> ScanFeatures:
-    """Preprocess and encode the usable slices of a scan and compute their KL map in every view, as `detect` does.
+    """Encode slices and compute their KL map in every view.
 
     Parameters
     ----------
-    scan : HealthyScan
+    x : (M, 1, H, W) ndarray
+    foreground : (M, H, W) ndarray of bool
+    slice_indices : (M,) ndarray of int
+        Indices in the stack of the scan: keys of the noise.
     networks : Networks
     config : Config
-    change : callable, optional
-        Changes the slices (M, H, W) after the preprocessing, for example to those of a simulated scanner.
     """
-    slices = to_slices(scan.volume, config.training_preprocessing)
-    usable = scan.usable_slices(slices, config.training_preprocessing)
-    x, foreground = slices.x[usable], slices.foreground[usable]
-    if change is not None:
-        x = change(x[:, 0])[:, None]
     d = config.detection
     sigma = latent_sigma(d.kl_smoothing_mm, config.preprocessing, config.downsampling)
     views = {}
     for index, view in enumerate(d.views):
         noise = KeyedNoise(config.seed, config.latent_shape, index)
         diffusion = Diffusion(Schedule.from_settings(config.schedule), networks.denoise, noise)
-        encoded = encode_view(augment(x, view), augment(foreground, view), usable, networks, diffusion)
-        kl = kl_map(encoded.z0, usable, diffusion, d.kl_timesteps, d.kl_mean)
+        encoded = encode_view(augment(x, view), augment(foreground, view), slice_indices, networks, diffusion)
+        kl = kl_map(encoded.z0, slice_indices, diffusion, d.kl_timesteps, d.kl_mean)
         smoothed = smooth_kl(kl, encoded.foreground_latents, sigma)
         views[view] = ViewFeatures(encoded, smoothed, networks.decode(encoded.z0)[:, 0])
     return ScanFeatures(foreground, views)

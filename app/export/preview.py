@@ -287,7 +287,7 @@ def _draw_colour_bar(canvas: Image.Image, draw: ImageDraw.ImageDraw, at: tuple[i
         y = top + round((1 - value / largest) * (height - 1))
         draw.line([(left + BAR_WIDTH, y), (left + BAR_WIDTH + 3, y)], GREY)
         edge = "t" if y == top else "b" if value == 0 else "m"
-        _write(draw, (left + BAR_WIDTH + 5, y), f"{value:.2g} {name}"[:12], GREY, 11, f"l{edge}")
+        _write(draw, (left + BAR_WIDTH + 5, y), f"{value:.2g} {name}", GREY, 11, f"l{edge}")
 
 
 def _write(
