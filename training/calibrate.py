@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from decimal import ROUND_CEILING, Context
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,11 @@ def mask_latents(view: ViewFeatures, threshold: float, min_component: int, grow:
 def round_significant(value: float) -> float:
     """Round to six significant digits. More would suggest a precision that a calibration does not have."""
     return float(f"{value:.6g}")
+
+
+def round_up_significant(value: float) -> float:
+    """Round up to six significant digits, so that no more is found above the threshold than before the rounding."""
+    return float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(repr(value)))
 
 
 def make_range(low: float, high: float) -> Range:
@@ -298,7 +304,7 @@ def residual_settings(maps: list[FloatArray], config: Config, simulated: Sequenc
         found = max(found, residual_threshold(simulated, settings, limit, voxel_ml))
         settings = settings.model_copy(update={"simulated_false_positive_ml": limit})
     # Healthy scans without any residual do not determine a threshold.
-    threshold = max(round_significant(found), d.min_threshold)
+    threshold = max(round_up_significant(found), d.min_threshold)
     thresholds = {"threshold": threshold, "extent_threshold": round_significant(d.extent_share * threshold)}
     return settings.model_copy(update=thresholds)
 

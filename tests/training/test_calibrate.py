@@ -5,7 +5,13 @@ import pytest
 from scipy import stats
 
 from tests.support.bundle import tiny_manifest
-from training.calibrate import prediction_interval, residual_settings, residual_threshold, separate_slices
+from training.calibrate import (
+    prediction_interval,
+    residual_settings,
+    residual_threshold,
+    round_up_significant,
+    separate_slices,
+)
 from training.config import ROOT, Config
 
 VOXEL_ML = 0.1
@@ -76,3 +82,11 @@ def test_simulated_scanners_raise_the_threshold() -> None:
     assert raised.extent_threshold == pytest.approx(config.detection.extent_share * raised.threshold, rel=1e-4)
     assert raised.simulated_false_positive_ml == 0.1
     assert residual_settings([quiet], config, [quiet, quiet, noisy]).threshold == 0.1, "the median scan decides"
+
+
+@pytest.mark.parametrize(
+    ("value", "rounded"), [(0.1329154, 0.132916), (0.132916, 0.132916), (0.9300000071, 0.930001), (12.0, 12.0)]
+)
+def test_threshold_is_rounded_up(value: float, rounded: float) -> None:
+    """Rounded down, the threshold would let through the values that it was raised to exclude."""
+    assert round_up_significant(value) == rounded
