@@ -135,7 +135,8 @@ class VqvaeConfig(FrozenModel):
     """Architecture and training of the VQ-VAE."""
 
     warm_start: str = Field(
-        description="Version of this bundle whose VQ-VAE the training starts from. Empty: random weights."
+        description="Version of this bundle whose VQ-VAE the training starts from, or NAME-VERSION of another bundle. "
+        "Empty: random weights."
     )
     channels: tuple[int, ...] = Field(description="Channels of each level. Each level halves rows and columns.")
     residual_layers: int = Field(description="Residual layers of each level.")
@@ -166,7 +167,7 @@ class DenoiserConfig(FrozenModel):
 
     warm_start: str = Field(
         description="Version of this bundle whose denoiser the training starts from, or NAME-VERSION of another "
-        "bundle, whose first and last layer are not used. Empty: random weights."
+        "bundle, whose layers of another shape are not used. Empty: random weights."
     )
     channels: tuple[int, ...] = Field(description="Channels of each level of the U-Net.")
     residual_blocks: int = Field(description="Residual blocks of each level.")

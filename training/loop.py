@@ -290,8 +290,10 @@ def load_start_weights(config: Config, version: str, name: str, module: nn.Modul
     if not version:
         return
     other = config.bundle_folder.with_name(version)
-    if name == "denoiser" and other.is_dir():
-        module.load_state_dict(matching_denoiser_weights(other, module))
+    if other.is_dir():
+        is_denoiser = name == "denoiser"
+        weights = matching_denoiser_weights(other, module) if is_denoiser else stage_weights(other, config, name)
+        module.load_state_dict(weights)
         return
     earlier = config.model_copy(update={"version": version})
     path = earlier.run_folder / f"{name}.pt"

@@ -63,6 +63,9 @@ def encode_pair(
     encoder: Encoder, x: torch.Tensor, config: Config, rng: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode healthy slices (B, 1, H, W), and the same slices with coarse noise, both (B, C, h, w)."""
+    if not config.coarse_noise.probability:
+        clean: torch.Tensor = encoder(x.to(memory_format=torch.channels_last))
+        return clean, clean
     both = torch.cat([x, add_coarse_noise(x, config.coarse_noise, rng)]).to(memory_format=torch.channels_last)
     z0: torch.Tensor = encoder(both)
     return z0[: len(x)], z0[len(x) :]

@@ -86,6 +86,14 @@ def test_vqvae_starts_from_the_codes_of_a_bundle_and_keeps_unused_ones() -> None
     assert float(moved.median()) < 0.05 * float(before.norm(dim=1).median())
 
 
+def test_vqvae_starts_from_the_codes_of_another_bundle() -> None:
+    other = CONFIG.model_copy(update={"name": "another"})
+    vqvae, own = build_vqvae(CONFIG), build_vqvae(CONFIG)
+    load_start_weights(other, f"{CONFIG.name}-{CONFIG.version}", "vqvae", vqvae, steps=0)
+    load_start_weights(CONFIG, CONFIG.version, "vqvae", own, steps=0)
+    torch.testing.assert_close(vqvae.state_dict(), own.state_dict())
+
+
 @pytest.mark.usefixtures("elsewhere")
 def test_missing_version_is_refused() -> None:
     with pytest.raises(SystemExit, match=r"0\.0\.1"):

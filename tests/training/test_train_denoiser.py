@@ -1,6 +1,7 @@
 """Tests of the training targets of the denoiser, its loss weights and its averaged weights."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -8,7 +9,15 @@ torch = pytest.importorskip("torch")
 from torch import Generator  # noqa: E402
 
 from training.config import ROOT, Config  # noqa: E402
-from training.train_denoiser import alpha_bars, diffuse_pair, draw_times, loss_weight, warmup_average  # noqa: E402
+from training.networks import Encoder  # noqa: E402
+from training.train_denoiser import (  # noqa: E402
+    alpha_bars,
+    diffuse_pair,
+    draw_times,
+    encode_pair,
+    loss_weight,
+    warmup_average,
+)
 
 pytestmark = pytest.mark.training
 
@@ -58,3 +67,21 @@ def test_average_forgets_its_initial_value() -> None:
     for count in range(1, 1001):
         average([mean], [torch.tensor([0.0])], count)
     assert float(mean) < 0.01
+
+
+@pytest.mark.parametrize(("probability", "encoded"), [(0.0, 2), (1.0, 4)])
+def test_slices_without_patches_are_encoded_once(probability: float, encoded: int) -> None:
+    sizes: list[int] = []
+
+    class Counting(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(x))
+            return x
+
+    noise = CONFIG.coarse_noise.model_copy(update={"probability": probability})
+    config = CONFIG.model_copy(update={"coarse_noise": noise})
+    x = torch.full((2, 1, 32, 32), 0.5)
+    clean, coarse = encode_pair(cast("Encoder", Counting()), x, config, rng(1))
+    assert sizes == [encoded]
+    torch.testing.assert_close(clean, x)
+    assert bool((coarse != clean).any()) == bool(probability)
