@@ -24,6 +24,16 @@ UNSHARP_SD_PIXELS = 0.8
 MIN_LEVEL_STEP = 0.02
 # Depth in pixels to which the rim of the brain is removed.
 FLUID_RIM_PIXELS = 4
+# Distance between two independent displacements of the anatomy, in pixels.
+WARP_SPACING_PIXELS = 16
+# Independent regions of a slice in which fluid spaces are widened, in rows and columns.
+FLUID_NODES = (4, 4)
+# Blur before dark structures are widened, in pixels.
+FLUID_BLUR_PIXELS = 1.0
+# Sides of the window whose lowest value is taken, in pixels: they widen a fluid space by 2 or by 4 pixels.
+FLUID_WINDOWS = (3, 5)
+# A pixel of the foreground stays above 0, which is the background.
+SMALLEST_TISSUE = 1e-3
 # Bounds of the modulation of the coarse noise, as shares of its amplitude.
 MODULATION_BOUNDS = (0.2, 1.8)
 
@@ -53,7 +63,11 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
     theta[:, 1, 1] = np.cos(angle) * scale
     theta[:, :, 2] = rng.uniform(-1, 1, (n, 2)) * config.max_shift_pixels * 2 / [width, height]
     grid = F.affine_grid(torch.from_numpy(theta).float(), [n, 1, height, width], align_corners=False)
+    if config.warp_sd_pixels:
+        grid = grid + _smooth_displacement(n, (height, width), config.warp_sd_pixels, rng)
     moved = F.grid_sample(x, grid, mode="bilinear", align_corners=False)
+    if config.wide_fluid_probability:
+        moved = _widen_fluid(moved, config.wide_fluid_probability, rng)
     gain = torch.from_numpy(1 + rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_gain).float()
     gamma = torch.from_numpy(np.exp(rng.uniform(-1, 1, (n, 1, 1, 1)) * config.max_log_gamma)).float()
     shifted = shift_tissues(moved.clamp(0, 1), config, rng)
@@ -64,6 +78,37 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
     for i in np.flatnonzero(rng.random(n) < config.scanner.probability):
         augmented[i] = simulate_scanner(augmented[i], config.scanner, rng)
     return torch.from_numpy(augmented)
+
+
+def _smooth_displacement(count: int, shape: tuple[int, int], sd: float, rng: np.random.Generator) -> torch.Tensor:
+    """Draw smooth displacements for `grid_sample`, (count, H, W, 2), in its units: an image has a width of 2."""
+    height, width = shape
+    nodes = [max(2, round(side / WARP_SPACING_PIXELS)) + 1 for side in shape]
+    coarse = torch.from_numpy(rng.normal(0, sd, (count, 2, *nodes)).astype(np.float32))
+    pixels = F.interpolate(coarse, size=shape, mode="bicubic", align_corners=True)
+    return pixels.permute(0, 2, 3, 1) * torch.tensor([2 / width, 2 / height])
+
+
+def _widen_fluid(x: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
+    """Widen dark structures of some slices (B, 1, H, W) in places, as sulci, cisterns and ventricles widen in atrophy.
+
+    The lowest smoothed value around a pixel replaces its smoothed value. So the noise of the image remains. The
+    background and the foreground at its edge are not changed.
+    """
+    values = x.numpy().copy()
+    n, _, height, width = values.shape
+    coarse = torch.from_numpy(rng.normal(0, 1, (n, 1, *FLUID_NODES)).astype(np.float32))
+    where = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True).numpy()[:, 0]
+    shares = np.clip(0.5 + where, 0, 1) * rng.uniform(0.3, 1.0, (n, 1, 1))
+    for i in np.flatnonzero(rng.random(n) < probability):
+        inside = values[i] > 0
+        smooth = _blur_foreground(values[i], FLUID_BLUR_PIXELS)
+        # Outside of the foreground, nothing is dark.
+        side = int(rng.choice(FLUID_WINDOWS))
+        lowest = ndimage.minimum_filter(np.where(inside, smooth, np.inf), size=(1, side, side))
+        change = np.where(inside, np.minimum(lowest - smooth, 0), 0) * shares[i]
+        values[i] = np.where(inside, np.clip(values[i] + change, SMALLEST_TISSUE, 1), 0)
+    return torch.from_numpy(values)
 
 
 def shift_tissues(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generator) -> torch.Tensor:

@@ -110,6 +110,13 @@ class AugmentationConfig(FrozenModel):
     fluid_rim_levels: tuple[float, float] = Field(
         default=(0.2, 0.45), description="Range of the level below which the rim is removed, in slice values."
     )
+    warp_sd_pixels: float | None = Field(
+        default=None,
+        description="Standard deviation of a smooth random displacement of the anatomy, in each direction.",
+    )
+    wide_fluid_probability: float | None = Field(
+        default=None, description="Share of slices whose fluid spaces are widened in places, as by atrophy."
+    )
     scanner: ScannerConfig = Field(description="Simulated scanners.")
 
 

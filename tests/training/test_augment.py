@@ -211,3 +211,60 @@ def test_simulated_bias_field_is_smooth_over_the_whole_head() -> None:
             third = np.diff(field, n=3, axis=axis)
             assert np.abs(third).max() < 1e-4, "a polynomial of second order has no third difference"
             assert np.abs(np.diff(field, axis=axis)).max() > 1e-3, "the field changes along each axis"
+
+
+# ---- anatomy -----------------------------------------------------------------------------------
+
+STILL = AugmentationConfig(
+    max_rotation_degrees=0.0,
+    max_scale=0.0,
+    max_shift_pixels=0.0,
+    max_gain=0.0,
+    max_log_gamma=0.0,
+    scanner=SCANNER.model_copy(update={"probability": 0.0}),
+)
+
+
+def augmented(x: FloatArray, seed: int = 0, **changes: float) -> FloatArray:
+    """Augment slices that do not move, except by the given settings, and undo the random mirror of a symmetric head."""
+    config = STILL.model_copy(update=changes)
+    return np.asarray(augment(torch.from_numpy(x), config, np.random.default_rng(seed)).numpy())
+
+
+def brains_with_fluid(count: int) -> FloatArray:
+    """Return discs with a dark vertical gap of four pixels, and noise, (N, 1, 96, 80)."""
+    x = discs(count)
+    x[:, 0, 30:66, 38:42] = 0.2
+    noise = np.random.default_rng(7).normal(0, 0.01, x.shape).astype(np.float32)
+    return np.where(x > 0, x + noise, 0).astype(np.float32)
+
+
+def test_warp_moves_the_outline_smoothly_and_by_the_configured_distance() -> None:
+    x = discs(64)
+    warped = augmented(x, warp_sd_pixels=1.5)
+    # The edge of the disc in the middle row: its place is the sum of the row, divided by the value inside.
+    widths = warped[:, 0, 48].sum(-1) / 0.5
+    assert np.std(widths) == pytest.approx(1.5 * np.sqrt(2), rel=0.3), "two edges move independently"
+    assert np.mean(widths) == pytest.approx(x[0, 0, 48].sum() / 0.5, abs=1.0)
+    rows = (warped[:, 0, 40:56] / 0.5).sum(-1)
+    assert np.abs(np.diff(rows, axis=1)).max() < 3, "neighbouring rows move together"
+
+
+def test_fluid_widens_and_nothing_else_changes_much() -> None:
+    x = brains_with_fluid(32)
+    wide = augmented(x, wide_fluid_probability=1.0)
+    still = augmented(x)
+    np.testing.assert_array_equal(wide == 0, still == 0)
+    beside_gap = np.r_[36:38, 42:44]
+    darker = (still - wide)[:, 0, 32:64, beside_gap].mean(axis=(0, 1))
+    assert darker.min() > 0.03, "the gap widens to both sides"
+    far = np.zeros(x.shape, np.bool_)
+    far[..., 20:76, 20:32] = True
+    assert np.median((wide - still)[far]) == pytest.approx(-0.01, abs=0.01), "tissue loses about its noise"
+    assert np.std(wide[far]) == pytest.approx(np.std(still[far]), rel=0.25), "the noise remains"
+
+
+def test_some_slices_keep_their_fluid() -> None:
+    x = brains_with_fluid(200)
+    changed = (augmented(x, wide_fluid_probability=0.4) != augmented(x)).any(axis=(1, 2, 3))
+    assert changed.mean() == pytest.approx(0.4, abs=0.1)
