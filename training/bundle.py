@@ -191,10 +191,10 @@ def _training(config: Config, manifest: Manifest) -> str:
     p, decision = manifest.provenance, "docs/decisions/0005-noise-levels-in-training.md"
     is_other = bool(p.warm_start) and (ROOT / "models" / p.warm_start).is_dir()
     earlier = p.warm_start if is_other else f"{manifest.name}-{p.warm_start}"
-    layers = "inner layers" if is_other else "weights"
+    weights = "weights of the same shape" if is_other else "weights"
     if not p.vqvae_steps and not p.denoiser_steps:
         return f"none in this version: the networks are those of {earlier} ({decision})"
-    start = f", from the {layers} of {earlier} ({decision})" if p.warm_start else ""
+    start = f", from the {weights} of {earlier} ({decision})" if p.warm_start else ""
     vqvae = f"VQ-VAE {p.vqvae_steps} steps of {config.vqvae_settings.batch}, " if p.vqvae_steps else ""
     return f"{vqvae}denoiser {p.denoiser_steps} steps of {config.denoiser.batch}{start}, seed {p.seed}"
 

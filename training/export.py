@@ -26,6 +26,8 @@ from training.quantise import FLOAT32_LAYERS, calibration_data, noise_error, noi
 OPSET = 18
 PARITY_SLICES = 16
 INT8 = "denoiser.int8.onnx"
+# Most time steps of a golden pair: each takes about 0.1 MB of a bundle.
+MAX_GOLDEN_LEVELS = 12
 # Squared error that int8 may add to the predicted noise, relative to float32's own: both share their thresholds.
 MAX_INT8_ERROR = 0.01
 GRAPHS = {"encoder": (("x",), "z0"), "denoiser": (("z_t", "t"), "epsilon"), "decoder": (("z0",), "x")}
@@ -121,8 +123,14 @@ def run_torch(
 
 
 def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.generic]]:
-    """Return synthetic slices (no patient data), one for each served time step, and the outputs of the networks."""
-    levels = np.array(noise_levels(config), dtype=np.int64)
+    """Return synthetic slices (no patient data) and the outputs of the networks.
+
+    There is one slice for each served time step. If there are more than `MAX_GOLDEN_LEVELS`, evenly spaced ones of them
+    keep the bundle small, the first and the last one included.
+    """
+    served = np.array(noise_levels(config), dtype=np.int64)
+    count = min(len(served), MAX_GOLDEN_LEVELS)
+    levels = served[np.linspace(0, len(served) - 1, count).round().astype(int)]
     rng = np.random.default_rng(config.seed)
     height, width = config.preprocessing.shape
     rows, columns = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]

@@ -19,5 +19,8 @@ class Method(Protocol):
         """Analyse a volume with the networks and settings of a bundle. `seed` replaces that of the manifest."""
 
 
+# Method of the paper: the same steps with other settings and another training (docs/method.md, "The paper's method").
+PINAYA_2022 = "pinaya2022"
+
 # The key is the value of `method` in a manifest.
-METHODS: dict[str, Method] = {DEFAULT_METHOD: detect}
+METHODS: dict[str, Method] = {DEFAULT_METHOD: detect, PINAYA_2022: detect}

@@ -99,7 +99,7 @@ def _image_scores(experiment: Experiment, name: str) -> image_level.ImageScores:
         networks = load_networks(config.bundle_folder, config)
         network = baselines.train_and_load(TRANSFORMER, config)
         return image_level.likelihood_scores(CodeResampler(networks, network, config.seed))
-    return image_level.reconstruction_scores(baselines.reconstructor(name, config))
+    return image_level.reconstruction_scores(baselines.reconstructor(baselines.train_and_load(name, config)))
 
 
 def draw_examples() -> None:

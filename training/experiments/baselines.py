@@ -208,7 +208,7 @@ def intensity_threshold(config: Config) -> ComparedMethod:
 
     variants: dict[str, AnomalyMap] = {
         "bright": lambda case: case.x[:, 0],
-        "dark": lambda case: -case.x[:, 0],
+        "dark": lambda case: 1 - case.x[:, 0],
         "far from the median": from_median,
     }
     if config.bundle.sequence == "FLAIR":
@@ -230,9 +230,8 @@ def vqvae_difference(networks: TorchNetworks) -> ComparedMethod:
     return ComparedMethod("vqvae", maps, parameters=count_parameters(networks.encoder, networks.decoder))
 
 
-def reconstructor(name: str, config: Config) -> Callable[[FloatArray], FloatArray]:
+def reconstructor(network: nn.Module) -> Callable[[FloatArray], FloatArray]:
     """Return a trained autoencoder as a function on slices (N, 1, H, W)."""
-    network = train_and_load(name, config)
 
     def run(x: FloatArray) -> FloatArray:
         with torch.inference_mode():
@@ -244,11 +243,11 @@ def reconstructor(name: str, config: Config) -> Callable[[FloatArray], FloatArra
     return run
 
 
-def autoencoder_difference(name: str, config: Config) -> ComparedMethod:
-    """Return the difference from an autoencoder's reconstruction."""
-    run = reconstructor(name, config)
+def autoencoder_difference(name: str, network: nn.Module) -> ComparedMethod:
+    """Return the difference from the reconstruction of a trained autoencoder."""
+    run = reconstructor(network)
     maps = reconstruction_maps(lambda case: run(case.x)[:, 0])
-    return ComparedMethod(name, maps, parameters=count_parameters(build(name, config)))
+    return ComparedMethod(name, maps, parameters=count_parameters(network))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Experiment:
         if name in (TRANSFORMER, ENSEMBLE):
             healthy = [case.x.copy() for case in self.validation[:CALIBRATION_SCANS]]
             return transformer_method(name, self.config, networks, healthy)
-        return baselines.autoencoder_difference(name, self.config)
+        return baselines.autoencoder_difference(name, baselines.train_and_load(name, self.config))
 
     @cached_property
     def validation(self) -> list[Case]:

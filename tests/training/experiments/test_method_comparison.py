@@ -1,0 +1,204 @@
+"""Comparison of methods: views of baselines, time of networks, thresholds, scores, and the page."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from app.manifest import Manifest, View
+from app.pipeline.diffusion import Networks
+from app.runtime.bundle import read_manifest
+from app.volume import FloatArray, Volume
+from tests.support.phantom import LESION_MM, RADIUS_MM, brain, positions
+from training.config import ROOT, Config
+from training.data import load_split
+from training.experiments.cases import Case, make_case
+from training.experiments.method_comparison import (
+    Candidate,
+    NetworkClock,
+    Scans,
+    in_views,
+    measure,
+    view_case,
+)
+from training.experiments.method_comparison_page import (
+    HOME,
+    OTHER_SCANNERS,
+    REAL,
+    Comparison,
+    LesionScores,
+    MethodResult,
+    mean_gain,
+    page,
+)
+from training.experiments.segmentation import ComparedMethod
+
+pytestmark = pytest.mark.training
+
+VIEWS = (View(), View(mirrored=True, shift=(1, 1)), View(shift=(1, 1)))
+
+
+@pytest.fixture(scope="module")
+def manifest(tiny_models: Path) -> Manifest:
+    return read_manifest(next(path.parent for path in tiny_models.glob("tiny-*/manifest.json")))
+
+
+@pytest.fixture(scope="module")
+def config(manifest: Manifest) -> Config:
+    loaded = Config.load(ROOT / "training" / "configs" / "t1.toml")
+    return loaded.model_copy(update={"preprocessing": manifest.preprocessing})
+
+
+def make(manifest: Manifest, subject: str, kind: str) -> Case:
+    """Make a case from the phantom, with a bright ball unless it is healthy."""
+    volume = brain()
+    ball = np.linalg.norm(positions(volume.shape, volume.affine) - LESION_MM, axis=-1) < RADIUS_MM
+    truth = ball & (volume.array > 0) & (kind != "healthy")
+    return make_case(subject, kind, Volume(volume.array * np.where(truth, 1.5, 1), volume.affine), truth, manifest)
+
+
+# ---- methods -----------------------------------------------------------------------------------
+
+
+def test_map_in_views_is_in_the_place_of_the_identity_view(manifest: Manifest) -> None:
+    case = make(manifest, "a", "grade 3")
+    np.testing.assert_allclose(in_views(lambda c: c.x[:, 0], VIEWS)(case), case.x[:, 0], atol=1e-6)
+
+
+def test_map_in_views_is_the_mean_over_views(manifest: Manifest) -> None:
+    """A map that depends on the column has a mean over a slice and its mirror image that does not."""
+    case = make(manifest, "a", "healthy")
+    columns = np.broadcast_to(np.arange(case.x.shape[-1], dtype=np.float32), case.x[:, 0].shape)
+    mean = in_views(lambda _: columns, (View(), View(mirrored=True)))(case)
+    np.testing.assert_allclose(mean, (case.x.shape[-1] - 1) / 2)
+
+
+def test_view_of_a_case_keeps_its_truth(manifest: Manifest) -> None:
+    case = make(manifest, "a", "grade 3")
+    mirrored = view_case(case, View(mirrored=True))
+    np.testing.assert_array_equal(mirrored.x, case.x[..., ::-1])
+    np.testing.assert_array_equal(mirrored.foreground, case.foreground[..., ::-1])
+    assert mirrored.truth is case.truth
+
+
+def test_clock_counts_the_slices_of_the_denoiser_and_the_time_of_all_networks() -> None:
+    clock = NetworkClock()
+    networks = clock.timed(Networks(lambda x: x, lambda z_t, _: z_t, lambda z: z))
+    x: FloatArray = np.ones((3, 1, 4, 4), np.float32)
+    networks.denoise(x, np.full(3, 5, np.int64))
+    after_one = clock.seconds
+    networks.encode(x)
+    networks.decode(x)
+    assert clock.denoised == 3
+    assert 0 < after_one < clock.seconds
+
+
+# ---- measurement -------------------------------------------------------------------------------
+
+
+def fake_scans(manifest: Manifest) -> Scans:
+    """Return scans of the phantom in place of real ones."""
+    healthy = [make(manifest, name, "healthy") for name in ("a", "b")]
+    lesions = [make(manifest, name, kind) for kind in ("grade 2", REAL) for name in ("a", "b")]
+    scans = SimpleNamespace(
+        choices=lesions[:2],
+        calibration=healthy,
+        healthy={HOME: healthy, OTHER_SCANNERS: healthy[:1]},
+        lesions=lesions,
+        shape_of=lambda case: f"shape {case.subject}",
+    )
+    return cast("Scans", scans)
+
+
+def measured(manifest: Manifest, config: Config, method: ComparedMethod) -> MethodResult:
+    return measure("a method", Candidate(method, evaluations=2), fake_scans(manifest), config, manifest)
+
+
+def test_a_perfect_map_has_perfect_scores_and_no_false_findings(manifest: Manifest, config: Config) -> None:
+    wrong, right = (lambda c: 1 - c.truth.astype(np.float32)), (lambda c: c.truth.astype(np.float32))
+    result = measured(manifest, config, ComparedMethod("m", {"wrong": wrong, "right": right}, parameters=7))
+    assert (result.variant, result.parameters, result.evaluations_per_slice) == ("right", 7, 2)
+    assert [score.kind for score in result.lesions] == ["grade 2", "grade 2", REAL, REAL]
+    assert {score.auprc for score in result.lesions} == {1.0}
+    assert {score.dice for score in result.lesions} == {1.0}
+    assert result.found_ml == {HOME: {"a": 0.0, "b": 0.0}, OTHER_SCANNERS: {"a": 0.0}}
+    assert result.ms_per_slice > 0
+
+
+def test_threshold_allows_the_volume_in_the_calibration_scans(manifest: Manifest, config: Config) -> None:
+    """The intensity of a healthy head has nothing to find. Its highest values fill the allowed volume."""
+    result = measured(manifest, config, ComparedMethod("m", {"bright": lambda c: c.x[:, 0]}, ("as it is",)))
+    assert result.extent_threshold == result.threshold, "any larger extent contains the whole brain"
+    assert result.threshold > 0
+    assert max(result.found_ml[HOME].values()) <= config.detection.false_positive_ml
+
+
+def test_shape_of_a_test_scan_is_that_of_the_synthetic_cases(config: Config) -> None:
+    split = load_split(config.data.splits)
+    scans = Scans(config, cast("Any", None))
+    shapes = [scans.shape_of(cast("Case", SimpleNamespace(kind="grade 2", subject=s))) for s in split.test]
+    assert shapes == [split.shapes_test[i % len(split.shapes_test)] for i in range(len(split.test))]
+    assert scans.shape_of(cast("Case", SimpleNamespace(kind=REAL, subject="patient"))) == "patient"
+
+
+# ---- page --------------------------------------------------------------------------------------
+
+
+def result(auprc: float) -> MethodResult:
+    kinds = ("grade 2", "grade 3", REAL)
+    scores = [
+        LesionScores(kind=kind, subject=f"s{i}", shape=f"p{i % 3}", auprc=auprc, best_dice=0.5, dice=0.25)
+        for kind in kinds
+        for i in range(6)
+    ]
+    return MethodResult(
+        variant="difference",
+        smoothing="as it is",
+        threshold=0.1,
+        extent_threshold=0.06,
+        parameters=4_500_000,
+        evaluations_per_slice=8.4,
+        ms_per_slice=12.34,
+        found_ml={HOME: {"a": 1.0, "b": 1.0}, OTHER_SCANNERS: {"c": 3.0, "d": 3.0}},
+        lesions=tuple(scores),
+        code="abc",
+    )
+
+
+def document(**methods: MethodResult) -> Comparison:
+    return Comparison(
+        bundle="t1-1.0.0",
+        bundle_sha256="0" * 64,
+        paper_bundle="t1-pinaya2022-1.0.0",
+        paper_sha256="1" * 64,
+        calibration_scans=10,
+        false_positive_ml=1.0,
+        autoencoder_budget="5 x 2 slices",
+        denoising_autoencoder_budget="7 x 2 slices",
+        methods=methods,
+    )
+
+
+def test_page_has_one_row_for_each_method_in_each_table() -> None:
+    text = page(document(own=result(0.75), other=result(0.5)))
+    assert "| own | 0.75 [0.75, 0.75] | 0.50 [0.50, 0.50] | 0.25 [0.25, 0.25] |" in text
+    assert "| other | 1.00 [1.00, 1.00] | 3.00 [3.00, 3.00] | 3.0 | 8.4 | 12.3 | 4.5 |" in text
+    assert "| other | +0.25 [+0.25, +0.25] | +0.00 [+0.00, +0.00] |" in text
+    assert "| own | +0" not in text, "the reference has no difference to itself"
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert [len({line.count("|") for line in table.splitlines()}) for table in tables] == [1, 1, 1]
+
+
+def test_page_without_results_has_only_the_introduction() -> None:
+    assert "| method" not in page(document())
+
+
+def test_paired_differences_need_the_same_scans() -> None:
+    first, second = result(0.75).lesions, result(0.5).lesions
+    assert mean_gain(first, second, "auprc").value == pytest.approx(0.25)
+    with pytest.raises(AssertionError, match="the same scans"):
+        mean_gain(first, second[::-1], "auprc")
