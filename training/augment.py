@@ -81,7 +81,10 @@ def augment(x: torch.Tensor, config: AugmentationConfig, rng: np.random.Generato
 
 
 def _smooth_displacement(count: int, shape: tuple[int, int], sd: float, rng: np.random.Generator) -> torch.Tensor:
-    """Draw smooth displacements for `grid_sample`, (count, H, W, 2), in its units: an image has a width of 2."""
+    """Draw smooth displacements for `grid_sample`, (count, H, W, 2), in its units: an image has a width of 2.
+
+    `sd` holds at the nodes of a coarse grid, in pixels. Between them, cubic interpolation makes it a little smaller.
+    """
     height, width = shape
     nodes = [max(2, round(side / WARP_SPACING_PIXELS)) + 1 for side in shape]
     coarse = torch.from_numpy(rng.normal(0, sd, (count, 2, *nodes)).astype(np.float32))
@@ -92,8 +95,8 @@ def _smooth_displacement(count: int, shape: tuple[int, int], sd: float, rng: np.
 def _widen_fluid(x: torch.Tensor, probability: float, rng: np.random.Generator) -> torch.Tensor:
     """Widen dark structures of some slices (B, 1, H, W) in places, as sulci, cisterns and ventricles widen in atrophy.
 
-    The lowest smoothed value around a pixel replaces its smoothed value. So the noise of the image remains. The
-    background and the foreground at its edge are not changed.
+    A share of the difference between the lowest smoothed value around a pixel and its own smoothed value is added. So
+    the noise of the image remains, and tissue becomes darker by about its noise. Pixels outside the foreground stay 0.
     """
     values = x.numpy().copy()
     n, _, height, width = values.shape
@@ -103,7 +106,7 @@ def _widen_fluid(x: torch.Tensor, probability: float, rng: np.random.Generator) 
     for i in np.flatnonzero(rng.random(n) < probability):
         inside = values[i] > 0
         smooth = _blur_foreground(values[i], FLUID_BLUR_PIXELS)
-        # Outside of the foreground, nothing is dark.
+        # Infinity, so that the background does not count as the lowest value.
         side = int(rng.choice(FLUID_WINDOWS))
         lowest = ndimage.minimum_filter(np.where(inside, smooth, np.inf), size=(1, side, side))
         change = np.where(inside, np.minimum(lowest - smooth, 0), 0) * shares[i]

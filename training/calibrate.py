@@ -84,7 +84,7 @@ def round_significant(value: float) -> float:
 
 
 def round_up_significant(value: float) -> float:
-    """Round up to six significant digits, so that no more is found above the threshold than before the rounding."""
+    """Round up to six significant digits. A threshold that is rounded up lets nothing more through."""
     return float(Context(prec=6, rounding=ROUND_CEILING).create_decimal(repr(value)))
 
 

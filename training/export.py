@@ -26,7 +26,7 @@ from training.quantise import FLOAT32_LAYERS, calibration_data, noise_error, noi
 OPSET = 18
 PARITY_SLICES = 16
 INT8 = "denoiser.int8.onnx"
-# Most time steps of a golden pair: each takes about 0.1 MB of a bundle.
+# Largest number of time steps in a golden pair. Each takes about 0.1 MB of a bundle.
 MAX_GOLDEN_LEVELS = 12
 # Squared error that int8 may add to the predicted noise, relative to float32's own: both share their thresholds.
 MAX_INT8_ERROR = 0.01
@@ -125,8 +125,8 @@ def run_torch(
 def golden_pair(config: Config, networks: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.generic]]:
     """Return synthetic slices (no patient data) and the outputs of the networks.
 
-    There is one slice for each served time step. If there are more than `MAX_GOLDEN_LEVELS`, evenly spaced ones of them
-    keep the bundle small, the first and the last one included.
+    The pair has one slice for each served time step, but at most `MAX_GOLDEN_LEVELS` slices. Their time steps are then
+    evenly spaced and include the first and the last one.
     """
     served = np.array(noise_levels(config), dtype=np.int64)
     count = min(len(served), MAX_GOLDEN_LEVELS)

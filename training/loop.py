@@ -27,7 +27,8 @@ SMOOTHING = 0.98
 # Steps between two updates of the shown losses: each update waits for the GPU.
 SHOW_EVERY = 20
 
-# Sections of the configuration that determine the weights of a run. Other changes keep its checkpoint.
+# Sections of the configuration that determine the weights of a run, by the start of its name. Other changes keep its
+# checkpoint.
 SLICES = {"seed", "data", "preprocessing", "augmentation"}
 SECTIONS = {
     "vqvae": SLICES | {"vqvae"},
@@ -128,7 +129,7 @@ def fingerprint(config: Config, stage: str, data: str) -> str:
     """Return the SHA-256 of the sections and the data that determine the weights of a stage."""
     decides = config.model_dump(
         mode="json",
-        include=SECTIONS.get(stage, SLICES),
+        include=next((sections for name, sections in SECTIONS.items() if stage.startswith(name)), SLICES),
         exclude={"preprocessing": NON_PIXEL_FIELDS},
         exclude_none=True,
     )

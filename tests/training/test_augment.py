@@ -226,7 +226,7 @@ STILL = AugmentationConfig(
 
 
 def augmented(x: FloatArray, seed: int = 0, **changes: float) -> FloatArray:
-    """Augment slices that do not move, except by the given settings, and undo the random mirror of a symmetric head."""
+    """Augment slices by the given settings only. The heads are symmetric, so that the random mirror has no effect."""
     config = STILL.model_copy(update=changes)
     return np.asarray(augment(torch.from_numpy(x), config, np.random.default_rng(seed)).numpy())
 

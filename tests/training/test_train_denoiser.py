@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 
 torch = pytest.importorskip("torch")
-from torch import Generator  # noqa: E402
+from torch import Generator, Tensor, nn  # noqa: E402
 
 from training.config import ROOT, Config  # noqa: E402
 from training.networks import Encoder  # noqa: E402
@@ -73,8 +73,8 @@ def test_average_forgets_its_initial_value() -> None:
 def test_slices_without_patches_are_encoded_once(probability: float, encoded: int) -> None:
     sizes: list[int] = []
 
-    class Counting(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+    class Counting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
             sizes.append(len(x))
             return x
 

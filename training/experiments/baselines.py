@@ -116,7 +116,14 @@ def make_run(budget: Budget, config: Config, network: nn.Module, data: str) -> R
         optimiser, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / budget.steps, 1))) + 1e-3
     )
     belongs_to = data + repr(sorted(asdict(budget).items()))
-    return Run(f"baseline-{budget.name}", config, belongs_to, {"network": network}, optimiser, schedule)
+    return Run(
+        f"baseline-{budget.name}-{budget.steps}x{budget.batch}",
+        config,
+        belongs_to,
+        {"network": network},
+        optimiser,
+        schedule,
+    )
 
 
 def train(budget: Budget, config: Config, healthy: HealthySlices | None = None) -> None:

@@ -58,8 +58,8 @@ def denoising_loss(network: nn.Module, x: torch.Tensor, config: Config, rng: tor
 def train(config: Config, healthy: HealthySlices | None = None, steps: int = STEPS) -> int:
     """Train the autoencoder, or continue its training, and return the number of completed steps.
 
-    It starts from the inner layers of the denoiser of the bundle, if there is one. So both have seen the same slices,
-    except for the first and the last layer.
+    The training starts from the inner layers of the denoiser of the bundle, if there is one, because that was trained
+    on the same scans.
     """
     torch.manual_seed(config.seed)
     healthy = healthy or HealthySlices.of(config)
@@ -95,16 +95,18 @@ def train(config: Config, healthy: HealthySlices | None = None, steps: int = STE
     return run.train(batches, progress, step_fn, validate, max(1, steps // VALIDATIONS))
 
 
-def load(config: Config) -> nn.Module:
+def load(config: Config, steps: int = STEPS) -> nn.Module:
     """Load the trained autoencoder.
 
     Raises
     ------
     SystemExit
-        It was not trained.
+        Its training is missing or not finished.
     """
     network = DenoisingAutoencoder(config)
-    load_modules(config, NAME, {"network": network})
+    step = load_modules(config, NAME, {"network": network})["step"]
+    if int(step) < steps:
+        raise SystemExit(f"{NAME} of {config.name} was trained for {step} of {steps} steps. Run the training again.")
     return network.to(device()).eval().requires_grad_(requires_grad=False)
 
 

@@ -1,18 +1,19 @@
-"""Comparison of methods at equal budgets: the bundle, the method of its paper, and baselines, on the same scans.
+"""Comparison of a bundle with the method of its paper and with baselines, on the same scans.
 
 `python -m training.experiments.method_comparison CONFIG PAPER_CONFIG` trains every network that is missing, measures
 every method that has no stored result for these bundles, and writes docs/evaluation/NAME-methods.json and .md.
 
-Every method is trained on the same slices with the same augmentation. Every network sees each slice in the views of
-the bundle, except where the name of the method states one view. The variant and the filter of a baseline are chosen on
-validation scans. The threshold of each method comes from healthy validation scans by one rule.
+All denoisers and autoencoders are trained on the same slices with the same augmentation. A map is the mean over the
+views of the bundle, or of one view if the name of the method states so. The variant, the filter and the extent of a
+finding of a baseline are chosen on validation scans. The threshold of each method comes from healthy validation scans
+by one rule.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from app.pipeline.diffusion import Networks
 from app.pipeline.findings import dice, label_findings
 from app.pipeline.scores import augment, average_views
 from app.runtime.bundle import Bundle, load_bundle
-from app.volume import FloatArray
+from app.volume import BoolArray, FloatArray, Volume
 from training.bundle_runs import extract_brain_if_needed
-from training.calibrate import residual_settings
+from training.calibrate import CONTRAST_STREAM, residual_settings, simulate_other_scanner
 from training.config import ROOT, Config
 from training.data import load_scan, load_split
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
@@ -56,8 +57,7 @@ from training.unseen_scans import load_unseen_list, load_unseen_scan
 CALIBRATION_SCANS = 10
 # As many slices as in the last training of `t1` (docs/decisions/0029-longer-training-for-other-scanners.md).
 BUDGETS = {name: Budget(name, 3000, 32, 1e-3) for name in ("dense-ae", "spatial-ae", "vae")}
-# Shares of the threshold down to which a finding of a baseline may extend. The one with the higher Dice on validation
-# scans is used.
+# Shares of the threshold down to which a finding of a baseline may extend.
 EXTENT_SHARES = (0.6, 1.0)
 LESION_GRADES = ("grade 2", "grade 3")
 
@@ -66,7 +66,7 @@ LESION_GRADES = ("grade 2", "grade 3")
 
 
 def in_views(compute: AnomalyMap, views: Sequence[View]) -> AnomalyMap:
-    """Return the mean of a map over views of the slices, mapped back to the identity view."""
+    """Return a map that is the mean of `compute` over views, (M, H, W), in the identity view."""
 
     def averaged(case: Case) -> FloatArray:
         return average_views([compute(view_case(case, view)) for view in views], views)
@@ -80,36 +80,32 @@ def view_case(case: Case, view: View) -> Case:
     return replace(case, slices=slices)
 
 
-def method_in_views(method: ComparedMethod, views: Sequence[View]) -> ComparedMethod:
-    """Return a baseline whose maps are means over views."""
-    return replace(method, variants={name: in_views(compute, views) for name, compute in method.variants.items()})
-
-
 @dataclass
 class NetworkClock:
-    """Seconds that the networks of a diffusion method have taken, and slices that its denoiser has processed."""
+    """Seconds that the networks of a method take, and slices that its main network processes."""
 
     seconds: float = 0.0
-    denoised: int = 0
+    evaluations: int = 0
 
-    def timed(self, networks: Networks) -> Networks:
-        """Return the same networks, which are timed."""
+    def timed(self, network: Callable[..., FloatArray], *, counted: bool = False) -> Callable[..., FloatArray]:
+        """Wrap a network so that its time is added to `seconds`, and its slices to `evaluations` if they count."""
 
-        def denoise(z_t: FloatArray, t: npt.NDArray[np.int64]) -> FloatArray:
-            self.denoised += len(z_t)
-            return self._run(networks.denoise, z_t, t)
+        def run(*arrays: npt.NDArray[Any]) -> FloatArray:
+            start = time.perf_counter()
+            output = network(*arrays)
+            self.seconds += time.perf_counter() - start
+            self.evaluations += len(arrays[0]) * counted
+            return output
 
+        return run
+
+    def timed_networks(self, networks: Networks) -> Networks:
+        """Wrap the three networks of a bundle. The slices of the denoiser count."""
         return Networks(
-            encode=lambda x: self._run(networks.encode, x),
-            denoise=denoise,
-            decode=lambda z0: self._run(networks.decode, z0),
+            encode=self.timed(networks.encode),
+            denoise=self.timed(networks.denoise, counted=True),
+            decode=self.timed(networks.decode),
         )
-
-    def _run(self, network: Callable[..., FloatArray], *arrays: npt.NDArray[Any]) -> FloatArray:
-        start = time.perf_counter()
-        output = network(*arrays)
-        self.seconds += time.perf_counter() - start
-        return output
 
 
 @dataclass(frozen=True)
@@ -119,15 +115,16 @@ class Candidate:
     Attributes
     ----------
     method : ComparedMethod
-    clock : NetworkClock, optional
-        Set for a diffusion method. Its preparation of the scan is then not part of the time.
-    evaluations : int
-        Network evaluations per slice, if there is no clock.
+    clock : NetworkClock
+        Clock of its networks.
+    extent_shares : tuple of float
+        Shares of the threshold down to which a finding may extend. The one with the highest Dice on validation scans
+        is used.
     """
 
     method: ComparedMethod
-    clock: NetworkClock | None = None
-    evaluations: int = 0
+    clock: NetworkClock = field(default_factory=NetworkClock)
+    extent_shares: tuple[float, ...] = EXTENT_SHARES
 
 
 class Methods:
@@ -144,15 +141,12 @@ class Methods:
         self.bundle, self.paper_bundle = load_bundle(config.bundle_folder), load_bundle(paper.bundle_folder)
         views = self.bundle.manifest.views
         several = f"{len(views)} views"
+        own, paper_id = self.bundle.manifest, self.paper_bundle.manifest.id
         self.makers: dict[str, Callable[[], Candidate]] = {
-            f"{self.bundle.manifest.id}, {several}": lambda: self._diffusion(self.bundle, self.bundle.manifest),
-            f"{self.bundle.manifest.id}, 1 view": lambda: self._diffusion(
-                self.bundle, changed(self.bundle.manifest, views=views[:1])
-            ),
-            f"{self.paper_bundle.manifest.id}, 1 view": lambda: self._diffusion(
-                self.paper_bundle, self.paper_bundle.manifest
-            ),
-            f"{self.paper_bundle.manifest.id} with the steps of {config.name}, 1 view": self._white_noise_low_levels,
+            f"{own.id}, {several}": lambda: self._shipped(own),
+            f"{own.id}, 1 view": lambda: self._shipped(changed(own, views=views[:1])),
+            f"{paper_id}, 1 view": self._paper_method,
+            f"{paper_id} with the steps of {config.name}, float32, 1 view": self._paper_networks,
             f"denoising autoencoder, {several}": lambda: self._denoising_autoencoder(views),
             "denoising autoencoder, 1 view": lambda: self._denoising_autoencoder(views[:1]),
             f"dense autoencoder, {several}": lambda: self._autoencoder("dense-ae", views),
@@ -163,39 +157,68 @@ class Methods:
             "intensity threshold": lambda: Candidate(baselines.intensity_threshold(config)),
         }
 
-    def _diffusion(self, bundle: Bundle, manifest: Manifest) -> Candidate:
-        clock = NetworkClock()
-        networks = clock.timed(bundle.networks.in_batches(BATCH, lambda _: None))
-        torch_networks = load_networks(self.config.bundle_folder.with_name(bundle.manifest.id), self.config)
-        parameters = baselines.count_parameters(torch_networks.encoder, torch_networks.denoiser, torch_networks.decoder)
-        maps = {"": counterpart_map(networks, manifest)}
-        return Candidate(ComparedMethod(manifest.id, maps, (NO_FILTER,), parameters), clock)
+    @property
+    def reference(self) -> str:
+        """Name of the method that the others are compared with: the bundle."""
+        return next(iter(self.makers))
 
-    def _white_noise_low_levels(self) -> Candidate:
-        """Return the networks of the paper's method with the noise levels and the mask of the bundle."""
-        # In float32, because the ranges of int8 are valid only at the noise levels of the bundle.
+    def _shipped(self, manifest: Manifest) -> Candidate:
+        return self._diffusion(self.bundle, self.config, manifest, (NO_FILTER,), (self.config.detection.extent_share,))
+
+    def _paper_method(self) -> Candidate:
+        return self._diffusion(
+            self.paper_bundle, self._paper, self.paper_bundle.manifest, tuple(FILTERS), EXTENT_SHARES
+        )
+
+    def _paper_networks(self) -> Candidate:
+        """Return the networks of the paper's method with the noise levels, the mask and the filter of the bundle."""
+        # In float32, because int8 of the paper's bundle was calibrated only at that bundle's noise levels.
         bundle = load_bundle(self._paper.bundle_folder, quantised=False)
         own = self.bundle.manifest
         calibration = KlCalibration(own.kl, self.config, bundle.networks.in_batches(BATCH, lambda _: None))
-        return self._diffusion(
-            bundle, changed(own, views=own.views[:1], kl=calibration.change(percentile=own.kl.percentile))
-        )
+        manifest = changed(own, views=own.views[:1], kl=calibration.change(percentile=own.kl.percentile))
+        return self._diffusion(bundle, self._paper, manifest, (NO_FILTER,), (self.config.detection.extent_share,))
+
+    def _diffusion(
+        self,
+        bundle: Bundle,
+        config: Config,
+        manifest: Manifest,
+        smoothing: tuple[str, ...],
+        extent_shares: tuple[float, ...],
+    ) -> Candidate:
+        clock, networks = NetworkClock(), load_networks(config.bundle_folder, config)
+        maps = {"": counterpart_map(clock.timed_networks(bundle.networks.in_batches(BATCH, lambda _: None)), manifest)}
+        parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
+        return Candidate(ComparedMethod(manifest.id, maps, smoothing, parameters), clock, extent_shares)
 
     def _denoising_autoencoder(self, views: Sequence[View]) -> Candidate:
         denoising_autoencoder.train(self.config)
         network = denoising_autoencoder.load(self.config)
-
-        method = baselines.autoencoder_difference(denoising_autoencoder.NAME, network)
-        return Candidate(method_in_views(method, views), evaluations=len(views))
+        parameters = baselines.count_parameters(network)
+        return _reconstructing(denoising_autoencoder.NAME, baselines.reconstructor(network), parameters, views)
 
     def _autoencoder(self, name: str, views: Sequence[View]) -> Candidate:
         baselines.train(BUDGETS[name], self.config)
-        method = baselines.autoencoder_difference(name, baselines.load(BUDGETS[name], self.config))
-        return Candidate(method_in_views(method, views), evaluations=len(views))
+        network = baselines.load(BUDGETS[name], self.config)
+        return _reconstructing(name, baselines.reconstructor(network), baselines.count_parameters(network), views)
 
     def _vqvae(self, views: Sequence[View]) -> Candidate:
-        method = baselines.vqvae_difference(load_networks(self.config.bundle_folder, self.config))
-        return Candidate(method_in_views(method, views), evaluations=len(views))
+        networks = load_networks(self.config.bundle_folder, self.config)
+        models = networks.models().in_batches(BATCH, lambda _: None)
+        parameters = baselines.count_parameters(networks.encoder, networks.decoder)
+        return _reconstructing("vqvae", lambda x: models.decode(models.encode(x)), parameters, views)
+
+
+def _reconstructing(
+    name: str, reconstruct: Callable[[FloatArray], FloatArray], parameters: int, views: Sequence[View]
+) -> Candidate:
+    """Return a method whose map is the difference between slices (N, 1, H, W) and their reconstruction, over views."""
+    clock = NetworkClock()
+    run = clock.timed(reconstruct, counted=True)
+    maps = baselines.reconstruction_maps(lambda case: run(case.x)[:, 0])
+    method = ComparedMethod(name, {v: in_views(m, views) for v, m in maps.items()}, parameters=parameters)
+    return Candidate(method, clock)
 
 
 # ---- scans -------------------------------------------------------------------------------------
@@ -231,6 +254,11 @@ class Scans:
         return self._healthy([subjects[i] for i in chosen])
 
     @cached_property
+    def simulated(self) -> list[Case]:
+        """The healthy validation scans as other scanners might image them (`training.calibrate`)."""
+        return [simulated_case(case, i, self._config, self._manifest) for i, case in enumerate(self.calibration)]
+
+    @cached_property
     def healthy(self) -> dict[str, list[Case]]:
         """Healthy test scans at home, and of people on scanners that no training saw."""
         return {HOME: self._healthy(self._split.test), OTHER_SCANNERS: list(self._other_scanners())}
@@ -258,6 +286,20 @@ class Scans:
             yield make_case(scan.person, "healthy", volume, np.zeros(volume.shape, np.bool_), self._manifest)
 
 
+def simulated_case(case: Case, number: int, config: Config, manifest: Manifest) -> Case:
+    """Return a healthy scan with the contrast, noise and sharpness of another scanner.
+
+    Its volume is the stack of the changed slices, so that every method prepares the same scan.
+    """
+    rng = np.random.default_rng([config.seed, CONTRAST_STREAM, number])
+    x = case.slices.x[:, 0].copy()
+    x[case.slice_indices] = simulate_other_scanner(case.x[:, 0], config, rng)
+    dz, dy, dx = manifest.preprocessing.spacing_mm
+    # Slices, rows and columns of the grid of slices ascend along z, y and x of RAS+.
+    volume = Volume(np.ascontiguousarray(x.transpose(2, 1, 0)), np.diag([dx, dy, dz, 1.0]))
+    return make_case(case.subject, case.kind, volume, np.zeros(volume.shape, np.bool_), manifest)
+
+
 # ---- measurement -------------------------------------------------------------------------------
 
 
@@ -270,65 +312,76 @@ def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manif
     candidate : Candidate
     scans : Scans
     config : Config
-        Its rule for the threshold is used for every method, without a lower limit and without simulated scanners. A
-        baseline also chooses the share of the threshold down to which a finding extends.
+        Its rule for the threshold is used for every method, without `min_threshold`.
     manifest : Manifest
         Its grid gives the volumes.
     """
-    method, voxel_ml = candidate.method, manifest.preprocessing.voxel_ml
-    choice = choose(method, scans.choices if len(method.variants) * len(method.smoothing) > 1 else [])
+    voxel_ml, clock = manifest.preprocessing.voxel_ml, candidate.clock
+    # The choice of a filter and the choice of an extent need the same maps.
+    method = replace(candidate.method, variants={v: cache(compute) for v, compute in candidate.method.variants.items()})
+    choice = choose(method, scans.choices)
 
     def compute(case: Case) -> FloatArray:
         return mask_map(FILTERS[choice.smoothing](method.variants[choice.variant](case)), case)
 
-    healthy = [compute(case) for case in tqdm(scans.calibration, desc=f"{name}: calibration", unit="scan")]
-    shares = (config.detection.extent_share,) if candidate.clock else EXTENT_SHARES
-    validation = [(compute(case), case) for case in scans.choices] if len(shares) > 1 else []
-    settings = max(
-        (calibrated_settings(healthy, config, share) for share in shares),
-        key=lambda s: sum(dice(label_findings(m, s, voxel_ml)[0] > 0, case.truth) for m, case in validation),
+    def found(values: FloatArray, settings: Residual) -> BoolArray:
+        return label_findings(values, settings, voxel_ml)[0] > 0
+
+    def found_ml(values: FloatArray, settings: Residual) -> float:
+        return round(float(found(values, settings).sum()) * voxel_ml, 3)
+
+    healthy, simulated = (
+        [compute(case) for case in tqdm(cases, desc=f"{name}: calibration", unit="scan")]
+        for cases in (scans.calibration, scans.simulated)
     )
-    found = {
-        group: {case.subject: _found_ml(compute(case), settings, voxel_ml) for case in cases}
+    several = len(candidate.extent_shares) > 1
+    chosen_on = [(compute(case), case.truth) for case in scans.choices] if several else []
+    settings = max(
+        (calibrate_thresholds(healthy, simulated, config, share) for share in candidate.extent_shares),
+        key=lambda s: sum(dice(found(values, s), truth) for values, truth in chosen_on),
+    )
+    false_ml = {
+        group: {case.subject: found_ml(compute(case), settings) for case in tqdm(cases, desc=f"{name}: {group}")}
         for group, cases in scans.healthy.items()
     }
-    clock = candidate.clock or NetworkClock()
-    clock.seconds, clock.denoised, start = 0.0, 0, time.perf_counter()
-    maps = [compute(case) for case in tqdm(scans.lesions, desc=f"{name}: lesions", unit="scan")]
-    seconds, slices = time.perf_counter() - start, sum(len(case.slice_indices) for case in scans.lesions)
+    lesions = scans.lesions
+    clock.seconds, clock.evaluations = 0.0, 0
+    maps = [compute(case) for case in tqdm(lesions, desc=f"{name}: lesions", unit="scan")]
+    slices = sum(len(case.slice_indices) for case in lesions)
     return MethodResult(
         variant=choice.variant,
         smoothing=choice.smoothing,
         threshold=settings.threshold,
         extent_threshold=settings.extent_threshold,
         parameters=method.parameters,
-        evaluations_per_slice=clock.denoised / slices if candidate.clock else candidate.evaluations,
-        ms_per_slice=(clock.seconds if candidate.clock else seconds) * 1000 / slices,
-        found_ml=found,
-        lesions=tuple(_score(m, case, scans, settings, voxel_ml) for m, case in zip(maps, scans.lesions, strict=True)),
+        evaluations_per_slice=clock.evaluations / slices,
+        ms_per_slice=clock.seconds * 1000 / slices,
+        found_ml=false_ml,
+        lesions=tuple(
+            _score(values, case, scans.shape_of(case), found(values, settings))
+            for values, case in zip(maps, lesions, strict=True)
+        ),
         code=code_version(),
     )
 
 
-def calibrated_settings(healthy: list[FloatArray], config: Config, extent_share: float) -> Residual:
-    """Return the thresholds that the maps of healthy validation scans give to a method, without a lower limit."""
+def calibrate_thresholds(
+    healthy: list[FloatArray], simulated: list[FloatArray], config: Config, extent_share: float
+) -> Residual:
+    """Calibrate the thresholds of a method on its maps (M, H, W) of healthy scans, also on simulated scanners."""
     rule = changed(config.detection, min_threshold=0.0, extent_share=extent_share)
-    return residual_settings(healthy, changed(config, detection=rule))
+    return residual_settings(healthy, changed(config, detection=rule), simulated)
 
 
-def _found_ml(values: FloatArray, settings: Residual, voxel_ml: float) -> float:
-    return round(float((label_findings(values, settings, voxel_ml)[0] > 0).sum()) * voxel_ml, 3)
-
-
-def _score(values: FloatArray, case: Case, scans: Scans, settings: Residual, voxel_ml: float) -> LesionScores:
+def _score(values: FloatArray, case: Case, shape: str, found: BoolArray) -> LesionScores:
     counts = count_scores([values], [case])
     return LesionScores(
         kind=case.kind,
         subject=case.subject,
-        shape=scans.shape_of(case),
+        shape=shape,
         auprc=round(counts.pooled(average_precision), 4),
         best_dice=round(counts.pooled(best_dice), 4),
-        dice=round(dice(label_findings(values, settings, voxel_ml)[0] > 0, case.truth), 4),
+        dice=round(dice(found, case.truth), 4),
     )
 
 
@@ -344,6 +397,7 @@ def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
         paper_sha256=methods.paper_bundle.sha256,
         calibration_scans=CALIBRATION_SCANS,
         false_positive_ml=config.detection.false_positive_ml,
+        simulated_ml=config.detection.simulated_false_positive_ml,
         autoencoder_budget=str(next(iter(BUDGETS.values()))),
         denoising_autoencoder_budget=f"{denoising_autoencoder.STEPS} x {denoising_autoencoder.BATCH} slices",
         methods={},
@@ -352,6 +406,8 @@ def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
         stored = Comparison.model_validate_json(path.read_text())
         if changed(stored, methods={}) == document:
             document = stored
+    if wanted and methods.reference not in document.methods:
+        raise SystemExit(f"{path} has no result of {methods.reference}. Measure all methods first.")
     for name in wanted or methods.makers:
         if name not in document.methods or wanted:
             result = measure(name, methods.makers[name](), scans, config, methods.bundle.manifest)

@@ -50,7 +50,7 @@ class ComparedMethod:
     Attributes
     ----------
     name : str
-        Key of `training.experiments.methods.METHOD_INFO`.
+        Key of `training.experiments.methods.METHOD_INFO`, or another name for the progress bar.
     variants : dict of str to callable
         Maps to choose from on validation cases.
     smoothing : tuple of str

@@ -49,6 +49,6 @@ def test_unfinished_baseline_is_refused(config: Config, tmp_path: Path, monkeypa
         baselines.load(short, config)
     baselines.train(short, config, healthy)
     assert not baselines.load(short, config).training
-    assert (tmp_path / "baseline-spatial-ae.csv").read_text().count("\n") == 3
+    assert (tmp_path / "baseline-spatial-ae-2x4.csv").read_text().count("\n") == 3
     with pytest.raises(SystemExit, match="another configuration"):
         baselines.load(longer, config)

@@ -40,10 +40,12 @@ def test_training_resumes_and_starts_from_the_denoiser(config: Config) -> None:
     healthy = HealthySlices(stack, stack, "data")
     assert denoising_autoencoder.train(config, healthy, steps=2) == 2
     assert denoising_autoencoder.train(config, healthy, steps=2) == 2  # resumed, nothing to do
-    weights = denoising_autoencoder.load(config).state_dict()
+    weights = denoising_autoencoder.load(config, steps=2).state_dict()
     torch.manual_seed(config.seed)
     fresh = DenoisingAutoencoder(config).state_dict()
     name = "unet.middle_block.resnet_1.conv1.conv.weight"
     assert (weights[name] - fresh[name]).abs().mean() > 1e-3
     with pytest.raises(SystemExit, match="another configuration or other data"):
         denoising_autoencoder.train(config, HealthySlices(stack, stack, "others"), steps=2)
+    with pytest.raises(SystemExit, match="2 of 3 steps"):
+        denoising_autoencoder.load(config, steps=3)

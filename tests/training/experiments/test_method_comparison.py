@@ -23,6 +23,7 @@ from training.experiments.method_comparison import (
     Scans,
     in_views,
     measure,
+    simulated_case,
     view_case,
 )
 from training.experiments.method_comparison_page import (
@@ -87,13 +88,13 @@ def test_view_of_a_case_keeps_its_truth(manifest: Manifest) -> None:
 
 def test_clock_counts_the_slices_of_the_denoiser_and_the_time_of_all_networks() -> None:
     clock = NetworkClock()
-    networks = clock.timed(Networks(lambda x: x, lambda z_t, _: z_t, lambda z: z))
+    networks = clock.timed_networks(Networks(lambda x: x, lambda z_t, _: z_t, lambda z: z))
     x: FloatArray = np.ones((3, 1, 4, 4), np.float32)
     networks.denoise(x, np.full(3, 5, np.int64))
     after_one = clock.seconds
     networks.encode(x)
     networks.decode(x)
-    assert clock.denoised == 3
+    assert clock.evaluations == 3
     assert 0 < after_one < clock.seconds
 
 
@@ -105,8 +106,9 @@ def fake_scans(manifest: Manifest) -> Scans:
     healthy = [make(manifest, name, "healthy") for name in ("a", "b")]
     lesions = [make(manifest, name, kind) for kind in ("grade 2", REAL) for name in ("a", "b")]
     scans = SimpleNamespace(
-        choices=lesions[:2],
+        choices=[make(manifest, "c", "grade 2")],
         calibration=healthy,
+        simulated=healthy,
         healthy={HOME: healthy, OTHER_SCANNERS: healthy[:1]},
         lesions=lesions,
         shape_of=lambda case: f"shape {case.subject}",
@@ -114,14 +116,13 @@ def fake_scans(manifest: Manifest) -> Scans:
     return cast("Scans", scans)
 
 
-def measured(manifest: Manifest, config: Config, method: ComparedMethod) -> MethodResult:
-    return measure("a method", Candidate(method, evaluations=2), fake_scans(manifest), config, manifest)
-
-
 def test_a_perfect_map_has_perfect_scores_and_no_false_findings(manifest: Manifest, config: Config) -> None:
-    wrong, right = (lambda c: 1 - c.truth.astype(np.float32)), (lambda c: c.truth.astype(np.float32))
-    result = measured(manifest, config, ComparedMethod("m", {"wrong": wrong, "right": right}, parameters=7))
-    assert (result.variant, result.parameters, result.evaluations_per_slice) == ("right", 7, 2)
+    clock = NetworkClock()
+    oracle = clock.timed(lambda truth: truth.astype(np.float32), counted=True)
+    maps = {"wrong": lambda c: 1 - oracle(c.truth), "right": lambda c: oracle(c.truth)}
+    candidate = Candidate(ComparedMethod("m", maps, parameters=7), clock)
+    result = measure("a method", candidate, fake_scans(manifest), config, manifest)
+    assert (result.variant, result.parameters, result.evaluations_per_slice) == ("right", 7, 1)
     assert [score.kind for score in result.lesions] == ["grade 2", "grade 2", REAL, REAL]
     assert {score.auprc for score in result.lesions} == {1.0}
     assert {score.dice for score in result.lesions} == {1.0}
@@ -131,10 +132,22 @@ def test_a_perfect_map_has_perfect_scores_and_no_false_findings(manifest: Manife
 
 def test_threshold_allows_the_volume_in_the_calibration_scans(manifest: Manifest, config: Config) -> None:
     """The intensity of a healthy head has nothing to find. Its highest values fill the allowed volume."""
-    result = measured(manifest, config, ComparedMethod("m", {"bright": lambda c: c.x[:, 0]}, ("as it is",)))
+    candidate = Candidate(ComparedMethod("m", {"bright": lambda c: c.x[:, 0]}, ("as it is",)))
+    result = measure("a method", candidate, fake_scans(manifest), config, manifest)
     assert result.extent_threshold == result.threshold, "any larger extent contains the whole brain"
     assert result.threshold > 0
-    assert max(result.found_ml[HOME].values()) <= config.detection.false_positive_ml
+    assert max(result.found_ml[HOME].values()) <= config.detection.simulated_false_positive_ml
+
+
+def test_simulated_scanner_keeps_the_place_of_the_head(manifest: Manifest, config: Config) -> None:
+    case = make(manifest, "a", "healthy")
+    simulated = simulated_case(case, 0, config, manifest)
+    assert simulated.x.shape[1:] == case.x.shape[1:]
+    assert len(simulated.x) == pytest.approx(len(case.x), abs=2)
+    middle = [stack.slice_indices[len(stack.x) // 2] for stack in (case, simulated)]
+    before, after = case.slices.x[middle[0], 0] > 0, simulated.slices.x[middle[1], 0] > 0
+    assert (before & after).sum() > 0.95 * (before | after).sum()
+    assert np.abs(simulated.slices.x[middle[1], 0] - case.slices.x[middle[0], 0])[before & after].mean() > 0.01
 
 
 def test_shape_of_a_test_scan_is_that_of_the_synthetic_cases(config: Config) -> None:
@@ -177,6 +190,7 @@ def document(**methods: MethodResult) -> Comparison:
         paper_sha256="1" * 64,
         calibration_scans=10,
         false_positive_ml=1.0,
+        simulated_ml=0.5,
         autoencoder_budget="5 x 2 slices",
         denoising_autoencoder_budget="7 x 2 slices",
         methods=methods,
