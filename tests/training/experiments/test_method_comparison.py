@@ -216,3 +216,8 @@ def test_paired_differences_need_the_same_scans() -> None:
     assert mean_gain(first, second, "auprc").value == pytest.approx(0.25)
     with pytest.raises(AssertionError, match="the same scans"):
         mean_gain(first, second[::-1], "auprc")
+
+
+def test_stored_page_belongs_to_the_stored_results() -> None:
+    path = ROOT / "docs" / "evaluation" / "t1-methods.json"
+    assert path.with_suffix(".md").read_text() == page(Comparison.model_validate_json(path.read_text()))
