@@ -8,6 +8,9 @@ import pytest
 
 from app.pipeline import brain_extraction
 from tests.support.bundle import write_tiny_bundle
+from tests.support.search_path import leave_environments
+
+leave_environments()
 
 DATA_VARIABLE = "COUNTERPART_DATA"
 CHECKOUT = Path(__file__).resolve().parents[1]
