@@ -41,7 +41,8 @@ def newest_bundle(name: str, models: Path = ROOT / "models") -> Path:
     SystemExit
         There is none.
     """
-    found = [p for p in models.glob(f"{name}-*") if (p / "manifest.json").is_file()]
+    # A version begins with a digit, so that "t1" does not match "t1-pinaya2022".
+    found = [p for p in models.glob(f"{name}-[0-9]*") if (p / "manifest.json").is_file()]
     if not found:
         raise SystemExit(f"There is no bundle {name}-* in {models.name}/. Train one, or name one with --bundle.")
     return max(found, key=lambda p: Version(p.name.removeprefix(f"{name}-")))

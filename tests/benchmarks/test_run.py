@@ -89,7 +89,7 @@ def test_names_are_selected_in_their_own_order() -> None:
 
 
 def test_newest_bundle_has_the_highest_version(tmp_path: Path) -> None:
-    for version in ("1.9.0", "1.10.0"):
+    for version in ("1.9.0", "1.10.0", "pinaya2022-2.0.0"):  # the last one is another bundle
         (tmp_path / f"t1-{version}").mkdir()
         (tmp_path / f"t1-{version}" / "manifest.json").touch()
     assert newest_bundle("t1", tmp_path).name == "t1-1.10.0"

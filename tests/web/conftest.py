@@ -8,7 +8,8 @@ import httpx2
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from tests.api.service_process import CHECKOUT, RunningService, run_service
+from benchmarks.run import newest_bundle
+from tests.api.service_process import RunningService, run_service
 from tests.support.dicom import write_series, zip_files
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, with_lesion
 from tests.support.results import save_nifti
@@ -40,7 +41,7 @@ def browser(installed_browser: Path) -> Iterator[Browser]:
 def models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the tiny bundle, which is fast, and the newest T1 bundle, which knows the sample."""
     folder = tmp_path_factory.mktemp("web-models")
-    shipped = max((CHECKOUT / "models").glob("t1-*"))
+    shipped = newest_bundle("t1")
     for bundle in (tiny_models / MODEL, shipped):
         (folder / bundle.name).symlink_to(bundle)
     return folder

@@ -150,7 +150,8 @@ Every method except `{bundle}` chooses a filter and the extent of a finding (dow
 validation scans with lesions of grade 2. Baselines also choose between the difference and the difference divided by the
 local contrast. The settings of `{bundle}` were chosen on validation scans, too.
 
-The transformer of Pinaya et al. 2021 is missing: on two cores, a training with as many slices would take days.
+The transformer of Pinaya et al. 2021 is missing: on two cores, a training with as many slices takes about eight hours
+([decision 20](../decisions/0020-training-on-a-borrowed-gpu.md) has the time of half of them).
 [comparison.md](../results/comparison.md) has its result with a smaller budget, next to version 1.6.0.
 """
 

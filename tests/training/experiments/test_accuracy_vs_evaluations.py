@@ -21,7 +21,7 @@ pytestmark = pytest.mark.training
 
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
-    folder = next((ROOT / "models").glob("t1-*"))
+    folder = next((ROOT / "models").glob("t1-[0-9]*"))
     return Manifest.model_validate_json((folder / "manifest.json").read_text())
 
 

@@ -32,7 +32,7 @@ def test_ball_has_its_volume_and_centre() -> None:
 
 
 def test_check_alone_is_the_served_check() -> None:
-    folder = next((ROOT / "models").glob("t1-*"))
+    folder = next((ROOT / "models").glob("t1-[0-9]*"))
     manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
     checked = only_ood_check(manifest)
     assert checked.ood == manifest.ood
