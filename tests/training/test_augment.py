@@ -14,6 +14,15 @@ pytestmark = pytest.mark.training
 
 COARSE = Config.load(ROOT / "training" / "configs" / "t1.toml").coarse_noise
 SCANNER = ScannerConfig(probability=0.5, max_noise_sd=0.0, max_blur_sd_pixels=0.5, max_sharpening=1.0)
+# Augmentation that only mirrors.
+STILL = AugmentationConfig(
+    max_rotation_degrees=0.0,
+    max_scale=0.0,
+    max_shift_pixels=0.0,
+    max_gain=0.0,
+    max_log_gamma=0.0,
+    scanner=SCANNER.model_copy(update={"probability": 0.0}),
+)
 
 
 def discs(count: int) -> FloatArray:
@@ -114,9 +123,7 @@ def test_scanner_keeps_background_and_edge() -> None:
 
 
 def test_augmentation_simulates_scanners_for_some_slices_and_depends_on_the_seed_only() -> None:
-    still = AugmentationConfig(
-        max_rotation_degrees=0, max_scale=0, max_shift_pixels=0, max_gain=0, max_log_gamma=0, scanner=SCANNER
-    )
+    still = STILL.model_copy(update={"scanner": SCANNER})
     x = torch.from_numpy(np.repeat(striped_discs()[:1], 200, axis=0)[:, None])
     y = augment(x, still, np.random.default_rng(3))
     assert torch.equal(y, augment(x, still, np.random.default_rng(3)))
@@ -125,18 +132,15 @@ def test_augmentation_simulates_scanners_for_some_slices_and_depends_on_the_seed
     assert np.mean(unchanged) == pytest.approx(0.5 + 0.25 * 0.3, abs=0.1)
 
 
-OTHER_SCANNERS = AugmentationConfig(
-    max_rotation_degrees=0,
-    max_scale=0,
-    max_shift_pixels=0,
-    max_gain=0,
-    max_log_gamma=0.3,
-    anchor=0.75,
-    tissue_levels=(0.2, 0.48, 0.75),
-    tissue_shift_sd=0.05,
-    bias_field_sd=0.05,
-    erosion_probability=0.5,
-    scanner=SCANNER.model_copy(update={"probability": 0.0}),
+OTHER_SCANNERS = STILL.model_copy(
+    update={
+        "max_log_gamma": 0.3,
+        "anchor": 0.75,
+        "tissue_levels": (0.2, 0.48, 0.75),
+        "tissue_shift_sd": 0.05,
+        "bias_field_sd": 0.05,
+        "erosion_probability": 0.5,
+    }
 )
 
 
@@ -214,15 +218,6 @@ def test_simulated_bias_field_is_smooth_over_the_whole_head() -> None:
 
 
 # ---- anatomy -----------------------------------------------------------------------------------
-
-STILL = AugmentationConfig(
-    max_rotation_degrees=0.0,
-    max_scale=0.0,
-    max_shift_pixels=0.0,
-    max_gain=0.0,
-    max_log_gamma=0.0,
-    scanner=SCANNER.model_copy(update={"probability": 0.0}),
-)
 
 
 def augmented(x: FloatArray, seed: int = 0, **changes: float) -> FloatArray:

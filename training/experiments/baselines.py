@@ -40,6 +40,8 @@ DIFFERENCE, OVER_CONTRAST = "difference", "over local contrast"
 Loss = Callable[[torch.Tensor], torch.Tensor]
 # Slices (N, 1, H, W) -> codes of the bundle's VQ-VAE (N, L).
 Codes = Callable[[torch.Tensor], torch.Tensor]
+# Slices (N, 1, H, W) -> the same slices, reconstructed.
+Reconstruct = Callable[[FloatArray], FloatArray]
 
 
 def build(name: str, config: Config) -> nn.Module:
@@ -197,11 +199,11 @@ def difference_maps(x: FloatArray, reference: FloatArray) -> dict[str, FloatArra
     }
 
 
-def reconstruction_maps(reconstruction: Callable[[Case], FloatArray]) -> dict[str, AnomalyMap]:
-    """Return both maps of a method that reconstructs the slices (M, H, W) of a case."""
+def reconstruction_maps(reconstruct: Reconstruct) -> dict[str, AnomalyMap]:
+    """Return both maps of a method that reconstructs slices."""
 
     def only(variant: str) -> AnomalyMap:
-        return lambda case: difference_maps(case.x[:, 0], reconstruction(case))[variant]
+        return lambda case: difference_maps(case.x[:, 0], reconstruct(case.x)[:, 0])[variant]
 
     return {variant: only(variant) for variant in (DIFFERENCE, OVER_CONTRAST)}
 
@@ -227,18 +229,23 @@ def intensity_threshold(config: Config) -> ComparedMethod:
 def mean_difference(config: Config) -> ComparedMethod:
     """Return the difference from the mean healthy training slice."""
     mean = np.asarray(cached_slices(config, "train").mean(axis=0) / UINT16_MAX, dtype=np.float32)
-    return ComparedMethod("mean", reconstruction_maps(lambda case: np.broadcast_to(mean, case.x[:, 0].shape)))
+    return ComparedMethod("mean", reconstruction_maps(lambda x: np.broadcast_to(mean, x.shape)))
+
+
+def vqvae_reconstructor(networks: TorchNetworks) -> Reconstruct:
+    """Return the bundle's VQ-VAE as a function on slices, D(z0), without diffusion."""
+    models = networks.models().in_batches(BATCH, lambda _: None)
+    return lambda x: models.decode(models.encode(x))
 
 
 def vqvae_difference(networks: TorchNetworks) -> ComparedMethod:
     """Return |x - D(z0)| of the bundle's VQ-VAE, without diffusion."""
-    models = networks.models().in_batches(BATCH, lambda _: None)
-    maps = reconstruction_maps(lambda case: models.decode(models.encode(case.x))[:, 0])
-    return ComparedMethod("vqvae", maps, parameters=count_parameters(networks.encoder, networks.decoder))
+    parameters = count_parameters(networks.encoder, networks.decoder)
+    return ComparedMethod("vqvae", reconstruction_maps(vqvae_reconstructor(networks)), parameters=parameters)
 
 
-def reconstructor(network: nn.Module) -> Callable[[FloatArray], FloatArray]:
-    """Return a trained autoencoder as a function on slices (N, 1, H, W)."""
+def reconstructor(network: nn.Module) -> Reconstruct:
+    """Return a trained autoencoder as a function on slices."""
 
     def run(x: FloatArray) -> FloatArray:
         with torch.inference_mode():
@@ -252,9 +259,7 @@ def reconstructor(network: nn.Module) -> Callable[[FloatArray], FloatArray]:
 
 def autoencoder_difference(name: str, network: nn.Module) -> ComparedMethod:
     """Return the difference from the reconstruction of a trained autoencoder."""
-    run = reconstructor(network)
-    maps = reconstruction_maps(lambda case: run(case.x)[:, 0])
-    return ComparedMethod(name, maps, parameters=count_parameters(network))
+    return ComparedMethod(name, reconstruction_maps(reconstructor(network)), parameters=count_parameters(network))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from training.calibrate import CONTRAST_STREAM, residual_settings, simulate_othe
 from training.config import ROOT, Config
 from training.data import load_scan, load_split
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
-from training.experiments.ablation import KlCalibration
+from training.experiments.ablation import POOLED, KlCalibration
 from training.experiments.cases import GRADES, Case, for_choices, make_case, multiple_sclerosis, synthetic
 from training.experiments.experiment import code_version
 from training.experiments.manifests import changed
@@ -59,7 +59,6 @@ CALIBRATION_SCANS = 10
 BUDGETS = {name: Budget(name, 3000, 32, 1e-3) for name in ("dense-ae", "spatial-ae", "vae")}
 # Shares of the threshold down to which a finding of a baseline may extend.
 EXTENT_SHARES = (0.6, 1.0)
-LESION_GRADES = ("grade 2", "grade 3")
 
 
 # ---- methods -----------------------------------------------------------------------------------
@@ -205,18 +204,14 @@ class Methods:
 
     def _vqvae(self, views: Sequence[View]) -> Candidate:
         networks = load_networks(self.config.bundle_folder, self.config)
-        models = networks.models().in_batches(BATCH, lambda _: None)
         parameters = baselines.count_parameters(networks.encoder, networks.decoder)
-        return _reconstructing("vqvae", lambda x: models.decode(models.encode(x)), parameters, views)
+        return _reconstructing("vqvae", baselines.vqvae_reconstructor(networks), parameters, views)
 
 
-def _reconstructing(
-    name: str, reconstruct: Callable[[FloatArray], FloatArray], parameters: int, views: Sequence[View]
-) -> Candidate:
-    """Return a method whose map is the difference between slices (N, 1, H, W) and their reconstruction, over views."""
+def _reconstructing(name: str, reconstruct: baselines.Reconstruct, parameters: int, views: Sequence[View]) -> Candidate:
+    """Return a method whose map is the difference between slices and their reconstruction, over views."""
     clock = NetworkClock()
-    run = clock.timed(reconstruct, counted=True)
-    maps = baselines.reconstruction_maps(lambda case: run(case.x)[:, 0])
+    maps = baselines.reconstruction_maps(clock.timed(reconstruct, counted=True))
     method = ComparedMethod(name, {v: in_views(m, views) for v, m in maps.items()}, parameters=parameters)
     return Candidate(method, clock)
 
@@ -260,13 +255,13 @@ class Scans:
 
     @cached_property
     def healthy(self) -> dict[str, list[Case]]:
-        """Healthy test scans at home, and of people on scanners that no training saw."""
+        """Healthy test scans at home, and of people on scanners of which no training has scans."""
         return {HOME: self._healthy(self._split.test), OTHER_SCANNERS: list(self._other_scanners())}
 
     @cached_property
     def lesions(self) -> list[Case]:
         """Test scans with a synthetic lesion, and the real lesions of two patients."""
-        inserted = [c for c in synthetic(self._config, self._manifest, "test") if c.kind in LESION_GRADES]
+        inserted = [c for c in synthetic(self._config, self._manifest, "test") if c.kind in POOLED]
         return [*inserted, *multiple_sclerosis(self._manifest, "T1")]
 
     def shape_of(self, case: Case) -> str:

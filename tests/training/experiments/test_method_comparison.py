@@ -16,6 +16,7 @@ from app.volume import FloatArray, Volume
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, positions
 from training.config import ROOT, Config
 from training.data import load_split
+from training.experiments import cases
 from training.experiments.cases import Case, make_case
 from training.experiments.method_comparison import (
     Candidate,
@@ -150,11 +151,18 @@ def test_simulated_scanner_keeps_the_place_of_the_head(manifest: Manifest, confi
     assert np.abs(simulated.slices.x[middle[1], 0] - case.slices.x[middle[0], 0])[before & after].mean() > 0.01
 
 
-def test_shape_of_a_test_scan_is_that_of_the_synthetic_cases(config: Config) -> None:
-    split = load_split(config.data.splits)
+def test_shape_of_a_test_scan_is_the_inserted_one(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The intervals resample shapes, so that each scan needs the name of its shape."""
+    inserted: list[str] = []
+    monkeypatch.setattr(cases, "load_scan", lambda *_: SimpleNamespace(volume=None))
+    monkeypatch.setattr(cases, "load_lesion_shape", inserted.append)
+    monkeypatch.setattr(cases, "insert_lesion", lambda *_: None)
+    insert, subjects = cases.shape_inserter(config, "test"), load_split(config.data.splits).test
+    for number, subject in enumerate(subjects):  # as `cases.synthetic` numbers them
+        insert(subject, 0.35, number)
     scans = Scans(config, cast("Any", None))
-    shapes = [scans.shape_of(cast("Case", SimpleNamespace(kind="grade 2", subject=s))) for s in split.test]
-    assert shapes == [split.shapes_test[i % len(split.shapes_test)] for i in range(len(split.test))]
+    shapes = [scans.shape_of(cast("Case", SimpleNamespace(kind="grade 2", subject=s))) for s in subjects]
+    assert shapes == inserted
     assert scans.shape_of(cast("Case", SimpleNamespace(kind=REAL, subject="patient"))) == "patient"
 
 
