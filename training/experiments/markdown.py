@@ -1,6 +1,7 @@
 """Tables, numbers with intervals and templates for generated Markdown pages."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -54,3 +55,17 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
     if names != values.keys():
         raise KeyError(f"template and values differ in {sorted(names ^ values.keys())}")
     return re.sub(r"{{(\w+)}}", lambda match: values[match[1]], template)
+
+
+def refill(text: str, width: int = 120) -> str:
+    """Break the lines of paragraphs and bullets again, after values were inserted into them."""
+    blocks = re.split(r"(\n(?:\n+|(?=- )))", text.strip("\n"))
+    # Every second part is a separator.
+    return "".join(
+        part if i % 2 or part.startswith("#") else _fill(" ".join(part.split()), width) for i, part in enumerate(blocks)
+    )
+
+
+def _fill(paragraph: str, width: int) -> str:
+    indent = "  " if paragraph.startswith("- ") else ""
+    return textwrap.fill(paragraph, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)

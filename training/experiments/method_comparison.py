@@ -6,7 +6,7 @@ every method that has no stored result for these bundles, and writes docs/evalua
 All denoisers and autoencoders are trained on the same slices with the same augmentation. A map is the mean over the
 views of the bundle, or of one view if the name of the method states so. The variant, the filter and the extent of a
 finding of a baseline are chosen on validation scans. The threshold of each method comes from healthy validation scans
-by one rule.
+by one rule. The lesions are outlined tumours for `flair` and synthetic for the other bundles.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from training.config import ROOT, Config
 from training.data import load_scan, load_split
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
 from training.experiments.ablation import POOLED, KlCalibration
-from training.experiments.cases import GRADES, Case, for_choices, make_case, multiple_sclerosis, synthetic
+from training.experiments.cases import GRADES, Case, for_choices, make_case, multiple_sclerosis, synthetic, tumours
 from training.experiments.experiment import code_version
 from training.experiments.manifests import changed
 from training.experiments.method_comparison_page import HOME, OTHER_SCANNERS, Comparison, LesionScores, MethodResult
@@ -59,6 +59,8 @@ CALIBRATION_SCANS = 10
 BUDGETS = {name: Budget(name, 3000, 32, 1e-3) for name in ("dense-ae", "spatial-ae", "vae")}
 # Shares of the threshold down to which a finding of a baseline may extend.
 EXTENT_SHARES = (0.6, 1.0)
+# Suffix of a variant whose map is multiplied by the intensity of the slice.
+TIMES_INTENSITY = " times intensity"
 
 
 # ---- methods -----------------------------------------------------------------------------------
@@ -71,6 +73,15 @@ def in_views(compute: AnomalyMap, views: Sequence[View]) -> AnomalyMap:
         return average_views([compute(view_case(case, view)) for view in views], views)
 
     return averaged
+
+
+def times_intensity(compute: AnomalyMap) -> AnomalyMap:
+    """Return a map that is multiplied by the slice, for a sequence in which lesions are bright."""
+
+    def weighted(case: Case) -> FloatArray:
+        return compute(case) * case.x[:, 0]
+
+    return weighted
 
 
 def view_case(case: Case, view: View) -> Case:
@@ -188,32 +199,41 @@ class Methods:
     ) -> Candidate:
         clock, networks = NetworkClock(), load_networks(config.bundle_folder, config)
         maps = {"": counterpart_map(clock.timed_networks(bundle.networks.in_batches(BATCH, lambda _: None)), manifest)}
+        if not manifest.residual.weighted_by_intensity:
+            maps = self._weighted(maps)
         parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
         return Candidate(ComparedMethod(manifest.id, maps, smoothing, parameters), clock, extent_shares)
+
+    def _weighted(self, maps: dict[str, AnomalyMap]) -> dict[str, AnomalyMap]:
+        """Add variants that are multiplied by the intensity, if the bundle multiplies its own residual by it."""
+        if not self.config.detection.weighted_by_intensity:
+            return maps
+        return maps | {(v + TIMES_INTENSITY).strip(): times_intensity(compute) for v, compute in maps.items()}
 
     def _denoising_autoencoder(self, views: Sequence[View]) -> Candidate:
         denoising_autoencoder.train(self.config)
         network = denoising_autoencoder.load(self.config)
         parameters = baselines.count_parameters(network)
-        return _reconstructing(denoising_autoencoder.NAME, baselines.reconstructor(network), parameters, views)
+        return self._reconstructing(denoising_autoencoder.NAME, baselines.reconstructor(network), parameters, views)
 
     def _autoencoder(self, name: str, views: Sequence[View]) -> Candidate:
         baselines.train(BUDGETS[name], self.config)
         network = baselines.load(BUDGETS[name], self.config)
-        return _reconstructing(name, baselines.reconstructor(network), baselines.count_parameters(network), views)
+        return self._reconstructing(name, baselines.reconstructor(network), baselines.count_parameters(network), views)
 
     def _vqvae(self, views: Sequence[View]) -> Candidate:
         networks = load_networks(self.config.bundle_folder, self.config)
         parameters = baselines.count_parameters(networks.encoder, networks.decoder)
-        return _reconstructing("vqvae", baselines.vqvae_reconstructor(networks), parameters, views)
+        return self._reconstructing("vqvae", baselines.vqvae_reconstructor(networks), parameters, views)
 
-
-def _reconstructing(name: str, reconstruct: baselines.Reconstruct, parameters: int, views: Sequence[View]) -> Candidate:
-    """Return a method whose map is the difference between slices and their reconstruction, over views."""
-    clock = NetworkClock()
-    maps = baselines.reconstruction_maps(clock.timed(reconstruct, counted=True))
-    method = ComparedMethod(name, {v: in_views(m, views) for v, m in maps.items()}, parameters=parameters)
-    return Candidate(method, clock)
+    def _reconstructing(
+        self, name: str, reconstruct: baselines.Reconstruct, parameters: int, views: Sequence[View]
+    ) -> Candidate:
+        """Return a method whose map is the difference between slices and their reconstruction, over views."""
+        clock = NetworkClock()
+        maps = baselines.reconstruction_maps(clock.timed(reconstruct, counted=True))
+        in_all_views = {variant: in_views(compute, views) for variant, compute in maps.items()}
+        return Candidate(ComparedMethod(name, self._weighted(in_all_views), parameters=parameters), clock)
 
 
 # ---- scans -------------------------------------------------------------------------------------
@@ -244,36 +264,49 @@ class Scans:
     @cached_property
     def calibration(self) -> list[Case]:
         """Healthy validation scans, which the thresholds come from."""
-        subjects = self._split.validation
-        chosen = np.linspace(0, len(subjects) - 1, CALIBRATION_SCANS).round().astype(int)
-        return self._healthy([subjects[i] for i in chosen])
+        healthy = self._healthy(self._split.validation)
+        chosen = np.linspace(0, len(healthy) - 1, min(CALIBRATION_SCANS, len(healthy))).round().astype(int)
+        return [healthy[i] for i in chosen]
 
     @cached_property
     def simulated(self) -> list[Case]:
-        """The healthy validation scans as other scanners might image them (`training.calibrate`)."""
+        """The healthy validation scans on simulated scanners (`training.calibrate`), if the rule has any."""
+        if not self._config.detection.simulated_scanners:
+            return []
         return [simulated_case(case, i, self._config, self._manifest) for i, case in enumerate(self.calibration)]
 
     @cached_property
     def healthy(self) -> dict[str, list[Case]]:
         """Healthy test scans at home, and of people on scanners of which no training has scans."""
-        return {HOME: self._healthy(self._split.test), OTHER_SCANNERS: list(self._other_scanners())}
+        home = {HOME: self._healthy(self._split.test)}
+        return home | (
+            {OTHER_SCANNERS: list(self._other_scanners())} if "heads" in self._config.evaluation.parts else {}
+        )
 
     @cached_property
     def lesions(self) -> list[Case]:
-        """Test scans with a synthetic lesion, and the real lesions of two patients."""
+        """Test scans with lesions: outlined tumours, or synthetic lesions and the real ones of two patients."""
+        if "tumours" in self._config.evaluation.parts:
+            return [case for case in tumours(self._config, self._manifest) if case.truth.any()]
         inserted = [c for c in synthetic(self._config, self._manifest, "test") if c.kind in POOLED]
-        return [*inserted, *multiple_sclerosis(self._manifest, "T1")]
+        real = multiple_sclerosis(self._manifest, "T1") if self._config.bundle.sequence == "T1" else ()
+        return [*inserted, *real]
 
     def shape_of(self, case: Case) -> str:
-        """Return the lesion shape of a test scan, as `cases.shape_inserter` selects it."""
-        if case.kind not in GRADES:
+        """Return the lesion shape of a test scan, as `cases.shape_inserter` selects it, or the subject."""
+        if case.kind not in GRADES or self._config.data.image_archive is not None:
             return case.subject
         names = self._split.shapes_test
         return names[self._split.test.index(case.subject) % len(names)]
 
     def _healthy(self, subjects: Sequence[str]) -> list[Case]:
-        volumes = [(subject, load_scan(self._config, subject).volume) for subject in subjects]
-        return [make_case(s, "healthy", v, np.zeros(v.shape, np.bool_), self._manifest) for s, v in volumes]
+        """Return the healthy slices of subjects that have any."""
+        cases = []
+        for subject in subjects:
+            scan = load_scan(self._config, subject)
+            nothing = np.zeros(scan.volume.shape, np.bool_)
+            cases.append(make_case(subject, "healthy", scan.volume, nothing, self._manifest, scan.healthy_slices))
+        return [case for case in cases if len(case.slice_indices)]
 
     def _other_scanners(self) -> Iterator[Case]:
         for scan in tqdm(load_unseen_list().people, desc="other scanners", unit="scan"):

@@ -1,15 +1,17 @@
 """Page of the comparison of methods, and its stored results. Needs no torch."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from training.cluster_bootstrap import IntArray, Interval, cluster_weights, crossed_weights, interval, mean, quantile
-from training.experiments.markdown import bullets, format_interval, table
+from training.experiments.markdown import bullets, format_interval, refill, table
 from training.experiments.results import Record
 
 HOME, OTHER_SCANNERS = "home", "other scanners"
-REAL = "MS lesions, T1"
+# Kinds of lesions with fewer scans have no interval and no row of differences.
+MIN_SCANS = 5
 
 
 class LesionScores(Record):
@@ -38,7 +40,7 @@ class MethodResult(Record):
     ms_per_slice : float
         Milliseconds of the networks.
     found_ml : dict of str to dict of str to float
-        Millilitres of findings in healthy scans, by group and subject.
+        Millilitres of findings in healthy scans, by group and subject. Not every bundle has scans of other scanners.
     lesions : tuple of LesionScores
     code : str
         Commit.
@@ -65,7 +67,7 @@ class Comparison(Record):
     paper_sha256: str
     calibration_scans: int
     false_positive_ml: float
-    simulated_ml: float
+    simulated_ml: float | None
     autoencoder_budget: str
     denoising_autoencoder_budget: str
     methods: dict[str, MethodResult]
@@ -76,9 +78,11 @@ def of_kinds(result: MethodResult, kinds: Sequence[str]) -> list[LesionScores]:
     return [score for score in result.lesions if score.kind in kinds]
 
 
-def synthetic_kinds(result: MethodResult) -> list[str]:
-    """Return the kinds of synthetic lesions, in their order."""
-    return list(dict.fromkeys(score.kind for score in result.lesions if score.kind != REAL))
+def kinds_by_size(result: MethodResult) -> tuple[list[str], list[str]]:
+    """Return the kinds of lesions with enough scans for an interval, and the others, in their order."""
+    kinds = list(dict.fromkeys(score.kind for score in result.lesions))
+    large = [kind for kind in kinds if len(of_kinds(result, [kind])) >= MIN_SCANS]
+    return large, [kind for kind in kinds if kind not in large]
 
 
 def mean_score(scores: Sequence[LesionScores], score: str) -> Interval:
@@ -94,7 +98,9 @@ def mean_gain(first: Sequence[LesionScores], second: Sequence[LesionScores], sco
 
 
 def _weights(scores: Sequence[LesionScores]) -> IntArray:
-    return crossed_weights([each.subject for each in scores], [each.shape for each in scores])
+    subjects, shapes = ([getattr(each, name) for each in scores] for name in ("subject", "shape"))
+    # A lesion that only one subject has varies with the subject.
+    return cluster_weights(subjects, seed=0) if subjects == shapes else crossed_weights(subjects, shapes)
 
 
 def median_ml(found: dict[str, float]) -> Interval:
@@ -104,26 +110,56 @@ def median_ml(found: dict[str, float]) -> Interval:
 
 # ---- text --------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class ScanTexts:
+    """Sentences about the scans of one bundle."""
+
+    holds_for: str
+    training: str
+    test: str
+
+
+TEXTS = {
+    "t1": ScanTexts(
+        holds_for="The numbers hold for skull-stripped T1. Lesions were inserted into scans of one scanner (ds002748), "
+        "except for two patients with multiple sclerosis.",
+        training=" The VQ-VAE is the exception: it was trained on ds002748 only.",
+        test="12 healthy people of ds002748 (home). 15 healthy people of other scanners, of which no training has "
+        "scans. Each person of ds002748 with one lesion shape of a patient with multiple sclerosis: in grade 2, the "
+        "intensity changes by 20 % of the range of the brain, in grade 3 by 35 %; half of the lesions are bright. Two "
+        "test patients with multiple sclerosis.",
+    ),
+    "flair": ScanTexts(
+        holds_for="The numbers hold for FLAIR with skull of TCGA-LGG (several hospitals). All lesions are real.",
+        training=" These are slices without a tumour of patients with a glioma.",
+        test="patients with an outlined lower-grade glioma, with all slices that the bundle analyses. Their slices "
+        "without a tumour are the healthy ones. Tumours in other slices do not count for any method.",
+    ),
+    "headct": ScanTexts(
+        holds_for="The numbers hold for head CT of MedNIST, at 64 x 64 pixels. All lesions are synthetic.",
+        training="",
+        test="28 stacks of MedNIST (scanners unknown). Each with ellipses of 15 to 30 mm radius: in grade 2, the "
+        "intensity changes by 20 % of the window, in grade 3 by 35 %; half of the lesions are bright.",
+    ),
+}
+
 INTRODUCTION = """# {bundle} compared with the paper's method and with baselines
 
-Written by `python -m training.experiments.method_comparison`. The numbers hold for skull-stripped T1. Lesions were
-inserted into scans of one scanner (ds002748), except for two patients with multiple sclerosis.
+Written by `python -m training.experiments.method_comparison`. {texts.holds_for}
 
 ## Protocol
 
 The same for every method:
 
-- **Training scans.** All denoisers and autoencoders were trained on the scans of `{bundle}`, with its augmentation. The
-  VQ-VAE is the exception: it was trained on ds002748 only.
+- **Training scans.** All denoisers and autoencoders were trained on the scans of `{bundle}`, with its
+  augmentation.{texts.training}
 - **Threshold.** {calibration_scans} healthy validation scans determine it. Their median may have at most
-  {false_positive_ml:g} ml of findings, and at most {simulated_ml:g} ml if another scanner is simulated. This is the
+  {false_positive_ml:g} ml of findings{simulated}. This is the
   rule of `{bundle}`, with fewer scans and without its lower limit.
-- **Test scans.** 12 healthy people of ds002748 (home). 15 healthy people of other scanners, of which no training has
-  scans. Each person of ds002748 with one lesion shape of a patient with multiple sclerosis: in grade 2, the intensity
-  changes by 20 % of the range of the brain, in grade 3 by 35 %; half of the lesions are bright. Two test patients with
-  multiple sclerosis.
+- **Test scans.** {texts.test}
 - **Statistics.** Means over scans, and medians of the false findings. Brackets are 95 % intervals of a bootstrap over
-  subjects and lesion shapes.
+  {resampled}.
 
 Nothing on this page was chosen on test scans. But earlier results on these scans were known when `{bundle}` was made.
 
@@ -134,9 +170,9 @@ The methods:
   `{bundle}` and continues with white noise at all time steps, without a weight of the loss. The KL map is the mean over
   five time steps from 400 to 600. The mask contains the latents above the 97.5th percentile of healthy scans. The
   reverse process starts at t = 500. The authors of this page could not read all settings of the paper. So the five time
-  steps, the percentile, the 25 reverse steps, the size of a latent (4 mm) and the thresholds of the findings are ours.
-- **The same with the steps of `t1`**: its networks with the noise level, the smoothed KL map, the percentile and the
-  reverse step of `{bundle}`. The difference to `{bundle}` with one view is the training with coarse patches.
+  steps, the percentile, the 25 reverse steps, the size of a latent and the thresholds of the findings are ours.
+- **The same with the steps of `{name}`**: its networks with the noise level, the smoothed KL map, the percentile and
+  the reverse step of `{bundle}`. The difference to `{bundle}` with one view is the training with coarse patches.
 - **Denoising autoencoder** (Kascenas et al. 2022): a U-Net of the size of the denoiser that removes the same patches of
   coarse noise in pixels, without latents and without diffusion. The training starts from the inner layers of the
   denoiser of `{bundle}` and takes {denoising_autoencoder_budget}.
@@ -158,11 +194,24 @@ The transformer of Pinaya et al. 2021 is missing: on two cores, a training with 
 
 def page(document: Comparison) -> str:
     """Return the page."""
-    fields = document.model_dump(exclude={"methods", "bundle_sha256", "paper_sha256"})
-    parts = [INTRODUCTION.format(**fields)]
+    parts = [_introduction(document)]
     if document.methods:
         parts += [_accuracy(document), _false_findings(document), _differences(document), _choices(document)]
     return "\n".join(parts)
+
+
+def _introduction(document: Comparison) -> str:
+    name = document.bundle.rpartition("-")[0]
+    simulated = document.simulated_ml
+    fields = document.model_dump(exclude={"methods", "bundle_sha256", "paper_sha256"})
+    text = INTRODUCTION.format(
+        **fields,
+        name=name,
+        texts=TEXTS[name],
+        simulated="" if simulated is None else f", and at most {simulated:g} ml if another scanner is simulated",
+        resampled="subjects and lesion shapes" if name == "t1" else "subjects",
+    )
+    return refill(text) + "\n"
 
 
 def _rows(document: Comparison, cells: Callable[[MethodResult], Sequence[str]]) -> list[list[str]]:
@@ -170,15 +219,19 @@ def _rows(document: Comparison, cells: Callable[[MethodResult], Sequence[str]]) 
 
 
 def _accuracy(document: Comparison) -> str:
-    kinds = synthetic_kinds(next(iter(document.methods.values())))
+    kinds, small = kinds_by_size(next(iter(document.methods.values())))
     scores = {"auprc": "AUPRC", "best_dice": "best Dice", "dice": "Dice"}
 
     def cells(result: MethodResult) -> list[str]:
-        inserted = [format_interval(mean_score(of_kinds(result, [kind]), score)) for kind in kinds for score in scores]
-        real = [f"{np.mean([getattr(each, s) for each in of_kinds(result, [REAL])]):.2f}" for s in scores]
-        return [*inserted, *real]
+        values = [format_interval(mean_score(of_kinds(result, [kind]), score)) for kind in kinds for score in scores]
+        few = [
+            f"{np.mean([getattr(each, s) for each in of_kinds(result, [kind])]):.2f}" for kind in small for s in scores
+        ]
+        return [*values, *few]
 
-    header = ["method", *(f"{text}, {kind}" for kind in [*kinds, "MS (2 patients)"] for text in scores.values())]
+    reference = next(iter(document.methods.values()))
+    few_scans = [f"{kind} ({len(of_kinds(reference, [kind]))} patients)" for kind in small]
+    header = ["method", *(f"{text}, {kind}" for kind in [*kinds, *few_scans] for text in scores.values())]
     text = (
         "**AUPRC** and **best Dice** need no threshold: best Dice is that of the best threshold of each scan. **Dice** "
         "is that of the mask at the threshold above."
@@ -188,11 +241,13 @@ def _accuracy(document: Comparison) -> str:
 
 def _false_findings(document: Comparison) -> str:
     def cells(result: MethodResult) -> list[str]:
-        other = result.found_ml[OTHER_SCANNERS]
+        volumes = [
+            cell
+            for found in result.found_ml.values()
+            for cell in (format_interval(median_ml(found)), f"{np.percentile(list(found.values()), 90):.1f}")
+        ]
         return [
-            format_interval(median_ml(result.found_ml[HOME])),
-            format_interval(median_ml(other)),
-            f"{np.percentile(list(other.values()), 90):.1f}",
+            *volumes,
             f"{result.evaluations_per_slice:.1f}",
             f"{result.ms_per_slice:.1f}",
             f"{result.parameters / 1e6:.1f}",
@@ -204,11 +259,10 @@ def _false_findings(document: Comparison) -> str:
         "out-of-distribution check. The other networks run in torch in float32. So these times do not show which "
         "architecture is faster. **Evaluations** are those of the denoiser or of the autoencoder."
     )
+    groups = next(iter(document.methods.values())).found_ml
     header = [
         "method",
-        "false findings at home, ml",
-        "on other scanners, ml",
-        "90th percentile",
+        *(title for group in groups for title in (f"false findings, {group}, ml", f"90th percentile, {group}")),
         "evaluations per slice",
         "ms per slice",
         "parameters, millions",
@@ -218,7 +272,7 @@ def _false_findings(document: Comparison) -> str:
 
 def _differences(document: Comparison) -> str:
     reference_name, reference = next(iter(document.methods.items()))
-    kinds = synthetic_kinds(reference)
+    kinds, _ = kinds_by_size(reference)
     own = of_kinds(reference, kinds)
 
     def cells(result: MethodResult) -> list[str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.experiments.markdown import fill_template, format_interval, table
+from training.experiments.markdown import fill_template, format_interval, refill, table
 from training.experiments.metrics import Interval
 
 
@@ -23,3 +23,11 @@ def test_template_and_values_must_match(values: dict[str, str]) -> None:
     assert fill_template("{{a}} and {{b}}", {"a": "1", "b": "2"}) == "1 and 2"
     with pytest.raises(KeyError):
         fill_template("{{a}} and {{b}}", values)
+
+
+def test_refilled_text_keeps_headings_paragraphs_and_bullets() -> None:
+    text = "# A long heading that is not broken\n\none two\nthree\n\n- first of\n  all\n- second\n\nend\n"
+    assert refill(text, 12) == (
+        "# A long heading that is not broken\n\none two\nthree\n\n- first of\n  all\n- second\n\nend"
+    )
+    assert refill(text, 40).endswith("one two three\n\n- first of all\n- second\n\nend")

@@ -25,22 +25,24 @@ from training.experiments.method_comparison import (
     in_views,
     measure,
     simulated_case,
+    times_intensity,
     view_case,
 )
 from training.experiments.method_comparison_page import (
     HOME,
     OTHER_SCANNERS,
-    REAL,
     Comparison,
     LesionScores,
     MethodResult,
     mean_gain,
+    mean_score,
     page,
 )
 from training.experiments.segmentation import ComparedMethod
 
 pytestmark = pytest.mark.training
 
+REAL = "MS lesions, T1"
 VIEWS = (View(), View(mirrored=True, shift=(1, 1)), View(shift=(1, 1)))
 
 
@@ -77,6 +79,11 @@ def test_map_in_views_is_the_mean_over_views(manifest: Manifest) -> None:
     columns = np.broadcast_to(np.arange(case.x.shape[-1], dtype=np.float32), case.x[:, 0].shape)
     mean = in_views(lambda _: columns, (View(), View(mirrored=True)))(case)
     np.testing.assert_allclose(mean, (case.x.shape[-1] - 1) / 2)
+
+
+def test_weighted_map_is_the_product_with_the_slice(manifest: Manifest) -> None:
+    case = make(manifest, "a", "healthy")
+    np.testing.assert_array_equal(times_intensity(lambda c: c.x[:, 0])(case), case.x[:, 0] ** 2)
 
 
 def test_view_of_a_case_keeps_its_truth(manifest: Manifest) -> None:
@@ -166,15 +173,22 @@ def test_shape_of_a_test_scan_is_the_inserted_one(config: Config, monkeypatch: p
     assert scans.shape_of(cast("Case", SimpleNamespace(kind=REAL, subject="patient"))) == "patient"
 
 
+def test_image_archive_has_no_simulated_scanners_and_resamples_only_subjects() -> None:
+    flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
+    scans = Scans(flair, cast("Any", None))
+    assert scans.simulated == []
+    assert scans.shape_of(cast("Case", SimpleNamespace(kind="grade 2", subject="patient"))) == "patient"
+
+
 # ---- page --------------------------------------------------------------------------------------
 
 
 def result(auprc: float) -> MethodResult:
-    kinds = ("grade 2", "grade 3", REAL)
+    kinds = {"grade 2": 6, "grade 3": 6, REAL: 2}
     scores = [
         LesionScores(kind=kind, subject=f"s{i}", shape=f"p{i % 3}", auprc=auprc, best_dice=0.5, dice=0.25)
-        for kind in kinds
-        for i in range(6)
+        for kind, scans in kinds.items()
+        for i in range(scans)
     ]
     return MethodResult(
         variant="difference",
@@ -190,9 +204,9 @@ def result(auprc: float) -> MethodResult:
     )
 
 
-def document(**methods: MethodResult) -> Comparison:
+def document(bundle: str = "t1-1.0.0", **methods: MethodResult) -> Comparison:
     return Comparison(
-        bundle="t1-1.0.0",
+        bundle=bundle,
         bundle_sha256="0" * 64,
         paper_bundle="t1-pinaya2022-1.0.0",
         paper_sha256="1" * 64,
@@ -208,7 +222,8 @@ def document(**methods: MethodResult) -> Comparison:
 def test_page_has_one_row_for_each_method_in_each_table() -> None:
     text = page(document(own=result(0.75), other=result(0.5)))
     assert "| own | 0.75 [0.75, 0.75] | 0.50 [0.50, 0.50] | 0.25 [0.25, 0.25] |" in text
-    assert "| other | 1.00 [1.00, 1.00] | 3.00 [3.00, 3.00] | 3.0 | 8.4 | 12.3 | 4.5 |" in text
+    assert "| 0.25 [0.25, 0.25] | 0.75 | 0.50 | 0.25 |" in text, "two patients have no interval"
+    assert "| other | 1.00 [1.00, 1.00] | 1.0 | 3.00 [3.00, 3.00] | 3.0 | 8.4 | 12.3 | 4.5 |" in text
     assert "| other | +0.25 [+0.25, +0.25] | +0.00 [+0.00, +0.00] |" in text
     assert "| own | +0" not in text, "the reference has no difference to itself"
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
@@ -217,6 +232,28 @@ def test_page_has_one_row_for_each_method_in_each_table() -> None:
 
 def test_page_without_results_has_only_the_introduction() -> None:
     assert "| method" not in page(document())
+
+
+@pytest.mark.parametrize("bundle", ["flair-1.0.0", "headct-1.0.0"])
+def test_page_of_a_bundle_without_other_scanners(bundle: str) -> None:
+    """No simulated scanner determines its threshold, and it has no column for other scanners."""
+    own = result(0.75).model_copy(update={"found_ml": {HOME: {"a": 1.0, "b": 1.0}}})
+    text = page(document(bundle, own=own).model_copy(update={"simulated_ml": None}))
+    assert "other scanners, ml" not in text
+    assert "simulated" not in text
+    assert "| own | 1.00 [1.00, 1.00] | 1.0 | 8.4 | 12.3 | 4.5 |" in text
+
+
+def test_interval_of_lesions_of_one_subject_each_resamples_subjects_once() -> None:
+    """Squared counts of a two-way bootstrap would make the interval of real lesions too wide."""
+    scores = [
+        LesionScores(kind="tumours", subject=f"s{i}", shape=f"s{i}", auprc=i / 9, best_dice=0.5, dice=0.25)
+        for i in range(10)
+    ]
+    crossed = [score.model_copy(update={"shape": f"p{i}"}) for i, score in enumerate(scores)]
+    once, twice = mean_score(scores, "auprc"), mean_score(crossed, "auprc")
+    assert once.value == twice.value
+    assert once.high - once.low < twice.high - twice.low
 
 
 def test_paired_differences_need_the_same_scans() -> None:
