@@ -125,14 +125,20 @@ def shape_inserter(config: Config, part: Part) -> Insert:
     return insert
 
 
-def synthetic(config: Config, manifest: Manifest, part: Part) -> Iterator[Case]:
-    """Yield synthetic lesions of each grade in healthy slices of each subject, alternately bright and dark."""
+def synthetic(config: Config, manifest: Manifest, part: Part, signs: tuple[int, int] = (1, -1)) -> Iterator[Case]:
+    """Yield synthetic lesions of each grade in healthy slices of each subject.
+
+    Parameters
+    ----------
+    signs : tuple of int
+        Signs of the contrast in alternating subjects: by default bright and dark.
+    """
     split: Split = load_split(config.data.splits)
     subjects = split.validation if part == "validation" else split.test
     insert = ellipse_inserter(config) if config.data.image_archive is not None else shape_inserter(config, part)
     for grade, (kind, contrast) in enumerate(GRADES.items()):
         for i, subject in enumerate(subjects):
-            made = insert(subject, contrast * (-1) ** (i + grade), i)
+            made = insert(subject, contrast * signs[(i + grade) % 2], i)
             healthy = load_scan(config, subject).healthy_slices
             case = make_case(subject, kind, made.volume, made.truth, manifest, healthy)
             if len(case.slice_indices):  # a patient may have a tumour in every slice that is analysed
@@ -152,9 +158,9 @@ def balanced(every: Iterable[Case], count: int) -> list[Case]:
     return [case for mine in of_grade for sign in (mine[::2], mine[1::2]) for case in spread(sign, count // 2)]
 
 
-def for_choices(config: Config, manifest: Manifest) -> list[Case]:
+def for_choices(config: Config, manifest: Manifest, signs: tuple[int, int] = (1, -1)) -> list[Case]:
     """Return validation cases of grade 2."""
-    found = [c for c in synthetic(config, manifest, "validation") if c.kind == "grade 2"]
+    found = [c for c in synthetic(config, manifest, "validation", signs) if c.kind == "grade 2"]
     return spread(found, VALIDATION_CASES)
 
 

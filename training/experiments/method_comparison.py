@@ -28,7 +28,7 @@ from app.pipeline.scores import augment, average_views
 from app.runtime.bundle import Bundle, load_bundle
 from app.volume import BoolArray, FloatArray, Volume
 from training.bundle_runs import extract_brain_if_needed
-from training.calibrate import CONTRAST_STREAM, residual_settings, simulate_other_scanner
+from training.calibrate import CONTRAST_STREAM, residual_settings, separate_slices, simulate_other_scanner
 from training.config import ROOT, Config
 from training.data import load_scan, load_split
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
@@ -163,7 +163,7 @@ class Methods:
             f"spatial autoencoder, {several}": lambda: self._autoencoder("spatial-ae", views),
             f"variational autoencoder, {several}": lambda: self._autoencoder("vae", views),
             f"VQ-VAE, {several}": lambda: self._vqvae(views),
-            "mean healthy slice": lambda: Candidate(baselines.mean_difference(config)),
+            "mean healthy slice": self._mean_difference,
             "intensity threshold": lambda: Candidate(baselines.intensity_threshold(config)),
         }
 
@@ -226,6 +226,10 @@ class Methods:
         parameters = baselines.count_parameters(networks.encoder, networks.decoder)
         return self._reconstructing("vqvae", baselines.vqvae_reconstructor(networks), parameters, views)
 
+    def _mean_difference(self) -> Candidate:
+        method = baselines.mean_difference(self.config)
+        return Candidate(replace(method, variants=self._weighted(method.variants)))
+
     def _reconstructing(
         self, name: str, reconstruct: baselines.Reconstruct, parameters: int, views: Sequence[View]
     ) -> Candidate:
@@ -258,8 +262,12 @@ class Scans:
 
     @cached_property
     def choices(self) -> list[Case]:
-        """Validation scans with a lesion, on which the variant and the filter of a baseline are chosen."""
-        return for_choices(self._config, self._manifest)
+        """Validation scans with a lesion, on which the variant and the filter of a baseline are chosen.
+
+        If the residual of the bundle is multiplied by the intensity, lesions are bright, and only these choose.
+        """
+        signs = (1, 1) if self._config.detection.weighted_by_intensity else (1, -1)
+        return for_choices(self._config, self._manifest, signs)
 
     @cached_property
     def calibration(self) -> list[Case]:
@@ -331,6 +339,12 @@ def simulated_case(case: Case, number: int, config: Config, manifest: Manifest) 
 # ---- measurement -------------------------------------------------------------------------------
 
 
+def separate_at_gaps(values: FloatArray, case: Case) -> FloatArray:
+    """Insert a NaN slice at each gap between the slices of a map (M, H, W), so that findings cannot join across it."""
+    gaps = np.flatnonzero(np.diff(case.slice_indices) > 1) + 1
+    return np.insert(values, gaps, np.nan, axis=0)
+
+
 def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manifest: Manifest) -> MethodResult:
     """Choose, calibrate and measure one method.
 
@@ -344,7 +358,9 @@ def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manif
     manifest : Manifest
         Its grid gives the volumes.
     """
-    voxel_ml, clock = manifest.preprocessing.voxel_ml, candidate.clock
+    voxel_ml, clock, archive = manifest.preprocessing.voxel_ml, candidate.clock, config.data.image_archive
+    # In the calibration, each image of an archive without order counts alone, as in `training.calibrate`.
+    separate = (lambda values: values) if archive is None or archive.ordered else separate_slices
     # The choice of a filter and the choice of an extent need the same maps.
     method = replace(candidate.method, variants={v: cache(compute) for v, compute in candidate.method.variants.items()})
     choice = choose(method, scans.choices)
@@ -359,7 +375,7 @@ def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manif
         return round(float(found(values, settings).sum()) * voxel_ml, 3)
 
     healthy, simulated = (
-        [compute(case) for case in tqdm(cases, desc=f"{name}: calibration", unit="scan")]
+        [separate(compute(case)) for case in tqdm(cases, desc=f"{name}: calibration", unit="scan")]
         for cases in (scans.calibration, scans.simulated)
     )
     several = len(candidate.extent_shares) > 1
@@ -369,7 +385,10 @@ def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manif
         key=lambda s: sum(dice(found(values, s), truth) for values, truth in chosen_on),
     )
     false_ml = {
-        group: {case.subject: found_ml(compute(case), settings) for case in tqdm(cases, desc=f"{name}: {group}")}
+        group: {
+            case.subject: found_ml(separate_at_gaps(compute(case), case), settings)
+            for case in tqdm(cases, desc=f"{name}: {group}")
+        }
         for group, cases in scans.healthy.items()
     }
     lesions = scans.lesions
@@ -413,23 +432,30 @@ def _score(values: FloatArray, case: Case, shape: str, found: BoolArray) -> Lesi
     )
 
 
-def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
-    """Measure the methods that have no result for these bundles, and write the page after each of them."""
-    methods = Methods(config, paper)
-    scans = Scans(config, methods.bundle)
-    path = ROOT / "docs" / "evaluation" / f"{config.name}-methods.json"
-    document = Comparison(
-        bundle=methods.bundle.manifest.id,
-        bundle_sha256=methods.bundle.sha256,
-        paper_bundle=methods.paper_bundle.manifest.id,
-        paper_sha256=methods.paper_bundle.sha256,
+def empty_document(config: Config, bundle: Bundle, paper: Bundle) -> Comparison:
+    """Return the document of a comparison before anything is measured."""
+    return Comparison(
+        bundle=bundle.manifest.id,
+        bundle_sha256=bundle.sha256,
+        paper_bundle=paper.manifest.id,
+        paper_sha256=paper.sha256,
         calibration_scans=CALIBRATION_SCANS,
         false_positive_ml=config.detection.false_positive_ml,
-        simulated_ml=config.detection.simulated_false_positive_ml,
+        simulated_ml=config.detection.simulated_false_positive_ml or None,
         autoencoder_budget=str(next(iter(BUDGETS.values()))),
         denoising_autoencoder_budget=f"{denoising_autoencoder.STEPS} x {denoising_autoencoder.BATCH} slices",
         methods={},
     )
+
+
+def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
+    """Measure the methods that have no result for these bundles, and write the page after each of them."""
+    if config.name not in method_comparison_page.TEXTS:
+        raise SystemExit(f"method_comparison_page.TEXTS has no text about the scans of {config.name}. Add it.")
+    methods = Methods(config, paper)
+    scans = Scans(config, methods.bundle)
+    path = ROOT / "docs" / "evaluation" / f"{config.name}-methods.json"
+    document = empty_document(config, methods.bundle, methods.paper_bundle)
     if path.exists():
         stored = Comparison.model_validate_json(path.read_text())
         if changed(stored, methods={}) == document:

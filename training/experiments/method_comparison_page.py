@@ -118,6 +118,9 @@ class ScanTexts:
     holds_for: str
     training: str
     test: str
+    variants: str = "the difference and the difference divided by the local contrast"
+    intensity: str = "bright, dark, or far from the median"
+    earlier_version: str = ""
 
 
 TEXTS = {
@@ -129,12 +132,17 @@ TEXTS = {
         "scans. Each person of ds002748 with one lesion shape of a patient with multiple sclerosis: in grade 2, the "
         "intensity changes by 20 % of the range of the brain, in grade 3 by 35 %; half of the lesions are bright. Two "
         "test patients with multiple sclerosis.",
+        earlier_version=", next to version 1.6.0",
     ),
     "flair": ScanTexts(
         holds_for="The numbers hold for FLAIR with skull of TCGA-LGG (several hospitals). All lesions are real.",
         training=" These are slices without a tumour of patients with a glioma.",
-        test="patients with an outlined lower-grade glioma, with all slices that the bundle analyses. Their slices "
-        "without a tumour are the healthy ones. Tumours in other slices do not count for any method.",
+        test="27 patients with an outlined lower-grade glioma. All slices that the bundle analyses are used. The "
+        "slices without a tumour also serve as healthy scans (home). The part of a tumour outside of the analysed "
+        "slices is not counted for any method.",
+        variants="the difference and the difference divided by the local contrast, each with and without the factor "
+        "of the intensity that the bundle has; so does the paper's method. Only bright lesions choose",
+        intensity="bright",
     ),
     "headct": ScanTexts(
         holds_for="The numbers hold for head CT of MedNIST, at 64 x 64 pixels. All lesions are synthetic.",
@@ -180,15 +188,15 @@ The methods:
   {autoencoder_budget}, as many as in the last training of `t1`. Earlier trainings of `t1` had more.
 - **VQ-VAE**: the difference between a slice and its reconstruction by the VQ-VAE of `{bundle}`.
 - **Mean healthy slice** and **intensity threshold**: no network. The map is the difference from the mean training
-  slice, or the intensity (bright, dark, or far from the median).
+  slice, or the intensity ({texts.intensity}).
 
 Every method except `{bundle}` chooses a filter and the extent of a finding (down to 60 or 100 % of the threshold) on 12
-validation scans with lesions of grade 2. Baselines also choose between the difference and the difference divided by the
-local contrast. The settings of `{bundle}` were chosen on validation scans, too.
+validation scans with lesions of grade 2. Baselines also choose between
+{texts.variants}. The settings of `{bundle}` were chosen on validation scans, too.
 
 The transformer of Pinaya et al. 2021 is missing: on two cores, a training with as many slices takes about eight hours
 ([decision 20](../decisions/0020-training-on-a-borrowed-gpu.md) has the time of half of them).
-[comparison.md](../results/comparison.md) has its result with a smaller budget, next to version 1.6.0.
+[comparison.md](../results/comparison.md) has its result with a smaller budget{texts.earlier_version}.
 """
 
 

@@ -9,21 +9,23 @@ import pytest
 
 pytest.importorskip("torch")
 
-from app.manifest import Manifest, View
+from app.manifest import Manifest, Residual, View
 from app.pipeline.diffusion import Networks
 from app.runtime.bundle import read_manifest
 from app.volume import FloatArray, Volume
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, positions
 from training.config import ROOT, Config
 from training.data import load_split
-from training.experiments import cases
+from training.experiments import cases, method_comparison
 from training.experiments.cases import Case, make_case
 from training.experiments.method_comparison import (
     Candidate,
     NetworkClock,
     Scans,
+    empty_document,
     in_views,
     measure,
+    separate_at_gaps,
     simulated_case,
     times_intensity,
     view_case,
@@ -178,6 +180,62 @@ def test_image_archive_has_no_simulated_scanners_and_resamples_only_subjects() -
     scans = Scans(flair, cast("Any", None))
     assert scans.simulated == []
     assert scans.shape_of(cast("Case", SimpleNamespace(kind="grade 2", subject="patient"))) == "patient"
+
+
+def test_choices_are_bright_if_lesions_are_bright(monkeypatch: pytest.MonkeyPatch) -> None:
+    contrasts: list[float] = []
+    flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
+
+    def insert(_: str, contrast: float, __: int) -> SimpleNamespace:
+        contrasts.append(contrast)
+        return SimpleNamespace(volume=None, truth=None)
+
+    monkeypatch.setattr(cases, "ellipse_inserter", lambda _: insert)
+    monkeypatch.setattr(cases, "load_scan", lambda *_: SimpleNamespace(healthy_slices=None))
+    monkeypatch.setattr(cases, "make_case", lambda *_: SimpleNamespace(kind="grade 2", slice_indices=[0]))
+    bundle = SimpleNamespace(manifest=None)
+    assert len(Scans(flair, cast("Any", bundle)).choices) == cases.VALIDATION_CASES
+    assert min(contrasts) > 0
+
+
+def test_findings_do_not_join_across_a_gap() -> None:
+    """The slices on both sides of a tumour are healthy, but not neighbours."""
+    case = cast("Case", SimpleNamespace(slice_indices=np.array([3, 4, 7, 8, 10])))
+    separated = separate_at_gaps(np.ones((5, 2, 2), np.float32), case)
+    assert np.isnan(separated[:, 0, 0]).tolist() == [False, False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize(("ordered", "gaps"), [(False, True), (True, False)])
+def test_images_without_order_count_alone_in_the_calibration(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch, *, ordered: bool, gaps: bool
+) -> None:
+    flair = Config.load(ROOT / "training" / "configs" / "flair.toml")
+    assert flair.data.image_archive is not None
+    archive = flair.data.image_archive.model_copy(update={"ordered": ordered})
+    config = flair.model_copy(update={"data": flair.data.model_copy(update={"image_archive": archive})})
+    seen: list[FloatArray] = []
+
+    def settings(maps: list[FloatArray], *_: object) -> Residual:
+        seen.extend(maps)
+        return manifest.residual
+
+    monkeypatch.setattr(method_comparison, "residual_settings", settings)
+    candidate = Candidate(ComparedMethod("m", {"bright": lambda c: c.x[:, 0]}, ("as it is",)))
+    scans = fake_scans(manifest)
+    measure("a method", candidate, scans, config, manifest)
+    slices = len(scans.calibration[0].slice_indices)
+    assert len(seen[0]) == (2 * slices - 1 if gaps else slices)
+
+
+@pytest.mark.parametrize(("name", "simulated"), [("t1", 0.5), ("flair", None), ("headct", None)])
+def test_document_names_the_limit_of_simulated_scanners_only_if_there_is_one(
+    name: str, simulated: float | None
+) -> None:
+    config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
+    bundle = cast("Any", SimpleNamespace(manifest=SimpleNamespace(id=f"{name}-1.0.0"), sha256="0" * 64))
+    document = empty_document(config, bundle, bundle)
+    assert document.simulated_ml == simulated
+    assert page(document).startswith(f"# {name}-1.0.0 compared")
 
 
 # ---- page --------------------------------------------------------------------------------------
