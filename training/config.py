@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from app.manifest import DEFAULT_METHOD, FrozenModel, NoiseSchedule, Preprocessing, View
 from app.pipeline.methods import METHODS
@@ -39,6 +39,27 @@ class ImageArchiveConfig(FrozenModel):
     bone_above_grey: int = Field(default=255, description="Larger grey values are bone, in a CT window. 255: none are.")
     ordered: bool = Field(default=False, description="Consecutive images of a subject are neighbours in the head.")
     exclusions: str = Field(default="", description="CSV file of excluded images in training/splits.")
+    series_spacing_mm: tuple[tuple[int, PositiveFloat], ...] | None = Field(
+        default=None,
+        description="Slice spacing of scans with outlined tumours, by the number of slices of the whole series: pairs "
+        "of the largest number and the spacing in mm, ascending. None: the spacing of the model.",
+    )
+    above_stack_mm: float | None = Field(
+        default=None,
+        description="Height of the head above the highest image of a stack. A scan in service shows it, so the height "
+        "that is analysed in scans with outlined tumours is smaller by it.",
+    )
+
+    @model_validator(mode="after")
+    def _check_series(self) -> Self:
+        if self.series_spacing_mm is None:
+            return self
+        if self.kind != "lgg":
+            raise ValueError("only the archive of TCGA-LGG states the number of slices. Remove series_spacing_mm")
+        numbers = [number for number, _ in self.series_spacing_mm]
+        if numbers != sorted(set(numbers)):
+            raise ValueError("series_spacing_mm must be ascending in the number of slices")
+        return self
 
 
 class AdditionalDataConfig(FrozenModel):

@@ -9,7 +9,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from app.errors import CounterpartError
+from app.manifest import Manifest
 from app.pipeline.detect import to_scan_result
+from app.pipeline.diffusion import Networks
 from app.pipeline.findings import dice
 from app.pipeline.methods import METHODS
 from app.pipeline.preprocess import analysed_slices, to_slices
@@ -19,7 +21,7 @@ from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import Split
 from training.experiments.metrics import average_precision, best_dice
-from training.image_archive import TumourScan, tumour_scans
+from training.image_archive import TumourScan, archive_settings, tumour_scans
 
 BATCH = 16
 # Bins of v / (1 + v): a residual divided by the local contrast has no upper limit.
@@ -107,9 +109,21 @@ def interval(value: float, resampled: Sequence[float]) -> list[float]:
     return [value, *np.percentile(resampled, (2.5, 97.5)).tolist()]
 
 
-def intensity_map(scan: TumourScan, bundle: Bundle) -> FloatArray:
+def manifest_of_stacks(manifest: Manifest, config: Config) -> Manifest:
+    """Return the manifest with a smaller analysed height, because the stacks do not show the top of the head.
+
+    In service, this height begins at the vertex.
+    """
+    head_box, missing = manifest.preprocessing.head_box, archive_settings(config).above_stack_mm
+    if head_box is None or head_box.reach_mm is None or missing is None:
+        return manifest
+    smaller = head_box.model_copy(update={"reach_mm": head_box.reach_mm - missing})
+    preprocessing = manifest.preprocessing.model_copy(update={"head_box": smaller})
+    return manifest.model_copy(update={"preprocessing": preprocessing})
+
+
+def intensity_map(scan: TumourScan, manifest: Manifest) -> FloatArray:
     """Return the preprocessed intensity inside the valid mask on the scan's grid; 0 elsewhere."""
-    manifest = bundle.manifest
     slices = to_slices(scan.volume, manifest.preprocessing)
     valid = np.zeros_like(slices.foreground)
     analysed = analysed_slices(slices, manifest.preprocessing)
@@ -117,20 +131,19 @@ def intensity_map(scan: TumourScan, bundle: Bundle) -> FloatArray:
     return slices.grid.to_volume(np.where(valid, slices.x[:, 0], np.float32(0)))
 
 
-def count_patient(scan: TumourScan, bundle: Bundle) -> PatientCounts:
+def count_patient(scan: TumourScan, networks: Networks, manifest: Manifest) -> PatientCounts:
     """Run the detection on one patient. A refused scan has an empty map, so that the tumour counts as missed."""
     row: Row = {"subject": scan.subject, "tumour_voxels": int(scan.truth.sum()), "slices": scan.volume.shape[2]}
     try:
-        models = bundle.networks.in_batches(BATCH, lambda _: None)
-        detection = METHODS[bundle.manifest.method](scan.volume, models, bundle.manifest)
-        result = to_scan_result(scan.volume, detection, bundle.manifest)
+        detection = METHODS[manifest.method](scan.volume, networks, manifest)
+        result = to_scan_result(scan.volume, detection, manifest)
         values, mask, row["outcome"] = result.anomaly, result.mask > 0, "analysed"
     except CounterpartError as error:
         values, mask, row["outcome"] = np.zeros(scan.volume.shape, np.float32), np.zeros_like(scan.truth), error.code
     analysed = np.isfinite(values)
     histograms = {
         "counterpart": count_voxels(values, scan.truth),
-        "intensity": count_voxels(intensity_map(scan, bundle), scan.truth),
+        "intensity": count_voxels(intensity_map(scan, manifest), scan.truth),
     }
     row |= {
         "slices_analysed": int(analysed.any(axis=(0, 1)).sum()) if row["outcome"] == "analysed" else 0,
@@ -146,7 +159,8 @@ def count_patient(scan: TumourScan, bundle: Bundle) -> PatientCounts:
 def evaluate_tumours(config: Config, bundle: Bundle, split: Split) -> list[Row]:
     """Return one row per test patient, and one per method over all of them with intervals over patients."""
     scans = tqdm(tumour_scans(config, split.test), total=len(split.test), desc="tumours")
-    patients = [count_patient(scan, bundle) for scan in scans]
+    networks, manifest = bundle.networks.in_batches(BATCH, lambda _: None), manifest_of_stacks(bundle.manifest, config)
+    patients = [count_patient(scan, networks, manifest) for scan in scans]
     draws = np.random.default_rng(0).integers(len(patients), size=(BOOTSTRAP, len(patients)))
     rows = [patient.row for patient in patients]
     rows += [

@@ -9,8 +9,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -51,12 +51,16 @@ class ImageArchive:
     grey : (N, H, W) ndarray of uint8
     healthy : (N,) ndarray of bool
         False for an image with known disease.
+    series_slices : dict of str to int
+        Number of slices of the whole series of each subject, with those that the archive does not contain. Empty if the
+        archive does not state it.
     """
 
     names: tuple[str, ...]
     subjects: tuple[str, ...]
     grey: UInt8Array
     healthy: BoolArray
+    series_slices: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +79,7 @@ class TumourScan:
     ----------
     subject : str
     volume : Volume
-        (X, Y, Z), inferior to superior. Pixel size and slice spacing are assumed.
+        (X, Y, Z), inferior to superior. The pixel size is assumed, and the slice spacing is assumed or estimated.
     truth : (X, Y, Z) ndarray of bool
         Outlined tumour on the grid of the volume.
     healthy : (Z,) ndarray of bool
@@ -155,10 +159,35 @@ def to_model_units(grey: UInt8Array, config: Config) -> FloatArray:
     return units
 
 
-def stack_affine(config: Config) -> Affine:
-    """Return the affine of a stack: columns run to the left, rows to posterior, images to superior (RAS+ mm)."""
+def slice_spacing(config: Config, subject: str) -> float:
+    """Return the spacing in mm of the slices of a scan with an outlined tumour.
+
+    Raises
+    ------
+    ValueError
+        The series has more slices than the configuration has a spacing for.
+    """
+    by_number = archive_settings(config).series_spacing_mm
+    if by_number is None:
+        return config.preprocessing.spacing_mm[0]
+    slices = open_archive(config).series_slices[subject]
+    for largest, spacing in by_number:
+        if slices <= largest:
+            return spacing
+    raise ValueError(f"series_spacing_mm has no spacing for {slices} slices of {subject}. Add one.")
+
+
+def stack_affine(config: Config, slice_mm: float | None = None) -> Affine:
+    """Return the affine of a stack: columns run to the left, rows to posterior, images to superior (RAS+ mm).
+
+    Parameters
+    ----------
+    config : Config
+    slice_mm : float, optional
+        Spacing of the slices. By default that of the model.
+    """
     pixel_mm = archive_settings(config).pixel_mm
-    return np.diag([-pixel_mm, -pixel_mm, config.preprocessing.spacing_mm[0], 1.0])
+    return np.diag([-pixel_mm, -pixel_mm, slice_mm or config.preprocessing.spacing_mm[0], 1.0])
 
 
 def archive_hash(config: Config, subjects: tuple[str, ...]) -> str:
@@ -203,17 +232,22 @@ def block_name(number: int) -> str:
 
 
 def read_lgg(path: Path, excluded: frozenset[str]) -> ImageArchive:
-    """Read an npz file of FLAIR slices with their patient, slice number and size of the outlined tumour."""
+    """Read an npz file of FLAIR slices with their patient, number, position and size of the outlined tumour.
+
+    The position is (number - 0.5) / (number of slices of the series).
+    """
     with np.load(path, allow_pickle=False) as data:
         patients, numbers, tumour = data["patient"], data["slice_no"], data["tumour_px_256"]
         order = np.lexsort((numbers, patients))
         patients, numbers, tumour, grey = patients[order], numbers[order], tumour[order], data["images"][order]
+        in_series = np.rint((numbers - 0.5) / data["rel_pos"][order]).astype(int)
     names = tuple(f"{p}_{n:02d}" for p, n in zip(patients, numbers, strict=True))
     healthy = np.array([name not in excluded for name in names])
     for i, (patient, number) in enumerate(zip(patients, numbers, strict=True)):
         near = (patients == patient) & (np.abs(numbers.astype(int) - int(number)) < TUMOUR_DISTANCE)
         healthy[i] &= not tumour[near].any()
-    return ImageArchive(names, tuple(str(p) for p in patients), grey, healthy)
+    series_slices = {str(patient): int(total) for patient, total in zip(patients, in_series, strict=True)}
+    return ImageArchive(names, tuple(str(p) for p in patients), grey, healthy, series_slices)
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -261,11 +295,12 @@ def first_of_stack(images: UInt8Array) -> int:
 
 
 def load_tumour_scan(config: Config, subject: str) -> TumourScan:
-    """Load all images of one patient of a TCGA-LGG archive with the outlined tumour."""
+    """Load all images of one patient of a TCGA-LGG archive with the outlined tumour, at their slice spacing."""
     stack = load_stack(config, subject)
+    volume = Volume(stack.volume.array, stack_affine(config, slice_spacing(config, subject)))
     truth = _read_outlines(archive_path(config))[subject].transpose(2, 1, 0)
     assert truth.shape == stack.volume.shape, "every image has one outline"
-    return TumourScan(subject, stack.volume, truth, stack.healthy)
+    return TumourScan(subject, volume, truth, stack.healthy)
 
 
 def tumour_scans(config: Config, subjects: Sequence[str]) -> Iterator[TumourScan]:

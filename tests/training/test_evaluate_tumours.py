@@ -5,7 +5,16 @@ import pytest
 
 pytest.importorskip("torch")
 
-from training.evaluate_tumours import count_voxels, patient_intervals, pooled_dice, pooled_precision, slice_dice
+from app.runtime.bundle import read_manifest
+from training.config import ROOT, Config
+from training.evaluate_tumours import (
+    count_voxels,
+    manifest_of_stacks,
+    patient_intervals,
+    pooled_dice,
+    pooled_precision,
+    slice_dice,
+)
 
 pytestmark = pytest.mark.training
 
@@ -41,3 +50,15 @@ def test_intervals_are_over_patients() -> None:
     found = patient_intervals([perfect, blind], draws)
     assert found["auprc"][1] == pytest.approx(0.25 + 0.025 * 0.75)  # only blind: the tumour's share, 2 of 8
     assert found["auprc"][2] == pytest.approx(1 - 0.025 * 0.75)
+
+
+def test_analysed_height_of_a_stack_does_not_count_the_missing_top_of_the_head() -> None:
+    config = Config.load(ROOT / "training" / "configs" / "flair.toml")
+    manifest = read_manifest(config.bundle_folder)
+    before, after = manifest.preprocessing.head_box, manifest_of_stacks(manifest, config).preprocessing.head_box
+    assert before is not None
+    assert after is not None
+    assert (before.reach_mm, after.reach_mm) == (115.0, 96.0)
+    headct = Config.load(ROOT / "training" / "configs" / "headct.toml")
+    whole = read_manifest(headct.bundle_folder)
+    assert manifest_of_stacks(whole, headct) == whole, "headct analyses whole stacks"

@@ -65,9 +65,10 @@ def flair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
         images=np.stack([image_of(6 + i % 10, 0, 200) for i in range(20)]),
         patient=np.repeat(["a", "b"], 10),
         slice_no=np.tile(np.arange(10, dtype=np.int16), 2),
+        rel_pos=((np.tile(np.arange(10), 2) - 0.5) / 10).astype(np.float32),
         tumour_px_256=tumour,
     )
-    return with_archive(tmp_path, monkeypatch, "flair", "slices.npz", pixel_mm=3.8)
+    return with_archive(tmp_path, monkeypatch, "flair", "slices.npz", pixel_mm=3.8, series_spacing_mm=None)
 
 
 def with_archive(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, pattern: str, **settings: object) -> Config:
@@ -160,6 +161,31 @@ def test_hash_depends_on_the_healthy_images(flair: Config, monkeypatch: pytest.M
     assert data_hash(flair, ("a", "b")) != before
 
 
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"series_spacing_mm": ((30, 5.0), (20, 7.5))}, "ascending"),
+        ({"series_spacing_mm": ((30, 0.0),)}, "greater than 0"),
+        ({"kind": "mednist", "series_spacing_mm": ((30, 5.0),)}, "TCGA-LGG"),
+    ],
+)
+def test_invalid_spacings_are_refused(update: dict[str, object], message: str) -> None:
+    settings = image_archive.archive_settings(Config.load(CONFIGS / "flair.toml"))
+    with pytest.raises(ValidationError, match=message):
+        type(settings).model_validate(settings.model_dump() | update)
+
+
+@pytest.mark.data
+def test_every_series_of_tcga_lgg_has_a_spacing(real_scans: Path) -> None:
+    assert real_scans.exists()
+    config = Config.load(CONFIGS / "flair.toml")
+    series = open_archive(config).series_slices
+    assert (min(series.values()), max(series.values())) == (20, 88)
+    coverage = [image_archive.slice_spacing(config, s) * n for s, n in series.items()]
+    assert min(coverage) > 120, "a series covers a head"
+    assert max(coverage) < 220
+
+
 def test_images_cannot_have_tilted_copies() -> None:
     config = Config.load(CONFIGS / "headct.toml")
     with pytest.raises(ValidationError, match="tilted_copies"):
@@ -176,12 +202,14 @@ def tumours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     masks = np.zeros((8, 16, 24), dtype=np.bool_)
     masks[2, 3:6, 10:20] = True
     (tmp_path / "lgg_flair").mkdir()
+    numbers = np.array([9, 3, 7, 4, 8, 5, 6, 6], dtype=np.int16)
     np.savez(
         tmp_path / "lgg_flair" / "lgg_flair_192_u8.npz",
         images=np.where(masks, 200, np.arange(24)).astype(np.uint8),
         masks=np.packbits(masks.reshape(8, -1), axis=1),
         patient=np.array(list("abababab")),
-        slice_no=np.array([9, 3, 7, 4, 8, 5, 6, 6], dtype=np.int16),
+        slice_no=numbers,
+        rel_pos=((numbers - 0.5) / 20).astype(np.float32),
         tumour_px_256=masks.sum(axis=(1, 2)).astype(np.int32),
     )
     return Config.load(CONFIGS / "flair.toml")
@@ -193,6 +221,29 @@ def test_truth_lies_on_the_images(tumours: Config) -> None:
     assert np.flatnonzero(scan.truth.any(axis=(0, 1))).tolist() == [1]  # the second image from below
     np.testing.assert_array_equal(scan.truth, scan.volume.array > 100)
     assert scan.healthy.tolist() == [False, False, False, True]
+
+
+def with_spacing(config: Config, series_spacing_mm: tuple[tuple[int, float], ...] | None) -> Config:
+    """Return the configuration with a slice spacing by the number of slices of a series."""
+    archive = image_archive.archive_settings(config).model_copy(update={"series_spacing_mm": series_spacing_mm})
+    return config.model_copy(update={"data": config.data.model_copy(update={"image_archive": archive})})
+
+
+@pytest.mark.parametrize(
+    ("by_number", "spacing"), [(None, 5.0), (((19, 7.5), (20, 3.0)), 3.0), (((20, 7.5), (30, 3.0)), 7.5)]
+)
+def test_slice_spacing_of_a_tumour_depends_on_the_number_of_slices_of_the_series(
+    tumours: Config, by_number: tuple[tuple[int, float], ...] | None, spacing: float
+) -> None:
+    assert open_archive(tumours).series_slices == {"a": 20, "b": 20}
+    spaced = with_spacing(tumours, by_number)
+    assert load_tumour_scan(spaced, "a").volume.spacing == pytest.approx([1.25, 1.25, spacing])
+    assert load_scan(spaced, "a").volume.spacing == pytest.approx([1.25, 1.25, 5.0]), "healthy images are slices"
+
+
+def test_series_that_is_longer_than_all_spacings_is_an_error(tumours: Config) -> None:
+    with pytest.raises(ValueError, match="no spacing for 20 slices of a"):
+        load_tumour_scan(with_spacing(tumours, ((19, 7.5),)), "a")
 
 
 def test_patient_without_a_tumour_has_an_empty_truth(tumours: Config) -> None:

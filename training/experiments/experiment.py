@@ -1,6 +1,7 @@
 """One bundle with all methods that are compared with it, and the provenance of its results."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 from functools import cached_property
@@ -37,6 +38,14 @@ def code_version(root: Path = ROOT) -> str:
 
     commit = run("rev-parse", "--short", "HEAD") if git else ""
     return commit + ("-dirty" if run("status", "--porcelain", "--", *CODE) else "") if commit else "unknown"
+
+
+def scans_hash(config: Config, subjects: tuple[str, ...]) -> str:
+    """Return the SHA-256 of the subjects' scans, and of the slice spacing that the configuration gives to tumours."""
+    scans, archive = data_hash(config, subjects), config.data.image_archive
+    if archive is None or archive.series_spacing_mm is None:
+        return scans
+    return hashlib.sha256(json.dumps([scans, archive.series_spacing_mm]).encode()).hexdigest()
 
 
 class Experiment:
@@ -85,7 +94,7 @@ class Experiment:
             cases_sha256=cases_hash(self.manifest),
             codes_sha256=codes_hash(self.manifest),
             detection_sha256=detection_hash(self.manifest),
-            data_sha256=data_hash(self.config, split.test if part == "test" else split.validation),
+            data_sha256=scans_hash(self.config, split.test if part == "test" else split.validation),
             split=self.config.data.splits,
             split_sha256=hashlib.sha256((SPLITS_FOLDER / self.config.data.splits).read_bytes()).hexdigest(),
             seed=self.config.seed,
