@@ -79,6 +79,8 @@ def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str
     if result is None:
         return {"outcome": outcome}
     analysed = np.isfinite(result.anomaly)
+    # Fresh blood is brighter than brain. Wide sulci and old infarcts are darker.
+    brighter = np.isin(result.labels, [lesion.label for lesion in result.lesions if lesion.difference > 0])
     slices: list[Row] = []
     for z in range(volume.shape[2]):
         bleeds = [kind for kind in KINDS if labels[z][kind] == "1"]
@@ -87,10 +89,12 @@ def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str
         if bleeds or inside.any():
             score = float(np.percentile(result.anomaly[:, :, z][inside], SLICE_PERCENTILE)) if inside.any() else 0.0
             found_ml = float(result.mask[:, :, z].sum()) * volume.voxel_ml
-            slices.append({"bleeds": bleeds, "found_ml": found_ml, "score": score})
+            brighter_ml = float(brighter[:, :, z].sum()) * volume.voxel_ml
+            slices.append({"bleeds": bleeds, "found_ml": found_ml, "brighter_ml": brighter_ml, "score": score})
     row: Row = {
         "outcome": outcome,
         "found_ml": float(result.mask.sum()) * volume.voxel_ml,
+        "brighter_ml": float(brighter.sum()) * volume.voxel_ml,
         "findings": len(result.lesions),
         "score": max(s["score"] for s in slices),
         "slices": slices,
@@ -101,6 +105,7 @@ def _measure(config: Config, bundle: Bundle, subject: str, labels: list[dict[str
         row |= {
             "outlined_ml": float(outlines.sum()) * volume.voxel_ml,
             "dice": dice(result.mask[:, :, outlined] > 0, outlines[:, :, outlined]),
+            "brighter_dice": dice(brighter[:, :, outlined], outlines[:, :, outlined]),
         }
     return row
 
@@ -131,14 +136,19 @@ def summarise(rows: Sequence[Row]) -> Row:
 
         return statistic
 
-    unaffected = [r["found_ml"] for r in adults if not r["haemorrhage"]]
-    sensitivity = {
-        kind: [
-            sum(1 for r in adults for s in r["slices"] if kind in s["bleeds"] and s["found_ml"] > 0),
-            sum(1 for r in adults for s in r["slices"] if kind in s["bleeds"]),
-        ]
-        for kind in KINDS
-    }
+    def false_ml(key: str) -> list[float]:
+        unaffected = [r[key] for r in adults if not r["haemorrhage"]]
+        return np.percentile(unaffected, (50, 90)).tolist() if unaffected else []
+
+    def slices_found(key: str) -> dict[str, list[int]]:
+        return {
+            kind: [
+                sum(1 for r in adults for s in r["slices"] if kind in s["bleeds"] and s[key] > 0),
+                sum(1 for r in adults for s in r["slices"] if kind in s["bleeds"]),
+            ]
+            for kind in KINDS
+        }
+
     return {
         "patients": len(adults),
         "with_haemorrhage": sum(r["haemorrhage"] for r in adults),
@@ -146,6 +156,10 @@ def summarise(rows: Sequence[Row]) -> Row:
         "patient_auroc_score": patient_interval(adults, by_patient("score")),
         "slice_auroc_volume": patient_interval(adults, by_slice("found_ml")),
         "slice_auroc_score": patient_interval(adults, by_slice("score")),
-        "false_positive_ml": np.percentile(unaffected, (50, 90)).tolist() if unaffected else [],
-        "slices_found_by_kind": sensitivity,
+        "patient_auroc_brighter": patient_interval(adults, by_patient("brighter_ml")),
+        "slice_auroc_brighter": patient_interval(adults, by_slice("brighter_ml")),
+        "false_positive_ml": false_ml("found_ml"),
+        "false_positive_brighter_ml": false_ml("brighter_ml"),
+        "slices_found_by_kind": slices_found("found_ml"),
+        "slices_found_brighter_by_kind": slices_found("brighter_ml"),
     }

@@ -123,6 +123,11 @@ class Finding(FrozenModel):
     volume_ml: float
     peak_score: float
     mean_score: float
+    mean_difference: float | None = Field(
+        default=None,
+        description="Mean of the scan minus its counterpart, in the units of the scan (CT: HU). Above 0, the finding "
+        "is brighter than the counterpart. Null in reports of earlier versions.",
+    )
     centroid_mm: Point
     box_mm: tuple[Point, Point]
     key_slice: int = Field(description="Index along the scan's last axis of the slice with the largest area.")
@@ -270,6 +275,7 @@ def build_findings(result: ScanResult) -> tuple[Finding, ...]:
             volume_ml=round(lesion.volume_ml, 3),
             peak_score=round(lesion.peak, 4),
             mean_score=round(lesion.mean, 4),
+            mean_difference=float(f"{lesion.difference:.4g}"),
             centroid_mm=lesion.centroid_mm,
             box_mm=lesion.box_mm,
             key_slice=lesion.key_slice,

@@ -248,6 +248,8 @@ class Lesion:
     volume_ml : float
     peak, mean : float
         Highest and mean value of the anomaly map in the lesion.
+    difference : float
+        Mean of scan minus counterpart in the lesion, in units of the scan. Above 0, the lesion is brighter.
     centroid_mm : tuple of float
         RAS+ mm.
     box_mm : tuple of tuple of float
@@ -262,6 +264,7 @@ class Lesion:
     volume_ml: float
     peak: float
     mean: float
+    difference: float
     centroid_mm: tuple[float, float, float]
     box_mm: tuple[tuple[float, float, float], tuple[float, float, float]]
     key_slice: int
@@ -314,7 +317,7 @@ def to_scan_result(volume: Volume, detection: Detection, manifest: Manifest) -> 
     anomaly = detection.slices.grid.to_volume(detection.anomaly)
     labels, count = label_findings(anomaly, manifest.residual, volume.voxel_ml)
     boxes = ndimage.find_objects(labels)
-    lesions = tuple(_describe_lesion(i + 1, labels, boxes[i], anomaly, volume) for i in range(count))
+    lesions = tuple(_describe_lesion(i + 1, labels, boxes[i], anomaly, volume, detection) for i in range(count))
     return ScanResult(labels, anomaly, volume.affine, lesions, volume, detection)
 
 
@@ -335,7 +338,12 @@ def _counterpart(volume: Volume, anomaly: FloatArray, detection: Detection) -> F
 
 
 def _describe_lesion(
-    label: int, labels: LabelArray, box: tuple[slice, slice, slice], anomaly: FloatArray, volume: Volume
+    label: int,
+    labels: LabelArray,
+    box: tuple[slice, slice, slice],
+    anomaly: FloatArray,
+    volume: Volume,
+    detection: Detection,
 ) -> Lesion:
     start = np.array([s.start for s in box])
     inside = labels[box] == label
@@ -347,11 +355,29 @@ def _describe_lesion(
         volume_ml=float(inside.sum() * volume.voxel_ml),
         peak=float(values.max()),
         mean=float(values.mean(dtype=np.float64)),
+        difference=_mean_difference(points, detection),
         centroid_mm=_point(points.mean(axis=0)),
         box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
         key_slice=int(np.bincount(voxels[:, 2]).argmax()),
         key_z_mm=_largest_plane(points[:, 2], volume.affine),
     )
+
+
+def _mean_difference(points: npt.NDArray[np.float64], detection: Detection) -> float:
+    """Return the mean of scan minus counterpart at RAS+ points (N, 3) in mm, in units of the scan.
+
+    Only these points are sampled: the change of a whole scan would need as much memory as the scan.
+    """
+    grid = detection.slices.grid
+    at = affines.apply_affine(np.linalg.inv(grid.affine), points)
+    shape = np.array(detection.counterpart.shape)
+    first = np.clip(np.floor(at.min(axis=0)).astype(int), 0, shape - 1)
+    last = np.clip(np.ceil(at.max(axis=0)).astype(int), 0, shape - 1)
+    box = tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))
+    # The counterpart is NaN in slices that were not analysed.
+    difference = np.nan_to_num(detection.slices.x[:, 0][box] - detection.counterpart[box])
+    sampled = ndimage.map_coordinates(difference, (at - first).T, order=1, mode="nearest")
+    return float(sampled.mean(dtype=np.float64) * grid.scale)
 
 
 def _largest_plane(heights: npt.NDArray[np.float64], affine: Affine) -> float:

@@ -74,6 +74,31 @@ def test_lesion_is_described(name: str, manifest: Manifest) -> None:
     assert per_slice[lesion.key_slice] == per_slice.max()
 
 
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("change", [0.125, -0.25])
+def test_difference_is_that_of_scan_and_counterpart_in_units_of_the_scan(
+    name: str, change: float, manifest: Manifest
+) -> None:
+    volume = brain(*GRIDS[name])
+    detection = detection_of_balls(volume, manifest, (LESION_MM, 15.0, 0.4))
+    changed = replace(detection, counterpart=detection.slices.x[:, 0] - np.float32(change))
+    result = to_scan_result(volume, changed, manifest)
+    assert result.lesions[0].difference == pytest.approx(change * detection.slices.grid.scale, rel=1e-4)
+    inside = result.labels == 1
+    written = float((volume.array[inside] - result.counterpart[inside]).mean())
+    assert result.lesions[0].difference == pytest.approx(written, rel=0.05), "the counterpart that is written"
+
+
+def test_difference_next_to_a_slice_that_was_not_analysed_is_a_number(manifest: Manifest) -> None:
+    volume = brain()
+    detection = detection_of_balls(volume, manifest, (LESION_MM, 15.0, 0.4))
+    counterpart = detection.slices.x[:, 0] - np.float32(0.1)
+    middle = int(np.nanargmax(np.where(np.isfinite(detection.anomaly), detection.anomaly, -1).max(axis=(1, 2))))
+    counterpart[middle] = np.nan
+    result = to_scan_result(volume, replace(detection, counterpart=counterpart), manifest)
+    assert np.isfinite(result.lesions[0].difference)
+
+
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
 def test_key_plane_is_axial_whatever_the_axes(axes: tuple[int, int, int], manifest: Manifest) -> None:
     plain = brain(*GRIDS["thick"])

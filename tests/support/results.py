@@ -84,6 +84,7 @@ def make_result(scan: Scan, balls: Sequence[Ball]) -> tuple[ScanResult, Report]:
                 volume_ml=float(len(voxels) * volume.voxel_ml),
                 peak=1.5,
                 mean=0.5 + label,
+                difference=10.0 * label,
                 centroid_mm=_point(points.mean(axis=0)),
                 box_mm=(_point(points.min(axis=0)), _point(points.max(axis=0))),
                 key_slice=int(voxels[0, 2]),

@@ -9,6 +9,7 @@ from PIL import Image
 from training import config as configuration
 from training.config import ROOT, Config
 from training.evaluate_haemorrhage import area_under_curve, patient_interval, read_outlines, summarise
+from training.haemorrhage_page import haemorrhage_table
 from training.image_archive import first_of_stack, load_stack, open_archive, stack_names, to_model_units
 
 SLICES = 12
@@ -85,13 +86,17 @@ def test_area_under_the_curve() -> None:
 
 def patient(number: int, *, haemorrhage: bool, volume: float, adult: bool = True) -> dict[str, object]:
     kinds = ["subdural"] if haemorrhage else []
-    slices = [{"bleeds": kinds, "found_ml": volume, "score": volume}, {"bleeds": [], "found_ml": 0.0, "score": 0.0}]
+    slices = [
+        {"bleeds": kinds, "found_ml": volume, "brighter_ml": volume / 2, "score": volume},
+        {"bleeds": [], "found_ml": 0.0, "brighter_ml": 0.0, "score": 0.0},
+    ]
     return {
         "subject": str(number),
         "adult": adult,
         "haemorrhage": haemorrhage,
         "outcome": "analysed",
         "found_ml": volume,
+        "brighter_ml": volume / 2 if haemorrhage else 0.0,
         "score": volume,
         "slices": slices,
     }
@@ -108,6 +113,19 @@ def test_summary_counts_adults_and_resamples_patients() -> None:
     assert 0 <= low < value < high <= 1
     assert found["slices_found_by_kind"]["subdural"] == [2, 3]
     assert found["false_positive_ml"][0] == 1
+    assert found["false_positive_brighter_ml"] == [0, 0]
+    assert found["patient_auroc_brighter"][0] == pytest.approx((3 + 3 + 1.5) / 9), "the third patient is tied with all"
+    assert found["slices_found_brighter_by_kind"]["subdural"] == [2, 3]
+
+
+def test_page_has_a_column_for_findings_that_are_brighter() -> None:
+    rows = [patient(i, haemorrhage=i < 2, volume=1.0 + i) for i in range(4)]
+    text = "\n".join(haemorrhage_table([*rows, {"summary": summarise(rows)}]))
+    assert "| found in adults without haemorrhage, ml: median, 90th percentile | 3.50, 3.90 | 0.00, 0.00 |" in text
+    assert "| subdural | 2 of 2 | 2 of 2 |" in text
+    assert "| 1 | yes | yes | analysed | 2.00 | 1 of 1 |  |  | 1.00 |  |" in text
+    tables = [block for block in text.split("\n\n") if block.startswith("|")]
+    assert [len({line.count("|") for line in each.splitlines()}) for each in tables] == [1, 1, 1]
 
 
 def test_interval_of_a_constant_has_no_width() -> None:

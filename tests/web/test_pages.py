@@ -52,6 +52,7 @@ def test_print_page_shows_pictures_numbers_and_provenance(
     (finding,) = report["findings"]
     texts = [report["model"]["id"], report["model"]["sha256"][:16], report["code_version"], finished]
     texts += [str(report["threshold"]), str(report["model"]["seed"]), NOTICE, f"{finding['peak_score']:.3f}"]
+    texts += ["brighter" if finding["mean_difference"] > 0 else "darker"]
     for text in texts:
         expect(sheet).to_contain_text(text)
     figure = pixels(page.locator("#figure"))

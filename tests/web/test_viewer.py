@@ -202,6 +202,8 @@ def test_the_program_says_how_sure_it_is(viewer: Page, report: dict[str, Any]) -
     word = "clear" if ratio >= 1.5 else "doubtful"
     expect(viewer.locator("#finding-detail")).to_contain_text(word)
     expect(viewer.locator("#finding-detail")).to_contain_text(f"{ratio:.1f} times the threshold")
+    word = "brighter" if report["findings"][0]["mean_difference"] > 0 else "darker"
+    expect(viewer.locator("#finding-detail")).to_contain_text(f"{word} than the counterpart")
     expect(viewer.locator("#certainty")).to_contain_text(f"{report['scores']['scan']:.2f}")
 
 

@@ -46,7 +46,8 @@ def section_areas(slices: FloatArray) -> Float64Array:
         head = ndimage.binary_fill_holes(ndimage.gaussian_filter(image, 1) > level)
         labels, count = ndimage.label(head)
         areas[z] = np.bincount(labels.ravel())[1:].max() if count else 0
-    return areas / areas.max()
+    shares: Float64Array = areas / areas.max()
+    return shares
 
 
 def heights_of_shares(heights: Float64Array, areas: Float64Array) -> Float64Array:
@@ -77,7 +78,7 @@ def head_profile(volume: Volume) -> Float64Array:
     vertex = int(np.flatnonzero(section_areas(slices) > VERTEX_SHARE)[-1])
     lowest = max(0, vertex - round(REFERENCE_HEIGHT_MM / spacing))
     # The head ends between the highest section that shows it and the next one.
-    heights = (np.arange(lowest, vertex + 1) - vertex - 0.5) * spacing
+    heights = (np.arange(lowest, vertex + 1, dtype=np.float64) - vertex - 0.5) * spacing
     return heights_of_shares(heights, section_areas(slices[lowest : vertex + 1]))
 
 

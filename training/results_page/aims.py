@@ -175,17 +175,10 @@ def _of_ct(group: Haemorrhage) -> list[Aim]:
     people = f"{len(group.affected) + len(group.unaffected)}"
     aims = []
     for name, least in (("slice", SLICE_AUROC), ("patient", PATIENT_AUROC)):
-        found = Interval(*group.summary[f"{name}_auroc_volume"])
-        aims.append(
-            Aim(
-                f"haemorrhage: AUROC by {name}",
-                Limit("≥", least),
-                group.label,
-                found.value,
-                show_interval(found),
-                people,
-            )
-        )
+        for key, which in (("volume", ""), ("brighter", ", only brighter findings")):
+            found = Interval(*group.summary[f"{name}_auroc_{key}"])
+            text = f"haemorrhage: AUROC by {name}{which}"
+            aims.append(Aim(text, Limit("≥", least), group.label, found.value, show_interval(found), people))
     overlap = float(np.mean(group.outlined_dice or [np.nan]))
     text, count = "haemorrhage: Dice in outlined slices, mean of patients", str(len(group.outlined_dice))
     aims.append(Aim(text, Limit("≥", HAEMORRHAGE_DICE), group.label, overlap, f"{overlap:.2f}", count))

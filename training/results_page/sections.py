@@ -158,7 +158,10 @@ def make_haemorrhage(records: Records, folder: Path) -> str:
     rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
     caption = "Marked volume in adults with and without haemorrhage, and ROC curve by slice"
     texts = [figure(caption, "haemorrhage"), table(["adults", *(group.label for group in groups)], rows)]
-    texts.append("A slice can show several kinds of haemorrhage.")
+    texts.append(
+        "A slice can show several kinds of haemorrhage. Fresh blood is brighter than the counterpart. `report.json` "
+        "states the difference of each finding."
+    )
     if all(group.model != "headct" for group in groups):
         texts.append(
             "No record has real haemorrhage with `headct`. [Decision 26](decisions/0026-head-ct-inside-the-skull.md) "
@@ -178,12 +181,18 @@ def _haemorrhage_cells(group: Haemorrhage) -> dict[str, str]:
     return {
         "analysed with haemorrhage": f"{len(group.affected)} of {with_all}",
         "analysed without haemorrhage": f"{len(group.unaffected)} of {without_all}",
-        "AUROC by patient, marked volume": show_interval(Interval(*group.summary["patient_auroc_volume"])),
-        "AUROC by slice, marked volume": show_interval(Interval(*group.summary["slice_auroc_volume"])),
+        **{
+            f"AUROC by {name}, {text}": show_interval(Interval(*group.summary[f"{name}_auroc_{key}"]))
+            for name in ("patient", "slice")
+            for key, text in (("volume", "marked volume"), ("brighter", "marked volume that is brighter"))
+        },
         "slices with haemorrhage and a mark": f"{sum(marked)} of {len(marked)}",
         **{f"{kind} haemorrhage: slices with a mark": f"{hit} of {count}" for kind, (hit, count) in kinds.items()},
         "Dice in outlined slices, each patient": ", ".join(f"{dice:.2f}" for dice in group.outlined_dice),
         "false findings without haemorrhage, ml: median, 90th percentile": f"{low:.2f}, {high:.2f}",
+        "the same, only brighter than the counterpart": ", ".join(
+            f"{ml:.2f}" for ml in group.summary["false_positive_brighter_ml"]
+        ),
     }
 
 

@@ -1,7 +1,7 @@
 // The list of findings, and the reader's reviews.
 
 import { getJson, request, sendJson } from "./api.js";
-import { certaintyOf, isDoubtful } from "./certainty.js";
+import { certaintyOf, differenceInWords, isDoubtful } from "./certainty.js";
 import { announce, byId, el, formatPosition, formatVolume, plural } from "./dom.js";
 import { getSession } from "./page.js";
 
@@ -127,6 +127,7 @@ export class Findings {
     if (!finding) return;
     box.replaceChildren(...[
       el("p", {}, el("strong", { text: `Finding ${finding.label}` }), ` is ${certaintyOf(finding, this._report)} (${this._report.threshold}). Its centre is at ${formatPosition(finding.centroid_mm)} mm.`),
+      finding.mean_difference == null ? null : el("p", { text: `On average, it is ${differenceInWords(finding, this._report)} than the counterpart.` }),
       this._canReview ? this._form(finding) : null,
     ].filter(Boolean));
   }

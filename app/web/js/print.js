@@ -1,7 +1,7 @@
 // The printable report of one scan.
 
 import { getBytes, getJson } from "./api.js";
-import { certaintyOf, collectWarnings, isDoubtful, profileInWords, scanInWords } from "./certainty.js";
+import { certaintyOf, collectWarnings, differenceInWords, isDoubtful, profileInWords, scanInWords } from "./certainty.js";
 import { byId, el, formatPosition, formatTime, formatVolume, plural, problemCard } from "./dom.js";
 import { drawFigure } from "./figure.js";
 import { SCALE_FACTOR } from "./layers.js";
@@ -52,13 +52,14 @@ function showFindings(findings, report, reviews) {
       el("td", { class: "number", text: formatVolume(finding.volume_ml) }),
       el("td", { class: "number", text: finding.peak_score.toFixed(3) }),
       el("td", { class: "number", text: finding.mean_score.toFixed(3) }),
+      el("td", { text: differenceInWords(finding, report) }),
       el("td", { text: formatPosition(finding.centroid_mm) }),
       el("td", { text: certaintyOf(finding, report) }),
       el("td", { text: review ? [review.verdict, review.reader, review.note].filter(Boolean).join(", ") : "none" }),
     );
   };
   byId("findings").replaceChildren(...findings.slice(0, MAX_FINDINGS).map(row));
-  if (findings.length === 0) byId("findings").append(el("tr", {}, el("td", { colspan: "7", text: "No finding: no region has a peak above the threshold." })));
+  if (findings.length === 0) byId("findings").append(el("tr", {}, el("td", { colspan: "8", text: "No finding: no region has a peak above the threshold." })));
   byId("more").hidden = findings.length <= MAX_FINDINGS;
   byId("more").textContent = `${findings.length - MAX_FINDINGS} further findings are in report.json.`;
 }

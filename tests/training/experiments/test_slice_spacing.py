@@ -33,7 +33,8 @@ def ball(slice_mm: float, pixel_mm: float = 2.0, lowest_mm: float = -60.0) -> Fl
 
 def reference() -> np.ndarray:
     """Return the heights of the shares relative to the top of the ball: its sections have the area pi (R^2 - z^2)."""
-    return RADIUS_MM * np.sqrt(1 - np.array(AREA_SHARES)) - RADIUS_MM
+    heights: np.ndarray = RADIUS_MM * np.sqrt(1 - np.array(AREA_SHARES)) - RADIUS_MM
+    return heights
 
 
 def test_areas_are_shares_of_the_largest_section() -> None:
