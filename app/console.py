@@ -97,7 +97,7 @@ def print_report(report: Report, out: Path, console: Console) -> None:
     for warning in report.warnings:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     table = Table(title=f"{len(report.findings)} findings, {report.lesion_volume_ml:.2f} ml ({report.model.id})")
-    for heading in ("#", "ml", "peak", "mean", "scan - counterpart", "centroid RAS+ mm", "key plane z mm"):
+    for heading in ("#", "ml", "peak", "mean", "difference", "centroid RAS+ mm", "key plane z mm"):
         table.add_column(heading, justify="right")
     for finding in by_certainty(report.findings):
         centroid = ", ".join(f"{c:.1f}" for c in finding.centroid_mm)
