@@ -28,7 +28,7 @@ results = ["report.dcm", "segmentation.dcm"]
 [[routes]]
 target = "web"
 results = ["report.dcm"]
-models = ["t1", "flair-1.3.0"]
+models = ["t1", "flair-1.2.0"]
 """
 RESULTS = ["mask.nii.gz", "segmentation.dcm", "report.dcm"]
 
@@ -54,7 +54,7 @@ def test_targets_and_rules_are_read(tmp_path: Path) -> None:
     [
         ("t1-1.7.0", ["archive", "archive", "web"]),
         ("t1-9.0.0", ["archive", "archive", "web"]),
-        ("flair-1.3.0", ["archive", "archive", "web"]),
+        ("flair-1.2.0", ["archive", "archive", "web"]),
         ("flair-1.3.0", ["archive", "archive"]),
         ("t1-c-1.0.0", ["archive", "archive"]),
     ],

@@ -26,9 +26,10 @@ def test_autoencoder_loss_falls(name: str, config: Config) -> None:
     network = baselines.build(name, config).train()
     loss = baselines.loss_of(name, network, None)
     x = torch.rand(4, 1, 64, 64).cumsum(-1) / 64
-    optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
+    # At three times this rate, the KL of the VAE jumps, and the last loss depends on the processor.
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         value = loss(x)
         optimiser.zero_grad()
         value.backward()
