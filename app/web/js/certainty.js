@@ -20,12 +20,12 @@ export function certaintyOf(finding, report) {
     : `clear: its peak is ${ratio} times the threshold`;
 }
 
-/** Return how much brighter or darker a finding is than the counterpart, in words; empty in reports of earlier versions. */
-export function differenceInWords(finding, report) {
+/** Return how much brighter or darker a finding is than a reference, in words; empty in reports of earlier versions. */
+export function differenceInWords(finding, report, reference = "") {
   const difference = finding.mean_difference ?? null;
   if (difference === null) return "";
   const unit = report.input.modality === "CT" ? " HU" : "";
-  return `${Number(Math.abs(difference).toPrecision(2))}${unit} ${difference > 0 ? "brighter" : "darker"}`;
+  return `${difference > 0 ? "brighter" : "darker"}${reference} by ${Number(Math.abs(difference).toPrecision(2))}${unit}`;
 }
 
 /** Return the score of the scan with the range in which healthy scans are: those of the site profile, if there is one. */

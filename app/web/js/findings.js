@@ -127,7 +127,7 @@ export class Findings {
     if (!finding) return;
     box.replaceChildren(...[
       el("p", {}, el("strong", { text: `Finding ${finding.label}` }), ` is ${certaintyOf(finding, this._report)} (${this._report.threshold}). Its centre is at ${formatPosition(finding.centroid_mm)} mm.`),
-      finding.mean_difference == null ? null : el("p", { text: `On average, it is ${differenceInWords(finding, this._report)} than the counterpart.` }),
+      finding.mean_difference == null ? null : el("p", { text: `On average, it is ${differenceInWords(finding, this._report, " than the counterpart")}.` }),
       this._canReview ? this._form(finding) : null,
     ].filter(Boolean));
   }
