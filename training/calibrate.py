@@ -263,15 +263,22 @@ def simulated_scans(scans: list[ScanFeatures], networks: Networks, config: Confi
         yield features_of_slices(x, original.foreground, original.slice_indices, networks, config)
 
 
-def separate_slices(stack: FloatArray) -> FloatArray:
-    """Insert NaN slices between the slices of a stack, (2 M - 1, H, W), so that findings cannot join across them.
+def separate_slices(stack: FloatArray, before: npt.NDArray[np.int64] | None = None) -> FloatArray:
+    """Insert NaN slices between the slices of a stack (M, H, W), so that findings cannot join across them.
 
+    Parameters
+    ----------
+    stack : (M, H, W) ndarray
+    before : (K,) ndarray of int, optional
+        Slices that get a NaN slice in front of them. By default all but the first, which gives 2 M - 1 slices.
+
+    Notes
+    -----
     Consecutive images of an archive may not be neighbours: some are left out, and a block can mix heads. In the
     calibration, each image therefore counts alone. The evaluation and the service treat them as a stack.
     """
-    separated = np.full((2 * len(stack) - 1, *stack.shape[1:]), np.nan, dtype=np.float32)
-    separated[::2] = stack
-    return separated
+    at = np.arange(1, len(stack)) if before is None else before
+    return np.insert(stack, at, np.nan, axis=0)
 
 
 def residual_settings(maps: list[FloatArray], config: Config, simulated: Sequence[FloatArray] = ()) -> Residual:

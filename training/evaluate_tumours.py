@@ -20,6 +20,7 @@ from app.runtime.bundle import Bundle
 from app.volume import BoolArray, FloatArray
 from training.config import Config
 from training.data import Split
+from training.experiments.manifests import changed
 from training.experiments.metrics import average_precision, best_dice
 from training.image_archive import TumourScan, archive_settings, tumour_scans
 
@@ -117,9 +118,8 @@ def manifest_of_stacks(manifest: Manifest, config: Config) -> Manifest:
     head_box, missing = manifest.preprocessing.head_box, archive_settings(config).above_stack_mm
     if head_box is None or head_box.reach_mm is None or missing is None:
         return manifest
-    smaller = head_box.model_copy(update={"reach_mm": head_box.reach_mm - missing})
-    preprocessing = manifest.preprocessing.model_copy(update={"head_box": smaller})
-    return manifest.model_copy(update={"preprocessing": preprocessing})
+    smaller = changed(head_box, reach_mm=head_box.reach_mm - missing)
+    return changed(manifest, preprocessing=changed(manifest.preprocessing, head_box=smaller))
 
 
 def intensity_map(scan: TumourScan, manifest: Manifest) -> FloatArray:

@@ -126,7 +126,8 @@ class Finding(FrozenModel):
     mean_difference: float | None = Field(
         default=None,
         description="Mean of the scan minus its counterpart, in the units of the scan (CT: HU). Above 0, the finding "
-        "is brighter than the counterpart. Null in reports of earlier versions.",
+        "is brighter than the counterpart. Values outside of the intensity range of the model are cut to it first, for "
+        "a CT to its window. Null in reports of earlier versions.",
     )
     centroid_mm: Point
     box_mm: tuple[Point, Point]

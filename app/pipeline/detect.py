@@ -366,7 +366,8 @@ def _describe_lesion(
 def _mean_difference(points: npt.NDArray[np.float64], detection: Detection) -> float:
     """Return the mean of scan minus counterpart at RAS+ points (N, 3) in mm, in units of the scan.
 
-    Only these points are sampled: the change of a whole scan would need as much memory as the scan.
+    Values of the scan are cut to the intensity range of the slices, as in `_counterpart`. Only these points are
+    sampled: the change of a whole scan would need as much memory as the scan.
     """
     grid = detection.slices.grid
     at = affines.apply_affine(np.linalg.inv(grid.affine), points)

@@ -367,7 +367,7 @@ def test_tls_needs_the_certificates_of_both_sides(start_node: StartNode, tmp_pat
 def test_dcmtk_sends_over_tls(start_node: StartNode, tmp_path: Path) -> None:
     echoscu, storescu = require_tool("echoscu"), require_tool("storescu")
     if "+tls" not in echoscu("--help", check=False):
-        pytest.skip("this dcmtk has no TLS")
+        pytest.skip("this dcmtk has no TLS: install one that was built with OpenSSL")
     authority, stranger = Authority.create(tmp_path / "ca"), Authority.create(tmp_path / "other")
     node = start_node(ssl_context=server_context(*authority.issue("node"), authority.path))
     certificate, key = authority.issue("scanner")

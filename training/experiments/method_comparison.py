@@ -11,13 +11,12 @@ by one rule. The lesions are outlined tumours for `flair` and synthetic for the 
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
@@ -26,17 +25,16 @@ from app.pipeline.diffusion import Networks
 from app.pipeline.findings import dice, label_findings
 from app.pipeline.scores import augment, average_views
 from app.runtime.bundle import Bundle, load_bundle
-from app.volume import BoolArray, FloatArray, Volume
-from training.bundle_runs import extract_brain_if_needed
-from training.calibrate import CONTRAST_STREAM, residual_settings, separate_slices, simulate_other_scanner
+from app.volume import BoolArray, FloatArray
+from training.calibrate import residual_settings, separate_slices
 from training.config import ROOT, Config
-from training.data import load_scan, load_split
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
-from training.experiments.ablation import POOLED, KlCalibration
-from training.experiments.cases import GRADES, Case, for_choices, make_case, multiple_sclerosis, synthetic, tumours
+from training.experiments.ablation import KlCalibration
+from training.experiments.cases import Case
+from training.experiments.comparison_scans import CALIBRATION_SCANS, Scans, gaps_of
 from training.experiments.experiment import code_version
 from training.experiments.manifests import changed
-from training.experiments.method_comparison_page import HOME, OTHER_SCANNERS, Comparison, LesionScores, MethodResult
+from training.experiments.method_comparison_page import Comparison, LesionScores, MethodResult
 from training.experiments.methods import Budget
 from training.experiments.metrics import average_precision, best_dice
 from training.experiments.segmentation import (
@@ -51,10 +49,7 @@ from training.experiments.segmentation import (
     mask_map,
 )
 from training.networks import load_networks
-from training.unseen_scans import load_unseen_list, load_unseen_scan
 
-# Healthy validation scans that the threshold of each method comes from.
-CALIBRATION_SCANS = 10
 # As many slices as in the last training of `t1` (docs/decisions/0029-longer-training-for-other-scanners.md).
 BUDGETS = {name: Budget(name, 3000, 32, 1e-3) for name in ("dense-ae", "spatial-ae", "vae")}
 # Shares of the threshold down to which a finding of a baseline may extend.
@@ -240,109 +235,7 @@ class Methods:
         return Candidate(ComparedMethod(name, self._weighted(in_all_views), parameters=parameters), clock)
 
 
-# ---- scans -------------------------------------------------------------------------------------
-
-
-class Scans:
-    """Scans of the comparison, each loaded once.
-
-    Parameters
-    ----------
-    config : Config
-    bundle : Bundle
-        Its preprocessing makes the slices of every method.
-    """
-
-    def __init__(self, config: Config, bundle: Bundle) -> None:
-        self._config, self._bundle, self._split = config, bundle, load_split(config.data.splits)
-
-    @property
-    def _manifest(self) -> Manifest:
-        return self._bundle.manifest
-
-    @cached_property
-    def choices(self) -> list[Case]:
-        """Validation scans with a lesion, on which the variant and the filter of a baseline are chosen.
-
-        If the residual of the bundle is multiplied by the intensity, lesions are bright, and only these choose.
-        """
-        signs = (1, 1) if self._config.detection.weighted_by_intensity else (1, -1)
-        return for_choices(self._config, self._manifest, signs)
-
-    @cached_property
-    def calibration(self) -> list[Case]:
-        """Healthy validation scans, which the thresholds come from."""
-        healthy = self._healthy(self._split.validation)
-        chosen = np.linspace(0, len(healthy) - 1, min(CALIBRATION_SCANS, len(healthy))).round().astype(int)
-        return [healthy[i] for i in chosen]
-
-    @cached_property
-    def simulated(self) -> list[Case]:
-        """The healthy validation scans on simulated scanners (`training.calibrate`), if the rule has any."""
-        if not self._config.detection.simulated_scanners:
-            return []
-        return [simulated_case(case, i, self._config, self._manifest) for i, case in enumerate(self.calibration)]
-
-    @cached_property
-    def healthy(self) -> dict[str, list[Case]]:
-        """Healthy test scans at home, and of people on scanners of which no training has scans."""
-        home = {HOME: self._healthy(self._split.test)}
-        return home | (
-            {OTHER_SCANNERS: list(self._other_scanners())} if "heads" in self._config.evaluation.parts else {}
-        )
-
-    @cached_property
-    def lesions(self) -> list[Case]:
-        """Test scans with lesions: outlined tumours, or synthetic lesions and the real ones of two patients."""
-        if "tumours" in self._config.evaluation.parts:
-            return [case for case in tumours(self._config, self._manifest) if case.truth.any()]
-        inserted = [c for c in synthetic(self._config, self._manifest, "test") if c.kind in POOLED]
-        real = multiple_sclerosis(self._manifest, "T1") if self._config.bundle.sequence == "T1" else ()
-        return [*inserted, *real]
-
-    def shape_of(self, case: Case) -> str:
-        """Return the lesion shape of a test scan, as `cases.shape_inserter` selects it, or the subject."""
-        if case.kind not in GRADES or self._config.data.image_archive is not None:
-            return case.subject
-        names = self._split.shapes_test
-        return names[self._split.test.index(case.subject) % len(names)]
-
-    def _healthy(self, subjects: Sequence[str]) -> list[Case]:
-        """Return the healthy slices of subjects that have any."""
-        cases = []
-        for subject in subjects:
-            scan = load_scan(self._config, subject)
-            nothing = np.zeros(scan.volume.shape, np.bool_)
-            cases.append(make_case(subject, "healthy", scan.volume, nothing, self._manifest, scan.healthy_slices))
-        return [case for case in cases if len(case.slice_indices)]
-
-    def _other_scanners(self) -> Iterator[Case]:
-        for scan in tqdm(load_unseen_list().people, desc="other scanners", unit="scan"):
-            volume = extract_brain_if_needed(load_unseen_scan(scan), self._bundle)
-            yield make_case(scan.person, "healthy", volume, np.zeros(volume.shape, np.bool_), self._manifest)
-
-
-def simulated_case(case: Case, number: int, config: Config, manifest: Manifest) -> Case:
-    """Return a healthy scan with the contrast, noise and sharpness of another scanner.
-
-    Its volume is the stack of the changed slices, so that every method prepares the same scan.
-    """
-    rng = np.random.default_rng([config.seed, CONTRAST_STREAM, number])
-    x = case.slices.x[:, 0].copy()
-    x[case.slice_indices] = simulate_other_scanner(case.x[:, 0], config, rng)
-    dz, dy, dx = manifest.preprocessing.spacing_mm
-    # Slices, rows and columns of the grid of slices ascend along z, y and x of RAS+.
-    volume = Volume(np.ascontiguousarray(x.transpose(2, 1, 0)), np.diag([dx, dy, dz, 1.0]))
-    return make_case(case.subject, case.kind, volume, np.zeros(volume.shape, np.bool_), manifest)
-
-
 # ---- measurement -------------------------------------------------------------------------------
-
-
-def separate_at_gaps(values: FloatArray, case: Case) -> FloatArray:
-    """Insert a NaN slice at each gap between the slices of a map (M, H, W), so that findings cannot join across it."""
-    gaps = np.flatnonzero(np.diff(case.slice_indices) > 1) + 1
-    return np.insert(values, gaps, np.nan, axis=0)
 
 
 def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manifest: Manifest) -> MethodResult:
@@ -386,7 +279,7 @@ def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manif
     )
     false_ml = {
         group: {
-            case.subject: found_ml(separate_at_gaps(compute(case), case), settings)
+            case.subject: found_ml(separate_slices(compute(case), gaps_of(case)), settings)
             for case in tqdm(cases, desc=f"{name}: {group}")
         }
         for group, cases in scans.healthy.items()

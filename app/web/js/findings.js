@@ -125,9 +125,10 @@ export class Findings {
     const box = byId("finding-detail");
     box.hidden = !finding;
     if (!finding) return;
+    const difference = differenceInWords(finding, this._report, " than the counterpart");
     box.replaceChildren(...[
       el("p", {}, el("strong", { text: `Finding ${finding.label}` }), ` is ${certaintyOf(finding, this._report)} (${this._report.threshold}). Its centre is at ${formatPosition(finding.centroid_mm)} mm.`),
-      finding.mean_difference == null ? null : el("p", { text: `On average, it is ${differenceInWords(finding, this._report, " than the counterpart")}.` }),
+      difference && el("p", { text: `On average, it is ${difference}.` }),
       this._canReview ? this._form(finding) : null,
     ].filter(Boolean));
   }

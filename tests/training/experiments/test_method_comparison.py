@@ -14,19 +14,18 @@ from app.pipeline.diffusion import Networks
 from app.runtime.bundle import read_manifest
 from app.volume import FloatArray, Volume
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, positions
+from training.calibrate import separate_slices
 from training.config import ROOT, Config
 from training.data import load_split
 from training.experiments import cases, method_comparison
 from training.experiments.cases import Case, make_case
+from training.experiments.comparison_scans import Scans, gaps_of, simulated_case
 from training.experiments.method_comparison import (
     Candidate,
     NetworkClock,
-    Scans,
     empty_document,
     in_views,
     measure,
-    separate_at_gaps,
-    simulated_case,
     times_intensity,
     view_case,
 )
@@ -201,7 +200,7 @@ def test_choices_are_bright_if_lesions_are_bright(monkeypatch: pytest.MonkeyPatc
 def test_findings_do_not_join_across_a_gap() -> None:
     """The slices on both sides of a tumour are healthy, but not neighbours."""
     case = cast("Case", SimpleNamespace(slice_indices=np.array([3, 4, 7, 8, 10])))
-    separated = separate_at_gaps(np.ones((5, 2, 2), np.float32), case)
+    separated = separate_slices(np.ones((5, 2, 2), np.float32), gaps_of(case))
     assert np.isnan(separated[:, 0, 0]).tolist() == [False, False, True, False, False, True, False]
 
 
