@@ -13,6 +13,7 @@ from tests.export.conftest import DicomResults, read_series, write_results
 from tests.support.dicom import Series
 from tests.support.external_tools import require_tool
 
+DIFFERENCE = "Scan minus its imagined healthy counterpart"
 COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
 
@@ -74,6 +75,9 @@ def test_each_lesion_has_its_numbers_and_refers_to_its_segment(results: DicomRes
         peak, mean = items(group, "Anomaly score")
         assert (number(peak), coded(peak.ContentSequence[0])) == ((finding.peak_score, "1"), ("56851009", "SCT"))
         assert (number(mean), coded(mean.ContentSequence[0])) == ((finding.mean_score, "1"), ("373098007", "SCT"))
+        (difference,) = items(group, DIFFERENCE)
+        assert number(difference) == (finding.mean_difference, "1"), "an MR has arbitrary units"
+        assert coded(difference.ContentSequence[0]) == ("373098007", "SCT")
         assert coded(items(group, "Finding category")[0]) == ("49755003", "SCT")
         assert coded(items(group, "Finding")[0]) == ("52988006", "SCT")
         assert coded(items(group, "Finding Site")[0]) == ("12738006", "SCT")
@@ -129,6 +133,13 @@ def test_warnings_keep_the_report_valid(results: DicomResults, tmp_path: Path) -
     assert long.strip() in require_tool("dsrdump")("+Pl", path)
 
 
+def test_difference_in_ct_is_in_hounsfield_units(tmp_path: Path) -> None:
+    case = write_results(tmp_path / "out", read_series(tmp_path, Series(modality="CT")))
+    found = [number(item) for item in items(pydicom.dcmread(case.structured_report), DIFFERENCE)]
+    assert found == [(finding.mean_difference, "[hnsf'U]") for finding in case.report.findings]
+    assert found
+
+
 def test_scan_without_lesion_has_a_report_and_no_segmentation(healthy: DicomResults, results: DicomResults) -> None:
     assert not healthy.segmentation.exists()
     (reason,) = healthy.absent.values()
@@ -172,4 +183,5 @@ def test_dcmqi_reads_the_same_numbers(results: DicomResults, tmp_path: Path) -> 
             ("Volume", None): finding.volume_ml,
             ("Anomaly score", "Maximum"): finding.peak_score,
             ("Anomaly score", "Mean"): finding.mean_score,
+            (DIFFERENCE, "Mean"): finding.mean_difference,
         }

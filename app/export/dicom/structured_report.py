@@ -53,6 +53,7 @@ SERIES_DESCRIPTION = "Counterpart: report (research use only)"
 MILLILITRE = CodedConcept("mL", "UCUM", "milliliter")
 MILLIMETRE = CodedConcept.from_code(codes.UCUM.Millimeter)
 ONE = CodedConcept.from_code(codes.UCUM.NoUnits)
+HOUNSFIELD_UNIT = CodedConcept.from_code(codes.UCUM.HounsfieldUnit)
 
 # PS3.16 TID 1500, row 12.
 QUALITATIVE_EVALUATIONS = CodedConcept("C0034375", "UMLS", "Qualitative Evaluations")
@@ -63,6 +64,7 @@ ANALYSED_VOLUME = private_code("analysed-volume", "Volume that was analysed")
 LOWEST_ANALYSED = private_code("analysed-lowest", "Lowest analysed position, patient z")
 HIGHEST_ANALYSED = private_code("analysed-highest", "Highest analysed position, patient z")
 LESION_COUNT = private_code("lesion-count", "Number of lesions")
+SCAN_MINUS_COUNTERPART = private_code("scan-minus-counterpart", "Scan minus its imagined healthy counterpart")
 DIFFERENCE = private_code("difference", "Difference from the imagined healthy counterpart")
 
 
@@ -164,6 +166,7 @@ def _lesion_group(
             Measurement(codes.SCT.Volume, finding.volume_ml, MILLILITRE),
             Measurement(ANOMALY_SCORE, finding.peak_score, ONE, derivation=codes.SCT.Maximum),
             Measurement(ANOMALY_SCORE, finding.mean_score, ONE, derivation=codes.SCT.Mean),
+            *_mean_difference(report, finding),
         ],
     }
     if segmentation is None:
@@ -176,6 +179,13 @@ def _lesion_group(
         source_series=SourceSeriesForSegmentation(source.uid),
     )
     return VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **shared)
+
+
+def _mean_difference(report: Report, finding: Finding) -> Iterator[Measurement]:
+    """Yield the mean difference of a lesion, in HU or in the arbitrary units of an MR. Earlier reports have none."""
+    if finding.mean_difference is not None:
+        unit = HOUNSFIELD_UNIT if report.input.modality == "CT" else ONE
+        yield Measurement(SCAN_MINUS_COUNTERPART, finding.mean_difference, unit, derivation=codes.SCT.Mean)
 
 
 def _qualitative_evaluations(report: Report) -> ContainerContentItem:
