@@ -50,8 +50,9 @@ from training.experiments.segmentation import (
 )
 from training.networks import load_networks
 
-# As many slices as in the last training of `t1` (docs/decisions/0029-longer-training-for-other-scanners.md).
-BUDGETS = {name: Budget(name, 3000, 32, 1e-3) for name in ("dense-ae", "spatial-ae", "vae")}
+# Steps of 32 slices of an autoencoder, which are as many slices as in the last training of the denoiser of the bundle
+# (docs/decisions/0029-longer-training-for-other-scanners.md and 0005-noise-levels-in-training.md).
+AUTOENCODER_STEPS = {"t1": 3000, "headct": 4000, "flair": 5250}
 # Shares of the threshold down to which a finding of a baseline may extend.
 EXTENT_SHARES = (0.6, 1.0)
 # Suffix of a variant whose map is multiplied by the intensity of the slice.
@@ -59,6 +60,11 @@ TIMES_INTENSITY = " times intensity"
 
 
 # ---- methods -----------------------------------------------------------------------------------
+
+
+def autoencoder_budget(name: str, bundle: str) -> Budget:
+    """Return the training budget of an autoencoder for a bundle, both by name."""
+    return Budget(name, AUTOENCODER_STEPS[bundle], 32, 1e-3)
 
 
 def in_views(compute: AnomalyMap, views: Sequence[View]) -> AnomalyMap:
@@ -212,8 +218,9 @@ class Methods:
         return self._reconstructing(denoising_autoencoder.NAME, baselines.reconstructor(network), parameters, views)
 
     def _autoencoder(self, name: str, views: Sequence[View]) -> Candidate:
-        baselines.train(BUDGETS[name], self.config)
-        network = baselines.load(BUDGETS[name], self.config)
+        budget = autoencoder_budget(name, self.config.name)
+        baselines.train(budget, self.config)
+        network = baselines.load(budget, self.config)
         return self._reconstructing(name, baselines.reconstructor(network), baselines.count_parameters(network), views)
 
     def _vqvae(self, views: Sequence[View]) -> Candidate:
@@ -335,7 +342,7 @@ def empty_document(config: Config, bundle: Bundle, paper: Bundle) -> Comparison:
         calibration_scans=CALIBRATION_SCANS,
         false_positive_ml=config.detection.false_positive_ml,
         simulated_ml=config.detection.simulated_false_positive_ml or None,
-        autoencoder_budget=str(next(iter(BUDGETS.values()))),
+        autoencoder_budget=str(autoencoder_budget("vae", config.name)),
         denoising_autoencoder_budget=f"{denoising_autoencoder.STEPS} x {denoising_autoencoder.BATCH} slices",
         methods={},
     )

@@ -116,8 +116,9 @@ class ScanTexts:
     """Sentences about the scans of one bundle."""
 
     holds_for: str
-    training: str
     test: str
+    training: str = ""
+    budget: str = ""
     variants: str = "the difference and the difference divided by the local contrast"
     intensity: str = "bright, dark, or far from the median"
     earlier_version: str = ""
@@ -128,6 +129,7 @@ TEXTS = {
         holds_for="The numbers hold for skull-stripped T1. Lesions were inserted into scans of one scanner (ds002748), "
         "except for two patients with multiple sclerosis.",
         training=" The VQ-VAE is the exception: it was trained on ds002748 only.",
+        budget=" Earlier trainings of `t1` had more.",
         test="12 healthy people of ds002748 (home). 15 healthy people of other scanners, of which no training has "
         "scans. Each person of ds002748 with one lesion shape of a patient with multiple sclerosis: in grade 2, the "
         "intensity changes by 20 % of the range of the brain, in grade 3 by 35 %; half of the lesions are bright. Two "
@@ -143,10 +145,11 @@ TEXTS = {
         variants="the difference and the difference divided by the local contrast, each with and without the factor "
         "of the intensity that the bundle has; so does the paper's method. Only bright lesions choose",
         intensity="bright",
+        earlier_version=", next to version 1.2.0, which has the same networks",
     ),
     "headct": ScanTexts(
         holds_for="The numbers hold for head CT of MedNIST, at 64 x 64 pixels. All lesions are synthetic.",
-        training="",
+        budget=" Earlier trainings of `headct` had more.",
         test="28 stacks of MedNIST (scanners unknown). Each with ellipses of 15 to 30 mm radius: in grade 2, the "
         "intensity changes by 20 % of the window, in grade 3 by 35 %; half of the lesions are bright.",
     ),
@@ -185,7 +188,7 @@ The methods:
   coarse noise in pixels, without latents and without diffusion. The training starts from the inner layers of the
   denoiser of `{bundle}` and takes {denoising_autoencoder_budget}.
 - **Dense, spatial and variational autoencoder** (Baur et al. 2021): trained from random weights with
-  {autoencoder_budget}, as many as in the last training of `t1`. Earlier trainings of `t1` had more.
+  {autoencoder_budget}, as many as in the last training of `{name}`.{texts.budget}
 - **VQ-VAE**: the difference between a slice and its reconstruction by the VQ-VAE of `{bundle}`.
 - **Mean healthy slice** and **intensity threshold**: no network. The map is the difference from the mean training
   slice, or the intensity ({texts.intensity}).
@@ -194,8 +197,8 @@ Every method except `{bundle}` chooses a filter and the extent of a finding (dow
 validation scans with lesions of grade 2. Baselines also choose between
 {texts.variants}. The settings of `{bundle}` were chosen on validation scans, too.
 
-The transformer of Pinaya et al. 2021 is missing: on two cores, a training with as many slices takes about eight hours
-([decision 20](../decisions/0020-training-on-a-borrowed-gpu.md) has the time of half of them).
+The transformer of Pinaya et al. 2021 is missing: for `t1`, a training with as many slices takes about eight hours on
+two cores ([decision 20](../decisions/0020-training-on-a-borrowed-gpu.md) has the time of half of them).
 [comparison.md](../results/comparison.md) has its result with a smaller budget{texts.earlier_version}.
 """
 

@@ -17,12 +17,13 @@ from tests.support.phantom import LESION_MM, RADIUS_MM, brain, positions
 from training.calibrate import separate_slices
 from training.config import ROOT, Config
 from training.data import load_split
-from training.experiments import cases, method_comparison
+from training.experiments import cases, method_comparison, method_comparison_page
 from training.experiments.cases import Case, make_case
 from training.experiments.comparison_scans import Scans, gaps_of, simulated_case
 from training.experiments.method_comparison import (
     Candidate,
     NetworkClock,
+    autoencoder_budget,
     empty_document,
     in_views,
     measure,
@@ -237,6 +238,13 @@ def test_document_names_the_limit_of_simulated_scanners_only_if_there_is_one(
     assert page(document).startswith(f"# {name}-1.0.0 compared")
 
 
+def test_each_bundle_with_texts_has_a_budget_of_as_many_slices_as_its_denoiser() -> None:
+    """6,000, 1,000 and 10,500 steps of 16, 128 and 16 slices, see decisions 29 and 5."""
+    budgets = {name: autoencoder_budget("vae", name) for name in method_comparison_page.TEXTS}
+    slices = {name: budget.steps * budget.batch for name, budget in budgets.items()}
+    assert slices == {"t1": 6000 * 16, "headct": 1000 * 128, "flair": 10_500 * 16}
+
+
 # ---- page --------------------------------------------------------------------------------------
 
 
@@ -320,6 +328,6 @@ def test_paired_differences_need_the_same_scans() -> None:
         mean_gain(first, second[::-1], "auprc")
 
 
-def test_stored_page_belongs_to_the_stored_results() -> None:
-    path = ROOT / "docs" / "evaluation" / "t1-methods.json"
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "evaluation").glob("*-methods.json")), ids=lambda p: p.stem)
+def test_stored_page_belongs_to_the_stored_results(path: Path) -> None:
     assert path.with_suffix(".md").read_text() == page(Comparison.model_validate_json(path.read_text()))
