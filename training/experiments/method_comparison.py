@@ -30,7 +30,7 @@ from training.calibrate import residual_settings, separate_slices
 from training.config import ROOT, Config
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
 from training.experiments.ablation import KlCalibration
-from training.experiments.cases import Case
+from training.experiments.cases import VALIDATION_CASES, Case
 from training.experiments.comparison_scans import CALIBRATION_SCANS, Scans, gaps_of
 from training.experiments.experiment import code_version
 from training.experiments.manifests import changed
@@ -199,9 +199,10 @@ class Methods:
         extent_shares: tuple[float, ...],
     ) -> Candidate:
         clock, networks = NetworkClock(), load_networks(config.bundle_folder, config)
-        maps = {"": counterpart_map(clock.timed_networks(bundle.networks.in_batches(BATCH, lambda _: None)), manifest)}
-        if not manifest.residual.weighted_by_intensity:
-            maps = self._weighted(maps)
+        timed = clock.timed_networks(bundle.networks.in_batches(BATCH, lambda _: None))
+        maps = {"": counterpart_map(timed, manifest)}
+        if bundle is self.paper_bundle:
+            maps = self._weighted(with_local_contrast(timed, manifest))
         parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
         return Candidate(ComparedMethod(manifest.id, maps, smoothing, parameters), clock, extent_shares)
 
@@ -240,6 +241,15 @@ class Methods:
         maps = baselines.reconstruction_maps(clock.timed(reconstruct, counted=True))
         in_all_views = {variant: in_views(compute, views) for variant, compute in maps.items()}
         return Candidate(ComparedMethod(name, self._weighted(in_all_views), parameters=parameters), clock)
+
+
+def with_local_contrast(networks: Networks, manifest: Manifest) -> dict[str, AnomalyMap]:
+    """Return the map of the paper's method and the one divided by the local contrast, as the baselines have them."""
+    divided = changed(manifest.residual, contrast_floor=baselines.CONTRAST_FLOOR)
+    return {
+        baselines.DIFFERENCE: counterpart_map(networks, manifest),
+        baselines.OVER_CONTRAST: counterpart_map(networks, changed(manifest, residual=divided)),
+    }
 
 
 # ---- measurement -------------------------------------------------------------------------------
@@ -340,6 +350,7 @@ def empty_document(config: Config, bundle: Bundle, paper: Bundle) -> Comparison:
         paper_bundle=paper.manifest.id,
         paper_sha256=paper.sha256,
         calibration_scans=CALIBRATION_SCANS,
+        choice_scans=VALIDATION_CASES,
         false_positive_ml=config.detection.false_positive_ml,
         simulated_ml=config.detection.simulated_false_positive_ml or None,
         autoencoder_budget=str(autoencoder_budget("vae", config.name)),
@@ -354,6 +365,8 @@ def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
         raise SystemExit(f"method_comparison_page.TEXTS has no text about the scans of {config.name}. Add it.")
     methods = Methods(config, paper)
     scans = Scans(config, methods.bundle)
+    assert (len(scans.choices), len(scans.calibration)) == (VALIDATION_CASES, CALIBRATION_SCANS), "as the page states"
+    assert all(case.truth.any() for case in scans.choices), "a scan without a lesion would favour high thresholds"
     path = ROOT / "docs" / "evaluation" / f"{config.name}-methods.json"
     document = empty_document(config, methods.bundle, methods.paper_bundle)
     if path.exists():

@@ -66,6 +66,7 @@ class Comparison(Record):
     paper_bundle: str
     paper_sha256: str
     calibration_scans: int
+    choice_scans: int
     false_positive_ml: float
     simulated_ml: float | None
     autoencoder_budget: str
@@ -118,12 +119,18 @@ class ScanTexts:
     holds_for: str
     test: str
     training: str = ""
+    images: str = ""
     budget: str = ""
+    grade: str = "lesions of grade 2"
     variants: str = "the difference and the difference divided by the local contrast"
     intensity: str = "bright, dark, or far from the median"
     earlier_version: str = ""
 
 
+IMAGES_ALONE = (
+    " In this calibration each image counts alone. In test scans, findings of adjacent images are joined, so that more "
+    "of them reach the smallest volume of a finding."
+)
 TEXTS = {
     "t1": ScanTexts(
         holds_for="The numbers hold for skull-stripped T1. Lesions were inserted into scans of one scanner (ds002748), "
@@ -137,21 +144,27 @@ TEXTS = {
         earlier_version=", next to version 1.6.0",
     ),
     "flair": ScanTexts(
-        holds_for="The numbers hold for FLAIR with skull of TCGA-LGG (several hospitals). All lesions are real.",
+        holds_for="The numbers hold for FLAIR with skull of TCGA-LGG (several hospitals). All test lesions are real.",
         training=" These are slices without a tumour of patients with a glioma.",
-        test="27 patients with an outlined lower-grade glioma. All slices that the bundle analyses are used. The "
-        "slices without a tumour also serve as healthy scans (home). The part of a tumour outside of the analysed "
-        "slices is not counted for any method.",
+        images=IMAGES_ALONE,
+        test="27 patients with an outlined lower-grade glioma. Slices up to 115 mm below the highest one are used. In "
+        "four patients, these are more slices than in [flair](flair.md). The slices without a tumour also serve as "
+        "healthy scans (home), if a patient has any. The part of a tumour outside of these slices is not counted for "
+        "any method.",
+        grade="bright ellipses of 8 to 17 mm radius in slices without a tumour (the intensity changes by 20 % of the "
+        "range of the brain)",
         variants="the difference and the difference divided by the local contrast, each with and without the factor "
-        "of the intensity that the bundle has; so does the paper's method. Only bright lesions choose",
+        "of the intensity that the bundle has",
         intensity="bright",
-        earlier_version=", next to version 1.2.0, which has the same networks",
+        earlier_version=", next to version 1.2.0, which has the same networks and analyses fewer slices",
     ),
     "headct": ScanTexts(
         holds_for="The numbers hold for head CT of MedNIST, at 64 x 64 pixels. All lesions are synthetic.",
         budget=" Earlier trainings of `headct` had more.",
-        test="28 stacks of MedNIST (scanners unknown). Each with ellipses of 15 to 30 mm radius: in grade 2, the "
-        "intensity changes by 20 % of the window, in grade 3 by 35 %; half of the lesions are bright.",
+        images=IMAGES_ALONE,
+        test="28 stacks of MedNIST (scanners unknown). In each, every third image has an ellipse of 15 to 30 mm "
+        "radius: in grade 2, the intensity changes by 20 % of the range of the brain, in grade 3 by 35 %; half of the "
+        "stacks have bright lesions.",
     ),
 }
 
@@ -167,7 +180,7 @@ The same for every method:
   augmentation.{texts.training}
 - **Threshold.** {calibration_scans} healthy validation scans determine it. Their median may have at most
   {false_positive_ml:g} ml of findings{simulated}. This is the
-  rule of `{bundle}`, with fewer scans and without its lower limit.
+  rule of `{bundle}`, with fewer scans and without its lower limit.{texts.images}
 - **Test scans.** {texts.test}
 - **Statistics.** Means over scans, and medians of the false findings. Brackets are 95 % intervals of a bootstrap over
   {resampled}.
@@ -183,18 +196,19 @@ The methods:
   reverse process starts at t = 500. The authors of this page could not read all settings of the paper. So the five time
   steps, the percentile, the 25 reverse steps, the size of a latent and the thresholds of the findings are ours.
 - **The same with the steps of `{name}`**: its networks with the noise level, the smoothed KL map, the percentile and
-  the reverse step of `{bundle}`. The difference to `{bundle}` with one view is the training with coarse patches.
+  the reverse step of `{bundle}`, and the same treatment of the residual. The difference to `{bundle}` with one view is
+  the training with coarse patches.
 - **Denoising autoencoder** (Kascenas et al. 2022): a U-Net of the size of the denoiser that removes the same patches of
   coarse noise in pixels, without latents and without diffusion. The training starts from the inner layers of the
-  denoiser of `{bundle}` and takes {denoising_autoencoder_budget}.
+  denoiser of `{bundle}` and takes {denoising_autoencoder_budget}, fewer than those of the other autoencoders.
 - **Dense, spatial and variational autoencoder** (Baur et al. 2021): trained from random weights with
   {autoencoder_budget}, as many as in the last training of `{name}`.{texts.budget}
 - **VQ-VAE**: the difference between a slice and its reconstruction by the VQ-VAE of `{bundle}`.
 - **Mean healthy slice** and **intensity threshold**: no network. The map is the difference from the mean training
   slice, or the intensity ({texts.intensity}).
 
-Every method except `{bundle}` chooses a filter and the extent of a finding (down to 60 or 100 % of the threshold) on 12
-validation scans with lesions of grade 2. Baselines also choose between
+The paper's method and the baselines choose a filter and the extent of a finding (down to 60 or 100 % of the threshold)
+on {choice_scans} validation scans with {texts.grade}. They also choose between
 {texts.variants}. The settings of `{bundle}` were chosen on validation scans, too.
 
 The transformer of Pinaya et al. 2021 is missing: for `t1`, a training with as many slices takes about eight hours on
@@ -230,7 +244,8 @@ def _rows(document: Comparison, cells: Callable[[MethodResult], Sequence[str]]) 
 
 
 def _accuracy(document: Comparison) -> str:
-    kinds, small = kinds_by_size(next(iter(document.methods.values())))
+    reference = next(iter(document.methods.values()))
+    kinds, small = kinds_by_size(reference)
     scores = {"auprc": "AUPRC", "best_dice": "best Dice", "dice": "Dice"}
 
     def cells(result: MethodResult) -> list[str]:
@@ -240,9 +255,8 @@ def _accuracy(document: Comparison) -> str:
         ]
         return [*values, *few]
 
-    reference = next(iter(document.methods.values()))
-    few_scans = [f"{kind} ({len(of_kinds(reference, [kind]))} patients)" for kind in small]
-    header = ["method", *(f"{text}, {kind}" for kind in [*kinds, *few_scans] for text in scores.values())]
+    titles = [f"{kind} ({len(of_kinds(reference, [kind]))} scans)" for kind in [*kinds, *small]]
+    header = ["method", *(f"{text}, {title}" for title in titles for text in scores.values())]
     text = (
         "**AUPRC** and **best Dice** need no threshold: best Dice is that of the best threshold of each scan. **Dice** "
         "is that of the mask at the threshold above."
@@ -273,7 +287,11 @@ def _false_findings(document: Comparison) -> str:
     groups = next(iter(document.methods.values())).found_ml
     header = [
         "method",
-        *(title for group in groups for title in (f"false findings, {group}, ml", f"90th percentile, {group}")),
+        *(
+            title
+            for group, found in groups.items()
+            for title in (f"false findings, {group} ({len(found)} scans), ml", f"90th percentile, {group}")
+        ),
         "evaluations per slice",
         "ms per slice",
         "parameters, millions",
@@ -291,7 +309,7 @@ def _differences(document: Comparison) -> str:
         return [format_interval(gain, signed=True) for gain in gains]
 
     rows = [row for row in _rows(document, cells) if row[0] != reference_name]
-    text = f"{reference_name} minus each method, paired by scan, {' and '.join(kinds)} together. Above 0, it is better."
+    text = f"{reference_name} minus each method, paired by scan, {' and '.join(kinds)}. Above 0, it is better."
     return f"## Differences\n\n{text}\n\n{table(['method', 'AUPRC', 'best Dice'], rows)}\n"
 
 

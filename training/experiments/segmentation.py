@@ -69,11 +69,13 @@ class ComparedMethod:
 
 
 def counterpart_map(models: Networks, manifest: Manifest) -> AnomalyMap:
-    """Return the service's own anomaly map, without the out-of-distribution check."""
+    """Return the service's own anomaly map, without the out-of-distribution check. It is 0 where not analysed."""
     accepting = without_ood_check(manifest)
 
     def compute(case: Case) -> FloatArray:
-        return METHODS[accepting.method](case.volume, models, accepting).anomaly[case.slice_indices]
+        anomaly = METHODS[accepting.method](case.volume, models, accepting).anomaly[case.slice_indices]
+        # A filter would spread NaN. `mask_map` restores it.
+        return np.nan_to_num(anomaly)
 
     return compute
 

@@ -11,13 +11,14 @@ pytest.importorskip("torch")
 
 from app.manifest import Manifest, Residual, View
 from app.pipeline.diffusion import Networks
+from app.pipeline.methods import METHODS
 from app.runtime.bundle import read_manifest
 from app.volume import FloatArray, Volume
 from tests.support.phantom import LESION_MM, RADIUS_MM, brain, positions
 from training.calibrate import separate_slices
 from training.config import ROOT, Config
 from training.data import load_split
-from training.experiments import cases, method_comparison, method_comparison_page
+from training.experiments import baselines, cases, method_comparison, method_comparison_page
 from training.experiments.cases import Case, make_case
 from training.experiments.comparison_scans import Scans, gaps_of, simulated_case
 from training.experiments.method_comparison import (
@@ -40,7 +41,7 @@ from training.experiments.method_comparison_page import (
     mean_score,
     page,
 )
-from training.experiments.segmentation import ComparedMethod
+from training.experiments.segmentation import FILTERS, ComparedMethod, counterpart_map
 
 pytestmark = pytest.mark.training
 
@@ -106,6 +107,36 @@ def test_clock_counts_the_slices_of_the_denoiser_and_the_time_of_all_networks() 
     networks.decode(x)
     assert clock.evaluations == 3
     assert 0 < after_one < clock.seconds
+
+
+def test_map_of_a_bundle_can_be_filtered(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A filter would spread the NaN of pixels that were not analysed into the lesions."""
+    case = make(manifest, "a", "grade 3")
+    anomaly = np.ones((max(case.slice_indices) + 1, *case.truth.shape[1:]), np.float32)
+    anomaly[:, :10] = np.nan
+    monkeypatch.setitem(METHODS, manifest.method, lambda *_: SimpleNamespace(anomaly=anomaly))
+    networks = Networks(lambda x: x, lambda z_t, _: z_t, lambda z: z)
+    values = counterpart_map(networks, manifest)(case)
+    assert np.unique(values).tolist() == [0, 1]
+    assert np.isfinite(FILTERS["Gaussian of 2"](values)).all()
+
+
+def test_the_papers_method_can_be_divided_by_the_local_contrast(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(manifest, "a", "grade 3")
+    floors: list[float] = []
+
+    def method(_: Volume, __: Networks, settings: Manifest) -> SimpleNamespace:
+        floors.append(settings.residual.contrast_floor)
+        return SimpleNamespace(anomaly=np.ones((max(case.slice_indices) + 1, 2, 2), np.float32))
+
+    monkeypatch.setitem(METHODS, manifest.method, method)
+    maps = method_comparison.with_local_contrast(Networks(lambda x: x, lambda z, _: z, lambda z: z), manifest)
+    for compute in maps.values():
+        compute(case)
+    assert list(maps) == [baselines.DIFFERENCE, baselines.OVER_CONTRAST]
+    assert floors == [manifest.residual.contrast_floor, baselines.CONTRAST_FLOOR]
 
 
 # ---- measurement -------------------------------------------------------------------------------
@@ -276,6 +307,7 @@ def document(bundle: str = "t1-1.0.0", **methods: MethodResult) -> Comparison:
         paper_bundle="t1-pinaya2022-1.0.0",
         paper_sha256="1" * 64,
         calibration_scans=10,
+        choice_scans=12,
         false_positive_ml=1.0,
         simulated_ml=0.5,
         autoencoder_budget="5 x 2 slices",
