@@ -43,7 +43,7 @@ def unpack(path: Path, scratch: Path, limits: Limits, is_image: Callable[[bytes]
     limits : Limits
         Limits on files and bytes; bytes are counted while they are inflated.
     is_image : callable
-        Return True if a file with these first `HEAD_BYTES` bytes (at least one) is extracted.
+        Return True if a file with these first `HEAD_BYTES` bytes is extracted. An empty file has none.
 
     Returns
     -------
@@ -122,7 +122,7 @@ def _extract(archive: zipfile.ZipFile, scratch: Path, limits: Limits, is_image: 
         with archive.open(entry) as source:
             _use_igzip(source, entry)
             head = source.read(HEAD_BYTES)
-            if not head or not (name or is_image(head)):
+            if not (name or is_image(head)):
                 continue
             target = folder / (name or f"{number:06d}")
             if entry.file_size > remaining:  # as the directory states; `_copy` counts what comes

@@ -32,3 +32,8 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
+
+
+def is_blank(head: bytes) -> bool:
+    """Return True if the first `HEAD_BYTES` bytes of a file are all 0, or there are none: its content was lost."""
+    return not head.strip(b"\0")

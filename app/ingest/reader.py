@@ -21,7 +21,7 @@ from app.errors import (
     UploadTooLarge,
 )
 from app.ingest import archive, mgh, nifti
-from app.ingest.limits import CHUNK_BYTES, DEFAULT_LIMITS, HEAD_BYTES, UNPACKED_PREFIX, Limits
+from app.ingest.limits import CHUNK_BYTES, DEFAULT_LIMITS, HEAD_BYTES, UNPACKED_PREFIX, Limits, is_blank
 from app.ingest.volume_file import (
     GZIP_SIGNATURE,
     VolumeFormat,
@@ -305,9 +305,10 @@ def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
     files = list(files)
     found: dict[str, list[Path]] = {reader.format: [] for reader in READERS}
     images = {image for path in files if (image := nifti.find_image(path))}
+    blank = {path for path in files if path not in images and is_blank(_read_head(path))}
     results, lone_header = 0, None
     for path in files:
-        if path in images:
+        if path in images | blank:
             continue
         try:
             reader = _find_reader(path)
@@ -319,6 +320,8 @@ def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
             lone_header = error if nifti.is_pair_header(read_inflated_head(path)) else lone_header
         except CounterpartError:
             continue
+    if found["dicom"]:
+        found["dicom"] += sorted(blank)  # the reader of the series counts them as damaged
     scans = [(reader, found[reader.format]) for reader in READERS if found[reader.format]]
     if not scans and lone_header:
         raise lone_header
@@ -368,10 +371,11 @@ def _find_reader(path: Path) -> Reader:
 def _is_extracted(head: bytes) -> bool:
     """Return True if a file of a zip is extracted; a zip inside a zip is not.
 
-    The lone header of a pair is extracted, so that the error can name it.
+    The lone header of a pair is extracted, so that the error can name it. A file without content is extracted, so that
+    it is counted.
     """
     try:
-        return nifti.is_pair_header(head) or detect_format(head) != "zip"
+        return is_blank(head) or nifti.is_pair_header(head) or detect_format(head) != "zip"
     except NotAnImageFormat:
         return False
 

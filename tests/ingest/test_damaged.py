@@ -64,6 +64,42 @@ def test_an_invalid_file_of_another_series_is_left_out_and_counted(
     assert scan.source.notes == ("Left out: 14 damaged DICOM files.",)
 
 
+@pytest.mark.parametrize("left", [0, 100, "zeros"])
+def test_files_without_content_are_counted_and_warned_of(
+    tmp_path: Path, read_scan: Read, volume: Volume, left: int | str
+) -> None:
+    """An interrupted copy leaves empty files, or files of zeros. At an end of the head they leave no gap."""
+    paths = write_series(tmp_path / "s", volume)
+    for path in paths[-3:]:
+        content = path.read_bytes()
+        path.write_bytes(content[:left] if isinstance(left, int) else bytes(4096) + content[4096:])
+    packed = zip_files(tmp_path / "s.zip", paths)
+    for scan in (read_scan(tmp_path / "s"), read_scan(packed)):
+        assert scan.volume.shape[2] == 11
+        assert scan.source.notes == ("Left out: 3 damaged DICOM files.",)
+        assert scan.source.warnings == (
+            "Damaged or empty files were left out: 3. If they belong to this series, a part of the head is missing.",
+        )
+
+
+def test_an_empty_file_in_the_middle_of_the_head_is_named_as_a_possible_slice(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    cut(write_series(tmp_path / "s", volume)[7], 0)
+    with pytest.raises(IrregularSlices) as refused:
+        read_scan(tmp_path / "s")
+    assert "1 damaged DICOM files" in refused.value.found
+
+
+def test_a_damaged_file_of_another_known_series_needs_no_warning(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    write_series(tmp_path / "s", volume)
+    cut(add_slice_of_another_series(tmp_path, volume), SPACING)
+    scan = read_scan(tmp_path / "s")
+    assert (scan.source.notes, scan.source.warnings) == ((LEFT_OUT,), ())
+
+
 @pytest.mark.parametrize(("k", "gap"), [(7, "Slice 8 of 14 is missing"), (0, ""), (13, "")])
 @pytest.mark.parametrize("at", [ROWS, SPACING, None])
 def test_a_damaged_file_of_the_series_is_refused_with_its_number(

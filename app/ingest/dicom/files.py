@@ -17,7 +17,7 @@ from app.dicom_attributes import functional_group, numbers, optional_numbers, te
 from app.errors import CounterpartError, UnsafeArchive
 from app.ingest.dicom.geometry import AcquisitionKey, Plane
 from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
-from app.ingest.limits import CHUNK_BYTES, Limits
+from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits, is_blank
 
 # Compared to find two patients in one upload. Their values never leave this module.
 _PATIENT = ("PatientID", "PatientName", "PatientBirthDate")
@@ -162,7 +162,7 @@ def read_headers(paths: Iterable[Path], limits: Limits) -> tuple[list[Header], l
     headers : list of Header
         Headers of the readable files.
     damaged : list of str
-        One item for each file that ends inside its header or contains a value that DICOM does not allow: its
+        One item for each file that is empty, ends inside its header or contains a value that DICOM does not allow: its
         SeriesInstanceUID, or an empty string if that cannot be read.
 
     Raises
@@ -188,6 +188,9 @@ def _read_header(path: Path, max_inflated_bytes: int, limits: Limits) -> tuple[H
     """Return the header of a file, or None if it is damaged, and its inflated bytes if it is deflated."""
     inflated = 0
     try:
+        with path.open("rb") as file:
+            if is_blank(file.read(HEAD_BYTES)):
+                return None, 0  # pydicom would read it as a data set without elements
         inflated = check_deflated(path, max_inflated_bytes, limits)
         with path.open("rb") as file:
             pixel_data = _PixelDataDetector()

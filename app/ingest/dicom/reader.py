@@ -110,8 +110,18 @@ def read_dicom(
         resampled=grid is not None,
         scanner=scanner,
         notes=tuple(notes),
+        warnings=tuple(_warn_of_lost_images(damaged.count(""))),
     )
     return Scan(Volume(array, affine), source)
+
+
+def _warn_of_lost_images(damaged: int) -> Iterator[str]:
+    """Yield a warning if the series of some damaged files is unknown: a lost end of the head leaves no gap."""
+    if damaged:
+        yield (
+            f"Damaged or empty files were left out: {damaged}. If they belong to this series, a part of the head is "
+            "missing."
+        )
 
 
 def _leave_out_overlaps(stack: Stack, geometry: Geometry) -> tuple[Stack, list[str]]:
