@@ -306,9 +306,12 @@ def make_dice(stored: Stored) -> dict[str, str]:
     rows = []
     for part, bundle, kind, scores in stored.own_scores():
         own, evaluated = scores[COUNTERPART], ""
-        inserted = stored.evaluation.get(bundle.rpartition("-")[0], {}).get("lesions", {}).get("rows", [])
+        name = bundle.rpartition("-")[0]
+        inserted = stored.evaluation.get(name, {}).get("lesions", {}).get("rows", [])
         if kind == "grade 3" and inserted:
             evaluated = f"{np.median([row['dice'] for row in inserted]):.2f}"
+            # The evaluation can be that of a later version.
+            evaluated += "" if evaluated_bundle(name) == bundle else f" ({evaluated_bundle(name)})"
         shipped = f"{own.mean_shipped_dice.value:.2f}" if own.mean_shipped_dice else ""
         best = [f"{own.dice.value:.2f}", format_interval(own.mean_scan_dice)]
         rows.append([bundle, f"{part}, {kind}", shipped, *best, evaluated])
