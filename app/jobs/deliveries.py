@@ -1,8 +1,9 @@
 """Deliveries of results to targets such as a PACS: one row for each job, target and result, with its state.
 
 A job creates its rows in a recorded step after its results are published. Any process claims a row that is due, sends
-the result and records the outcome. A claim ends by itself after `CLAIM_SECONDS`, so that the rows of a dead process
-are claimed again. A result is sent again only if its success was not recorded.
+the result and records the outcome. A claim ends by itself after `CLAIM_SECONDS` unless it is renewed, so that the rows
+of a dead process are claimed again. A success is final, and any process that sent the result may record it. A result is
+sent again only if its success was not recorded.
 """
 
 import secrets
@@ -19,8 +20,9 @@ from app.jobs.database import create_tables
 DeliveryState = Literal["pending", "sent", "failed"]
 # Targets and results of a job, from the model and the names of its results.
 Router = Callable[[str, Sequence[str]], Sequence[tuple[str, str]]]
+Conditions = tuple[sa.ColumnElement[bool], ...]
 
-# Seconds that a process may take to send one result. The senders' own time limits are shorter.
+# Seconds until a claim ends, unless its process renews it while it sends a large result.
 CLAIM_SECONDS = 180.0
 # Pause after the first failed attempt. It doubles after each further one.
 RETRY_SECONDS, MAX_RETRY_SECONDS = 5.0, 900.0
@@ -137,6 +139,12 @@ class Deliveries:
             oldest = connection.execute(sa.select(t.target, pending).group_by(t.target))
             return {target: 0.0 if since is None else max(0.0, now - since) for target, since in oldest}
 
+    def find_undelivered(self) -> set[str]:
+        """Return the jobs with a pending delivery."""
+        t = deliveries_table.c
+        with self._database.connect() as connection:
+            return set(connection.execute(sa.select(t.job).where(t.state == "pending").distinct()).scalars())
+
     # ---- send ----
 
     def claim(self, process: str, target: str | Collection[str]) -> Claim | None:
@@ -165,36 +173,45 @@ class Deliveries:
             claimed = connection.execute(deliveries_table.update().where(*same).values(**values)).rowcount
         return Claim(_to_delivery(row), token) if claimed else None
 
+    def renew(self, claim: Claim) -> bool:
+        """Start the seconds of a claim again. Return False if it is no longer the claim of the delivery."""
+        return self._update(_held_by(claim), next_try=time.time() + CLAIM_SECONDS)
+
     def record_sent(self, claim: Claim) -> bool:
-        """Record that a result was sent. Return False if the claim has ended or the job was erased."""
-        return self._record(claim, state="sent", ended=time.time(), code=None)
+        """Record that a result was sent. Return False if a success is recorded or the job was erased.
+
+        The target has the result even if the claim has ended, so a later claim or its failure does not matter.
+        """
+        delivery = claim.delivery
+        unsent = (*_is(delivery.job, delivery.target, delivery.result), deliveries_table.c.state != "sent")
+        return self._record(unsent, state="sent", ended=time.time(), code=None)
 
     def record_failure(self, claim: Claim, code: str, give_up_seconds: float) -> bool:
-        """Record a failed attempt, and plan the next one or give the delivery up."""
+        """Record a failed attempt, and plan the next one or give the delivery up.
+
+        Return False if it is no longer the claim of the delivery: another process has claimed it or recorded its
+        success, or the job was erased.
+        """
         now = time.time()
         pause = min(RETRY_SECONDS * 2 ** min(claim.delivery.attempts, MAX_DOUBLINGS), MAX_RETRY_SECONDS)
         if now + pause - claim.delivery.since.timestamp() > give_up_seconds:
-            return self._record(claim, state="failed", ended=now, code=code)
-        return self._record(claim, state="pending", next_try=now + pause, code=code)
+            return self._record(_held_by(claim), state="failed", ended=now, code=code)
+        return self._record(_held_by(claim), state="pending", next_try=now + pause, code=code)
 
     def record_refusal(self, claim: Claim, code: str) -> bool:
-        """Record a failure that no other attempt can change."""
-        return self._record(claim, state="failed", ended=time.time(), code=code)
+        """Record a failure that no other attempt can change. For the returned value, see `record_failure`."""
+        return self._record(_held_by(claim), state="failed", ended=time.time(), code=code)
 
     def postpone(self, claim: Claim, seconds: float) -> None:
         """End a claim without an attempt."""
-        delivery = claim.delivery
-        held = (*_is(delivery.job, delivery.target, delivery.result), deliveries_table.c.claim == claim.token)
-        values = {"claim": None, "next_try": time.time() + seconds}
-        with self._database.begin() as connection:
-            connection.execute(deliveries_table.update().where(*held).values(**values))
+        self._update(_held_by(claim), claim=None, next_try=time.time() + seconds)
 
-    def _record(self, claim: Claim, **values: object) -> bool:
-        delivery = claim.delivery
-        held = (*_is(delivery.job, delivery.target, delivery.result), deliveries_table.c.claim == claim.token)
-        values |= {"claim": None, "attempts": delivery.attempts + 1}
+    def _record(self, where: Conditions, **values: object) -> bool:
+        return self._update(where, claim=None, attempts=deliveries_table.c.attempts + 1, **values)
+
+    def _update(self, where: Conditions, **values: object) -> bool:
         with self._database.begin() as connection:
-            return bool(connection.execute(deliveries_table.update().where(*held).values(**values)).rowcount)
+            return bool(connection.execute(deliveries_table.update().where(*where).values(**values)).rowcount)
 
     def release_claims(self, prefix: str) -> None:
         """Make the deliveries that dead processes have claimed due at once.
@@ -226,9 +243,14 @@ class Deliveries:
             connection.execute(deliveries_table.delete().where(deliveries_table.c.job == job))
 
 
-def _is(job: str, target: str, result: str) -> tuple[sa.ColumnElement[bool], ...]:
+def _is(job: str, target: str, result: str) -> Conditions:
     t = deliveries_table.c
     return t.job == job, t.target == target, t.result == result
+
+
+def _held_by(claim: Claim) -> Conditions:
+    delivery = claim.delivery
+    return *_is(delivery.job, delivery.target, delivery.result), deliveries_table.c.claim == claim.token
 
 
 def _to_delivery(row: sa.Row[tuple[object, ...]]) -> Delivery:

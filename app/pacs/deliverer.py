@@ -2,6 +2,8 @@
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -19,6 +21,9 @@ log = structlog.get_logger("counterpart.deliveries")
 TICK_SECONDS, UNKNOWN_SECONDS = 1.0, 30.0
 # Pause after a fault of the database.
 FAULT_SECONDS = 10.0
+# Seconds between two renewals of the claim of a result that is being sent. Their number is limited, so that another
+# process tries again if a send never ends.
+RENEW_SECONDS, MAX_RENEWALS = 60.0, 60
 STOP_SECONDS = 5.0
 # Codes of failures that only an operator can end.
 UNKNOWN_TARGET, NO_RESULT, FAULT = "unknown_target", "no_such_result", "internal_error"
@@ -102,31 +107,60 @@ class Deliverer:
         delivery, deliveries = claim.delivery, self._queue.deliveries
         if not delivery.attempts:
             self._audit(claim, BEGUN)  # if this fails, nothing is sent
-        code = self._send(claim)
+        with self._renew_claim(claim):
+            code = self._send(claim)
         if code is None:
-            deliveries.record_sent(claim)
+            is_recorded = deliveries.record_sent(claim)
         elif code == NO_RESULT:
-            deliveries.record_refusal(claim, code)
+            is_recorded = deliveries.record_refusal(claim, code)
         else:
-            deliveries.record_failure(claim, code, self._routes.give_up_seconds)
+            is_recorded = deliveries.record_failure(claim, code, self._routes.give_up_seconds)
         self._metrics.attempts.labels(delivery.target, code or SENT).inc()
+        event = "result sent" if code is None else "result not sent"
         log.info(
-            "result sent" if code is None else "result not sent",
+            event if is_recorded else f"{event}; another process has the delivery, or the job was erased",
             job=delivery.job,
             target=delivery.target,
             result=delivery.result,
             attempts=delivery.attempts + 1,
             code=code,
         )
-        self._audit_end(claim, code)
+        self._audit_end(claim, code, is_recorded=is_recorded)
 
-    def _audit_end(self, claim: Claim, code: str | None) -> None:
-        """Write the outcome of a delivery to the audit trail, unless it is tried again."""
+    @contextmanager
+    def _renew_claim(self, claim: Claim) -> Iterator[None]:
+        """Renew a claim while its result is sent, so that no other process sends it at the same time."""
+        ended = threading.Event()
+
+        def renew() -> None:
+            for _ in range(MAX_RENEWALS):
+                if ended.wait(RENEW_SECONDS):
+                    return
+                try:
+                    if not self._queue.deliveries.renew(claim):
+                        return
+                except Exception as error:  # noqa: BLE001  # the database may answer again at the next renewal
+                    log.warning("claim of a delivery not renewed", **error_location(error))
+
+        thread = threading.Thread(target=renew, name="delivery-claim", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _audit_end(self, claim: Claim, code: str | None, *, is_recorded: bool) -> None:
+        """Write the outcome of a delivery to the audit trail, unless it is tried again.
+
+        After a failure that another process overtook, this process writes nothing, because the other one does.
+        """
         key = (claim.delivery.target, claim.delivery.result)
         states = {
             (other.target, other.result): other.state for other in self._queue.deliveries.of_job(claim.delivery.job)
         }
-        if code is None or states.get(key) != "pending":
+        is_overtaken = not is_recorded and key in states
+        if code is None or (states.get(key) != "pending" and not is_overtaken):
             self._audit(claim, code or SENT)
 
     def _audit(self, claim: Claim, outcome: str) -> None:

@@ -90,8 +90,62 @@ def test_the_claim_of_a_dead_process_ends(deliveries: Deliveries, monkeypatch: p
     monkeypatch.setattr("app.jobs.deliveries.time.time", lambda: now + module.CLAIM_SECONDS + 1)
     second = claim(deliveries)
     assert not deliveries.record_failure(first, "aborted", HOUR)
-    assert not deliveries.record_sent(first)
+    assert not deliveries.record_refusal(first, "no_such_result")
+    assert not deliveries.renew(first)
     assert deliveries.record_sent(second)
+
+
+@pytest.mark.parametrize("outcome", ["failure", "refusal", "sent", "given up before"])
+def test_a_success_is_final_even_if_the_claim_has_ended(
+    deliveries: Deliveries, monkeypatch: pytest.MonkeyPatch, outcome: str
+) -> None:
+    deliveries.plan("job", ROUTES[:1])
+    first = claim(deliveries)
+    now = time.time() + module.CLAIM_SECONDS + 1
+    monkeypatch.setattr("app.jobs.deliveries.time.time", lambda: now)
+    second = claim(deliveries)
+    attempts = 1
+    if outcome == "given up before":
+        assert deliveries.record_failure(second, "aborted", 0)
+        attempts = 2
+    assert deliveries.record_sent(first)
+    if outcome == "failure":
+        assert not deliveries.record_failure(second, "aborted", HOUR)
+    elif outcome == "refusal":
+        assert not deliveries.record_refusal(second, "no_such_result")
+    else:
+        assert not deliveries.record_sent(second)
+    deliveries.postpone(second, -1)
+    (delivery,) = deliveries.of_job("job")
+    assert (delivery.state, delivery.code, delivery.attempts) == ("sent", None, attempts)
+    now += 10 * HOUR
+    assert deliveries.claim("worker", "archive") is None
+    assert deliveries.retry("job") == 0
+
+
+def test_a_renewed_claim_does_not_end(deliveries: Deliveries, monkeypatch: pytest.MonkeyPatch) -> None:
+    deliveries.plan("job", ROUTES[:1])
+    first = claim(deliveries)
+    now = time.time()
+    monkeypatch.setattr("app.jobs.deliveries.time.time", lambda: now)
+    for _ in range(3):
+        now += module.CLAIM_SECONDS - 1
+        assert deliveries.renew(first)
+    now += module.CLAIM_SECONDS - 1
+    assert deliveries.claim("worker", "archive") is None
+    assert deliveries.record_failure(first, "aborted", HOUR)
+    assert not deliveries.renew(first)
+
+
+def test_jobs_with_a_pending_delivery_are_found(deliveries: Deliveries) -> None:
+    deliveries.plan("job", ROUTES[:2])
+    deliveries.plan("other", ROUTES[2:])
+    assert deliveries.find_undelivered() == {"job", "other"}
+    deliveries.record_sent(claim(deliveries))
+    deliveries.record_refusal(claim(deliveries, "web"), "no_such_result")
+    assert deliveries.find_undelivered() == {"job"}
+    deliveries.record_sent(claim(deliveries))
+    assert deliveries.find_undelivered() == set()
 
 
 def test_a_new_process_releases_the_claims_of_its_predecessors_only(deliveries: Deliveries) -> None:

@@ -1,11 +1,15 @@
 """The deliverer sends each result until its success is recorded, and nothing of other jobs."""
 
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from app.jobs import deliveries as deliveries_module
 from app.jobs.deliveries import Deliveries
@@ -92,6 +96,66 @@ def test_a_process_that_dies_before_the_record_sends_the_same_object_again(
     assert case.deliverer.run_once("archive")
     assert case.state() == ("sent", 1, None)
     assert len(set(case.sent)) == 1
+
+
+def test_the_claim_of_a_long_send_is_renewed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.01)
+    case.deliveries.plan(case.job, [("archive", RESULT)])
+    ends: list[datetime | None] = []
+
+    def send(*_: object) -> None:
+        deadline = time.monotonic() + 30
+        while len(set(ends)) < 3 and time.monotonic() < deadline:
+            ends.append(case.deliveries.of_job(case.job)[0].next_try)
+
+    monkeypatch.setattr("app.pacs.senders.send", send)
+    assert case.deliverer.run_once("archive")
+    assert len(set(ends)) == 3
+    assert case.state() == ("sent", 1, None)
+    assert "delivery-claim" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_claim_of_a_send_that_never_ends_is_renewed_a_limited_number_of_times(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(module, "MAX_RENEWALS", 3)
+    renewals: list[object] = []
+
+    def renew(_: Deliveries, claim: object) -> bool:
+        renewals.append(claim)
+        return True
+
+    monkeypatch.setattr(Deliveries, "renew", renew)
+    monkeypatch.setattr("app.pacs.senders.send", lambda *_: time.sleep(0.5))
+    case.deliveries.plan(case.job, [("archive", RESULT)])
+    assert case.deliverer.run_once("archive")
+    assert len(renewals) == 3
+
+
+@pytest.mark.parametrize("code", [None, "aborted"])
+def test_a_send_that_another_process_overtakes_does_not_change_the_success(
+    case: Case, monkeypatch: pytest.MonkeyPatch, code: str | None
+) -> None:
+    case.deliveries.plan(case.job, [("archive", RESULT)])
+
+    def send(*_: object) -> None:
+        case.deliveries.release_claims("")  # as if the claim had ended
+        other = case.deliveries.claim("other", "archive")
+        assert other is not None
+        assert case.deliveries.record_sent(other)
+        if code:
+            raise NotSent(code)
+
+    monkeypatch.setattr("app.pacs.senders.send", send)
+    with capture_logs() as logs:
+        assert case.deliverer.run_once("archive")
+    assert case.state() == ("sent", 1, None)
+    assert not case.deliverer.run_once("archive")
+    events = {entry["event"] for entry in logs if "target" in entry}
+    assert events == {f"result {'not ' if code else ''}sent; another process has the delivery, or the job was erased"}
+    # The other process writes the end of the delivery. What this one has sent is in the trail, too.
+    assert [row[2] for row in case.audit_rows()] == (["begun"] if code else ["begun", "sent"])
 
 
 def test_an_unexpected_error_is_a_failed_attempt(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
