@@ -114,11 +114,12 @@ class Outbox:
                 first = self._insert(cursor_table).values(name=CURSOR, value=start)
                 connection.execute(first.on_conflict_do_nothing())
                 return
-            rows = self._find_ended(connection, cursor - OVERLAP, targets)
+            rows = self._find_ended(connection, min(cursor, start) - OVERLAP, targets)
             if rows:
                 connection.execute(self._insert(table).on_conflict_do_nothing(), rows)
-            if start - cursor > OVERLAP:  # seldom, because each update is a synced write
-                connection.execute(cursor_table.update().where(cursor_table.c.value < start).values(value=start))
+            # Seldom, because each update is a synced write. A cursor in the future is from a clock that was ahead.
+            if abs(start - cursor) > OVERLAP:
+                connection.execute(cursor_table.update().where(cursor_table.c.value == cursor).values(value=start))
 
     def _find_ended(self, connection: sa.Connection, since: int, targets: Sequence[str]) -> list[dict[str, object]]:
         """Return the rows of the jobs that ended since a time and have none."""

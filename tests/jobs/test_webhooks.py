@@ -162,6 +162,27 @@ def test_parallel_processes_claim_each_message_once(outbox: Outbox, end_job: Cal
     assert len(claimed) == len(set(claimed)) == 20
 
 
+def test_job_is_collected_after_the_clock_was_ahead_for_one_poll(
+    outbox: Outbox, end_job: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox.collect(["a"])
+    end_job("before")
+    real = webhooks._now
+    with monkeypatch.context() as patch:
+        patch.setattr(webhooks, "_now", lambda: real() + 2 * 3_600_000)
+        end_job("while it was ahead", seconds_ago=-2 * 3600)
+        outbox.collect(["a"])
+    end_job("after")
+    for _ in range(2):
+        outbox.collect(["a"])
+    assert sorted(message.job for message in outbox.claim(100)) == ["after", "before", "while it was ahead"]
+    # The process is down for an hour, in which another one ends a job. The cursor must not be in the future any more.
+    monkeypatch.setattr(webhooks, "_now", lambda: real() + 3_600_000)
+    end_job("while it was down", seconds_ago=-60)
+    outbox.collect(["a"])
+    assert "while it was down" in {message.job for message in outbox.claim(100)}
+
+
 def test_message_of_a_dead_process_is_sent_after_its_lease(
     outbox: Outbox, end_job: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
