@@ -235,12 +235,7 @@ class JobService:
     def enforce_retention(self) -> None:
         """Erase expired jobs and orphaned uploads, and restart queued jobs of other versions of the steps."""
         self._restart_outdated_jobs()
-        ended_statuses = [name for name, state in STATES.items() if state in ENDED_STATES]
-        ended = [to_job(status) for status in list_workflows(status=ended_statuses, load_output=False)]
-        sizes = self._store.sizes() if self._limits.keep_gb else {}
-        for job in select_expired(ended, sizes, self._limits):
-            with suppress(errors.NotFound):  # another process has erased it
-                self.queue.erase(job)
+        self._erase_expired()
         self.queue.reviews.remove_orphans()
         self.queue.instances.remove_orphans()
         truncate_write_ahead_log(self._database)
@@ -249,6 +244,23 @@ class JobService:
             self._remove_orphaned_uploads()
             for status in list_workflows(status="CANCELLED", load_output=False):
                 self._store.discard_all_but_scan(status.workflow_id)
+
+    def _erase_expired(self) -> None:
+        """Erase expired jobs, except those whose results are not delivered yet."""
+        ended_statuses = [name for name, state in STATES.items() if state in ENDED_STATES]
+        ended = [to_job(status) for status in list_workflows(status=ended_statuses, load_output=False)]
+        # This comes after the list: the deliveries of a job are planned before it ends.
+        undelivered = self.queue.deliveries.find_undelivered()
+        sizes = self._store.sizes() if self._limits.keep_gb else {}
+        expired = select_expired([job for job in ended if job.id not in undelivered], sizes, self._limits)
+        for job in expired:
+            with suppress(errors.NotFound):  # another process has erased it
+                self.queue.erase(job)
+            sizes.pop(job, None)
+        kept = select_expired([job for job in ended if job.id in undelivered], sizes, self._limits)
+        if kept:
+            event = f"expired jobs kept until their results are delivered: {len(kept)}"  # the log has no key for it
+            log.warning(event)
 
     def finish_erasures(self) -> None:
         """Finish erasures that a fault or the death of a process interrupted."""

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from structlog.testing import capture_logs
 
 from app.errors import NotFound
+from app.jobs import maintenance
 from app.jobs.database import connect, step_table, workflow_table
 from app.jobs.job import Job
 from app.jobs.maintenance import (
@@ -166,3 +168,54 @@ def test_expired_job_is_erased_completely(tmp_path: Path) -> None:
         with pytest.raises(NotFound):
             service.queue.get(job)
     assert not list(tmp_path.rglob(f"*{job}*"))
+
+
+@pytest.mark.parametrize("limits", [StorageLimits(keep_days=1e-8), StorageLimits(keep_gb=1e-9)])
+@pytest.mark.parametrize("is_sent", [True, False])
+def test_expired_job_is_kept_until_its_results_are_sent_or_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limits: StorageLimits, *, is_sent: bool
+) -> None:
+    monkeypatch.setattr(maintenance, "HEARTBEAT_SECONDS", 3600.0)  # the supervisor does not enforce the retention, too
+    with running_service(tmp_path, FakeEngine()) as service:
+        job, delivered = (submit(service, tmp_path, name=name) for name in ("undelivered", "delivered"))
+        for each in (job, delivered):
+            wait_for_state(service, each, "succeeded")
+        deliveries = service.queue.deliveries
+        deliveries.plan(job, [("archive", "report.dcm")])
+        service._limits = limits
+        for _ in range(2):
+            with capture_logs() as logs:
+                service.enforce_retention()
+            service.queue.get(job)
+            assert service._store.scan_files(job)
+            events = [entry["event"] for entry in logs if entry["log_level"] == "warning"]
+            assert events == ["expired jobs kept until their results are delivered: 1"]
+        with pytest.raises(NotFound):
+            service.queue.get(delivered)
+        claim = deliveries.claim("worker", "archive")
+        assert claim is not None
+        assert deliveries.record_sent(claim) if is_sent else deliveries.record_failure(claim, "unreachable", 0)
+        with capture_logs() as logs:
+            service.enforce_retention()
+        assert not [entry for entry in logs if entry["log_level"] == "warning"]
+        with pytest.raises(NotFound):
+            service.queue.get(job)
+
+
+def test_no_warning_if_the_disk_limit_is_met_without_the_undelivered_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maintenance, "HEARTBEAT_SECONDS", 3600.0)
+    with running_service(tmp_path, FakeEngine()) as service:
+        jobs = [submit(service, tmp_path, name=name) for name in ("undelivered", "delivered")]
+        for job in jobs:
+            wait_for_state(service, job, "succeeded")
+        service.queue.deliveries.plan(jobs[0], [("archive", "report.dcm")])
+        size = service._store.sizes()[jobs[0]]
+        service._limits = StorageLimits(keep_gb=size / GIGABYTE)
+        with capture_logs() as logs:
+            service.enforce_retention()
+        assert not [entry for entry in logs if entry["log_level"] == "warning"]
+        assert list(service._store.sizes()) == [jobs[0]]
+        service.queue.erase(jobs[0])  # a caller's erasure does not wait for the delivery
+        assert service.queue.deliveries.of_job(jobs[0]) == []
