@@ -23,7 +23,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -386,8 +386,9 @@ class Store:
         """Remove stale uploads of processes that ended. Called at each start."""
         before = time.time() - STALE_SECONDS
         for path in (self.root / "incoming").iterdir():
-            if path.stat().st_mtime < before:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # another process may commit or remove its upload at this moment
+                if path.stat().st_mtime < before:
+                    shutil.rmtree(path, ignore_errors=True)
         for path in (self.root / "trash").iterdir():
             if "." not in path.name:  # of version 0.1.0, which deleted the row first
                 shutil.rmtree(path, ignore_errors=True)

@@ -69,6 +69,13 @@ def test_start_removes_stale_uploads_and_erasures_of_older_versions(tmp_path: Pa
     assert store.unfinished_erasures() == [path.name[: len(JOB)] for path in (tmp_path / "trash").iterdir()] == [JOB]
 
 
+def test_start_is_not_stopped_by_an_upload_that_another_process_commits_meanwhile(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    # It is listed, but has no status, as a folder that is renamed between the list and the status.
+    (tmp_path / "incoming" / "committed").symlink_to(tmp_path / "missing")
+    store.sweep()
+
+
 def test_live_processes_have_different_slots(tmp_path: Path) -> None:
     store = Store(tmp_path / "here")
     first, second = store.acquire_slot(), store.acquire_slot()
