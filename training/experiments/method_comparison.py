@@ -30,8 +30,8 @@ from training.calibrate import residual_settings, separate_slices
 from training.config import ROOT, Config
 from training.experiments import baselines, denoising_autoencoder, method_comparison_page
 from training.experiments.ablation import KlCalibration
-from training.experiments.cases import VALIDATION_CASES, Case
-from training.experiments.comparison_scans import CALIBRATION_SCANS, Scans, gaps_of
+from training.experiments.cases import Case
+from training.experiments.comparison_scans import Scans, gaps_of
 from training.experiments.experiment import code_version
 from training.experiments.manifests import changed
 from training.experiments.method_comparison_page import Comparison, LesionScores, MethodResult
@@ -342,15 +342,23 @@ def _score(values: FloatArray, case: Case, shape: str, found: BoolArray) -> Lesi
     )
 
 
-def empty_document(config: Config, bundle: Bundle, paper: Bundle) -> Comparison:
-    """Return the document of a comparison before anything is measured."""
+def empty_document(config: Config, bundle: Bundle, paper: Bundle, choices: int, calibration: int) -> Comparison:
+    """Return the document of a comparison before anything is measured.
+
+    Parameters
+    ----------
+    config : Config
+    bundle, paper : Bundle
+    choices, calibration : int
+        Number of validation scans with a lesion and without one.
+    """
     return Comparison(
         bundle=bundle.manifest.id,
         bundle_sha256=bundle.sha256,
         paper_bundle=paper.manifest.id,
         paper_sha256=paper.sha256,
-        calibration_scans=CALIBRATION_SCANS,
-        choice_scans=VALIDATION_CASES,
+        calibration_scans=calibration,
+        choice_scans=choices,
         false_positive_ml=config.detection.false_positive_ml,
         simulated_ml=config.detection.simulated_false_positive_ml or None,
         autoencoder_budget=str(autoencoder_budget("vae", config.name)),
@@ -365,10 +373,10 @@ def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
         raise SystemExit(f"method_comparison_page.TEXTS has no text about the scans of {config.name}. Add it.")
     methods = Methods(config, paper)
     scans = Scans(config, methods.bundle)
-    assert (len(scans.choices), len(scans.calibration)) == (VALIDATION_CASES, CALIBRATION_SCANS), "as the page states"
     assert all(case.truth.any() for case in scans.choices), "a scan without a lesion would favour high thresholds"
     path = ROOT / "docs" / "evaluation" / f"{config.name}-methods.json"
-    document = empty_document(config, methods.bundle, methods.paper_bundle)
+    counts = len(scans.choices), len(scans.calibration)
+    document = empty_document(config, methods.bundle, methods.paper_bundle, *counts)
     if path.exists():
         stored = Comparison.model_validate_json(path.read_text())
         if changed(stored, methods={}) == document:

@@ -264,7 +264,7 @@ def test_document_names_the_limit_of_simulated_scanners_only_if_there_is_one(
 ) -> None:
     config = Config.load(ROOT / "training" / "configs" / f"{name}.toml")
     bundle = cast("Any", SimpleNamespace(manifest=SimpleNamespace(id=f"{name}-1.0.0"), sha256="0" * 64))
-    document = empty_document(config, bundle, bundle)
+    document = empty_document(config, bundle, bundle, 12, 10)
     assert document.simulated_ml == simulated
     assert page(document).startswith(f"# {name}-1.0.0 compared")
 
