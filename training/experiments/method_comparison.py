@@ -55,6 +55,8 @@ from training.networks import load_networks
 AUTOENCODER_STEPS = {"t1": 3000, "headct": 4000, "flair": 5250}
 # Shares of the threshold down to which a finding of a baseline may extend.
 EXTENT_SHARES = (0.6, 1.0)
+# Scans with a lesion on which `--times` measures the time of all methods.
+TIMED_SCANS = 5
 # Suffix of a variant whose map is multiplied by the intensity of the slice.
 TIMES_INTENSITY = " times intensity"
 
@@ -322,6 +324,22 @@ def measure(name: str, candidate: Candidate, scans: Scans, config: Config, manif
     )
 
 
+def measure_times(document: Comparison, makers: dict[str, Callable[[], Candidate]], scans: Scans) -> Comparison:
+    """Measure the time of all measured methods again, in one run and on the same scans, so that the times compare."""
+    timed = scans.lesions[:TIMED_SCANS]
+    slices = sum(len(case.slice_indices) for case in timed)
+    results = {}
+    for name, result in document.methods.items():
+        candidate = makers[name]()
+        compute = candidate.method.variants[result.variant]
+        compute(timed[0])  # the first run of a network takes longer
+        candidate.clock.seconds = 0.0
+        for case in tqdm(timed, desc=f"{name}: time", unit="scan"):
+            compute(case)
+        results[name] = changed(result, ms_per_slice=candidate.clock.seconds * 1000 / slices)
+    return changed(document, methods=results)
+
+
 def calibrate_thresholds(
     healthy: list[FloatArray], simulated: list[FloatArray], config: Config, extent_share: float
 ) -> Residual:
@@ -367,8 +385,17 @@ def empty_document(config: Config, bundle: Bundle, paper: Bundle, choices: int, 
     )
 
 
-def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
-    """Measure the methods that have no result for these bundles, and write the page after each of them."""
+def run(config: Config, paper: Config, wanted: Sequence[str], *, times: bool = False) -> None:
+    """Measure the methods that have no result for these bundles, and write the page after each of them.
+
+    Parameters
+    ----------
+    config, paper : Config
+    wanted : sequence of str
+        Methods that are measured again.
+    times : bool
+        Measure the time of all methods again.
+    """
     if config.name not in method_comparison_page.TEXTS:
         raise SystemExit(f"method_comparison_page.TEXTS has no text about the scans of {config.name}. Add it.")
     methods = Methods(config, paper)
@@ -390,6 +417,9 @@ def run(config: Config, paper: Config, wanted: Sequence[str]) -> None:
             document = changed(document, methods={n: results[n] for n in methods.makers if n in results})
             path.write_text(document.model_dump_json(indent=1) + "\n")
             path.with_suffix(".md").write_text(method_comparison_page.page(document))
+    if times:
+        document = measure_times(document, methods.makers, scans)
+        path.write_text(document.model_dump_json(indent=1) + "\n")
     path.with_suffix(".md").write_text(method_comparison_page.page(document))
 
 
@@ -399,8 +429,9 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="configuration of the bundle")
     parser.add_argument("paper", type=Path, help="configuration of the bundle with the paper's method")
     parser.add_argument("--methods", nargs="*", default=[], help="measure only these methods, again")
+    parser.add_argument("--times", action="store_true", help="measure the time of all methods again, in one run")
     options = parser.parse_args()
-    run(Config.load(options.config), Config.load(options.paper), options.methods)
+    run(Config.load(options.config), Config.load(options.paper), options.methods, times=options.times)
 
 
 if __name__ == "__main__":

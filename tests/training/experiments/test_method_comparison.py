@@ -1,5 +1,6 @@
 """Comparison of methods: views of baselines, time of networks, thresholds, scores, and the page."""
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +22,7 @@ from training.data import load_split
 from training.experiments import baselines, cases, method_comparison, method_comparison_page
 from training.experiments.cases import Case, make_case
 from training.experiments.comparison_scans import Scans, gaps_of, simulated_case
+from training.experiments.manifests import changed
 from training.experiments.method_comparison import (
     Candidate,
     NetworkClock,
@@ -28,6 +30,7 @@ from training.experiments.method_comparison import (
     empty_document,
     in_views,
     measure,
+    measure_times,
     times_intensity,
     view_case,
 )
@@ -114,7 +117,7 @@ def test_map_of_a_bundle_can_be_filtered(manifest: Manifest, monkeypatch: pytest
     case = make(manifest, "a", "grade 3")
     anomaly = np.ones((max(case.slice_indices) + 1, *case.truth.shape[1:]), np.float32)
     anomaly[:, :10] = np.nan
-    monkeypatch.setitem(METHODS, manifest.method, lambda *_: SimpleNamespace(anomaly=anomaly))
+    monkeypatch.setitem(cast("Any", METHODS), manifest.method, lambda *_: SimpleNamespace(anomaly=anomaly))
     networks = Networks(lambda x: x, lambda z_t, _: z_t, lambda z: z)
     values = counterpart_map(networks, manifest)(case)
     assert np.unique(values).tolist() == [0, 1]
@@ -131,7 +134,7 @@ def test_the_papers_method_can_be_divided_by_the_local_contrast(
         floors.append(settings.residual.contrast_floor)
         return SimpleNamespace(anomaly=np.ones((max(case.slice_indices) + 1, 2, 2), np.float32))
 
-    monkeypatch.setitem(METHODS, manifest.method, method)
+    monkeypatch.setitem(cast("Any", METHODS), manifest.method, method)
     maps = method_comparison.with_local_contrast(Networks(lambda x: x, lambda z, _: z, lambda z: z), manifest)
     for compute in maps.values():
         compute(case)
@@ -274,6 +277,24 @@ def test_each_bundle_with_texts_has_a_budget_of_as_many_slices_as_its_denoiser()
     budgets = {name: autoencoder_budget("vae", name) for name in method_comparison_page.TEXTS}
     slices = {name: budget.steps * budget.batch for name, budget in budgets.items()}
     assert slices == {"t1": 6000 * 16, "headct": 1000 * 128, "flair": 10_500 * 16}
+
+
+def test_times_of_all_methods_come_from_one_run(manifest: Manifest) -> None:
+    def network(x: FloatArray) -> FloatArray:
+        time.sleep(0.01)
+        return x
+
+    def candidate() -> Candidate:
+        clock = NetworkClock()
+        timed = clock.timed(network)
+        return Candidate(ComparedMethod("m", {"difference": lambda case: timed(case.x[:, 0])}), clock)
+
+    stored, scans = document(own=result(0.75), other=result(0.5)), fake_scans(manifest)
+    measured = measure_times(stored, {"own": candidate, "other": candidate}, scans)
+    assert list(measured.methods) == ["own", "other"]
+    for name, timed in measured.methods.items():
+        assert 10 <= timed.ms_per_slice * len(scans.lesions[0].slice_indices) < 5000
+        assert changed(timed, ms_per_slice=12.34) == stored.methods[name], "nothing else changes"
 
 
 # ---- page --------------------------------------------------------------------------------------
