@@ -15,7 +15,7 @@ from app.api.identity import Principal, require
 from app.api.json_body import parse_body, read_body
 from app.api.problems import problem_responses
 from app.api.schemas import Schema
-from app.errors import InternalError, NotFinished, NotFound
+from app.errors import Forbidden, InternalError, NotFinished, NotFound
 from app.jobs.reviews import Review, ReviewedFinding, Verdict, select_latest
 
 router = APIRouter(prefix="/v1", tags=["reviews"])
@@ -39,7 +39,8 @@ Reader = Annotated[
     Query(
         max_length=MAX_READER,
         pattern=_TEXT,
-        description="Name of the reader who gave the verdict, by default the actor of the login.",
+        description="Name of the reader who gave the verdict, by default the actor of the login. "
+        "With a login, another reader needs the scope `admin`.",
     ),
 ]
 
@@ -53,7 +54,8 @@ class NewReview(Schema):
         "",
         max_length=MAX_READER,
         pattern=_TEXT,
-        description="Name of the reader. If it is empty, the actor of the login.",
+        description="Name of the reader. If it is empty, the actor of the login. "
+        "With a login, another reader needs the scope `admin`.",
     )
 
 
@@ -67,7 +69,9 @@ class FindingReview(NewReview):
 class ReviewList(Schema):
     """Verdicts on the findings of a job."""
 
-    reviews: tuple[FindingReview, ...] = Field(description="The latest verdict of each reader on each finding.")
+    reviews: tuple[FindingReview, ...] = Field(
+        description="The latest verdict of each reader on each finding, the oldest first."
+    )
     history: tuple[FindingReview, ...] = Field(description="All verdicts, the oldest first.")
 
 
@@ -109,8 +113,9 @@ async def list_reviews(services: ServicesDependency, job: JobId) -> ReviewList:
 async def put_review(request: Request, services: ServicesDependency, job: JobId, label: Label) -> FindingReview:
     """Record the verdict of a reader on a finding. The latest verdict of a reader counts, and the history is kept."""
     new = parse_body(NewReview, await read_body(request, MAX_BODY_BYTES))
-    finding = await services.calls.transfer(_find, services, job, label)
     reader = new.reader or _default_reader(request)
+    _check_reader(request, reader)
+    finding = await services.calls.transfer(_find, services, job, label)
     review = await services.calls.query(services.queue.reviews.put, finding, new.verdict, new.note, reader)
     return _describe([review])[0]
 
@@ -125,8 +130,9 @@ async def remove_review(
     request: Request, services: ServicesDependency, job: JobId, label: Label, reader: Reader = None
 ) -> None:
     """Remove the verdict of a reader on a finding, with its history."""
-    await services.calls.transfer(_find, services, job, label)
     name = _default_reader(request) if reader is None else reader
+    _check_reader(request, name)
+    await services.calls.transfer(_find, services, job, label)
     await services.calls.query(services.queue.reviews.remove, job, label, name)
 
 
@@ -194,6 +200,24 @@ def _default_reader(request: Request) -> str:
     """Return the actor of the login, "" without access control."""
     principal: Principal = request.state.principal
     return "" if principal.source == "none" else principal.actor
+
+
+def _check_reader(request: Request, reader: str) -> None:
+    """Refuse a verdict in the name of another reader, unless the caller has the scope `admin`.
+
+    Raises
+    ------
+    Forbidden
+    """
+    principal: Principal = request.state.principal
+    # Without access control, the name is what the caller states.
+    if principal.source == "none" or reader == principal.actor or "admin" in principal.scopes:
+        return
+    raise Forbidden(
+        "The verdict would be changed in the name of another reader.",
+        expected="the actor of the login as `reader`, or a token with the scope `admin`.",
+        advice="Leave out `reader`. Ask the operator to change the verdicts of other readers.",
+    )
 
 
 def _read_history(services: Services, job: str) -> Sequence[Review]:

@@ -192,8 +192,13 @@ class Reviews:
 
 
 def select_latest(history: Sequence[Review]) -> Sequence[Review]:
-    """Return the latest verdict of each reader on each finding, from verdicts in the order of their time."""
-    return list({(review.finding.job, review.finding.label, review.reader): review for review in history}.values())
+    """Return the latest verdict of each reader on each finding. The argument and the result are in order of time."""
+    latest: dict[tuple[str, int, str], Review] = {}
+    for review in history:
+        key = (review.finding.job, review.finding.label, review.reader)
+        latest.pop(key, None)  # a value that is replaced would keep its earlier position
+        latest[key] = review
+    return list(latest.values())
 
 
 def _to_row(review: Review) -> dict[str, object]:

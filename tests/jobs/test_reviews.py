@@ -83,6 +83,18 @@ def test_latest_verdict_of_each_reader_counts_and_the_history_is_kept(
     assert [r.finding.job for r in read_all(second)] == ["job-2"]
 
 
+def test_the_newest_of_the_verdicts_that_count_is_the_last(
+    databases: tuple[sa.Engine, sa.Engine],
+) -> None:
+    reviews = Reviews(databases[0])
+    reviews.create_table()
+    reviews.put(finding(), "right", "", "A")
+    reviews.put(finding(), "wrong", "", "B")
+    reviews.put(finding(), "unsure", "", "A")
+    latest = [(review.verdict, review.reader) for review in select_latest(reviews.history("job-1"))]
+    assert latest == [("wrong", "B"), ("unsure", "A")] == [(r.verdict, r.reader) for r in read_all(reviews)]
+
+
 def test_pages_have_each_verdict_once_while_readers_go_on(
     databases: tuple[sa.Engine, sa.Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

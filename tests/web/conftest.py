@@ -83,6 +83,24 @@ def finished(service: RunningService, phantom: Path) -> str:
 
 
 @pytest.fixture
+def disputed(service: RunningService, finished: str) -> Iterator[str]:
+    """Return the id of the finished job, about whose finding two readers disagree. The newest verdict is of A."""
+    reviews = f"/v1/scans/{finished}/reviews"
+
+    def remove_all() -> None:
+        for review in service.http.get(reviews).json()["reviews"]:
+            service.http.delete(f"{reviews}/1", params={"reader": review["reader"]})
+
+    remove_all()
+    verdicts = (("A", "right", ""), ("B", "wrong", "<b>Motion</b>"), ("A", "unsure", "Beside the ventricle."))
+    for reader, verdict, note in verdicts:
+        review = {"reader": reader, "verdict": verdict, "note": note}
+        assert service.http.put(f"{reviews}/1", json=review).status_code == 200
+    yield finished
+    remove_all()
+
+
+@pytest.fixture
 def recorder() -> Recorder:
     return Recorder()
 

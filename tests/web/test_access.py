@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from app.api.tokens import TokenFile
 from tests.api.service_process import RunningService, run_service
 from tests.web.browser import TIMEOUT, Recorder
 from tests.web.conftest import COMMAND, run_scan
@@ -56,14 +57,29 @@ def sites() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(scope="module")
+def named_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("web-tokens") / "tokens"
+
+
+@pytest.fixture(scope="module")
+def second_token(named_tokens: Path) -> str:
+    """Return the token of a second reader."""
+    return TokenFile(named_tokens).create("second", ["read"])
+
+
+@pytest.fixture(scope="module")
 def protected(
-    browser: Browser, sites: tuple[str, str], tiny_models: Path, tmp_path_factory: pytest.TempPathFactory
+    browser: Browser,
+    sites: tuple[str, str],
+    tiny_models: Path,
+    named_tokens: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RunningService]:
     assert browser.is_connected()
     folder = tmp_path_factory.mktemp("web-protected")
     store, log = folder / "store", folder / "log"
-    models, (listed, _) = str(tiny_models), sites
-    with run_service(store, log, COMMAND, models=models, token=TOKEN, cors_origins=listed) as running:
+    models, tokens, (listed, _) = str(tiny_models), str(named_tokens), sites
+    with run_service(store, log, COMMAND, models=models, token=TOKEN, tokens=tokens, cors_origins=listed) as running:
         running.http.headers["Authorization"] = f"Bearer {TOKEN}"
         yield running
 
@@ -112,6 +128,51 @@ def test_login_with_a_token_opens_all_pages_and_logout_closes_them(
     stranger.get_by_role("button", name="Log out").click()
     expect(stranger.get_by_role("dialog")).to_be_visible()
     assert stranger.locator("#scans tr").count() == 0
+
+
+def test_a_logged_in_reader_withdraws_only_the_own_verdict(
+    stranger: Page, protected: RunningService, job: str, second_token: str
+) -> None:
+    path = f"/v1/scans/{job}/reviews"
+    review = {"verdict": "right", "note": "A note of another reader."}
+    protected.http.put(f"{path}/1", json=review)
+    stranger.goto(f"http://127.0.0.1:{protected.port}/scans/{job}")
+    stranger.get_by_label("Access token").fill(second_token)
+    stranger.get_by_role("button", name="Log in").click()
+    stranger.wait_for_selector("body[data-ready]")
+    withdraw, others = stranger.get_by_role("button", name="Withdraw"), stranger.locator("#other-reviews li")
+    expect(others).to_have_text(["right by token: A note of another reader."])
+    expect(withdraw).to_have_count(0)
+    expect(stranger.locator("#review-note")).to_have_value("")
+
+    stranger.get_by_role("button", name="wrong").click()
+    withdraw.wait_for()
+    answer = protected.http.get(path).json()["reviews"]
+    assert [(r["reader"], r["verdict"], r["note"]) for r in answer] == [
+        ("token", "right", "A note of another reader."),
+        ("token:second", "wrong", ""),
+    ]
+    withdraw.click()
+    expect(withdraw).to_have_count(0)
+    assert [r["reader"] for r in protected.http.get(path).json()["history"]][-1] == "token"
+    expect(others).to_have_count(1)
+
+
+def test_a_login_in_the_frame_names_the_reader(
+    browser: Browser, protected: RunningService, job: str, sites: tuple[str, str], second_token: str
+) -> None:
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(f"{sites[0]}/?http://127.0.0.1:{protected.port}/embed/{job}")
+    viewer = page.frame_locator("iframe")
+    viewer.locator("#login-token").fill(second_token)
+    viewer.get_by_role("button", name="Log in").click()
+    viewer.locator("body[data-ready]").wait_for()
+    viewer.get_by_role("button", name="unsure").click()
+    expect(viewer.locator("#finding-detail")).to_contain_text("Marked as unsure by token:second.")
+    viewer.get_by_role("button", name="Withdraw").click()
+    expect(viewer.get_by_role("button", name="Withdraw")).to_have_count(0)
+    page.close()
 
 
 def test_only_pages_of_listed_origins_may_call_and_embed(

@@ -65,6 +65,12 @@ def test_print_page_shows_pictures_numbers_and_provenance(
     assert differs(figure[:, 10:quarter], figure[:, quarter + 10 : 2 * quarter])
 
 
+def test_print_page_shows_the_verdict_of_each_reader_as_text(page: Page, url: str, disputed: str) -> None:
+    page.goto(f"{url}/scans/{disputed}/print")
+    verdicts = page.locator("#findings td").last.locator("div")
+    expect(verdicts).to_have_text(["unsure by A: Beside the ventricle.", "wrong by B: <b>Motion</b>"])
+
+
 def test_print_page_fits_one_sheet_of_paper(page: Page, url: str, finished: str) -> None:
     open_viewer(page, f"{url}/scans/{finished}/print")
     document = page.pdf(format="A4", print_background=True)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
+from app.api.reviews import MAX_NOTE
 from tests.api.service_process import RunningService
 from tests.support.phantom import LESION_MM
 from tests.web.browser import Recorder, differs, open_viewer, pixels, wait_for_change, wait_until_still
@@ -195,6 +196,40 @@ def test_a_verdict_is_kept_and_shown_in_the_list(
     page = context.new_page()
     page.goto(url)
     expect(page.locator(f'tr[data-id="{finished}"]')).to_contain_text("✓ 1")
+
+
+def test_a_reader_changes_only_the_own_verdict_and_sees_those_of_the_others(
+    page: Page, url: str, service: RunningService, disputed: str
+) -> None:
+    def verdicts() -> list[tuple[str, str, str]]:
+        answer = service.http.get(f"/v1/scans/{disputed}/reviews").json()["reviews"]
+        return [(review["reader"], review["verdict"], review["note"]) for review in answer]
+
+    before = verdicts()
+    open_viewer(page, f"{url}/scans/{disputed}")
+    note, others = page.locator("#review-note"), page.locator("#other-reviews li")
+    withdraw = page.get_by_role("button", name="Withdraw")
+    page.locator("#review-reader").fill("C")
+    expect(others).to_have_text(["unsure by A: Beside the ventricle.", "wrong by B: <b>Motion</b>"])
+    expect(page.locator("#findings td").last).to_have_text("✕ wrong, ? unsure")
+    expect(note).to_have_value("")
+    expect(note).to_have_attribute("maxlength", str(MAX_NOTE))
+    expect(page.locator(".verdicts [aria-pressed=true]")).to_have_count(0)
+    expect(withdraw).to_have_count(0)
+
+    page.get_by_role("button", name="✓ right").click()
+    expect(page.locator("#finding-detail")).to_contain_text("Marked as right by C.")
+    assert verdicts() == [*before, ("C", "right", "")]
+    withdraw.click()
+    expect(withdraw).to_have_count(0)
+    expect(others).to_have_count(2)
+    assert verdicts() == before
+
+    page.locator("#review-reader").fill("B")
+    expect(note).to_have_value("<b>Motion</b>")
+    expect(page.locator(".verdicts [aria-pressed=true]")).to_have_text("✕ wrong")
+    expect(withdraw).to_be_visible()
+    expect(others).to_have_text(["unsure by A: Beside the ventricle."])
 
 
 def test_the_program_says_how_sure_it_is(viewer: Page, report: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 // How sure the program is, in words. One rule for the viewer and the print page.
 
 // A finding exists if its peak is above the threshold. Healthy scans have findings just above it as well, because the
-// threshold allows a median of 1 ml in healthy validation scans. This factor is a rule of display and was not validated.
+// threshold allows a median of 1 ml (`ct`: 0.5 ml) in healthy validation scans. This factor is a rule of display and was
+// not validated.
 export const CLEAR_RATIO = 1.5;
 
 export function peakRatio(finding, report) {

@@ -7,6 +7,13 @@ import { getSession } from "./page.js";
 
 const VERDICTS = { right: "✓ right", wrong: "✕ wrong", unsure: "? unsure" };
 const READER_KEY = "counterpart-reader";
+// The limit of the service.
+const MAX_NOTE = 1000;
+
+/** Return a verdict with its reader and note, such as "wrong by A: Motion." */
+export function reviewInWords({ verdict, reader, note }) {
+  return `${verdict}${reader ? ` by ${reader}` : ""}${note ? `: ${note}` : ""}`;
+}
 
 /** The list. `onSelect(finding)` moves the crosshair. */
 export class Findings {
@@ -17,7 +24,7 @@ export class Findings {
     this.list = [...report.findings]
       .sort((a, b) => b.peak_score - a.peak_score || a.label - b.label)
       .map((finding) => ({ ...finding, isDoubtful: isDoubtful(finding, report), isSelected: false }));
-    this._reviews = new Map();
+    this._reviews = []; // the latest verdict of each reader on each finding, the newest last
     this._notes = new Map();
     this._canReview = false;
     this._render();
@@ -49,11 +56,11 @@ export class Findings {
     const finding = this.selected;
     if (!finding || !this._canReview) return;
     const note = byId("review-note")?.value ?? "";
-    const reader = byId("review-reader")?.value.trim() ?? "";
-    sessionStorage.setItem(READER_KEY, reader);
     try {
-      const response = await sendJson("PUT", `${this._path}/${finding.label}`, { verdict, note, reader });
-      this._reviews.set(finding.label, await response.json());
+      const response = await sendJson("PUT", `${this._path}/${finding.label}`, { verdict, note, reader: this._reader ?? "" });
+      const review = await response.json();
+      const isSuperseded = (earlier) => earlier.label === review.label && earlier.reader === review.reader;
+      this._reviews = [...this._reviews.filter((earlier) => !isSuperseded(earlier)), review];
       this._notes.delete(finding.label);
       announce(`Finding ${finding.label} is marked as ${verdict}.`);
       this._render();
@@ -63,18 +70,31 @@ export class Findings {
   }
 
   async withdraw() {
-    const review = this._reviews.get(this.selected?.label);
+    const review = this._ownReview(this.selected?.label);
     if (!review) return;
-    await request(`${this._path}/${review.label}?reader=${encodeURIComponent(review.reader ?? "")}`, { method: "DELETE" });
-    this._reviews.delete(review.label);
+    await request(`${this._path}/${review.label}?reader=${encodeURIComponent(review.reader)}`, { method: "DELETE" });
     await this._loadReviews();
+  }
+
+  /** The reader of this page: the actor of the login (null if unknown); without a login, the name that was typed. */
+  get _reader() {
+    const { login, actor } = getSession();
+    return login === "none" ? (sessionStorage.getItem(READER_KEY) ?? "") : actor;
+  }
+
+  _reviewsOf(label) {
+    return this._reviews.filter((review) => review.label === label);
+  }
+
+  _ownReview(label) {
+    return this._reviewsOf(label).find((review) => review.reader === this._reader);
   }
 
   async _loadReviews() {
     try {
       const { reviews } = await getJson(this._path);
       this._canReview = true;
-      for (const review of reviews) this._reviews.set(review.label, review);
+      this._reviews = reviews;
     } catch {
       this._canReview = false; // a service without reviews
     }
@@ -95,7 +115,8 @@ export class Findings {
   }
 
   _row(finding) {
-    const verdict = this._reviews.get(finding.label)?.verdict;
+    const given = this._reviewsOf(finding.label).map((review) => review.verdict);
+    const verdicts = Object.keys(VERDICTS).filter((verdict) => given.includes(verdict)).map((verdict) => VERDICTS[verdict]);
     const select = () => this.select(finding.label);
     return el(
       "tr", {
@@ -116,7 +137,7 @@ export class Findings {
       el("td", { class: "number", text: formatVolume(finding.volume_ml) }),
       el("td", { class: "number", text: finding.peak_score.toFixed(2) }),
       el("td", {}, el("span", { class: "nowrap", text: formatPosition(finding.centroid_mm, 0) }), el("span", { class: "certainty", text: finding.isDoubtful ? "doubtful" : "clear" })),
-      el("td", { text: VERDICTS[verdict] ?? "–" }),
+      el("td", { text: verdicts.join(", ") || "–" }),
     );
   }
 
@@ -134,26 +155,47 @@ export class Findings {
   }
 
   _form(finding) {
-    const review = this._reviews.get(finding.label);
     const keep = (event) => this._notes.set(finding.label, event.target.value);
-    const note = el("textarea", { id: "review-note", rows: "2", maxlength: "2000", on: { input: keep } });
-    note.value = this._notes.get(finding.label) ?? review?.note ?? "";
+    const note = el("textarea", { id: "review-note", rows: "2", maxlength: MAX_NOTE, on: { input: keep } });
     const verdicts = Object.entries(VERDICTS).map(([verdict, text]) =>
-      el("button", { text, "aria-pressed": String(review?.verdict === verdict), "data-verdict": verdict, on: { click: () => this.review(verdict) } }));
-    const by = review ? `Marked as ${review.verdict}${review.reader ? ` by ${review.reader}` : ""}. ` : "";
+      el("button", { text, "data-verdict": verdict, on: { click: () => this.review(verdict) } }));
+    const status = el("p", { class: "quiet" });
+    const others = el("div", { id: "other-reviews" });
+    const showReviews = () => {
+      const own = this._ownReview(finding.label);
+      const foreign = this._reviewsOf(finding.label).filter((review) => review !== own).reverse();
+      note.value = this._notes.get(finding.label) ?? own?.note ?? "";
+      for (const button of verdicts) button.setAttribute("aria-pressed", String(button.dataset.verdict === own?.verdict));
+      const by = own ? `Marked as ${own.verdict}${own.reader ? ` by ${own.reader}` : ""}. ` : "";
+      status.replaceChildren(
+        `${by}A review never changes the result. A verdict saves the note as well.`,
+        ...(own ? [el("button", { class: "link", text: "Withdraw", on: { click: () => this.withdraw() } })] : []),
+      );
+      others.hidden = foreign.length === 0;
+      others.replaceChildren(
+        el("p", { text: "Other readers, the newest verdict first:" }),
+        el("ul", {}, ...foreign.map((review) => el("li", { text: reviewInWords(review) }))),
+      );
+    };
+    showReviews();
     return el(
       "div", { class: "review" },
       el("div", { class: "verdicts", role: "group", "aria-label": `Review of finding ${finding.label}` }, ...verdicts),
       el("label", {}, "Note (no names of patients)", note),
-      getSession().login === "none" ? this._readerField() : null,
-      el("p", { class: "quiet" }, `${by}A review never changes the result. A verdict saves the note as well.`,
-        review ? el("button", { class: "link", text: "Withdraw", on: { click: () => this.withdraw() } }) : null),
+      getSession().login === "none" ? this._readerField(showReviews) : null,
+      status,
+      others,
       el("p", { id: "review-fault", class: "fault", role: "alert" }),
     );
   }
 
-  _readerField() {
-    const field = el("input", { id: "review-reader", maxlength: "64", autocomplete: "off" });
+  /** The name of the reader. Another name shows other reviews, in the same form: a new form would lose the focus. */
+  _readerField(onChange) {
+    const keep = (event) => {
+      sessionStorage.setItem(READER_KEY, event.target.value.trim());
+      onChange();
+    };
+    const field = el("input", { id: "review-reader", maxlength: "64", autocomplete: "off", on: { input: keep } });
     field.value = sessionStorage.getItem(READER_KEY) ?? "";
     return el("label", {}, "Reader (optional)", field);
   }

@@ -81,6 +81,8 @@ function tokenLogin() {
     if (isEmbedded) {
       useToken(field.value);
       byId("login").remove();
+      // The session names the reader. If the token is wrong, the login is shown again.
+      session = await getJson("session").catch(() => session);
       dispatchEvent(new CustomEvent("logged-in"));
       return;
     }

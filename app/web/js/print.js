@@ -4,6 +4,7 @@ import { getBytes, getJson } from "./api.js";
 import { certaintyOf, collectWarnings, differenceInWords, isDoubtful, profileInWords, scanInWords } from "./certainty.js";
 import { byId, el, formatPosition, formatTime, formatVolume, plural, problemCard } from "./dom.js";
 import { drawFigure } from "./figure.js";
+import { reviewInWords } from "./findings.js";
 import { SCALE_FACTOR } from "./layers.js";
 import { startPage } from "./page.js";
 import { Volume } from "./volume.js";
@@ -43,9 +44,8 @@ async function showFigure(job, report, findings) {
 }
 
 function showFindings(findings, report, reviews) {
-  const verdicts = new Map(reviews.map((review) => [review.label, review]));
   const row = (finding) => {
-    const review = verdicts.get(finding.label);
+    const verdicts = reviews.filter((review) => review.label === finding.label).reverse();
     return el(
       "tr", {},
       el("th", { scope: "row", text: `${finding.label}${isDoubtful(finding, report) ? "?" : ""}` }),
@@ -55,7 +55,7 @@ function showFindings(findings, report, reviews) {
       el("td", { text: differenceInWords(finding, report) }),
       el("td", { text: formatPosition(finding.centroid_mm) }),
       el("td", { text: certaintyOf(finding, report) }),
-      el("td", { text: review ? [review.verdict, review.reader, review.note].filter(Boolean).join(", ") : "none" }),
+      el("td", {}, ...(verdicts.length ? verdicts.map((review) => el("div", { text: reviewInWords(review) })) : ["none"])),
     );
   };
   byId("findings").replaceChildren(...findings.slice(0, MAX_FINDINGS).map(row));
