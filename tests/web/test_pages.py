@@ -71,6 +71,14 @@ def test_print_page_shows_the_verdict_of_each_reader_as_text(page: Page, url: st
     expect(verdicts).to_have_text(["unsure by A: Beside the ventricle.", "wrong by B: <b>Motion</b>"])
 
 
+def test_print_page_does_not_claim_that_there_is_no_verdict_if_it_cannot_read_them(
+    page: Page, url: str, disputed: str
+) -> None:
+    page.route("**/reviews", lambda route: route.abort())
+    page.goto(f"{url}/scans/{disputed}/print")
+    expect(page.locator("#findings td").last).to_have_text("not available")
+
+
 def test_print_page_fits_one_sheet_of_paper(page: Page, url: str, finished: str) -> None:
     open_viewer(page, f"{url}/scans/{finished}/print")
     document = page.pdf(format="A4", print_background=True)

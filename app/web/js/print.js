@@ -45,7 +45,7 @@ async function showFigure(job, report, findings) {
 
 function showFindings(findings, report, reviews) {
   const row = (finding) => {
-    const verdicts = reviews.filter((review) => review.label === finding.label).reverse();
+    const verdicts = reviews?.filter((review) => review.label === finding.label).reverse() ?? [];
     return el(
       "tr", {},
       el("th", { scope: "row", text: `${finding.label}${isDoubtful(finding, report) ? "?" : ""}` }),
@@ -55,7 +55,7 @@ function showFindings(findings, report, reviews) {
       el("td", { text: differenceInWords(finding, report) }),
       el("td", { text: formatPosition(finding.centroid_mm) }),
       el("td", { text: certaintyOf(finding, report) }),
-      el("td", {}, ...(verdicts.length ? verdicts.map((review) => el("div", { text: reviewInWords(review) })) : ["none"])),
+      el("td", {}, ...(verdicts.length ? verdicts.map((review) => el("div", { text: reviewInWords(review) })) : [reviews ? "none" : "not available"])),
     );
   };
   byId("findings").replaceChildren(...findings.slice(0, MAX_FINDINGS).map(row));
@@ -91,7 +91,7 @@ async function readReviews(job) {
   try {
     return (await getJson(`${job.links.self}/reviews`)).reviews;
   } catch {
-    return [];
+    return null; // an empty list would claim that there are none
   }
 }
 
