@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.errors import SearchTooBroad
+import structlog
+
+from app.errors import SearchTooBroad, error_location
 from app.export.outputs import DICOM_NAMES, STRUCTURED_REPORT_NAME
 from app.ingest.dicom.instances import DicomJson, identify, read_attributes
 from app.jobs.instances import IndexedInstance, InstanceFilter, Level
@@ -44,6 +46,8 @@ PAGE = 200
 MAX_CANDIDATES = 5000
 # Scans and results never change, so the attributes of this many instances stay in memory: about 5 kB each.
 CACHED_INSTANCES = 20_000
+
+log = structlog.get_logger("counterpart.catalogue")
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,7 @@ class Catalogue:
         def read() -> Iterator[Entry]:
             with self._open_result(job, name) as path:
                 if path is not None:
-                    yield Entry(job, name, is_result=True, attributes=read_attributes(path, KEYWORDS))
+                    yield from _read_entry(path, job, name, is_result=True)
 
         return self._cached((job, name), read)
 
@@ -201,7 +205,7 @@ class Catalogue:
             for path in self._store.scan_files(job):
                 instance = identify(path)
                 if instance is not None and instance.is_image:
-                    yield Entry(job, path.name, is_result=False, attributes=read_attributes(path, KEYWORDS))
+                    yield from _read_entry(path, job, path.name, is_result=False)
 
         return self._cached((job, None), read)
 
@@ -245,3 +249,17 @@ class Catalogue:
         finally:
             if stored is not None:
                 stored.close()
+
+
+def _read_entry(path: Path, job: str, name: str, *, is_result: bool) -> Iterator[Entry]:
+    """Yield the entry of a file: nothing if the file is damaged, so that the other instances can still be found."""
+    try:
+        entry = Entry(job, name, is_result, read_attributes(path, KEYWORDS))
+        for tag in UID_TAGS.values():  # pydicom reads a truncated file without an error
+            entry.uid(tag)
+    except (OSError, MemoryError):  # the file may be intact
+        raise
+    except Exception as error:  # noqa: BLE001 - for a damaged file, pydicom raises whatever its parts raise
+        log.warning("instance not readable", job=job, result=name, **error_location(error))
+    else:
+        yield entry

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, StreamingResponse
+from pydicom.datadict import dictionary_VR
 
 from app.api.catalogue import (
     INSTANCE,
@@ -55,6 +56,8 @@ _KEYWORDS: Mapping[Level, tuple[str, ...]] = {
 _INDEXED = {STUDY: "study", SERIES: "series", INSTANCE: "instance", SOP_CLASS: "sop_class", MODALITY: "modality"}
 _RANGE = re.compile(r"(?=.*\d)([\d.]*)-([\d.]*)")
 _MATCHED = {tag_of(keyword) for keyword in (*STUDY_KEYWORDS, *SERIES_KEYWORDS, *INSTANCE_KEYWORDS)} | {_MODALITIES}
+# Only these have ranges (PS3.4 C.2.2.2.5). An accession number may have a hyphen too.
+_WITH_RANGE = {tag_of(keyword) for keyword in _KEYWORDS["instance"] if dictionary_VR(keyword) in ("DA", "TM", "DT")}
 _OPTIONS = ("limit", "offset", "includefield", "fuzzymatching")
 _BLOCK = 1 << 20
 
@@ -224,14 +227,14 @@ def _matches(entry: Entry, keys: Mapping[str, str], group: Sequence[Entry]) -> b
             values = [str(value) for other in group for value in other.attributes.get(MODALITY, {}).get("Value", [])]
         else:
             values = [str(value) for value in entry.attributes.get(tag, {}).get("Value", [])]
-        if not any(_matches_value(value, wanted) for value in values):
+        if not any(_matches_value(tag, value, wanted) for value in values):
             return False
     return True
 
 
-def _matches_value(value: str, wanted: str) -> bool:
+def _matches_value(tag: str, value: str, wanted: str) -> bool:
     """Return whether a value matches a key: single value, list of UIDs, range of dates or times, or wildcards."""
-    period = _RANGE.fullmatch(wanted)
+    period = _RANGE.fullmatch(wanted) if tag in _WITH_RANGE else None
     if period is not None:
         low, high = period.groups()
         return (not low or value >= low) and (not high or value[: len(high)] <= high)

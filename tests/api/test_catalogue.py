@@ -1,13 +1,20 @@
-"""Catalogue of DICOM instances with many jobs: pages from the database, few files read, little in memory."""
+"""Catalogue of DICOM instances with many jobs: pages from the database, few files read, little in memory.
 
-from collections.abc import Sequence
+The last tests search by HTTP: keys with a hyphen, NaN, and damaged results.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 import pytest
 import sqlalchemy as sa
+from fastapi.testclient import TestClient
+from pydicom import dcmread
 from pydicom.dataset import Dataset
+from structlog.testing import capture_logs
 
 from app.api.catalogue import Catalogue, Entry
 from app.errors import SearchTooBroad
@@ -18,6 +25,9 @@ from app.jobs.instances import InstanceFilter, InstanceIndex
 from app.jobs.job import Job
 from app.jobs.queue import WORKFLOW, JobQueue
 from app.jobs.store import Store, StoredFile
+from app.main import create_app
+from app.settings import Settings
+from tests.api.support import BASE_URL, FakeEngine
 from tests.support.dicom import Series, make_datasets
 from tests.support.phantom import brain
 from tests.support.workflow_table import create_workflow_table
@@ -168,3 +178,93 @@ def test_attributes_of_erased_jobs_are_forgotten_and_have_a_limit(
     jobs.add("four", "1.2.4")
     assert len(catalogue.find("1.2.4")) == 4
     assert sum(map(len, catalogue._entries.values())) <= 6
+
+
+def test_a_result_that_could_not_be_opened_is_indexed_by_the_next_search(
+    jobs: FakeJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.add("one", "1.2.1")
+    catalogue = open_catalogue(jobs)
+
+    def fail(_path: Path, _keywords: Sequence[str]) -> instances.DicomJson:
+        raise OSError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("app.api.catalogue.read_attributes", fail)
+        with pytest.raises(OSError):  # noqa: PT011 - an error of the disk has no text of its own
+            catalogue.search("study", EVERYTHING, 10, 0)
+    assert catalogue.search("instance", EVERYTHING, 10, 0)[1] == 2
+
+
+# ---- by HTTP -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(jobs: FakeJobs, tmp_path: Path) -> Iterator[TestClient]:
+    app = create_app(Settings(store=str(tmp_path / "service"), drain_seconds=0), FakeEngine(), worker=False)
+    with TestClient(app, BASE_URL) as client:
+        app.state.services = replace(app.state.services, catalogue=open_catalogue(jobs))
+        yield client
+
+
+def change(jobs: FakeJobs, job: str, **values: object) -> None:
+    """Change attributes of the results of a job."""
+    for name in RESULTS:
+        path = jobs.fetch(job, name).path
+        dataset = dcmread(path)
+        for keyword, value in values.items():
+            setattr(dataset, keyword, value)
+        dataset.save_as(path)
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("AccessionNumber=1234-5678", ["1.2.1"]),
+        ("AccessionNumber=2000-1111", ["1.2.2"]),
+        ("AccessionNumber=1000-3000", []),
+        ("StudyID=1-3", ["1.2.2"]),
+        ("StudyDate=20240101-20240630", ["1.2.1"]),
+        ("SeriesDate=20240101-20240630", ["1.2.1"]),
+        ("StudyTime=1000-", ["1.2.2"]),
+        ("StudyInstanceUID=1.2.1&StudyDate=20240101-20240630", ["1.2.1"]),
+        ("StudyInstanceUID=1.2.1&StudyDate=20240601-20240630", []),
+    ],
+)
+def test_only_dates_and_times_have_ranges(jobs: FakeJobs, client: TestClient, query: str, found: list[str]) -> None:
+    for job, study, accession in (("one", "1.2.1", "1234-5678"), ("two", "1.2.2", "2000-1111")):
+        jobs.add(job, study, accession)
+    change(jobs, "one", StudyDate="20240515", SeriesDate="20240515", StudyTime="090000", StudyID="2")
+    change(jobs, "two", StudyDate="20240715", SeriesDate="20240715", StudyTime="110000", StudyID="1-3")
+    answer = client.get(f"/dicomweb/studies?{query}")
+    assert answer.status_code == (200 if found else 204)
+    assert [item["0020000D"]["Value"][0] for item in (answer.json() if found else [])] == found
+
+
+def test_metadata_of_a_result_with_nan_is_json(jobs: FakeJobs, client: TestClient) -> None:
+    jobs.add("one", "1.2.1")
+    change(jobs, "one", DiffusionBValue=float("nan"), DiffusionGradientOrientation=[float("inf"), 0.0, 1.0])
+    assert client.get("/dicomweb/studies").status_code == 200
+    answer = client.get("/dicomweb/studies/1.2.1/metadata")
+    assert answer.status_code == 200
+    result = next(item for item in answer.json() if "00189087" in item)
+    assert result["00189087"] == {"vr": "FD"}
+    assert result["00189089"]["Value"] == [None, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("kept", [0, 200, 500], ids=["empty", "file meta", "some UIDs"])
+def test_a_damaged_result_does_not_hide_the_others(jobs: FakeJobs, client: TestClient, kept: int) -> None:
+    jobs.add("damaged", "1.2.1")
+    jobs.add("intact", "1.2.2")
+    path = jobs.fetch("damaged", SEGMENTATION_NAME).path
+    path.write_bytes(path.read_bytes()[:kept])
+    with capture_logs() as logs:
+        found = client.get("/dicomweb/instances").json()
+    assert {item["00080018"]["Value"][0] for item in found} == {"1.2.1.1.9", "1.2.2.0.9", "1.2.2.1.9"}
+    (entry,) = [entry for entry in logs if entry["event"] == "instance not readable"]
+    assert {"job": "damaged", "result": SEGMENTATION_NAME}.items() <= entry.items()
+    assert entry.keys() == {"event", "log_level", "job", "result", "exception", "where"}
+    for study, parts in (("1.2.1", 3), ("1.2.2", 4)):
+        answer = client.get(f"/dicomweb/studies/{study}")
+        assert (answer.status_code, answer.content.count(b"Content-Type: application/dicom")) == (200, parts)
+        assert len(client.get(f"/dicomweb/studies/{study}/metadata").json()) == parts
