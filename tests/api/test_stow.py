@@ -13,7 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from app.ingest.dicom.instances import IMAGE_CLASSES, identify
 from app.ingest.dicom.storage import TRANSFER_SYNTAXES
@@ -23,7 +23,7 @@ from tests.api.support import BASE_URL, URL, FakeEngine
 from tests.support.dicom import make_datasets
 from tests.support.phantom import brain
 
-REFERENCED, FAILED = "00081199", "00081198"
+REFERENCED, FAILED, OTHERS = "00081199", "00081198", "0008119A"
 PUBLIC_URL = "https://reader.example/counterpart/"
 
 
@@ -72,6 +72,16 @@ def test_every_class_is_stored_in_every_transfer_syntax(client: TestClient) -> N
     stored = {item["00081155"]["Value"][0]: item["00081150"]["Value"][0] for item in answer.json()[REFERENCED]["Value"]}
     assert answer.status_code == 200
     assert stored == {str(instance.SOPInstanceUID): str(instance.SOPClassUID) for instance in instances}
+
+
+def test_a_deflated_instance_that_inflates_to_many_times_its_size_is_not_understood(client: TestClient) -> None:
+    bomb = make_instance("1.2.4", syntax=DeflatedExplicitVRLittleEndian)
+    bomb.PixelData = bytes(65 << 20)
+    answer = store(client, make_instance("1.2.4"), bomb)
+    document = answer.json()
+    assert answer.status_code == 202
+    assert len(document[REFERENCED]["Value"]) == 1
+    assert [item["00081197"]["Value"] for item in document[OTHERS]["Value"]] == [[0xC000]]
 
 
 def test_capacity_that_ends_between_two_series_fails_the_second_one(

@@ -1,9 +1,11 @@
 """Files that announce more than they contain are refused before memory of that size is used."""
 
 import struct
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydicom import dcmread
 from pydicom.dataset import FileDataset
@@ -12,8 +14,9 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 
 from app.errors import TooManyVoxels, TruncatedFile, UnsafeArchive
 from app.ingest.dicom.codestream import announced_size
+from app.ingest.dicom.files import check_deflated
 from app.ingest.dicom.mosaic import MAX_TILES
-from app.ingest.reader import Limits
+from app.ingest.reader import DEFAULT_LIMITS, Limits
 from app.volume import Volume
 from tests.ingest.conftest import Read
 from tests.proofs.fuzz_ingest import resident_mb
@@ -141,6 +144,22 @@ def test_a_file_that_inflates_to_many_times_its_size_is_refused(
     dataset.PixelData = bytes(200_000_000)
     (path,) = save(tmp_path, [dataset])
     check_refused_soon(read_scan, path, UnsafeArchive)
+
+
+def test_padding_after_a_deflated_data_set_ends_the_check_of_its_size(tmp_path: Path, volume: Volume) -> None:
+    (dataset,) = make_datasets(volume, Series(syntax=DeflatedExplicitVRLittleEndian))[:1]
+    dataset.PixelData = np.random.default_rng(0).integers(0, 4, 3 << 20, np.uint8).tobytes()
+    (path,) = save(tmp_path, [dataset])
+    path.write_bytes(path.read_bytes() + b"\0")
+    found: list[int] = []
+
+    def check() -> None:
+        found.append(check_deflated(path, DEFAULT_LIMITS.max_inflated_bytes, DEFAULT_LIMITS))
+
+    thread = threading.Thread(target=check, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert [size >> 20 for size in found] == [3]
 
 
 def test_a_file_with_many_more_frames_than_the_stack_is_refused(

@@ -268,7 +268,8 @@ def check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
             return 0
         most = min(max_inflated_bytes, max(MIN_BOMB_BYTES, MAX_INFLATION * path.stat().st_size))
         inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        while chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES):
+        # At the end of the stream, `unconsumed_tail` may keep the padding byte of the file.
+        while not inflater.eof and (chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES)):
             count += len(inflater.decompress(chunk, CHUNK_BYTES))
             if count > most:
                 found = f"The deflated DICOM files inflate to more than {limits.max_inflated_bytes / 1e6:.0f} MB."

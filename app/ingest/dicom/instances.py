@@ -1,7 +1,11 @@
 """Single DICOM instances for DICOMweb: their identity, their attributes as DICOM JSON, and their frames."""
 
+import math
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,8 @@ import numpy as np
 import pydicom
 from pydicom.datadict import tag_for_keyword
 from pydicom.encaps import get_frame
+from pydicom.filereader import read_dataset, read_preamble
+from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
     CTImageStorage,
@@ -23,6 +29,8 @@ from pydicom.uid import (
 )
 
 from app.dicom_attributes import silence_libraries
+from app.ingest.dicom.files import META_GROUP, check_deflated
+from app.ingest.limits import DEFAULT_LIMITS
 
 # SOP classes that `POST /dicomweb/studies` stores.
 IMAGE_CLASSES = (
@@ -34,6 +42,9 @@ IMAGE_CLASSES = (
     EnhancedMRColorImageStorage,
     LegacyConvertedEnhancedMRImageStorage,
 )
+# Only this many bytes of a deflated data set are inflated to find its UIDs. Details of the patient and of the
+# acquisition precede them.
+UID_BYTES = 1 << 22
 DicomJson = dict[str, dict[str, Any]]
 
 
@@ -45,6 +56,7 @@ def tag_of(name: str) -> str | None:
     return None if tag is None else f"{tag:08X}"
 
 
+_read_explicit = partial(read_dataset, is_implicit_VR=False, is_little_endian=True)
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 
 
@@ -64,18 +76,37 @@ class Instance:
 
 
 def identify(path: Path) -> Instance | None:
-    """Return the UIDs of a file, or None if it is not a DICOM file with all four."""
-    with silence_libraries():
-        try:
-            dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_UIDS))
+    """Return the UIDs of a file, or None if it is not a DICOM file with all four.
+
+    A deflated file that inflates to more than the limits of an upload has None too.
+    """
+    try:
+        is_deflated = check_deflated(path, DEFAULT_LIMITS.max_inflated_bytes, DEFAULT_LIMITS) > 0
+        with silence_libraries():
+            if is_deflated:
+                dataset = _read_deflated_uids(path)
+            else:
+                dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_UIDS))
             values = [str(dataset[name].value) for name in _UIDS]
-        except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
-            return None
+    except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
+        return None
     return Instance(*values) if all(UID(value).is_valid for value in values) else None
+
+
+def _read_deflated_uids(path: Path) -> pydicom.Dataset:
+    """Return the UIDs of a deflated file. pydicom would inflate the whole file in memory."""
+    with path.open("rb") as file:
+        read_preamble(file, force=False)
+        _read_explicit(file, stop_when=lambda tag, *_: tag.group != META_GROUP)
+        start = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(UID_BYTES), UID_BYTES)
+    last = Tag("SeriesInstanceUID")
+    return _read_explicit(BytesIO(start), stop_when=lambda tag, *_: tag > last, specific_tags=list(map(Tag, _UIDS)))
 
 
 def read_attributes(path: Path, keywords: Collection[str] | None = None) -> DicomJson:
     """Return the attributes of a file in the DICOM JSON model (PS3.18 annex F), without pixel data.
+
+    NaN and infinities become empty values (F.2.5): JSON has no such numbers, and F.2.3 allows no text for them.
 
     Parameters
     ----------
@@ -87,9 +118,25 @@ def read_attributes(path: Path, keywords: Collection[str] | None = None) -> Dico
     with silence_libraries():
         dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
         document: DicomJson = dataset.to_json_dict(suppress_invalid_tags=True)
+    _remove_special_numbers(document)
     document["00080005"] = {"vr": "CS", "Value": ["ISO_IR 192"]}  # JSON is UTF-8
     document["00083002"] = {"vr": "UI", "Value": [str(_transfer_syntax(dataset))]}
     return document
+
+
+def _remove_special_numbers(document: DicomJson) -> None:
+    """Replace NaN and infinities by empty values, also in sequences. The other values keep their positions."""
+    for element in document.values():
+        values = element.get("Value", [])
+        if element["vr"] == "SQ":
+            for item in values:
+                _remove_special_numbers(item)
+            continue
+        finite = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]
+        if finite != values:
+            element["Value"] = finite
+            if set(finite) == {None}:
+                del element["Value"]
 
 
 def read_frames(path: Path, numbers: Collection[int]) -> tuple[str, list[bytes]]:
