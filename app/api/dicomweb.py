@@ -179,15 +179,16 @@ def _to_filter(keys: Mapping[str, str]) -> tuple[InstanceFilter, bool]:
         elif {"*", "?"} & set(wanted) or tag not in {*_INDEXED, STUDY_DATE, _MODALITIES}:
             is_complete = False
         elif tag == _MODALITIES:
-            modalities = _options(wanted)
+            modalities = _options(tag, wanted)
         else:
-            accepted[_INDEXED.get(tag, "study_date")] = _options(wanted)
+            accepted[_INDEXED.get(tag, "study_date")] = _options(tag, wanted)
     return InstanceFilter(accepted, *dates, modalities), is_complete
 
 
-def _options(wanted: str) -> list[str]:
-    """Return the alternatives of a list of values."""
-    return re.split(r"[,\\]", wanted)
+def _options(tag: str, wanted: str) -> list[str]:
+    """Return the alternatives of a list of values. In a text such as a description, a comma belongs to the value."""
+    is_text = dictionary_VR(int(tag, 16)) in ("LO", "SH")
+    return re.split(r"\\" if is_text else r"[,\\]", wanted)
 
 
 def _matching_keys(request: Request) -> dict[str, str]:
@@ -238,7 +239,7 @@ def _matches_value(tag: str, value: str, wanted: str) -> bool:
     if period is not None:
         low, high = period.groups()
         return (not low or value >= low) and (not high or value[: len(high)] <= high)
-    return any(fnmatchcase(value, re.sub(r"\[", "[[]", option)) for option in _options(wanted))
+    return any(fnmatchcase(value, re.sub(r"\[", "[[]", option)) for option in _options(tag, wanted))
 
 
 def _describe(level: str, group: Sequence[Entry], keywords: Sequence[str], base: str) -> DicomJson:

@@ -241,6 +241,26 @@ def test_only_dates_and_times_have_ranges(jobs: FakeJobs, client: TestClient, qu
     assert [item["0020000D"]["Value"][0] for item in (answer.json() if found else [])] == found
 
 
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("SeriesDescription=T1,%20axial", ["1.2.1"]),
+        ("SeriesDescription=T1", []),
+        ("StudyInstanceUID=1.2.1,1.2.2", ["1.2.1", "1.2.2"]),
+    ],
+)
+def test_a_comma_separates_uids_and_belongs_to_a_text(
+    jobs: FakeJobs, client: TestClient, query: str, found: list[str]
+) -> None:
+    jobs.add("one", "1.2.1")
+    jobs.add("two", "1.2.2")
+    change(jobs, "one", SeriesDescription="T1, axial")
+    change(jobs, "two", SeriesDescription="axial")
+    answer = client.get(f"/dicomweb/studies?{query}")
+    assert answer.status_code == (200 if found else 204)
+    assert sorted(item["0020000D"]["Value"][0] for item in (answer.json() if found else [])) == found
+
+
 def test_metadata_of_a_result_with_nan_is_json(jobs: FakeJobs, client: TestClient) -> None:
     jobs.add("one", "1.2.1")
     change(jobs, "one", DiffusionBValue=float("nan"), DiffusionGradientOrientation=[float("inf"), 0.0, 1.0])
