@@ -20,7 +20,7 @@ from app.jobs.job import Job
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store, Upload
 from app.pacs.metrics import NodeMetrics
-from app.pacs.spool import Batch, HandedSeries, Sender, Spool, hash_file
+from app.pacs.spool import Batch, HandedSeries, Sender, Spool, TransferFaults, hash_file
 
 log = structlog.get_logger("counterpart.node")
 
@@ -38,6 +38,8 @@ ACCEPTED = "accepted"
 # Sender of a series that an older version received.
 UNKNOWN_SENDER = Sender("unknown", "")
 ERASED_NOTE = "An earlier part of this series, or the whole series, was erased with its job."
+REFUSED_NOTE = "The DICOM node refused {count} of the images of this series. The series may be incomplete."
+INTERRUPTED_NOTE = "A transfer of this series was interrupted. The series may be incomplete."
 
 DEFAULT_REQUEST = AnalysisRequest()
 
@@ -112,23 +114,18 @@ class HandOver:
         failures: list[Exception] = []
         # A batch is never two jobs, so the batches of a killed process come first.
         for batch in self._spool.batches():
-            self._try(batch, failures)
+            with _collect(failures):
+                self._hand_over(batch)
         for key in self._spool.quiet_series(self._quiet_seconds):
             self._queue.check_capacity(0)  # as long as the queue is full, the series may still grow
-            self._try(self._spool.take(key), failures)
+            with _collect(failures):
+                self._hand_over(self._spool.take(key))
         if time.monotonic() - self._last_sweep > SWEEP_SECONDS:
             self._last_sweep = time.monotonic()
             self._spool.remove_stale()
             self._forget_erased_jobs()
         if failures:
             raise failures[0]
-
-    def _try(self, batch: Batch, failures: list[Exception]) -> None:
-        """Hand over a batch. A failure must not delay the batches behind it."""
-        try:
-            self._hand_over(batch)
-        except Exception as error:  # noqa: BLE001  # raised by `run_once`
-            failures.append(error)
 
     def _hand_over(self, batch: Batch) -> None:
         handed = self._spool.read_handed(batch.series)
@@ -142,17 +139,24 @@ class HandOver:
         instances = {path.name: hash_file(path) for path in batch.files}
         # The images of an erased job are not in the new one.
         earlier = handed.instances if handed is not None and previous is not None else {}
+        faults = self._spool.read_faults(batch.series)
+        caution = _describe(faults)
+        # A job that says something else about missing images is not the answer to these.
+        is_same_caution = handed is not None and handed.caution == caution
         job = self._queue.find_reference(batch.name)
-        if job is None and previous is not None and _is_repeated(previous, earlier, instances):
+        if job is None and previous is not None and is_same_caution and _is_repeated(previous, earlier, instances):
             self._metrics.series.labels("repeated").inc()
             job = previous.id
         if job is None:
             is_erased = handed is not None and previous is None
-            job = self._submit(batch, previous, earlier, instances, note=ERASED_NOTE if is_erased else "")
+            note = ERASED_NOTE if is_erased else ""
+            job = self._submit(batch, previous, earlier, instances, note=note, caution=caution)
         self._audit(batch, ACCEPTED, job)
         self._begun.discard(batch.name)
-        self._spool.finish(batch, HandedSeries(batch.name, job, {**earlier, **instances}))
+        self._spool.finish(batch, HandedSeries(batch.name, job, {**earlier, **instances}, caution))
         log.info("series handed over", job=job, instances=len(instances))
+        if caution:
+            log.warning("series may be incomplete", job=job, refused=faults.refused)
 
     def _audit(self, batch: Batch, outcome: str, job: str | None) -> None:
         """Write a row of the audit trail for each sender. If this fails, the batch is tried again."""
@@ -160,7 +164,14 @@ class HandOver:
             self._queue.audit(AuditEntry(f"dicom:{sender.title}", "send", outcome, job, sender.address or None))
 
     def _submit(
-        self, batch: Batch, previous: Job | None, earlier: dict[str, str], instances: dict[str, str], *, note: str
+        self,
+        batch: Batch,
+        previous: Job | None,
+        earlier: dict[str, str],
+        instances: dict[str, str],
+        *,
+        note: str,
+        caution: str,
     ) -> str:
         """Submit the images of a batch, with those of the last job of the series that the batch does not contain."""
         added = len(instances.keys() - earlier.keys())
@@ -173,7 +184,9 @@ class HandOver:
                     note = (
                         f"The series arrived in parts. Job {previous.id} analysed it without {added} of these images."
                     )
-            job = self._queue.submit(upload, replace(self._request, note=note), None, reference=batch.name)
+            request = replace(self._request, note=" ".join(filter(None, (caution, note))))
+            # With a key, a job of the same content without the caution is not the answer.
+            job = self._queue.submit(upload, request, batch.name if caution else None, reference=batch.name)
         self._metrics.series.labels("late" if note else "new").inc()
         return job
 
@@ -209,6 +222,21 @@ class HandOver:
         for key, job in handed.items():
             if job not in known:
                 self._spool.forget(key)
+
+
+@contextmanager
+def _collect(failures: list[Exception]) -> Iterator[None]:
+    """Keep a failure, which `run_once` raises. It must not delay the series behind it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        failures.append(error)
+
+
+def _describe(faults: TransferFaults) -> str:
+    """Return the sentences that say why a series may be incomplete; empty if nothing indicates that."""
+    refused = REFUSED_NOTE.format(count=faults.refused) if faults.refused else ""
+    return " ".join(filter(None, (refused, INTERRUPTED_NOTE if faults.interrupted else "")))
 
 
 def _is_repeated(previous: Job, earlier: dict[str, str], instances: dict[str, str]) -> bool:

@@ -5,10 +5,11 @@ only after the file is in the spool and forced to disk.
 """
 
 import logging
+import secrets
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from ssl import SSLContext
 
@@ -58,8 +59,12 @@ class Peers:
 
 @dataclass
 class Transfer:
-    """State of one association: its series, its instances, the bytes since the last one, and whether it is aborted."""
+    """State of one association.
 
+    It has a random name, its series, its instances, the bytes since the last one, and whether it is aborted.
+    """
+
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
     series: set[str] = field(default_factory=set)
     instances: int = 0
     refused: int = 0
@@ -186,16 +191,26 @@ class Receiver:
             self._spool.end_series(transfer.series.difference(*others))
 
     def _end(self, event: evt.Event) -> None:
-        """Close an association whose connection ended without a release, and remove its unfinished data set."""
+        """Close an association whose connection ended without a release."""
         if event.assoc.requestor.primitive is None:
             # Its thread would wait for the request until the time-out.
             event.assoc.dul.to_user_queue.put(None)  # type: ignore[arg-type]  # as after the time-out
-        if self._close(event.assoc, "aborted") is not None:
-            threading.Thread(target=_discard_unfinished, args=(event.assoc,), daemon=True).start()
+        if event.assoc in self._transfers:
+            threading.Thread(target=self._abort, args=(event.assoc,), daemon=True).start()
+
+    def _abort(self, association: Association) -> None:
+        """Close an association after its last event, unless it is a release, and remove its unfinished data set."""
+        association.join()  # it may still store an instance, or answer a release
+        if self._close(association, "aborted") is not None:
+            _discard_unfinished(association)
 
     def _close(self, association: Association, outcome: str) -> Transfer | None:
         transfer = self._transfers.pop(association, None)
         if transfer is not None:
+            try:
+                self._spool.end_association(transfer.name, released=outcome == "released")
+            except OSError as error:
+                log.warning("end of an association not noted", **error_location(error))
             self._metrics.associations.labels(outcome).inc()
             log.info(
                 "association ended",
@@ -231,7 +246,7 @@ class Receiver:
 
     def _answer_store(self, event: evt.Event) -> int:
         """Return the status of a C-STORE. Success means that the instance is on disk."""
-        transfer = self._transfers.get(event.assoc) or Transfer()  # the connection may have ended in the meantime
+        transfer = self._transfers[event.assoc]
         transfer.bytes = transfer.checked = 0
         status = self._store(event, transfer)
         self._metrics.instances.labels(f"{status:04X}").inc()
@@ -247,21 +262,41 @@ class Receiver:
             return CANNOT_UNDERSTAND
         try:
             identifiers = read_identifiers(path)
-            if not _matches(event, identifiers):
-                return WRONG_CLASS
-            self._check_disk(0)
-            self._spool.add(path, identifiers, _sender(event.assoc))
-        except (StoreFull, UploadTooLarge) as error:
-            log.warning("instance refused", code=error.code)
-            return OUT_OF_RESOURCES
         except CounterpartError as error:
             log.warning("instance refused", code=error.code)
             return CANNOT_UNDERSTAND
         except OSError as error:
             log.warning("instance not stored", **error_location(error))
             return OUT_OF_RESOURCES
-        transfer.series.add(identifiers.series_key)
+        status = self._keep(event, path, identifiers, transfer.name)
+        if status == SUCCESS:
+            transfer.series.add(identifiers.series_key)
+        else:
+            self._note_refusal(event, identifiers)
+        return status
+
+    def _keep(self, event: evt.Event, path: Path, identifiers: Identifiers, association: str) -> int:
+        try:
+            if not _matches(event, identifiers):
+                return WRONG_CLASS
+            self._check_disk(0)
+            self._spool.add(path, identifiers, _sender(event.assoc), association)
+        except (StoreFull, UploadTooLarge) as error:
+            log.warning("instance refused", code=error.code)
+            return OUT_OF_RESOURCES
+        except OSError as error:
+            log.warning("instance not stored", **error_location(error))
+            return OUT_OF_RESOURCES
         return SUCCESS
+
+    def _note_refusal(self, event: evt.Event, identifiers: Identifiers) -> None:
+        """Note that the series misses an instance, by the UID under which its sender will send it again."""
+        request = event.request
+        assert isinstance(request, C_STORE)
+        try:
+            self._spool.refuse(replace(identifiers, instance=str(request.AffectedSOPInstanceUID)))
+        except OSError as error:
+            log.warning("refusal not noted", **error_location(error))
 
 
 def _sender(association: Association) -> Sender:
@@ -271,7 +306,6 @@ def _sender(association: Association) -> Sender:
 
 def _discard_unfinished(association: Association) -> None:
     """Remove the file of a data set that did not arrive completely. pynetdicom leaves it open."""
-    association.join()
     file = getattr(association.dimse.message, "_data_set_file", None)
     if file is not None:
         file.close()

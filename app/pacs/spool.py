@@ -7,6 +7,8 @@
     node/batches/<series>.<random>/      instances on their way into one job, taken by one rename
     node/senders/<series>.json           callers that sent instances of a series that is not a job yet
     node/handed/<series>.json            last job of the series, and the hashes of its instances
+    node/refused/<series>/<instance>     empty file: the instance was refused, and did not arrive later
+    node/transfers/<series>/<name>       empty file: an association began to send the series and did not end normally
 
 The names are hashes of UIDs, because a peer can send any text as a UID. A file is never changed after its rename.
 One process at a time uses a spool.
@@ -26,11 +28,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
+import structlog
+
 from app.errors import AddressUnavailable, UploadTooLarge
 from app.ingest.dicom.storage import Identifiers
 
+log = structlog.get_logger("counterpart.node")
+
 # Age in seconds at which the rest of an interrupted transfer is removed. A transfer without a byte ends before.
 STALE_SECONDS = 600.0
+# Longest time in seconds since the last instance for which an open association delays its series.
+MAX_HOLD_SECONDS = 600.0
 MIB = 1 << 20
 
 
@@ -83,11 +91,30 @@ class HandedSeries:
     job : str
     instances : dict of str to str
         SHA-256 of each file of the job, by key of the instance.
+    caution : str
+        Sentences in the job's note that say why the series may be incomplete. Empty if nothing indicates that.
     """
 
     batch: str
     job: str
     instances: dict[str, str]
+    caution: str = ""
+
+
+@dataclass(frozen=True)
+class TransferFaults:
+    """Reasons why a series may be incomplete.
+
+    Attributes
+    ----------
+    refused : int
+        Number of refused instances that did not arrive later.
+    interrupted : bool
+        An association with instances of the series did not end normally, and no other one repeated the series.
+    """
+
+    refused: int
+    interrupted: bool
 
 
 class Spool:
@@ -118,9 +145,18 @@ class Spool:
         self.receiving = root / "receiving"
         self._series, self._batches, self._handed = root / "series", root / "batches", root / "handed"
         self._senders = root / "senders"
+        self._refused, self._transfers = root / "refused", root / "transfers"
         self.max_bytes, self._max_files = max_mb * MIB, max_files
         self._mutex = threading.Lock()
-        for folder in (self.receiving, self._series, self._batches, self._senders, self._handed):
+        for folder in (
+            self.receiving,
+            self._series,
+            self._batches,
+            self._senders,
+            self._handed,
+            self._refused,
+            self._transfers,
+        ):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = _lock(root / "lock")
         for path in self.receiving.iterdir():
@@ -131,6 +167,8 @@ class Spool:
         now = time.monotonic()
         self._arrivals = {folder.name: now for folder in self._series.iterdir()}
         self._sizes = {key: _size(self._series / key) for key in self._arrivals}
+        # For each open association: the keys of its instances, by series. The series that it sends now is the last one.
+        self._open: dict[str, dict[str, set[str]]] = {}
 
     def close(self) -> None:
         """Let another process use the spool."""
@@ -138,8 +176,17 @@ class Spool:
 
     # ---- arrival ----
 
-    def add(self, path: Path, identifiers: Identifiers, sender: Sender) -> None:
+    def add(self, path: Path, identifiers: Identifiers, sender: Sender, association: str | None = None) -> None:
         """Move a received file to its series, and note its sender. When this returns, both survive a power failure.
+
+        Parameters
+        ----------
+        path : Path
+        identifiers : Identifiers
+        sender : Sender
+        association : str, optional
+            Name of the association, a valid name of a file. The series counts as interrupted until the association goes
+            on to another series or is released (`end_association`), also if this process dies before.
 
         Raises
         ------
@@ -150,6 +197,8 @@ class Spool:
         _sync(path)
         with self._mutex:
             self._check_size(key, size)
+            if association is not None:
+                self._begin_transfer(association, key)
             self._add_sender(key, sender)
             folder = self._series / key
             is_new = not folder.exists()
@@ -161,6 +210,9 @@ class Spool:
             files, total = self._sizes.get(key, (0, 0))
             self._sizes[key] = (files + (replaced is None), total + size - (replaced or 0))
             self._arrivals[key] = time.monotonic()
+            (self._refused / key / identifiers.instance_key).unlink(missing_ok=True)
+            if association is not None:
+                self._open[association][key].add(identifiers.instance_key)
 
     def _add_sender(self, key: str, sender: Sender) -> None:
         known = self.read_senders(key)
@@ -176,8 +228,11 @@ class Spool:
 
     def _forget_senders(self, key: str) -> None:
         """Remove the senders of a series, unless instances of it wait."""
-        if not (self._series / key).exists() and not any(self._batches.glob(f"{key}.*")):
+        if not self._waits(key):
             (self._senders / f"{key}.json").unlink(missing_ok=True)
+
+    def _waits(self, key: str) -> bool:
+        return (self._series / key).exists() or any(self._batches.glob(f"{key}.*"))
 
     def _write(self, path: Path, document: object) -> None:
         """Write a JSON file, which exists completely or not at all after a power failure."""
@@ -201,22 +256,113 @@ class Spool:
         with self._mutex:
             self._arrivals |= {key: float("-inf") for key in keys if key in self._arrivals}
 
+    # ---- incomplete series ----
+
+    def refuse(self, identifiers: Identifiers) -> None:
+        """Note that an instance is refused, until it arrives. Its sender still sends, so the quiet time begins again.
+
+        An instance that arrived before is not missing, so there is no note.
+        """
+        key = identifiers.series_key
+        with self._mutex:
+            if key in self._arrivals:
+                self._arrivals[key] = time.monotonic()
+            if identifiers.instance_key not in self._known_instances(key):
+                _mark(self._refused / key / identifiers.instance_key)
+
+    def end_association(self, association: str, *, released: bool) -> None:
+        """Note the end of an association that sent instances.
+
+        If it was not released, each of its series that still waits counts as interrupted. The quiet time of these
+        series begins again, because the sender usually sends again.
+        """
+        with self._mutex:
+            series = self._open.pop(association, {})
+            if released:
+                if series:
+                    self._end_transfer(association, series)
+                return
+            for key in series.keys() & self._arrivals.keys():
+                self._arrivals[key] = time.monotonic()
+                _mark(self._transfers / key / association)
+
+    def _begin_transfer(self, association: str, key: str) -> None:
+        series = self._open.setdefault(association, {})
+        if series and _last(series) != key:
+            self._end_transfer(association, series)
+        series[key] = series.pop(key, set())  # the last one
+        _mark(self._transfers / key / association)
+
+    def _end_transfer(self, association: str, series: dict[str, set[str]]) -> None:
+        """Remove the mark of the last series of an association: its transfer ended normally.
+
+        The marks of other associations are removed only if this one sent every instance of the series that the spool
+        knows. Then the sender has repeated the whole series. An association that sent only the rest is no proof,
+        because a sender may leave out the instance at which its association was aborted.
+        """
+        key = _last(series)
+        (self._transfers / key / association).unlink(missing_ok=True)
+        if self._known_instances(key) <= series[key]:
+            shutil.rmtree(self._transfers / key, ignore_errors=True)
+            # One of the others may be the broken connection, which ends only after a time-out.
+            for other in self._open.values():
+                if other is not series:
+                    other.pop(key, None)
+
+    def _known_instances(self, key: str) -> set[str]:
+        """Return the keys of the instances of a series that wait, or that are in its last job."""
+        folders = (self._series / key, *self._batches.glob(f"{key}.*"))
+        handed = self.read_handed(key)
+        return set(handed.instances if handed is not None else ()).union(*map(_names, folders))
+
+    def read_faults(self, key: str) -> TransferFaults:
+        """Return the reasons why a series may be incomplete."""
+        return TransferFaults(len(_names(self._refused / key)), bool(_names(self._transfers / key)))
+
+    def _forget_faults(self, key: str) -> None:
+        """Remove the marks of a series, unless instances of it wait."""
+        if not self._waits(key):
+            for folder in (self._refused, self._transfers):
+                shutil.rmtree(folder / key, ignore_errors=True)
+
     # ---- hand-over ----
 
     def quiet_series(self, seconds: float) -> list[str]:
-        """Return the waiting series to which no instance was added for some seconds, the oldest first."""
-        before = time.monotonic() - seconds
+        """Return the waiting series to which no instance was added for some seconds, the oldest first.
+
+        A series is left out as long as an open association sends it, at most for `MAX_HOLD_SECONDS`. The time-out of a
+        broken connection can be longer than the quiet time, and without this the series would seem complete.
+        """
+        now = time.monotonic()
         with self._mutex:
-            return sorted((key for key, at in self._arrivals.items() if at <= before), key=self._arrivals.__getitem__)
+            held = {_last(series) for series in self._open.values() if series}
+            longest = max(seconds, MAX_HOLD_SECONDS)
+            quiet = (key for key, at in self._arrivals.items() if at <= now - (longest if key in held else seconds))
+            return sorted(quiet, key=self._arrivals.__getitem__)
 
     def take(self, key: str) -> Batch:
-        """Take the instances of a waiting series, all at once. Instances that come later wait for the next batch."""
+        """Take the instances of a waiting series, all at once. Instances that come later wait for the next batch.
+
+        If this fails after the rename, `batches` returns the batch. If the folder was removed, the series no longer
+        waits.
+
+        Raises
+        ------
+        OSError
+        """
         name = secrets.token_hex(8)
         batch = Batch(self._batches / f"{key}.{name}", key, name)
         with self._mutex:
-            (self._series / key).rename(batch.folder)
-            _sync(self._series, self._batches)
+            try:
+                (self._series / key).rename(batch.folder)
+            except FileNotFoundError:
+                if not (self._series / key).exists():
+                    log.warning("folder of a series was removed by another program")
+                    del self._arrivals[key], self._sizes[key]
+                raise
+            # Before the next statement, which can fail: the folder is no longer there.
             del self._arrivals[key], self._sizes[key]
+            _sync(self._series, self._batches)
         return batch
 
     def batches(self) -> list[Batch]:
@@ -252,10 +398,16 @@ class Spool:
     def forget(self, key: str) -> None:
         """Remove the record of a series, because its job was erased."""
         (self._handed / f"{key}.json").unlink(missing_ok=True)
+        with self._mutex:
+            self._forget_faults(key)
 
     def remove_stale(self) -> None:
-        """Remove the rest of interrupted transfers."""
+        """Remove the rest of interrupted transfers, and the marks of series of which nothing arrived."""
         before = time.time() - STALE_SECONDS
+        for folder in (*self._refused.iterdir(), *self._transfers.iterdir()):
+            with self._mutex, suppress(FileNotFoundError):
+                if folder.stat().st_mtime < before and not (self._handed / f"{folder.name}.json").exists():
+                    self._forget_faults(folder.name)
         for path in self.receiving.iterdir():
             try:
                 if path.stat().st_mtime < before:
@@ -285,6 +437,25 @@ def hash_file(path: Path) -> str:
 def _size(folder: Path) -> tuple[int, int]:
     sizes = [path.stat().st_size for path in folder.iterdir()]
     return len(sizes), sum(sizes)
+
+
+def _last(series: dict[str, set[str]]) -> str:
+    return next(reversed(series))
+
+
+def _names(folder: Path) -> set[str]:
+    """Return the names in a folder, none if it does not exist."""
+    with suppress(FileNotFoundError):
+        return {path.name for path in folder.iterdir()}
+    return set()
+
+
+def _mark(path: Path) -> None:
+    """Create an empty file that survives a power failure."""
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        _sync(path.parent, path.parent.parent)
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -1,5 +1,6 @@
 """Each received series becomes a job exactly once, wherever the process died."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import sqlalchemy as sa
 
 from app.errors import QueueFull
 from app.ingest.dicom.storage import read_identifiers
+from app.pacs import spool
 from app.pacs.handover import ERASED_NOTE
 from app.pacs.spool import Sender, Spool
 from tests.pacs.support import HandOverCase, hand_over_case, make_slices, read_note
@@ -163,6 +165,39 @@ def test_a_batch_that_fails_delays_no_other(case: HandOverCase) -> None:
     assert len(case.jobs()) == 1
     damaged.rmdir()
     damaged.write_bytes(content)
+    case.hand_over.run_once()
+    assert len(case.jobs()) == 2
+
+
+def test_a_sync_that_fails_after_the_take_stops_no_series(case: HandOverCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive(case.spool, "one")
+    receive(case.spool, "two")
+    failures = [OSError(5, "Input/output error")]
+    sync = spool._sync
+
+    def fail_once(*paths: Path) -> None:
+        if paths[-1].name == "batches" and failures:
+            raise failures.pop()
+        sync(*paths)
+
+    monkeypatch.setattr(spool, "_sync", fail_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        case.hand_over.run_once()
+    assert len(case.jobs()) == 1
+    case.hand_over.run_once()
+    assert [len(case.scan(job)) for job in case.jobs()] == [4, 4]
+    assert case.spool.count_waiting() == (0, 0)
+
+
+def test_a_removed_folder_stops_no_other_series(case: HandOverCase) -> None:
+    receive(case.spool, "one")
+    shutil.rmtree(next((case.spool.root / "series").iterdir()))
+    receive(case.spool, "two")
+    with pytest.raises(FileNotFoundError):
+        case.hand_over.run_once()
+    assert len(case.jobs()) == 1
+    case.hand_over.run_once()  # the removed series no longer waits
+    receive(case.spool, "one")
     case.hand_over.run_once()
     assert len(case.jobs()) == 2
 

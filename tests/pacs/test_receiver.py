@@ -294,9 +294,9 @@ def test_data_sets_arrive_in_the_spool_and_not_in_the_temporary_folder(
     node, seen = start_node(), []
     add = node.spool.add
 
-    def record(path: Path, identifiers: Identifiers, sender: Sender) -> None:
+    def record(path: Path, identifiers: Identifiers, sender: Sender, association: str) -> None:
         seen.append(path.parent)
-        add(path, identifiers, sender)
+        add(path, identifiers, sender, association)
 
     monkeypatch.setattr(node.spool, "add", record)
     assert node.store(*make_slices()[:2]) == [0, 0]
