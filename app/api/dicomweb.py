@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydicom.datadict import dictionary_VR
 
 from app.api.catalogue import (
     INSTANCE,
@@ -33,7 +32,7 @@ from app.api.identity import require
 from app.api.problems import problem_responses
 from app.api.stow import DICOM_JSON, StudyUid, base_url
 from app.errors import BadRequest, NotAcceptable, NotFound
-from app.ingest.dicom.instances import DicomJson, read_attributes, read_frames, tag_of
+from app.ingest.dicom.instances import DicomJson, read_attributes, read_frames, tag_of, vr_of
 from app.jobs.instances import InstanceFilter, Level
 
 router = APIRouter(prefix="/dicomweb", tags=["DICOMweb"])
@@ -57,7 +56,7 @@ _INDEXED = {STUDY: "study", SERIES: "series", INSTANCE: "instance", SOP_CLASS: "
 _RANGE = re.compile(r"(?=.*\d)([\d.]*)-([\d.]*)")
 _MATCHED = {tag_of(keyword) for keyword in (*STUDY_KEYWORDS, *SERIES_KEYWORDS, *INSTANCE_KEYWORDS)} | {_MODALITIES}
 # Only these have ranges (PS3.4 C.2.2.2.5). An accession number may have a hyphen too.
-_WITH_RANGE = {tag_of(keyword) for keyword in _KEYWORDS["instance"] if dictionary_VR(keyword) in ("DA", "TM", "DT")}
+_WITH_RANGE = {tag for tag in _MATCHED if tag is not None and vr_of(tag) in ("DA", "TM", "DT")}
 _OPTIONS = ("limit", "offset", "includefield", "fuzzymatching")
 _BLOCK = 1 << 20
 
@@ -187,7 +186,7 @@ def _to_filter(keys: Mapping[str, str]) -> tuple[InstanceFilter, bool]:
 
 def _options(tag: str, wanted: str) -> list[str]:
     """Return the alternatives of a list of values. In a text such as a description, a comma belongs to the value."""
-    is_text = dictionary_VR(int(tag, 16)) in ("LO", "SH")
+    is_text = vr_of(tag) in ("LO", "SH")
     return re.split(r"\\" if is_text else r"[,\\]", wanted)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.tag import Tag
@@ -54,6 +54,11 @@ def tag_of(name: str) -> str | None:
         return name.upper()
     tag = tag_for_keyword(name)
     return None if tag is None else f"{tag:08X}"
+
+
+def vr_of(tag: str) -> str:
+    """Return the value representation of a public tag of eight hexadecimal digits, such as "DA"."""
+    return dictionary_VR(int(tag, 16))
 
 
 _read_explicit = partial(read_dataset, is_implicit_VR=False, is_little_endian=True)
