@@ -202,7 +202,7 @@ The methods:
   coarse noise in pixels, without latents and without diffusion. The training starts from the inner layers of the
   denoiser of `{bundle}` and takes {denoising_autoencoder_budget}, fewer than those of the other autoencoders.
 - **Dense, spatial and variational autoencoder** (Baur et al. 2021): trained from random weights with
-  {autoencoder_budget}, as many as in the last training of `{name}`.{texts.budget}
+  {autoencoder_budget}, as many as in the last training of `{name}`.{texts.budget}{not_measured}
 - **VQ-VAE**: the difference between a slice and its reconstruction by the VQ-VAE of `{bundle}`.
 - **Mean healthy slice** and **intensity threshold**: no network. The map is the difference from the mean training
   slice, or the intensity ({texts.intensity}).
@@ -228,11 +228,13 @@ def page(document: Comparison) -> str:
 def _introduction(document: Comparison) -> str:
     name = document.bundle.rpartition("-")[0]
     simulated = document.simulated_ml
+    has_autoencoders = any(method.startswith("variational autoencoder") for method in document.methods)
     fields = document.model_dump(exclude={"methods", "bundle_sha256", "paper_sha256"})
     text = INTRODUCTION.format(
         **fields,
         name=name,
         texts=TEXTS[name],
+        not_measured="" if has_autoencoders else " They are not measured yet.",
         simulated="" if simulated is None else f", and at most {simulated:g} ml if another scanner is simulated",
         resampled="subjects and lesion shapes" if name == "t1" else "subjects",
     )

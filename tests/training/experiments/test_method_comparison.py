@@ -352,6 +352,13 @@ def test_page_without_results_has_only_the_introduction() -> None:
     assert "| method" not in page(document())
 
 
+def test_page_states_that_the_autoencoders_are_not_measured_yet() -> None:
+    text = "They are not measured yet."
+    assert text in page(document(own=result(0.75)))
+    measured = {"own": result(0.75), "variational autoencoder, 4 views": result(0.5)}
+    assert text not in page(document(**measured))
+
+
 @pytest.mark.parametrize("bundle", ["flair-1.0.0", "headct-1.0.0"])
 def test_page_of_a_bundle_without_other_scanners(bundle: str) -> None:
     """No simulated scanner determines its threshold, and it has no column for other scanners."""
