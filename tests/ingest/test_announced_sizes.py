@@ -14,7 +14,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLS
 
 from app.errors import TooManyVoxels, TruncatedFile, UnsafeArchive
 from app.ingest.dicom.codestream import announced_size
-from app.ingest.dicom.files import check_deflated
+from app.ingest.dicom.deflated import check_deflated
 from app.ingest.dicom.mosaic import MAX_TILES
 from app.ingest.reader import DEFAULT_LIMITS, Limits
 from app.volume import Volume

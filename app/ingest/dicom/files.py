@@ -3,21 +3,21 @@
 import hashlib
 import math
 import secrets
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pydicom
-from pydicom.filereader import read_dataset, read_partial, read_preamble
+from pydicom.filereader import read_partial
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, MediaStorageDirectoryStorage
+from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from app.dicom_attributes import functional_group, numbers, optional_numbers, text, texts
-from app.errors import CounterpartError, UnsafeArchive
+from app.errors import CounterpartError
+from app.ingest.dicom.deflated import check_deflated
 from app.ingest.dicom.geometry import AcquisitionKey, Plane
 from app.ingest.dicom.mosaic import MOSAIC_TAGS, locate_tiles
-from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits, is_blank
+from app.ingest.limits import HEAD_BYTES, Limits, is_blank
 
 # Compared to find two patients in one upload. Their values never leave this module.
 _PATIENT = ("PatientID", "PatientName", "PatientBirthDate")
@@ -61,9 +61,7 @@ _DIXON = {
     **dict.fromkeys(("IP", "IN_PHASE", "IN PHASE", "INPHASE"), "in phase"),
     **dict.fromkeys(("OP", "OPP_PHASE", "OUT_PHASE", "OUT_OF_PHASE", "OUT OF PHASE", "OUTPHASE"), "out of phase"),
 }
-# Images are deflated to a tenth or, if they are mostly background, to a hundredth. Small files may be empty.
-MAX_INFLATION, MIN_BOMB_BYTES = 100, 1 << 26
-META_GROUP, PIXEL_GROUP = 0x0002, 0x7FE0
+PIXEL_GROUP = 0x7FE0
 # Key of the hashes of patient details: they are different in each process, and never stored.
 _HASH_KEY = secrets.token_bytes(32)
 
@@ -246,45 +244,6 @@ def _series_uid(path: Path) -> str:
             return text(dataset, "SeriesInstanceUID")
     except Exception:  # noqa: BLE001 - as in `_read_header`
         return ""
-
-
-def check_deflated(path: Path, max_inflated_bytes: int, limits: Limits) -> int:
-    """Check the size of a deflated data set before pydicom inflates it in one piece.
-
-    Returns
-    -------
-    int
-        Bytes after inflating, or 0 if the file is not deflated.
-
-    Raises
-    ------
-    UnsafeArchive
-        If it inflates to more than `max_inflated_bytes`, or to more than `MAX_INFLATION` times its size.
-    """
-    with path.open("rb") as file:
-        read_preamble(file, force=True)
-        meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=_is_after_meta)
-        if meta.get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
-            return 0
-        most = min(max_inflated_bytes, max(MIN_BOMB_BYTES, MAX_INFLATION * path.stat().st_size))
-        inflater, count = zlib.decompressobj(-zlib.MAX_WBITS), 0
-        # At the end of the stream, `unconsumed_tail` may keep the padding byte of the file.
-        while not inflater.eof and (chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES)):
-            count += len(inflater.decompress(chunk, CHUNK_BYTES))
-            if count > most:
-                found = f"The deflated DICOM files inflate to more than {limits.max_inflated_bytes / 1e6:.0f} MB."
-                if most < max_inflated_bytes:
-                    found = f"A deflated DICOM file inflates to more than {MAX_INFLATION} times its size."
-                raise UnsafeArchive(
-                    found,
-                    expected="a DICOM series.",
-                    advice="Export the series without compression.",
-                )
-        return count
-
-
-def _is_after_meta(tag: BaseTag, _vr: str | None, _length: int) -> bool:
-    return tag.group != META_GROUP
 
 
 def _parse_header(path: Path, dataset: pydicom.Dataset, limits: Limits) -> Header:

@@ -1,11 +1,8 @@
 """Single DICOM instances for DICOMweb: their identity, their attributes as DICOM JSON, and their frames."""
 
 import math
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ import numpy as np
 import pydicom
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.encaps import get_frame
-from pydicom.filereader import read_dataset, read_preamble
 from pydicom.tag import Tag
 from pydicom.uid import (
     UID,
@@ -29,7 +25,7 @@ from pydicom.uid import (
 )
 
 from app.dicom_attributes import silence_libraries
-from app.ingest.dicom.files import META_GROUP, check_deflated
+from app.ingest.dicom.deflated import check_deflated, read_first_elements
 from app.ingest.limits import DEFAULT_LIMITS
 
 # SOP classes that `POST /dicomweb/studies` stores.
@@ -61,7 +57,6 @@ def vr_of(tag: str) -> str:
     return dictionary_VR(int(tag, 16))
 
 
-_read_explicit = partial(read_dataset, is_implicit_VR=False, is_little_endian=True)
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 
 
@@ -89,23 +84,13 @@ def identify(path: Path) -> Instance | None:
         is_deflated = check_deflated(path, DEFAULT_LIMITS.max_inflated_bytes, DEFAULT_LIMITS) > 0
         with silence_libraries():
             if is_deflated:
-                dataset = _read_deflated_uids(path)
+                dataset = read_first_elements(path, [Tag(name) for name in _UIDS], UID_BYTES)
             else:
                 dataset = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_UIDS))
             values = [str(dataset[name].value) for name in _UIDS]
     except Exception:  # noqa: BLE001 - for a damaged header, pydicom raises whatever its parts raise
         return None
     return Instance(*values) if all(UID(value).is_valid for value in values) else None
-
-
-def _read_deflated_uids(path: Path) -> pydicom.Dataset:
-    """Return the UIDs of a deflated file. pydicom would inflate the whole file in memory."""
-    with path.open("rb") as file:
-        read_preamble(file, force=False)
-        _read_explicit(file, stop_when=lambda tag, *_: tag.group != META_GROUP)
-        start = zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(UID_BYTES), UID_BYTES)
-    last = Tag("SeriesInstanceUID")
-    return _read_explicit(BytesIO(start), stop_when=lambda tag, *_: tag > last, specific_tags=list(map(Tag, _UIDS)))
 
 
 def read_attributes(path: Path, keywords: Collection[str] | None = None) -> DicomJson:

@@ -33,7 +33,7 @@ from pydicom.uid import (
 
 from app.dicom_attributes import silence_libraries, text
 from app.errors import CounterpartError, InvalidHeader
-from app.ingest.dicom.files import check_deflated
+from app.ingest.dicom.deflated import check_deflated
 from app.ingest.limits import DEFAULT_LIMITS
 
 STORAGE_CLASSES = (
