@@ -7,13 +7,13 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
 from isal import isal_zlib
 
 from app.errors import TruncatedFile, UnreadableScan, UnsafeArchive
-from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits
+from app.ingest.limits import CHUNK_BYTES, HEAD_BYTES, Limits, is_blank
 from app.ingest.nifti import HEADER_SUFFIX, IMAGE_SUFFIX, is_pair_header, split_name
 from app.ingest.volume_file import GZIP_SIGNATURE, InflateError
 
@@ -43,7 +43,7 @@ def unpack(path: Path, scratch: Path, limits: Limits, is_image: Callable[[bytes]
     limits : Limits
         Limits on files and bytes; bytes are counted while they are inflated.
     is_image : callable
-        Return True if a file with these first `HEAD_BYTES` bytes is extracted. An empty file has none.
+        Return True if a file with these first `HEAD_BYTES` bytes (at least one) is extracted.
 
     Returns
     -------
@@ -106,7 +106,8 @@ def _check_directory(file: IO[bytes], limits: Limits) -> None:
 
 
 def _extract(archive: zipfile.ZipFile, scratch: Path, limits: Limits, is_image: Callable[[bytes], bool]) -> list[Path]:
-    entries = [entry for entry in archive.infolist() if not entry.is_dir() and not _is_link(entry)]
+    # Some programs of Windows write folders as names that end with a backslash.
+    entries = [e for e in archive.infolist() if not e.is_dir() and not e.filename.endswith("\\") and not _is_link(e)]
     if len(entries) > limits.max_files:
         _refuse(f"The archive contains {len(entries)} files. At most {limits.max_files} are accepted.")
     if any(entry.flag_bits & _ENCRYPTED for entry in entries):
@@ -116,20 +117,36 @@ def _extract(archive: zipfile.ZipFile, scratch: Path, limits: Limits, is_image: 
     scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="unpacked-", dir=scratch))
     remaining, files = limits.max_inflated_bytes, []
+    endings: set[str] = set()
+    blank: list[tuple[Path, str]] = []
     pairs = _find_pairs(archive, entries)
     for number, entry in enumerate(entries):
         name = pairs.get(number, "")
         with archive.open(entry) as source:
             _use_igzip(source, entry)
             head = source.read(HEAD_BYTES)
-            if not (name or is_image(head)):
+            target, suffix = folder / (name or f"{number:06d}"), ending(entry.filename)
+            if not (name or (head and is_image(head))):
+                if is_blank(head):
+                    blank.append((target, suffix))
                 continue
-            target = folder / (name or f"{number:06d}")
+            endings.add(suffix)
             if entry.file_size > remaining:  # as the directory states; `_copy` counts what comes
                 _refuse_size(limits)
             remaining -= _copy(head, source, target, remaining, limits)
         files.append(target)
+    # A file without content may be a lost image if it is named like one. It is made empty, so that it is counted.
+    for target, suffix in blank:
+        if suffix in endings:
+            target.touch()
+            files.append(target)
     return files
+
+
+def ending(name: str) -> str:
+    """Return the suffix of a file name in lower case, or nothing for a number: the end of a UID is not a suffix."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return "" if suffix[1:].isdigit() else suffix
 
 
 def _find_pairs(archive: zipfile.ZipFile, entries: Sequence[zipfile.ZipInfo]) -> dict[int, str]:

@@ -307,8 +307,9 @@ def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
     images = {image for path in files if (image := nifti.find_image(path))}
     blank = {path for path in files if path not in images and is_blank(_read_head(path))}
     results, lone_header = 0, None
+    skipped = images | blank
     for path in files:
-        if path in images | blank:
+        if path in skipped:
             continue
         try:
             reader = _find_reader(path)
@@ -320,8 +321,9 @@ def _read_files(files: Iterable[Path], options: ReadOptions) -> Scan:
             lone_header = error if nifti.is_pair_header(read_inflated_head(path)) else lone_header
         except CounterpartError:
             continue
-    if found["dicom"]:
-        found["dicom"] += sorted(blank)  # the reader of the series counts them as damaged
+    # A file without content may be an image of the series only if it is named like one. The reader counts it.
+    endings = {archive.ending(path.name) for path in found["dicom"]}
+    found["dicom"] += sorted(path for path in blank if archive.ending(path.name) in endings)
     scans = [(reader, found[reader.format]) for reader in READERS if found[reader.format]]
     if not scans and lone_header:
         raise lone_header
@@ -371,11 +373,10 @@ def _find_reader(path: Path) -> Reader:
 def _is_extracted(head: bytes) -> bool:
     """Return True if a file of a zip is extracted; a zip inside a zip is not.
 
-    The lone header of a pair is extracted, so that the error can name it. A file without content is extracted, so that
-    it is counted.
+    The lone header of a pair is extracted, so that the error can name it.
     """
     try:
-        return is_blank(head) or nifti.is_pair_header(head) or detect_format(head) != "zip"
+        return nifti.is_pair_header(head) or detect_format(head) != "zip"
     except NotAnImageFormat:
         return False
 

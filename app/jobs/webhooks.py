@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.dialects import postgresql, sqlite
 
 from app.jobs.database import create_tables, workflow_table
@@ -29,6 +30,11 @@ OVERLAP = 600_000
 # Days for which delivered and given-up rows are kept.
 KEEP_DELIVERED_DAYS, KEEP_DEAD_DAYS = 7, 90
 DAY = 86_400_000
+# Longest step of the clock back after which ended jobs are searched from the earlier time. It is shorter than
+# `KEEP_DELIVERED_DAYS`, so that a row still excludes each job that was sent.
+MAX_BACK = 6 * DAY
+
+log = structlog.get_logger("counterpart.webhooks")
 ENDED_STATUSES = tuple(status for status, state in STATES.items() if state in ENDED_STATES)
 
 metadata = sa.MetaData()
@@ -99,6 +105,7 @@ class Outbox:
 
     def __init__(self, database: sa.Engine) -> None:
         self._database = database
+        self._waits = False
         self._insert = postgresql.insert if database.dialect.name == "postgresql" else sqlite.insert
 
     def create_tables(self) -> None:
@@ -114,12 +121,27 @@ class Outbox:
                 first = self._insert(cursor_table).values(name=CURSOR, value=start)
                 connection.execute(first.on_conflict_do_nothing())
                 return
-            rows = self._find_ended(connection, min(cursor, start) - OVERLAP, targets)
-            if rows:
-                connection.execute(self._insert(table).on_conflict_do_nothing(), rows)
+            if cursor - start <= MAX_BACK:
+                rows = self._find_ended(connection, min(cursor, start) - OVERLAP, targets)
+                if rows:
+                    connection.execute(self._insert(table).on_conflict_do_nothing(), rows)
+            elif self._has_ended_since(connection, start + OVERLAP):
+                # The clock is behind now. It must not make jobs due whose rows are deleted, or that never had one.
+                if not self._waits:
+                    log.warning("webhooks wait, because jobs ended later than the present time of the clock")
+                self._waits = True
+                return
+            self._waits = False
             # Seldom, because each update is a synced write. A cursor in the future is from a clock that was ahead.
             if abs(start - cursor) > OVERLAP:
                 connection.execute(cursor_table.update().where(cursor_table.c.value == cursor).values(value=start))
+
+    def _has_ended_since(self, connection: sa.Connection, since: int) -> bool:
+        workflows = workflow_table(self._database).c
+        newest = sa.select(sa.func.max(workflows.updated_at)).where(
+            workflows.name == WORKFLOW, workflows.status.in_(ENDED_STATUSES)
+        )
+        return int(connection.execute(newest).scalar_one() or 0) > since
 
     def _find_ended(self, connection: sa.Connection, since: int, targets: Sequence[str]) -> list[dict[str, object]]:
         """Return the rows of the jobs that ended since a time and have none."""

@@ -252,7 +252,9 @@ class JobService:
         # This comes after the list: the deliveries of a job are planned before it ends.
         undelivered = self.queue.deliveries.find_undelivered()
         sizes = self._store.sizes() if self._limits.keep_gb else {}
-        expired = select_expired([job for job in ended if job.id not in undelivered], sizes, self._limits)
+        # The sizes of undelivered jobs do not count, or every other job would be erased in their place.
+        delivered_sizes = {job: size for job, size in sizes.items() if job not in undelivered}
+        expired = select_expired([job for job in ended if job.id not in undelivered], delivered_sizes, self._limits)
         for job in expired:
             with suppress(errors.NotFound):  # another process has erased it
                 self.queue.erase(job)

@@ -39,7 +39,7 @@ ACCEPTED = "accepted"
 UNKNOWN_SENDER = Sender("unknown", "")
 ERASED_NOTE = "An earlier part of this series, or the whole series, was erased with its job."
 REFUSED_NOTE = "The DICOM node refused {count} of the images of this series. The series may be incomplete."
-INTERRUPTED_NOTE = "A transfer of this series was interrupted. The series may be incomplete."
+INTERRUPTED_NOTE = "An association that sent this series did not end normally. The series may be incomplete."
 
 DEFAULT_REQUEST = AnalysisRequest()
 

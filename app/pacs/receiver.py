@@ -183,6 +183,8 @@ class Receiver:
     def _begin(self, event: evt.Event) -> None:
         self._transfers[event.assoc] = Transfer()
         self._metrics.associations.labels("accepted").inc()
+        # pynetdicom reports the end of a connection only if its own threads met no fault.
+        threading.Thread(target=self._abort, args=(event.assoc,), daemon=True).start()
 
     def _release(self, event: evt.Event) -> None:
         transfer = self._close(event.assoc, "released")
@@ -191,15 +193,13 @@ class Receiver:
             self._spool.end_series(transfer.series.difference(*others))
 
     def _end(self, event: evt.Event) -> None:
-        """Close an association whose connection ended without a release."""
+        """End an association whose connection ended before its request."""
         if event.assoc.requestor.primitive is None:
             # Its thread would wait for the request until the time-out.
             event.assoc.dul.to_user_queue.put(None)  # type: ignore[arg-type]  # as after the time-out
-        if event.assoc in self._transfers:
-            threading.Thread(target=self._abort, args=(event.assoc,), daemon=True).start()
 
     def _abort(self, association: Association) -> None:
-        """Close an association after its last event, unless it is a release, and remove its unfinished data set."""
+        """Close an association at the end of its thread, unless it was released, and remove its unfinished data set."""
         association.join()  # it may still store an instance, or answer a release
         if self._close(association, "aborted") is not None:
             _discard_unfinished(association)
@@ -264,15 +264,17 @@ class Receiver:
             identifiers = read_identifiers(path)
         except CounterpartError as error:
             log.warning("instance refused", code=error.code)
+            self._note_refusal(event, None, transfer.name)
             return CANNOT_UNDERSTAND
         except OSError as error:
             log.warning("instance not stored", **error_location(error))
+            self._note_refusal(event, None, transfer.name)
             return OUT_OF_RESOURCES
         status = self._keep(event, path, identifiers, transfer.name)
         if status == SUCCESS:
             transfer.series.add(identifiers.series_key)
         else:
-            self._note_refusal(event, identifiers)
+            self._note_refusal(event, identifiers, transfer.name)
         return status
 
     def _keep(self, event: evt.Event, path: Path, identifiers: Identifiers, association: str) -> int:
@@ -289,12 +291,16 @@ class Receiver:
             return OUT_OF_RESOURCES
         return SUCCESS
 
-    def _note_refusal(self, event: evt.Event, identifiers: Identifiers) -> None:
+    def _note_refusal(self, event: evt.Event, identifiers: Identifiers | None, association: str) -> None:
         """Note that the series misses an instance, by the UID under which its sender will send it again."""
         request = event.request
         assert isinstance(request, C_STORE)
+        announced = Identifiers("", str(request.AffectedSOPInstanceUID), "", "")
         try:
-            self._spool.refuse(replace(identifiers, instance=str(request.AffectedSOPInstanceUID)))
+            if identifiers is None:
+                self._spool.refuse_unreadable(association, announced.instance_key)
+            else:
+                self._spool.refuse(replace(identifiers, instance=announced.instance))
         except OSError as error:
             log.warning("refusal not noted", **error_location(error))
 

@@ -261,14 +261,34 @@ class Spool:
     def refuse(self, identifiers: Identifiers) -> None:
         """Note that an instance is refused, until it arrives. Its sender still sends, so the quiet time begins again.
 
-        An instance that arrived before is not missing, so there is no note.
+        An instance that arrived before is not missing, so there is no note. A refusal that is repeated does not delay
+        the series again.
         """
-        key = identifiers.series_key
         with self._mutex:
-            if key in self._arrivals:
-                self._arrivals[key] = time.monotonic()
-            if identifiers.instance_key not in self._known_instances(key):
-                _mark(self._refused / key / identifiers.instance_key)
+            self._note_refusal(identifiers.series_key, identifiers.instance_key)
+
+    def refuse_unreadable(self, association: str, instance: str) -> None:
+        """Note that an instance is refused whose series cannot be read: it counts for the series that is being sent.
+
+        Parameters
+        ----------
+        association : str
+            Name of the association.
+        instance : str
+            Key of the instance.
+        """
+        with self._mutex:
+            series = self._open.get(association)
+            if series:
+                self._note_refusal(_last(series), instance)
+
+    def _note_refusal(self, key: str, instance: str) -> None:
+        path = self._refused / key / instance
+        if path.exists() or instance in self._known_instances(key):
+            return
+        _mark(path)
+        if key in self._arrivals:
+            self._arrivals[key] = time.monotonic()
 
     def end_association(self, association: str, *, released: bool) -> None:
         """Note the end of an association that sent instances.
@@ -302,6 +322,8 @@ class Spool:
         """
         key = _last(series)
         (self._transfers / key / association).unlink(missing_ok=True)
+        if not _names(self._transfers / key):
+            return  # there is no other mark, and the next lines take long for a series of many images
         if self._known_instances(key) <= series[key]:
             shutil.rmtree(self._transfers / key, ignore_errors=True)
             # One of the others may be the broken connection, which ends only after a time-out.

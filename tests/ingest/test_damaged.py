@@ -1,5 +1,6 @@
 """Damaged files: those of other series are left out, and one of the series is refused."""
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,30 @@ def test_files_without_content_are_counted_and_warned_of(
         assert scan.source.warnings == (
             "Damaged or empty files were left out: 3. If they belong to this series, a part of the head is missing.",
         )
+
+
+def test_empty_files_that_are_not_named_like_the_images_need_no_warning(
+    tmp_path: Path, read_scan: Read, volume: Volume
+) -> None:
+    """Programs leave empty marks and locks beside the images, and folders as names that end with a backslash."""
+    paths = write_series(tmp_path / "s", volume)
+    for path in paths:
+        path.rename(path.with_name(f"1.2.{path.stem}.7"))
+    files = [*(tmp_path / "s").iterdir(), tmp_path / "s" / "viewer.lock"]
+    files[-1].touch()
+    packed = zip_files(tmp_path / "s.zip", files)
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr("images\\", b"")
+    for scan in (read_scan(tmp_path / "s"), read_scan(packed)):
+        assert (scan.volume.shape[2], scan.source.notes, scan.source.warnings) == (14, (), ())
+
+
+def test_an_empty_file_with_another_uid_as_its_name_is_counted(tmp_path: Path, read_scan: Read, volume: Volume) -> None:
+    paths = write_series(tmp_path / "s", volume)
+    for number, path in enumerate(paths):
+        path.rename(path.with_name(f"1.2.{number}"))
+    (tmp_path / "s" / "1.2.13").write_bytes(b"")
+    assert read_scan(tmp_path / "s").source.notes == (LEFT_OUT,)
 
 
 def test_an_empty_file_in_the_middle_of_the_head_is_named_as_a_possible_slice(

@@ -17,7 +17,7 @@ from app.pacs.handover import INTERRUPTED_NOTE, REFUSED_NOTE
 from app.pacs.receiver import Receiver, ReceiverOptions
 from tests.pacs.support import HandOverCase, hand_over_case, make_slices, read_note
 
-SUCCESS, OUT_OF_RESOURCES, WRONG_CLASS = 0x0000, 0xA700, 0xA900
+SUCCESS, OUT_OF_RESOURCES, WRONG_CLASS, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000
 
 
 class Node:
@@ -115,6 +115,26 @@ def test_images_beyond_the_limit_of_a_series_are_in_the_note(node: Node) -> None
     node.case.spool._max_files = 3
     assert node.send(*make_slices()) == [SUCCESS] * 3 + [OUT_OF_RESOURCES]
     assert node.hand_over() == [REFUSED_NOTE.format(count=1)]
+
+
+def test_an_image_whose_header_cannot_be_read_counts_for_the_series_of_its_association(node: Node) -> None:
+    slices = make_slices()
+    series = slices[2].SeriesInstanceUID
+    del slices[2].SeriesInstanceUID
+    assert node.send(*slices) == [SUCCESS, SUCCESS, CANNOT_UNDERSTAND, SUCCESS]
+    assert node.hand_over() == [REFUSED_NOTE.format(count=1)]
+    slices[2].SeriesInstanceUID = series
+    node.send(*slices)
+    assert node.hand_over() == [""]
+
+
+def test_a_sender_that_repeats_a_refused_image_does_not_delay_its_series(node: Node) -> None:
+    slices = make_slices()
+    node.send(*slices[:3])
+    node.send(slices[3], full=True)
+    before = dict(node.case.spool._arrivals)
+    node.send(slices[3], full=True)
+    assert node.case.spool._arrivals == before
 
 
 def test_a_data_set_of_another_instance_counts_until_the_announced_one_arrives(
