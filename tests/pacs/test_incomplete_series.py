@@ -125,7 +125,9 @@ def test_an_image_whose_header_cannot_be_read_counts_for_the_series_of_its_assoc
     assert node.hand_over() == [REFUSED_NOTE.format(count=1)]
     slices[2].SeriesInstanceUID = series
     node.send(*slices)
-    assert node.hand_over() == [""]
+    (note,) = node.hand_over()
+    assert "refused" not in note
+    assert "analysed it without 1 of these images" in note
 
 
 def test_a_sender_that_repeats_a_refused_image_does_not_delay_its_series(node: Node) -> None:
