@@ -356,7 +356,7 @@ def test_page_states_that_the_autoencoders_are_not_measured_yet() -> None:
     text = "They are not measured yet."
     assert text in page(document(own=result(0.75)))
     measured = {"own": result(0.75), "variational autoencoder, 4 views": result(0.5)}
-    assert text not in page(document(**measured))
+    assert text not in page(document().model_copy(update={"methods": measured}))
 
 
 @pytest.mark.parametrize("bundle", ["flair-1.0.0", "headct-1.0.0"])
