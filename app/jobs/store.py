@@ -165,10 +165,10 @@ class Store:
 
     def commit_upload(self, upload: Upload, job: str) -> None:
         """Make an upload the scan of a job. When this returns, the scan survives a power failure."""
-        _sync(*upload.folder.iterdir(), upload.folder)
+        sync_to_disk(*upload.folder.iterdir(), upload.folder)
         self._job_folder(job).mkdir()
         upload.folder.rename(self._job_folder(job) / "scan")
-        _sync(self._job_folder(job), self.root / "jobs")
+        sync_to_disk(self._job_folder(job), self.root / "jobs")
 
     def scan_path(self, job: str) -> Path:
         """Return the path of a job's scan for the reader: its only file, or the folder of its files."""
@@ -201,9 +201,9 @@ class Store:
             Another worker has started an attempt in the meantime, or the job was erased.
         """
         name = f"{INTERMEDIATE_PREFIX}{uuid4().hex}"
-        _sync(file)
+        sync_to_disk(file)
         file.rename(self._job_folder(job) / name)
-        _sync(self._job_folder(job))
+        sync_to_disk(self._job_folder(job))
         return name
 
     def load_intermediate(self, job: str, name: str) -> Path | None:
@@ -246,13 +246,13 @@ class Store:
             shutil.rmtree(source, ignore_errors=True)
             return
         try:
-            _sync(*source.iterdir(), source)
+            sync_to_disk(*source.iterdir(), source)
             source.rename(results)
         except OSError:
             # A slow worker that lost its lease may have published between the check and the rename.
             if not results.exists():
                 raise
-        _sync(self._job_folder(job))
+        sync_to_disk(self._job_folder(job))
 
     def fetch(self, job: str, name: str) -> StoredFile | None:
         """Return a published file, or None if it does not exist. The caller closes it."""
@@ -323,7 +323,7 @@ class Store:
             self._job_folder(job).rename(self.root / "trash" / f"{job}.{uuid4().hex}")
         except FileNotFoundError:
             return
-        _sync(self._job_folder(job).parent, self.root / "trash")
+        sync_to_disk(self._job_folder(job).parent, self.root / "trash")
 
     def clear_erased(self, job: str) -> None:
         """Free the disk space of a job being erased.
@@ -419,8 +419,11 @@ def file_or_folder(folder: Path) -> Path:
     return folder if (folder / "000001").exists() else folder / "000000"
 
 
-def _sync(*paths: Path) -> None:
+def sync_to_disk(*paths: Path) -> None:
     """Force files and directory entries to disk, in parallel, because a thousand slices one by one take seconds."""
+    if len(paths) == 1:
+        _sync_one(*paths)
+        return
     with ThreadPoolExecutor(min(len(paths), SYNC_THREADS)) as pool:
         list(pool.map(_sync_one, paths))
 

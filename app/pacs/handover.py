@@ -19,8 +19,9 @@ from app.jobs.audit import BEGUN, AuditEntry
 from app.jobs.job import Job
 from app.jobs.queue import JobQueue
 from app.jobs.store import Store, Upload
+from app.pacs.incomplete import TransferFaults
 from app.pacs.metrics import NodeMetrics
-from app.pacs.spool import Batch, HandedSeries, Sender, Spool, TransferFaults, hash_file
+from app.pacs.spool import Batch, HandedSeries, Sender, Spool, hash_file
 
 log = structlog.get_logger("counterpart.node")
 

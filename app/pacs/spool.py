@@ -7,8 +7,8 @@
     node/batches/<series>.<random>/      instances on their way into one job, taken by one rename
     node/senders/<series>.json           callers that sent instances of a series that is not a job yet
     node/handed/<series>.json            last job of the series, and the hashes of its instances
-    node/refused/<series>/<instance>     empty file: the instance was refused, and did not arrive later
-    node/transfers/<series>/<name>       empty file: an association began to send the series and did not end normally
+
+`app.pacs.incomplete` adds the marks of series that may be incomplete.
 
 The names are hashes of UIDs, because a peer can send any text as a UID. A file is never changed after its rename.
 One process at a time uses a spool.
@@ -17,7 +17,6 @@ One process at a time uses a spool.
 import fcntl
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import threading
@@ -32,6 +31,8 @@ import structlog
 
 from app.errors import AddressUnavailable, UploadTooLarge
 from app.ingest.dicom.storage import Identifiers
+from app.jobs.store import sync_to_disk
+from app.pacs.incomplete import TransferFaults, TransferMarks
 
 log = structlog.get_logger("counterpart.node")
 
@@ -101,22 +102,6 @@ class HandedSeries:
     caution: str = ""
 
 
-@dataclass(frozen=True)
-class TransferFaults:
-    """Reasons why a series may be incomplete.
-
-    Attributes
-    ----------
-    refused : int
-        Number of refused instances that did not arrive later.
-    interrupted : bool
-        An association with instances of the series did not end normally, and no other one repeated the series.
-    """
-
-    refused: int
-    interrupted: bool
-
-
 class Spool:
     """Folder of received instances. All methods can be called by several threads.
 
@@ -145,18 +130,9 @@ class Spool:
         self.receiving = root / "receiving"
         self._series, self._batches, self._handed = root / "series", root / "batches", root / "handed"
         self._senders = root / "senders"
-        self._refused, self._transfers = root / "refused", root / "transfers"
         self.max_bytes, self._max_files = max_mb * MIB, max_files
         self._mutex = threading.Lock()
-        for folder in (
-            self.receiving,
-            self._series,
-            self._batches,
-            self._senders,
-            self._handed,
-            self._refused,
-            self._transfers,
-        ):
+        for folder in (self.receiving, self._series, self._batches, self._senders, self._handed):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock_file = _lock(root / "lock")
         for path in self.receiving.iterdir():
@@ -167,8 +143,7 @@ class Spool:
         now = time.monotonic()
         self._arrivals = {folder.name: now for folder in self._series.iterdir()}
         self._sizes = {key: _size(self._series / key) for key in self._arrivals}
-        # For each open association: the keys of its instances, by series. The series that it sends now is the last one.
-        self._open: dict[str, dict[str, set[str]]] = {}
+        self._marks = TransferMarks(root, self._known_instances)
 
     def close(self) -> None:
         """Let another process use the spool."""
@@ -194,11 +169,11 @@ class Spool:
             The series would have too many files or bytes.
         """
         key, size = identifiers.series_key, path.stat().st_size
-        _sync(path)
+        sync_to_disk(path)
         with self._mutex:
             self._check_size(key, size)
             if association is not None:
-                self._begin_transfer(association, key)
+                self._marks.begin(association, key)
             self._add_sender(key, sender)
             folder = self._series / key
             is_new = not folder.exists()
@@ -206,13 +181,11 @@ class Spool:
             target = folder / identifiers.instance_key
             replaced = target.stat().st_size if target.exists() else None
             path.replace(target)
-            _sync(folder, *((self._series,) if is_new else ()))
+            sync_to_disk(folder, *((self._series,) if is_new else ()))
             files, total = self._sizes.get(key, (0, 0))
             self._sizes[key] = (files + (replaced is None), total + size - (replaced or 0))
             self._arrivals[key] = time.monotonic()
-            (self._refused / key / identifiers.instance_key).unlink(missing_ok=True)
-            if association is not None:
-                self._open[association][key].add(identifiers.instance_key)
+            self._marks.arrive(key, identifiers.instance_key, association)
 
     def _add_sender(self, key: str, sender: Sender) -> None:
         known = self.read_senders(key)
@@ -238,9 +211,9 @@ class Spool:
         """Write a JSON file, which exists completely or not at all after a power failure."""
         part = path.with_suffix(".part")
         part.write_text(json.dumps(document))
-        _sync(part)
+        sync_to_disk(part)
         part.rename(path)
-        _sync(path.parent)
+        sync_to_disk(path.parent)
 
     def _check_size(self, key: str, size: int) -> None:
         files, total = self._sizes.get(key, (0, 0))
@@ -265,7 +238,7 @@ class Spool:
         the series again.
         """
         with self._mutex:
-            self._note_refusal(identifiers.series_key, identifiers.instance_key)
+            self._refuse(identifiers.series_key, identifiers.instance_key)
 
     def refuse_unreadable(self, association: str, instance: str) -> None:
         """Note that an instance is refused whose series cannot be read: it counts for the series that is being sent.
@@ -278,16 +251,12 @@ class Spool:
             Key of the instance.
         """
         with self._mutex:
-            series = self._open.get(association)
-            if series:
-                self._note_refusal(_last(series), instance)
+            series = self._marks.current_series(association)
+            if series is not None:
+                self._refuse(series, instance)
 
-    def _note_refusal(self, key: str, instance: str) -> None:
-        path = self._refused / key / instance
-        if path.exists() or instance in self._known_instances(key):
-            return
-        _mark(path)
-        if key in self._arrivals:
+    def _refuse(self, key: str, instance: str) -> None:
+        if self._marks.refuse(key, instance) and key in self._arrivals:
             self._arrivals[key] = time.monotonic()
 
     def end_association(self, association: str, *, released: bool) -> None:
@@ -297,55 +266,29 @@ class Spool:
         series begins again, because the sender usually sends again.
         """
         with self._mutex:
-            series = self._open.pop(association, {})
             if released:
-                if series:
-                    self._end_transfer(association, series)
+                self._marks.release(association)
                 return
-            for key in series.keys() & self._arrivals.keys():
+            for key in self._marks.abort(association, self._arrivals.__contains__):
                 self._arrivals[key] = time.monotonic()
-                _mark(self._transfers / key / association)
-
-    def _begin_transfer(self, association: str, key: str) -> None:
-        series = self._open.setdefault(association, {})
-        if series and _last(series) != key:
-            self._end_transfer(association, series)
-        series[key] = series.pop(key, set())  # the last one
-        _mark(self._transfers / key / association)
-
-    def _end_transfer(self, association: str, series: dict[str, set[str]]) -> None:
-        """Remove the mark of the last series of an association: its transfer ended normally.
-
-        The marks of other associations are removed only if this one sent every instance of the series that the spool
-        knows. Then the sender has repeated the whole series. An association that sent only the rest is no proof,
-        because a sender may leave out the instance at which its association was aborted.
-        """
-        key = _last(series)
-        (self._transfers / key / association).unlink(missing_ok=True)
-        if not _names(self._transfers / key):
-            return  # there is no other mark, and the next lines take long for a series of many images
-        if self._known_instances(key) <= series[key]:
-            shutil.rmtree(self._transfers / key, ignore_errors=True)
-            # One of the others may be the broken connection, which ends only after a time-out.
-            for other in self._open.values():
-                if other is not series:
-                    other.pop(key, None)
 
     def _known_instances(self, key: str) -> set[str]:
         """Return the keys of the instances of a series that wait, or that are in its last job."""
-        folders = (self._series / key, *self._batches.glob(f"{key}.*"))
         handed = self.read_handed(key)
-        return set(handed.instances if handed is not None else ()).union(*map(_names, folders))
+        known = set(handed.instances if handed is not None else ())
+        for folder in (self._series / key, *self._batches.glob(f"{key}.*")):
+            with suppress(FileNotFoundError):
+                known |= {path.name for path in folder.iterdir()}
+        return known
 
     def read_faults(self, key: str) -> TransferFaults:
         """Return the reasons why a series may be incomplete."""
-        return TransferFaults(len(_names(self._refused / key)), bool(_names(self._transfers / key)))
+        return self._marks.read(key)
 
     def _forget_faults(self, key: str) -> None:
         """Remove the marks of a series, unless instances of it wait."""
         if not self._waits(key):
-            for folder in (self._refused, self._transfers):
-                shutil.rmtree(folder / key, ignore_errors=True)
+            self._marks.forget(key)
 
     # ---- hand-over ----
 
@@ -357,7 +300,7 @@ class Spool:
         """
         now = time.monotonic()
         with self._mutex:
-            held = {_last(series) for series in self._open.values() if series}
+            held = self._marks.series_in_transfer()
             longest = max(seconds, MAX_HOLD_SECONDS)
             quiet = (key for key, at in self._arrivals.items() if at <= now - (longest if key in held else seconds))
             return sorted(quiet, key=self._arrivals.__getitem__)
@@ -384,7 +327,7 @@ class Spool:
                 raise
             # Before the next statement, which can fail: the folder is no longer there.
             del self._arrivals[key], self._sizes[key]
-            _sync(self._series, self._batches)
+            sync_to_disk(self._series, self._batches)
         return batch
 
     def batches(self) -> list[Batch]:
@@ -426,10 +369,10 @@ class Spool:
     def remove_stale(self) -> None:
         """Remove the rest of interrupted transfers, and the marks of series of which nothing arrived."""
         before = time.time() - STALE_SECONDS
-        for folder in (*self._refused.iterdir(), *self._transfers.iterdir()):
-            with self._mutex, suppress(FileNotFoundError):
-                if folder.stat().st_mtime < before and not (self._handed / f"{folder.name}.json").exists():
-                    self._forget_faults(folder.name)
+        with self._mutex:
+            for key in self._marks.older_than(before):
+                if not (self._handed / f"{key}.json").exists():
+                    self._forget_faults(key)
         for path in self.receiving.iterdir():
             try:
                 if path.stat().st_mtime < before:
@@ -461,25 +404,6 @@ def _size(folder: Path) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-def _last(series: dict[str, set[str]]) -> str:
-    return next(reversed(series))
-
-
-def _names(folder: Path) -> set[str]:
-    """Return the names in a folder, none if it does not exist."""
-    with suppress(FileNotFoundError):
-        return {path.name for path in folder.iterdir()}
-    return set()
-
-
-def _mark(path: Path) -> None:
-    """Create an empty file that survives a power failure."""
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-        _sync(path.parent, path.parent.parent)
-
-
 def _lock(path: Path) -> IO[bytes]:
     file = path.open("wb")
     try:
@@ -492,12 +416,3 @@ def _lock(path: Path) -> IO[bytes]:
             advice="Stop the other process, or give this one its own folder (COUNTERPART_SCRATCH with a bucket).",
         ) from None
     return file
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from app.errors import QueueFull
 from app.ingest.dicom.storage import read_identifiers
+from app.jobs.store import sync_to_disk
 from app.pacs import spool
 from app.pacs.handover import ERASED_NOTE
 from app.pacs.spool import Sender, Spool
@@ -173,14 +174,14 @@ def test_a_sync_that_fails_after_the_take_stops_no_series(case: HandOverCase, mo
     receive(case.spool, "one")
     receive(case.spool, "two")
     failures = [OSError(5, "Input/output error")]
-    sync = spool._sync
+    sync = sync_to_disk
 
     def fail_once(*paths: Path) -> None:
         if paths[-1].name == "batches" and failures:
             raise failures.pop()
         sync(*paths)
 
-    monkeypatch.setattr(spool, "_sync", fail_once)
+    monkeypatch.setattr(spool, "sync_to_disk", fail_once)
     with pytest.raises(OSError, match="Input/output error"):
         case.hand_over.run_once()
     assert len(case.jobs()) == 1

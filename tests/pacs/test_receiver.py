@@ -234,7 +234,7 @@ def test_an_instance_is_not_acknowledged_if_it_is_not_on_disk(
         patch.setattr(node.spool, "add", fail)
         assert node.store(*make_slices()[:1]) == [0xA700]
     with monkeypatch.context() as patch:
-        patch.setattr("app.pacs.spool._sync", fail)
+        patch.setattr("app.pacs.spool.sync_to_disk", fail)
         assert node.store(*make_slices()[:1]) == [0xA700]
     assert node.store(*make_slices()[:1]) == [0]
 
