@@ -13,7 +13,7 @@ from tests.export.conftest import DicomResults, read_series, write_results
 from tests.support.dicom import Series
 from tests.support.external_tools import require_tool
 
-DIFFERENCE = "Scan minus its imagined healthy counterpart"
+DIFFERENCE = "Scan minus its healthy counterpart"
 COMPREHENSIVE_SR = "1.2.840.10008.5.1.4.1.1.88.33"
 
 

@@ -64,7 +64,7 @@ ANALYSED_VOLUME = private_code("analysed-volume", "Volume that was analysed")
 LOWEST_ANALYSED = private_code("analysed-lowest", "Lowest analysed position, patient z")
 HIGHEST_ANALYSED = private_code("analysed-highest", "Highest analysed position, patient z")
 LESION_COUNT = private_code("lesion-count", "Number of lesions")
-SCAN_MINUS_COUNTERPART = private_code("scan-minus-counterpart", "Scan minus its imagined healthy counterpart")
+SCAN_MINUS_COUNTERPART = private_code("scan-minus-counterpart", "Scan minus its healthy counterpart")
 DIFFERENCE = private_code("difference", "Difference from the imagined healthy counterpart")
 
 
