@@ -176,12 +176,10 @@ class Methods:
         return next(iter(self.makers))
 
     def _shipped(self, manifest: Manifest) -> Candidate:
-        return self._diffusion(self.bundle, self.config, manifest, (NO_FILTER,), (self.config.detection.extent_share,))
+        return self._diffusion(self.bundle, self.config, manifest)
 
     def _paper_method(self) -> Candidate:
-        return self._diffusion(
-            self.paper_bundle, self._paper, self.paper_bundle.manifest, tuple(FILTERS), EXTENT_SHARES
-        )
+        return self._diffusion(self.paper_bundle, self._paper, self.paper_bundle.manifest, has_choices=True)
 
     def _paper_networks(self) -> Candidate:
         """Return the networks of the paper's method with the noise levels, the mask and the filter of the bundle."""
@@ -190,23 +188,18 @@ class Methods:
         own = self.bundle.manifest
         calibration = KlCalibration(own.kl, self.config, bundle.networks.in_batches(BATCH, lambda _: None))
         manifest = changed(own, views=own.views[:1], kl=calibration.change(percentile=own.kl.percentile))
-        return self._diffusion(bundle, self._paper, manifest, (NO_FILTER,), (self.config.detection.extent_share,))
+        return self._diffusion(bundle, self._paper, manifest)
 
-    def _diffusion(
-        self,
-        bundle: Bundle,
-        config: Config,
-        manifest: Manifest,
-        smoothing: tuple[str, ...],
-        extent_shares: tuple[float, ...],
-    ) -> Candidate:
+    def _diffusion(self, bundle: Bundle, config: Config, manifest: Manifest, *, has_choices: bool = False) -> Candidate:
+        """Return a method with the networks of a bundle, as the manifest says or with the choices of a baseline."""
         clock, networks = NetworkClock(), load_networks(config.bundle_folder, config)
         timed = clock.timed_networks(bundle.networks.in_batches(BATCH, lambda _: None))
-        maps = {"": counterpart_map(timed, manifest)}
-        if bundle is self.paper_bundle:
-            maps = self._weighted(with_local_contrast(timed, manifest))
         parameters = baselines.count_parameters(networks.encoder, networks.denoiser, networks.decoder)
-        return Candidate(ComparedMethod(manifest.id, maps, smoothing, parameters), clock, extent_shares)
+        if has_choices:
+            maps = self._weighted(with_local_contrast(timed, manifest))
+            return Candidate(ComparedMethod(manifest.id, maps, parameters=parameters), clock)
+        method = ComparedMethod(manifest.id, {"": counterpart_map(timed, manifest)}, (NO_FILTER,), parameters)
+        return Candidate(method, clock, (self.config.detection.extent_share,))
 
     def _weighted(self, maps: dict[str, AnomalyMap]) -> dict[str, AnomalyMap]:
         """Add variants that are multiplied by the intensity, if the bundle multiplies its own residual by it."""
